@@ -1,0 +1,1 @@
+"""deltatok: extract video features once, train world models on them many times."""

@@ -1,0 +1,90 @@
+"""Settings of `deltatok-evaluate forecast`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..shards.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastConfig:
+    """What to score, with which models, and where the report goes.
+
+    The protocol (paper section 4, released evaluation): `num_context` frames are seen, the frame
+    `mid_steps` later is the target. The short horizon has the same target, seen from
+    `short_steps` before it.
+    """
+
+    patches: str
+    """Uniform patch-token cache with num_context + mid_steps frames a window, or more."""
+    tokenizer: str
+    """Folder of the tokenizer."""
+    out: str
+    """Folder for report.json, report.html and pictures."""
+    dataset: str = "forecast"
+    """Name of the data set in every row of the report."""
+    world: str | None = None
+    """Folder of the best-of-many world model; none: no rows `mean` and `best`."""
+    discriminative: str | None = None
+    """Folder of a world model with a learned query; none: no row `discriminative`."""
+    head: str | None = None
+    """Folder of a segmentation head, for mIoU; needs labels."""
+    labels: str | None = None
+    """Folder of labels: CLIP_KEY.npy, uint8 (frames, H, W), 255 = ignore; needs head."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in order, for the legend of the pictures."""
+    num_context: int = 4
+    """Frames seen before a rollout starts."""
+    short_steps: int = 1
+    """Steps of the short horizon."""
+    mid_steps: int = 3
+    """Steps of the mid horizon."""
+    num_samples: int = 20
+    """Samples rolled out for each window."""
+    seed: int = 0
+    """Seed of the samples' noise; window i's noise depends on (seed, i) alone."""
+    batch_windows: int = 4
+    """Windows rolled out at once: memory, not results, depends on it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: cuda, else mps, else cpu."""
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the models; auto: bfloat16 on cuda, float32 elsewhere."""
+    videos: tuple[str, ...] = ()
+    """Videos or folders the cache was made from: adds their frames to the pictures."""
+    curves: tuple[str, ...] = ()
+    """Run folders (or log.jsonl files) whose training curves go into the report."""
+    num_pictures: int = 4
+    """Windows shown in pictures, spread over the clips."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be evaluated."""
+        for name in ("num_context", "short_steps", "num_samples", "batch_windows"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.mid_steps < self.short_steps:
+            raise UsageError(
+                f"mid_steps: got {self.mid_steps}, wanted at least short_steps = {self.short_steps}"
+            )
+        if self.num_pictures < 0:
+            raise UsageError(f"num_pictures: got {self.num_pictures}, wanted 0 or more")
+        if self.seed < 0:
+            raise UsageError(f"seed: got {self.seed}, wanted 0 or more")
+        if (self.head is None) != (self.labels is None):
+            given, other = ("head", "labels") if self.labels is None else ("labels", "head")
+            raise UsageError(
+                f"--{given} without --{other}: mIoU needs both; give --{other} too, or leave both "
+                "out to score features only"
+            )
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a window that take part: context, then targets of the mid horizon."""
+        return self.num_context + self.mid_steps
+
+    def steps(self, horizon: str) -> int:
+        """Steps of `short` or `mid`."""
+        return {"short": self.short_steps, "mid": self.mid_steps}[horizon]
+
+    def context_start(self, horizon: str) -> int:
+        """First context frame of a horizon: both horizons end at the same target frame."""
+        return self.num_frames - self.steps(horizon) - self.num_context

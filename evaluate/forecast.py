@@ -1,0 +1,183 @@
+"""`deltatok-evaluate forecast`: score world models on a cache of evaluation windows.
+
+Frames 0..C-1 of a window are seen, frame C-1+mid is the target; the short horizon starts later
+and ends at the same target, so that both have the same bounds. Everything is computed from the
+cached features: no backbone, no network.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..shards.errors import UsageError
+from ..train.devices import precision_name
+from .config import ForecastConfig
+from .inputs import ForecastInputs, open_inputs, windows_to_show
+from .panels import ShownWindow, class_panel, feature_panel
+from .plots import plot_curves
+from .predict import encode_windows, forecast_horizon
+from .probes import tokenizer_probes
+from .report import Pictures, Report, write_report
+from .rows import HORIZONS, expected_order, markdown_table
+from .score import Scorer, class_map
+
+logger = logging.getLogger(__name__)
+
+PROBE_WINDOWS = 64
+"""Windows the tokenizer is probed on, at most: 1.4 GB of features at 512 px (a guess)."""
+
+
+def run_forecast(config: ForecastConfig) -> Report:
+    """Evaluate, and write report.json, report.html and pictures into `config.out`.
+
+    Raises:
+        CacheMismatch: the cache is not uniform, or a model does not belong to it.
+        UsageError: too few frames a window; labels, videos or curves that cannot be used.
+        DeltatokError: features that are not finite; names the window.
+    """
+    device = pick_device(config.device)
+    watch = Stopwatch(device)
+    precision = precision_name(config.autocast, device)
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        with watch.stage("load"):
+            out = make_folder(config.out)
+            inputs = open_inputs(config, device)
+        scorer, shown = score_windows(inputs, watch)
+        with watch.stage("probes"):
+            probes = probe(inputs) | scorer.probes()
+        with watch.stage("pictures"):
+            pictures = draw_pictures(inputs, shown)
+    cache = inputs.cache
+    report = Report(
+        rows=scorer.rows(),
+        probes=probes,
+        best_of_k=scorer.best_of_k(),
+        provenance=inputs.models.provenance,
+        seconds=watch.seconds,
+        config=asdict(config) | {"device": str(device), "autocast": precision},
+        num_windows=len(cache),
+        num_clips=len(set(cache.clip_index.tolist())),
+    )
+    write_report(out, report, pictures)
+    logger.info("%s\n%s", markdown_table(report.rows), expected_order(report.rows).text)
+    return report
+
+
+def score_windows(inputs: ForecastInputs, watch: "Stopwatch") -> tuple[Scorer, list[ShownWindow]]:
+    """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
+    config, cache, models = inputs.config, inputs.cache, inputs.models
+    place: dict[str, Any] = {"black": inputs.black, "grid": cache.grid}
+    scorer = Scorer(config, head=models.head, grid=cache.grid)
+    to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
+    shown: list[ShownWindow] = []
+    with tqdm(total=len(cache), desc="forecast", unit="window", disable=None) as progress:
+        for start in range(0, len(cache), config.batch_windows):
+            indices = list(range(start, min(start + config.batch_windows, len(cache))))
+            with watch.stage("read"):
+                x, times = inputs.windows(indices)
+                labels = inputs.target_labels(indices)
+            with watch.stage("encode"):
+                batch = encode_windows(models, indices, x, times, **place)
+                scorer.add_tokens(batch)
+            for horizon in HORIZONS:
+                with watch.stage("forecast"):
+                    forecast = forecast_horizon(config, models, batch, horizon, **place)
+                with watch.stage("score"):
+                    scorer.add(horizon, forecast, batch)
+                    scorer.add_labels(horizon, forecast, labels)
+            with watch.stage("pictures"):  # of the mid horizon, the last of the loop above
+                for position, index in enumerate(indices):
+                    if index in to_show:
+                        shown.append(inputs.shown_window(index, forecast, position, x[position]))
+            progress.update(len(indices))
+    return scorer, shown
+
+
+def probe(inputs: ForecastInputs) -> dict[str, Any]:
+    """The tokenizer's probes on PROBE_WINDOWS windows, spread evenly over the cache."""
+    count = min(PROBE_WINDOWS, len(inputs.cache))
+    indices = np.linspace(0, len(inputs.cache), count, endpoint=False).astype(int)
+    frames, _ = inputs.windows(indices.tolist())
+    return {
+        **tokenizer_probes(
+            inputs.models.tokenizer,
+            frames,
+            grid=inputs.cache.grid,
+            windows_at_once=inputs.config.batch_windows,
+        )
+    }
+
+
+def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
+    """Panels of the windows that were kept, and the training curves."""
+    head, config = inputs.models.head, inputs.config
+    classes = []
+    if head is not None:
+
+        def segment(tokens: Any, size: tuple[int, int]) -> Any:
+            x = torch.from_numpy(tokens).to(inputs.device)
+            found = class_map(head, x, grid=inputs.cache.grid, size=size)
+            return found.to("cpu", torch.uint8).numpy()
+
+        for window in shown:
+            panel = class_panel(
+                window,
+                segment,
+                num_classes=head.config.num_classes,
+                class_names=config.class_names,
+            )
+            classes.append(panel)
+    return Pictures(
+        features=[feature_panel(window) for window in shown],
+        classes=classes,
+        curves=plot_curves(inputs.curves),
+    )
+
+
+class Stopwatch:
+    """Seconds of every stage; on cuda it waits for the device: a stage pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to the stage `name`."""
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def make_folder(path: str) -> Path:
+    """The folder for the report, made before the work; UsageError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out {path}: cannot be made ({error.strerror}); give another folder"
+        ) from None
+    return Path(path)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a config names; UsageError where this machine has none such."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
+    if not has.get(name, False):
+        raise UsageError(f"device {name}: this machine has none such; use cpu or auto")
+    return torch.device(name)

@@ -1,0 +1,168 @@
+"""What a forecast evaluation reads: cache, models, labels, videos; opened and checked before work.
+
+Called by `forecast.py`.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..shards.cache import compare
+from ..shards.errors import UsageError
+from ..shards.patches import PatchShards
+from .config import ForecastConfig
+from .labels import LabelFolder
+from .loading import ForecastModels, load_models
+from .panels import ShownWindow, keep_features
+from .pictures import Tile
+from .plots import Curve, read_curve
+from .predict import HorizonForecast
+from .videos import clip_paths, read_frames
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastInputs:
+    """Everything that is read, on the device where it is computed with."""
+
+    config: ForecastConfig
+    cache: PatchShards
+    models: ForecastModels
+    labels: LabelFolder | None
+    videos: dict[str, Path]
+    """Clip key -> file; empty without videos."""
+    curves: list[Curve]
+    black: Tensor
+    """(N, D) tokens of a black frame."""
+    device: torch.device
+
+    def windows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Features (B, T, N, D) and times (B, T) of the frames that take part, T = C + mid.
+
+        Times are seconds from the window's first frame, float32.
+        """
+        num_frames = self.config.num_frames
+        x = torch.from_numpy(self.cache.tokens(indices)[:, :num_frames]).to(self.device)
+        times = self.cache.timestamps_s(indices)[:, :num_frames]
+        return x, torch.from_numpy(times - times[:, :1]).to(self.device)
+
+    def target_labels(self, indices: list[int]) -> list[NDArray[np.uint8]]:
+        """The label map (H, W) of each window's target frame; none without labels."""
+        if self.labels is None:
+            return []
+        target = self.config.num_frames - 1
+        frames = self.cache.frame_index(indices)[:, target].tolist()
+        keys = map(self.key, indices)
+        return [self.labels.frame(key, frame) for key, frame in zip(keys, frames, strict=True)]
+
+    def key(self, index: int) -> str:
+        """The clip of a window."""
+        return self.cache.keys[int(self.cache.clip_index[index])]
+
+    def shown_window(
+        self, index: int, forecast: HorizonForecast, position: int, truth: Tensor
+    ) -> ShownWindow:
+        """What the panels of window `index` need: it is number `position` in the mid `forecast`,
+        and its true features are `truth` (T, N, D)."""
+        config, key = self.config, self.key(index)
+        frame_index = self.cache.frame_index([index])[0, : config.num_frames].tolist()
+        times = self.cache.timestamps_s([index])[0, : config.num_frames]
+        _, _, height, width = self.cache.crop[index].tolist()
+        rows, samples, spread = keep_features(forecast, position, grid=self.cache.grid)
+        labels: tuple[NDArray[np.uint8], ...] = ()
+        if self.labels is not None:
+            labels = tuple(self.labels.frame(key, frame) for frame in frame_index)
+        return ShownWindow(
+            title=f"{key}, window {index}",
+            times_s=tuple((times - times[config.num_context - 1]).tolist()),
+            aspect=width / height,
+            grid=self.cache.grid,
+            truth=truth.float().cpu().numpy(),
+            rows=rows,
+            samples=samples,
+            spread=spread,
+            labels=labels,
+            frames=self._frames(key, frame_index),
+        )
+
+    def _frames(self, key: str, frame_index: list[int]) -> tuple[Tile, ...]:
+        if not self.videos:
+            return ()
+        if key not in self.videos:
+            logger.warning("clip %s is not among --videos: its pictures have no frames", key)
+            return ()
+        return tuple(read_frames(self.videos[key], frame_index) or ())
+
+
+def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
+    """Open and check everything.
+
+    Raises:
+        CacheMismatch: the cache is not uniform, or a model does not belong to it; names the field.
+        UsageError: too few frames or no windows; models, labels, videos or curves of no use.
+    """
+    cache = PatchShards(config.patches)
+    compare(
+        cache.info.identity,
+        {"sampling": {"policy": "uniform"}},
+        what_got=f"--patches {config.patches}",
+        what_wanted="an evaluation cache",
+        fields=["sampling.policy"],
+    )
+    if cache.shape[0] < config.num_frames:
+        raise UsageError(
+            f"--patches {config.patches}: {cache.shape[0]} frames a window, wanted at least "
+            f"num_context + mid_steps = {config.num_frames}; extract with --num-frames "
+            f"{config.num_frames}"
+        )
+    if not cache.num_windows:
+        raise UsageError(f"--patches {config.patches}: no windows; see its quarantine.jsonl")
+    models = load_models(config, cache.info, device)
+    labels = None
+    if config.labels is not None and models.head is not None:
+        labels = LabelFolder(
+            Path(config.labels),
+            last_frames=_last_frames(cache, config.num_frames),
+            num_classes=models.head.config.num_classes,
+        )
+    return ForecastInputs(
+        config=config,
+        cache=cache,
+        models=models,
+        labels=labels,
+        videos=clip_paths(config.videos) if config.videos else {},
+        curves=[read_curve(path) for path in config.curves],
+        black=torch.tensor(cache.black, device=device),
+        device=device,
+    )
+
+
+def _last_frames(cache: PatchShards, num_frames: int) -> dict[str, int]:
+    """Clip key -> the highest frame index in the first `num_frames` of its windows."""
+    last: dict[str, int] = {}
+    highest = cache.table().frame_index[:, :num_frames].max(axis=1)
+    for clip, frame in zip(cache.clip_index.tolist(), highest.tolist(), strict=True):
+        last[cache.keys[clip]] = max(frame, last.get(cache.keys[clip], 0))
+    return last
+
+
+def windows_to_show(clip_index: NDArray[np.int64], count: int) -> list[int]:
+    """Up to `count` window numbers, spread evenly: first over clips, then over their windows."""
+    # Rank of each window within its clip: windows of equal rank are one round through the clips.
+    order = np.argsort(clip_index, kind="stable")
+    clips = clip_index[order]
+    starts = np.searchsorted(clips, clips)
+    rank = np.arange(len(clips)) - starts
+    rounds = order[np.lexsort((clips, rank))]
+    num_clips = len(np.unique(clip_index))
+    if count < num_clips:
+        picked = rounds[np.linspace(0, num_clips, count, endpoint=False).astype(int)]
+    else:
+        picked = rounds[:count]
+    return sorted(picked.tolist())

@@ -1,0 +1,174 @@
+"""The models of a forecast evaluation, and the proof that they belong to the cache they score.
+
+A model folder's provenance.json says which cache it was trained on. What it says is compared with
+the evaluation cache; what it does not say (a model that came without) is listed as not checked.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..shards.cache import CacheInfo, compare
+from ..shards.errors import UsageError
+from ..train.models.deltatok import DeltaTok
+from ..train.models.deltaworld import DeltaWorld
+from ..train.models.dinoworld import DINOWorld
+from ..train.models.heads import SegmentationHead
+from ..train.pretrained import read_class, read_provenance, weights_sha256
+from .config import ForecastConfig
+
+logger = logging.getLogger(__name__)
+
+WorldModel = DeltaWorld | DINOWorld
+
+# Frame size may differ: a tokenizer trained at 256 px may be evaluated at 512 px, as in the paper.
+_SAME_FEATURES = (
+    "backbone",
+    "preprocessing.patch_size",
+    "preprocessing.image_mean",
+    "preprocessing.image_std",
+    "preprocessing.resize",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastModels:
+    """Models in eval mode on the device, and what the report says about their origin."""
+
+    tokenizer: DeltaTok
+    world: WorldModel | None
+    discriminative: WorldModel | None
+    head: SegmentationHead | None
+    provenance: dict[str, Any]
+
+
+def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -> ForecastModels:
+    """Load what `config` names and check it against the evaluation cache `info`.
+
+    Raises:
+        CacheMismatch: a model made for another backbone, preprocessing or tokenizer; names the
+            field.
+        UsageError: no such model, another class, or another width.
+    """
+    tokenizer = DeltaTok.from_pretrained(config.tokenizer, device=device)
+    _check_width("tokenizer", config.tokenizer, tokenizer.config.hidden_size, info)
+    tokenizer_sha256 = weights_sha256(tokenizer)
+    provenance: dict[str, Any] = {
+        "cache": {
+            "fingerprint": info.fingerprint,
+            "backbone": info.backbone,
+            "licence": info.licence,
+            "hidden_size": info.shape.hidden_size,
+            "counts": info.counts,
+        },
+        "tokenizer": _check_patches("tokenizer", config.tokenizer, info)
+        | {"weights_sha256": tokenizer_sha256},
+    }
+    worlds: dict[str, WorldModel | None] = {"world": None, "discriminative": None}
+    for role in worlds:
+        folder: str | None = getattr(config, role)
+        if folder is not None:
+            world = _load_world(role, folder, device)
+            _check_width(role, folder, world.config.hidden_size, info)
+            worlds[role] = world
+            if isinstance(world, DeltaWorld):
+                checked = _check_deltas(role, folder, info, tokenizer_sha256)
+            else:
+                checked = _check_patches(role, folder, info)
+            provenance[role] = checked | {"weights_sha256": weights_sha256(world)}
+    head = None
+    if config.head is not None:
+        head = SegmentationHead.from_pretrained(config.head, device=device)
+        _check_width("head", config.head, head.config.in_size, info)
+        provenance["head"] = _check_patches("head", config.head, info) | {
+            "weights_sha256": weights_sha256(head)
+        }
+    return ForecastModels(
+        tokenizer=tokenizer,
+        world=worlds["world"],
+        discriminative=worlds["discriminative"],
+        head=head,
+        provenance=provenance,
+    )
+
+
+def _load_world(role: str, folder: str, device: torch.device) -> WorldModel:
+    world: WorldModel
+    if read_class(folder) == "DINOWorld":
+        world = DINOWorld.from_pretrained(folder, device=device)
+    else:
+        world = DeltaWorld.from_pretrained(folder, device=device)
+    if world.config.use_bom != (role == "world"):
+        kind = "noise queries" if world.config.use_bom else "a learned query"
+        other = "world" if world.config.use_bom else "discriminative"
+        raise UsageError(f"--{role} {folder}: a world model with {kind}; give it as --{other}")
+    return world
+
+
+def _check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> None:
+    if hidden_size != info.shape.hidden_size:
+        raise UsageError(
+            f"--{role} {folder}: {hidden_size} channels, the cache's tokens have "
+            f"{info.shape.hidden_size}; give a {role} trained on this backbone"
+        )
+
+
+def _check_patches(role: str, folder: str, info: CacheInfo) -> dict[str, Any]:
+    """Compare the cache a tokenizer or head was trained on with the evaluation cache."""
+    provenance = read_provenance(folder)
+    trained_on = provenance.get("patches")
+    if isinstance(trained_on, Mapping):
+        _compare_patches(role, folder, trained_on, info)
+    else:
+        _warn_unchecked(role, folder, "patches")
+    return {
+        "trained_on_fingerprint": provenance.get("patches_fingerprint"),
+        "checked": isinstance(trained_on, Mapping),
+    }
+
+
+def _check_deltas(role: str, folder: str, info: CacheInfo, tokenizer_sha256: str) -> dict[str, Any]:
+    """Compare the delta cache a world model was trained on: its tokenizer and its backbone."""
+    provenance = read_provenance(folder)
+    deltas = provenance.get("deltas")
+    if isinstance(deltas, Mapping):
+        compare(
+            {"tokenizer": {"weights_sha256": tokenizer_sha256}},
+            deltas,
+            what_got="the tokenizer given",
+            what_wanted=f"{role} {Path(folder).name}",
+            fields=["tokenizer.weights_sha256"],
+        )
+        if isinstance(deltas.get("patches"), Mapping):
+            _compare_patches(role, folder, deltas["patches"], info)
+    else:
+        _warn_unchecked(role, folder, "deltas")
+    return {
+        "trained_on_fingerprint": provenance.get("deltas_fingerprint"),
+        "checked": isinstance(deltas, Mapping),
+    }
+
+
+def _compare_patches(
+    role: str, folder: str, trained_on: Mapping[str, Any], info: CacheInfo
+) -> None:
+    compare(
+        info.identity,
+        trained_on,
+        what_got="the evaluation cache",
+        what_wanted=f"{role} {Path(folder).name}",
+        fields=_SAME_FEATURES,
+    )
+
+
+def _warn_unchecked(role: str, folder: str, missing: str) -> None:
+    logger.warning(
+        "%s %s: its provenance.json has no %s, so that it belongs to this cache is not checked",
+        role,
+        folder,
+        missing,
+    )

@@ -1,0 +1,182 @@
+"""The panels of one window: features as colours, and what the segmentation head reads from them.
+
+`forecast.py` keeps a `ShownWindow` for each window that is to be shown and turns it into panels
+at the end. Rows from top to bottom: video, truth, then the forecasts, then copy last.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .pictures import (
+    Panel,
+    Strip,
+    Tile,
+    class_legend,
+    class_palette,
+    class_tile,
+    fit_pca_colours,
+    heat_tile,
+    resize_tile,
+)
+from .predict import HorizonForecast
+from .protocol import IGNORE
+
+NUM_SAMPLES_SHOWN = 3
+Features = NDArray[np.float32]
+ClassMap = NDArray[np.uint8]
+Segment = Callable[[Features, tuple[int, int]], ClassMap]
+"""Features (N, D) and a size (H, W) -> class map (H, W)."""
+
+_FORECAST_LABELS = {
+    "present": "present",
+    "reconstruction": "reconstruction",
+    "best": "best sample",
+    "mean": "mean of samples",
+    "discriminative": "discriminative",
+    "copy_last": "copy last",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownWindow:
+    """One window at the mid horizon, on the CPU. C context and H target frames."""
+
+    title: str
+    times_s: tuple[float, ...]
+    """C + H times, 0 at the last context frame."""
+    aspect: float
+    """Width / height of the window in the video."""
+    grid: tuple[int, int]
+    truth: Features
+    """(C + H, N, D)"""
+    rows: dict[str, Features]
+    """Row name -> (H, N, D)."""
+    samples: Features
+    """(S, H, N, D), S up to NUM_SAMPLES_SHOWN, 0 without a world model."""
+    spread: NDArray[np.float32] | None
+    """(H, h, w): standard deviation of all samples, root mean square over channels."""
+    labels: tuple[ClassMap, ...] = ()
+    """C + H label maps (H, W), or none."""
+    frames: tuple[Tile, ...] = ()
+    """C + H frames of the video, or none."""
+
+
+def keep_features(
+    forecast: HorizonForecast, i: int, *, grid: tuple[int, int]
+) -> tuple[dict[str, Features], Features, NDArray[np.float32] | None]:
+    """Rows, shown samples and spread of window `i` of a batch, as ShownWindow holds them."""
+    rows = {name: _array(row[i]) for name, row in forecast.rows.items()}
+    if forecast.samples is None:
+        nothing = np.empty((0, *rows["copy_last"].shape), np.float32)
+        return rows, nothing, None
+    samples = forecast.samples[i]
+    spread = samples.var(dim=0, correction=0).mean(dim=-1).sqrt()
+    return rows, _array(samples[:NUM_SAMPLES_SHOWN]), _array(spread).reshape(-1, *grid)
+
+
+def feature_panel(window: ShownWindow) -> Panel:
+    """All rows as colours of one basis, fitted on the window's true features."""
+    colours = fit_pca_colours(window.truth.reshape(-1, window.truth.shape[-1]))
+
+    def tile(tokens: Features) -> Tile:
+        picture = colours(tokens, window.grid)
+        return resize_tile(picture, aspect=window.aspect, smooth=False)
+
+    strips = [*_frames_strip(window)]
+    strips.append(
+        Strip(
+            label="truth",
+            alt=f"True features of {window.title} as colours.",
+            tiles=tuple(map(tile, window.truth)),
+        )
+    )
+    for label, row in _forecasts(window, ("best", "mean", "discriminative", "copy_last")):
+        alt = f"Features of the row {label} at the target frames, in the colours of the truth."
+        strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, row))))
+    if window.spread is not None:
+        top = float(window.spread.max())
+        heat = [
+            resize_tile(heat_tile(values, top=top), aspect=window.aspect, smooth=False)
+            for values in window.spread
+        ]
+        alt = "Where the samples differ at the target frames: black nowhere, bright most."
+        strips.append(Strip(label="spread of samples", alt=alt, tiles=tuple(heat)))
+    return Panel(title=window.title, columns=_columns(window), strips=tuple(strips))
+
+
+def class_panel(
+    window: ShownWindow, segment: Segment, *, num_classes: int, class_names: Sequence[str]
+) -> Panel:
+    """Labels, and class maps read from the features of every row, at the labels' size."""
+    palette = class_palette(num_classes)
+    size = window.labels[0].shape
+    seen: list[ClassMap] = list(window.labels)
+
+    def tile(classes: ClassMap) -> Tile:
+        picture = class_tile(classes, palette)
+        return resize_tile(picture, aspect=window.aspect, smooth=False)
+
+    strips = [*_frames_strip(window)]
+    strips.append(
+        Strip(
+            label="label",
+            alt=f"Labels of {window.title}: {_shares(window.labels[-1], class_names)} at the end.",
+            tiles=tuple(map(tile, window.labels)),
+        )
+    )
+    names = ("present", "best", "mean", "discriminative", "copy_last")
+    for label, row in _forecasts(window, names):
+        maps = [segment(tokens, (size[0], size[1])) for tokens in row]
+        seen += maps
+        alt = f"Classes of the row {label}: {_shares(maps[-1], class_names)} at the end."
+        strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, maps))))
+    return Panel(
+        title=window.title,
+        columns=_columns(window),
+        strips=tuple(strips),
+        legend=class_legend(seen, palette, class_names),
+    )
+
+
+def _forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:
+    """(label, (H, N, D)) of the rows that the window has, single samples after the mean."""
+    found = []
+    for name in names:
+        if name in window.rows:
+            found.append((_FORECAST_LABELS[name], window.rows[name]))
+        if name == "mean":
+            found += [(f"sample {i + 1}", sample) for i, sample in enumerate(window.samples)]
+    return found
+
+
+def _frames_strip(window: ShownWindow) -> list[Strip]:
+    if not window.frames:
+        return []
+    tiles = tuple(resize_tile(frame, aspect=window.aspect, smooth=True) for frame in window.frames)
+    return [Strip(label="video", alt=f"Frames of {window.title}.", tiles=tiles)]
+
+
+def _columns(window: ShownWindow) -> tuple[str, ...]:
+    return tuple(f"{time:+.1f} s" if abs(time) > 0.005 else "0 s" for time in window.times_s)
+
+
+def _shares(classes: ClassMap, names: Sequence[str]) -> str:
+    """The largest classes of a map in words: `road 60 %, car 12 %`."""
+    numbers, counts = np.unique(classes[classes != IGNORE], return_counts=True)
+    if not counts.size:
+        return "nothing labelled"
+    parts = []
+    for i in np.argsort(-counts, kind="stable")[:4]:
+        number = int(numbers[i])
+        name = names[number] if number < len(names) else f"class {number}"
+        parts.append(f"{name} {100 * counts[i] / counts.sum():.0f} %")
+    return ", ".join(parts)
+
+
+def _array(values: Tensor) -> Features:
+    array: Features = values.float().cpu().numpy()
+    return array

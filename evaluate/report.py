@@ -1,0 +1,261 @@
+"""A report's two files: report.json for programs, report.html for people.
+
+    OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "provenance", "seconds",
+                       "config", "num_windows", "num_clips"}
+    OUT/report.html   one file, nothing fetched: tables, pictures, curves
+    OUT/pictures/     the panels as single PNG files, to show elsewhere
+
+report.json is written last: where it is, the report is whole.
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..shards.files import write_bytes, write_json
+from .pictures import Panel, panel_image, png_bytes, strip_image
+from .plots import Plot, plot_best_of_k
+from .rows import ROW_LABELS, ReportRow, expected_order, markdown_table, table
+from .template import PAGE, STYLE
+
+PROBE_TEXTS = {
+    "z_swap_ratio": "tokenizer loss with delta tokens swapped between windows / loss; near 1 = the "
+    "decoder ignores its delta token",
+    "zero_z_ratio": "tokenizer loss with the delta token zeroed / loss; near 1 = the same",
+    "copy_last_ratio": "tokenizer loss / loss of copying the last frame; below 1 = better",
+    "z_participation_ratio": "directions that carry the delta tokens' variance, of {hidden_size}",
+    "open_loop_feature_loss": "feature loss of the tokenizer fed with the true pairs' delta tokens",
+    "sample_spread": "spread of the samples / motion of the true features; 0 = all samples alike",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What report.json holds; plain JSON values but for the rows."""
+
+    rows: list[ReportRow]
+    probes: dict[str, Any]
+    best_of_k: list[dict[str, Any]]
+    """[{"horizon", "k", "feature_loss"}]; empty without a world model."""
+    provenance: dict[str, Any]
+    seconds: dict[str, float]
+    config: dict[str, Any]
+    num_windows: int
+    num_clips: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What only report.html holds."""
+
+    features: Sequence[Panel] = ()
+    classes: Sequence[Panel] = ()
+    curves: Sequence[Plot] = ()
+
+
+def write_report(out: Path, report: Report, pictures: Pictures) -> None:
+    """Write the files of a report into the folder `out`, in place of an earlier one's."""
+    (out / "report.json").unlink(missing_ok=True)
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    for kind in ("features", "classes"):
+        for old in (out / "pictures").glob(f"{kind}-*.png"):
+            old.unlink()
+    for kind, panels in (("features", pictures.features), ("classes", pictures.classes)):
+        for i, panel in enumerate(panels):
+            write_bytes(out / "pictures" / f"{kind}-{i}.png", png_bytes(panel_image(panel)))
+    write_bytes(out / "report.html", report_page(report, pictures).encode())
+    write_json(out / "report.json", report_json(report))
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    return {
+        **asdict(report),
+        "expected_order": asdict(expected_order(report.rows)),
+    }
+
+
+def report_page(report: Report, pictures: Pictures) -> str:
+    """The whole page."""
+    config = report.config
+    title = f"Forecasts on {config['dataset']}"
+    summary = (
+        f"{report.num_windows} windows of {report.num_clips} clips; {config['num_context']} frames "
+        f"seen, target {config['short_steps']} (short) and {config['mid_steps']} (mid) steps later"
+    )
+    if report.best_of_k:
+        summary += f"; {config['num_samples']} samples, seed {config['seed']}"
+    sections = [
+        _scores(report),
+        _probes(report),
+        _best_of_k(report),
+        _panels("Features", FEATURES_TEXT, pictures.features),
+        _panels("Segmentation", CLASSES_TEXT, pictures.classes),
+        _curves(pictures.curves),
+        _origin(report),
+    ]
+    return PAGE.substitute(
+        title=escape(title), summary=escape(summary), style=STYLE, body="\n".join(sections)
+    )
+
+
+FEATURES_TEXT = (
+    "Patch tokens as colours: the three main directions of the true features are red, green and "
+    "blue, the same for all rows of a window. Forecasts start after the time 0."
+)
+CLASSES_TEXT = (
+    "What the segmentation head reads from the features. Forecasts start after the time 0."
+)
+SCORES_TEXT = (
+    "All at the target frame. Best: the sample nearest to the true features at the last step, "
+    "chosen window by window. Mean: the samples' features averaged, then the head once. "
+    "Reconstruction: closed loop, each frame encoded and decoded against the reconstruction before "
+    "it. Feature loss: smooth-L1, beta 0.1."
+)
+
+
+def _scores(report: Report) -> str:
+    order = expected_order(report.rows)
+    mood = {True: " holds", False: " fails", None: ""}[order.holds]
+    header, body = table(report.rows)
+    return f"""<h2>Scores</h2>
+<p class="order{mood}">{escape(order.text)}</p>
+<div class="wide">{_table(header, body)}</div>
+<p class="soft">{escape(SCORES_TEXT)}</p>
+<details><summary>As Markdown</summary><pre>{escape(markdown_table(report.rows))}</pre></details>"""
+
+
+def _probes(report: Report) -> str:
+    hidden_size = str(report.provenance["cache"].get("hidden_size", "D"))
+    lines = "\n".join(
+        f"<tr><td>{escape(name.replace('_', ' '))}</td><td>{escape(_value(report.probes[name]))}"
+        f"</td><td>{escape(text.replace('{hidden_size}', hidden_size))}</td></tr>"
+        for name, text in PROBE_TEXTS.items()
+        if name in report.probes
+    )
+    by_step = report.probes.get("feature_loss_by_step", {})
+    steps = max(map(len, by_step.values()), default=0)
+    header = ["row", *(f"step {step + 1}" for step in range(steps))]
+    body = [[ROW_LABELS[name], *map(_value, losses)] for name, losses in by_step.items()]
+    return f"""<h2>Probes</h2>
+<table class="facts probes"><tbody>
+{lines}
+</tbody></table>
+<details><summary>Feature loss at each step of the mid horizon</summary>
+<div class="wide">{_table(header, body)}</div></details>"""
+
+
+def _best_of_k(report: Report) -> str:
+    if not report.best_of_k:
+        return ""
+    plot = plot_best_of_k(report.best_of_k, report.rows)
+    return f"""<h2>Best of k samples</h2>
+<p>Expected feature loss of the best of k samples at the target frame.</p>
+{_plot(plot)}"""
+
+
+def _panels(title: str, text: str, panels: Sequence[Panel]) -> str:
+    if not panels:
+        return ""
+    parts = [f"<h2>{title}</h2>", f"<p>{escape(text)}</p>", *map(_panel, panels)]
+    return "\n".join(parts)
+
+
+def _panel(panel: Panel) -> str:
+    """A grid of names and strips; names of forecasts stand where context tiles would."""
+    num_columns = len(panel.columns)
+    times = "".join(f"<span>{escape(text)}</span>" for text in panel.columns)
+    rows = []
+    for strip in panel.strips:
+        kind = "name" if len(strip.tiles) == num_columns else "name late"
+        rows.append(
+            f'<div class="{kind}" style="--free: {num_columns - len(strip.tiles)}">'
+            f"{escape(strip.label)}</div>"
+            f'<img style="--tiles: {len(strip.tiles)}" alt="{escape(strip.alt)}" '
+            f'src="{_data_uri(png_bytes(strip_image(strip)))}">'
+        )
+    legend = "".join(
+        f'<li><i style="background: rgb({red} {green} {blue})"></i>{escape(name)}</li>'
+        for name, (red, green, blue) in panel.legend
+    )
+    return f"""<h3>{escape(panel.title)}</h3>
+<div class="panel" style="--columns: {num_columns}">
+<div class="times">{times}</div>
+{"".join(rows)}
+</div>
+{f'<ul class="legend">{legend}</ul>' if legend else ""}"""
+
+
+def _curves(plots: Sequence[Plot]) -> str:
+    if not plots:
+        return ""
+    return "\n".join(["<h2>Training curves</h2>", *map(_plot, plots)])
+
+
+def _plot(plot: Plot) -> str:
+    """The dark version where the reader's page is dark, the light one elsewhere."""
+    return f"""<figure><picture>
+<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(plot.dark)}">
+<img src="{_data_uri(plot.light)}" alt="{escape(plot.alt)}" width="640">
+</picture></figure>"""
+
+
+def _origin(report: Report) -> str:
+    seconds = {name: f"{value:.2f} s" for name, value in report.seconds.items()}
+    parts = [
+        ("Time", seconds),
+        ("Provenance", _flat(report.provenance)),
+        ("Settings", _flat(report.config)),
+    ]
+    blocks = [
+        f"<details><summary>{title}</summary>{_facts(facts)}</details>" for title, facts in parts
+    ]
+    return "\n".join(["<h2>Where this comes from</h2>", *blocks])
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    lines = "\n".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(_value(value))}</td></tr>"
+        for name, value in facts.items()
+    )
+    return f'<table class="facts"><tbody>\n{lines}\n</tbody></table>'
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined with dots."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = item
+    return flat
+
+
+def _value(value: Any) -> str:
+    """A JSON value as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name.replace('_', ' ')} {_value(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value) or "-"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = "\n".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in body
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table>"
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

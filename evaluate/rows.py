@@ -1,0 +1,119 @@
+"""The rows of a report, their tables, and the order the paper found them in.
+
+Called by `forecast.py` (which makes rows) and `report.py` (which prints them).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ROW_LABELS = {
+    "copy_last": "Copy last (lower bound)",
+    "discriminative": "Discriminative",
+    "mean": "Mean of samples",
+    "best": "Best sample",
+    "reconstruction": "Tokenizer reconstruction",
+    "present": "Present (upper bound)",
+}
+ROW_NAMES = tuple(ROW_LABELS)
+HORIZONS = ("short", "mid")
+METRICS = ("miou", "feature_loss")
+_METRIC_HEADS = {"miou": "mIoU % ↑", "feature_loss": "feature loss ↓"}
+# The order of the paper's tables, mid-term: (better, worse)
+EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "copy_last"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRow:
+    """One number of a report, at the horizon's last frame.
+
+    `miou` is a fraction, 0 to 1, higher is better; `feature_loss` is the smooth-L1 loss
+    (beta 0.1) to the true features, lower is better.
+    """
+
+    dataset: str
+    horizon: str  # short | mid
+    row: str  # one of ROW_NAMES
+    metric: str  # one of METRICS
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderCheck:
+    """Whether the rows stand in the paper's order. `holds` is None where no pair is there."""
+
+    holds: bool | None
+    metric: str
+    text: str
+
+
+def find_value(rows: Iterable[ReportRow], *, horizon: str, row: str, metric: str) -> float | None:
+    """The value of one row, None where the report has no such row."""
+    for found in rows:
+        if (found.horizon, found.row, found.metric) == (horizon, row, metric):
+            return found.value
+    return None
+
+
+def table(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
+    """Header and body cells: a line for each row name, a column for each metric and horizon."""
+    metrics = [m for m in METRICS if any(row.metric == m for row in rows)]
+    columns = [(metric, horizon) for metric in metrics for horizon in HORIZONS]
+    header = ["row", *(f"{_METRIC_HEADS[metric]} {horizon}" for metric, horizon in columns)]
+    body = []
+    for name in ROW_NAMES:
+        values = [
+            find_value(rows, horizon=horizon, row=name, metric=metric)
+            for metric, horizon in columns
+        ]
+        if any(value is not None for value in values):
+            cells = [
+                show(value, metric) for value, (metric, _) in zip(values, columns, strict=True)
+            ]
+            body.append([ROW_LABELS[name], *cells])
+    return header, body
+
+
+def show(value: float | None, metric: str) -> str:
+    """A value as people read it: mIoU in percent, losses with four digits, a dash for none."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if metric == "miou" else f"{value:.4g}"
+
+
+def markdown_table(rows: Sequence[ReportRow]) -> str:
+    """The same table as Markdown, numbers right-aligned."""
+    header, body = table(rows)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def expected_order(rows: Sequence[ReportRow]) -> OrderCheck:
+    """Check present > best > discriminative and mean > copy_last, mid-term.
+
+    On mIoU where the report has it; else on the feature loss (lower is better). Equal values do
+    not hold. Pairs with a missing row are left out and said to be.
+    """
+    metric = "miou" if any(row.metric == "miou" for row in rows) else "feature_loss"
+    sign = 1.0 if metric == "miou" else -1.0
+    holds: list[str] = []
+    fails: list[str] = []
+    absent: list[str] = []
+    for better, worse in EXPECTED_ORDER:
+        high = find_value(rows, horizon="mid", row=better, metric=metric)
+        low = find_value(rows, horizon="mid", row=worse, metric=metric)
+        if high is None or low is None:
+            absent.append(f"{better} > {worse}")
+            continue
+        shown = f"{better} ({show(high, metric)}) > {worse} ({show(low, metric)})"
+        is_better = sign * high > sign * low and math.isfinite(high) and math.isfinite(low)
+        (holds if is_better else fails).append(shown)
+    on = "mid-term mIoU" if metric == "miou" else "mid-term feature loss, > meaning better"
+    left_out = f" (not in this report: {', '.join(absent)})" if absent else ""
+    if fails:
+        text = f"expected order: does not hold on {on}: {'; '.join(fails)}{left_out}"
+        return OrderCheck(holds=False, metric=metric, text=text)
+    if not holds:
+        return OrderCheck(holds=None, metric=metric, text=f"expected order: not checked{left_out}")
+    text = f"expected order: holds on {on}: {'; '.join(holds)}{left_out}"
+    return OrderCheck(holds=True, metric=metric, text=text)

@@ -1,0 +1,108 @@
+"""The page of a report: one HTML file with its style inside, nothing fetched from anywhere.
+
+Light and dark by the reader's setting, one column on a phone. `report.py` fills the $places.
+"""
+
+from string import Template
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --wash: #f6f8fa;
+  --good: #1a7f37; --bad: #b35900;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #0f1318; --ink: #e6eaef; --soft: #9aa5b1; --line: #313943; --wash: #181e25;
+    --good: #4cc26a; --bad: #f0a04b;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1.25rem 1rem 4rem; max-width: 64rem;
+  background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 .25rem; }
+h2 {
+  font-size: 1.15rem; margin: 2.25rem 0 .5rem; padding-top: .5rem;
+  border-top: 1px solid var(--line);
+}
+h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; overflow-wrap: anywhere; }
+p { margin: .35rem 0; max-width: 46rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+.order { border-left: 4px solid var(--line); padding: .4rem .8rem; background: var(--wash); }
+.order.holds { border-color: var(--good); }
+.order.fails { border-color: var(--bad); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+table.facts td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
+table.facts td:first-child { color: var(--soft); min-width: 10rem; }
+table.probes td:nth-child(2) { min-width: 13rem; }
+table.probes td:last-child { color: var(--soft); font-size: .85rem; }
+pre { background: var(--wash); padding: .75rem; overflow-x: auto; font-size: .8rem; }
+details summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin: .5rem 0; }
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; display: block; }
+.panel {
+  display: grid; grid-template-columns: 8.5rem repeat(var(--columns), minmax(0, 1fr));
+  align-items: center;
+}
+.panel .name {
+  grid-column: 1 / span calc(1 + var(--free)); justify-self: end;
+  padding-right: .6rem; font-size: .85rem; line-height: 1.2;
+}
+.panel .times {
+  grid-column: 2 / -1; display: grid; grid-template-columns: repeat(var(--columns), 1fr);
+  text-align: center; font-size: .75rem; color: var(--soft);
+}
+.panel img {
+  grid-column: span var(--tiles) / -1; width: 100%; height: auto; display: block;
+}
+.legend {
+  display: flex; flex-wrap: wrap; gap: .25rem .9rem; font-size: .85rem; margin: .5rem 0;
+  padding: 0; list-style: none;
+}
+.legend i {
+  display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px;
+}
+@media (max-width: 40rem) {
+  body { padding: 1rem .75rem 3rem; }
+  th, td { padding: .3rem .25rem .3rem .4rem; }
+  table { font-size: .8rem; }
+  table.facts td:first-child { min-width: 6rem; }
+  table.probes tr {
+    display: grid; grid-template-columns: 1fr 1fr; border-bottom: 1px solid var(--line);
+  }
+  table.probes td, table.probes td:nth-child(2) { border: 0; min-width: 0; }
+  table.probes td:last-child { grid-column: 1 / -1; padding: 0 0 .3rem; }
+  .panel { grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
+  .panel .times { grid-column: 1 / -1; }
+  .panel .name { grid-column: 1 / -1; justify-self: start; padding-top: .35rem; }
+  .panel .name.late { grid-column: 1 / span var(--free); justify-self: end; padding-top: 0; }
+}
+@media print { body { max-width: none; } details { display: none; } }
+"""
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+<p class="soft">$summary</p>
+$body
+</main>
+</body>
+</html>
+""")

@@ -1,0 +1,177 @@
+"""The frozen backbone: uint8 frames to the patch tokens that the caches hold.
+
+A DINOv3 ViT (or another ViT of transformers with a class token and register tokens), with the
+mean and standard deviation of its preprocessor_config.json. Its output is the last hidden state
+after the final LayerNorm, without the class token and the register tokens. Called by run.py.
+"""
+
+import hashlib
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..shards.errors import UsageError
+from .backbone_files import find_folder, load_frozen_model, read_preprocessor
+
+Autocast = Literal["float32", "bfloat16"]
+
+_CONFIG_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "num_channels",
+    "num_register_tokens",
+    "hidden_act",
+    "layer_norm_eps",
+    "rope_theta",
+    "use_gated_mlp",
+    "query_bias",
+    "key_bias",
+    "value_bias",
+    "proj_bias",
+    "mlp_bias",
+)
+"""What of a config decides the output: named one by one, because a whole config changes with the
+version of transformers that wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Backbone:
+    """A frozen network on one device. Made by `Backbone.load`."""
+
+    name: str
+    """The hub id, or the name of the local folder. No part of the identity."""
+    model: nn.Module
+    config: Any
+    """The transformers config of `model`."""
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    device: torch.device
+    autocast: Autocast
+
+    @classmethod
+    def load(
+        cls, name: str, *, device: str | torch.device = "cpu", autocast: Autocast = "float32"
+    ) -> "Backbone":
+        """The backbone of a local folder or a hub id, float32 weights, frozen, on `device`.
+
+        autocast: precision of the products; `bfloat16` keeps norms and softmax in float32.
+        No network for a local folder. Raises UsageError if it cannot be had or is of another kind.
+        """
+        folder = find_folder(name)
+        image_mean, image_std = read_preprocessor(folder)
+        model, config = load_frozen_model(folder)
+        place = torch.device(device)
+        return cls(
+            name=folder.resolve().name if Path(name).is_dir() else name,
+            model=model.to(place),
+            config=config,
+            image_mean=image_mean,
+            image_std=image_std,
+            device=place,
+            autocast=autocast,
+        )
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.config.patch_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in a token, D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_register_tokens(self) -> int:
+        return int(self.config.num_register_tokens)
+
+    def grid(self, frame_size: int) -> tuple[int, int]:
+        """Patch rows and columns of a square frame; their product is N.
+
+        Raises UsageError if frame_size is no multiple of the patch size.
+        """
+        side = self._num_patches(frame_size)
+        return side, side
+
+    @torch.inference_mode()
+    def tokens(self, frames: Tensor) -> Tensor:
+        """Post-norm patch tokens float32 (B, N, D), row-major patches, on the backbone's device.
+
+        frames: uint8 (B, 3, H, W), RGB, 0-255, any device. Raises UsageError for sides that are
+        no multiple of the patch size.
+        """
+        num_patches = self._num_patches(frames.shape[-2]) * self._num_patches(frames.shape[-1])
+        pixels = self.normalise(frames.to(self.device))
+        with ExitStack() as precision:
+            if self.device.type == "cuda":
+                # float32 means float32: convolutions would use TF32 otherwise.
+                precision.enter_context(
+                    torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+                )
+            if self.autocast == "bfloat16":
+                precision.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            hidden: Tensor = self.model(pixel_values=pixels).last_hidden_state
+        num_special = 1 + self.num_register_tokens
+        if hidden.shape[1:] != (num_special + num_patches, self.hidden_size):
+            raise UsageError(
+                f"backbone {self.name}: gave tokens of shape {tuple(hidden.shape[1:])}, wanted 1 "
+                f"class, {self.num_register_tokens} register and {num_patches} patch tokens of "
+                f"{self.hidden_size}: use a DINOv3 ViT"
+            )
+        return hidden[:, num_special:].float()
+
+    def normalise(self, frames: Tensor) -> Tensor:
+        """float32 (B, 3, H, W): uint8 frames * (1/255), minus mean, over standard deviation."""
+        mean = torch.tensor(self.image_mean, device=frames.device)[:, None, None]
+        std = torch.tensor(self.image_std, device=frames.device)[:, None, None]
+        return frames.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+
+    def black_tokens(self, frame_size: int) -> Tensor:
+        """float32 (N, D) on the CPU: the patch tokens of an all-zero frame.
+
+        Every sequence of delta tokens starts from it, so a cache computes it once.
+        """
+        black = torch.zeros((1, 3, frame_size, frame_size), dtype=torch.uint8)
+        return self.tokens(black)[0].cpu()
+
+    def identity(self) -> dict[str, Any]:
+        """`config` (what decides the output) and `weights_sha256`; equal across transformers'
+        versions, devices and file layouts."""
+        config = {
+            field: getattr(self.config, field)
+            for field in _CONFIG_FIELDS
+            if hasattr(self.config, field)
+        }
+        return {"config": config, "weights_sha256": self._weights_sha256}
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        # transformers 5.0 names its tensors `layer.N`, later versions `model.layer.N`.
+        tensors = {name.removeprefix("model."): t for name, t in self.model.state_dict().items()}
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            array = tensors[name].detach().cpu().contiguous().numpy()
+            digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def _num_patches(self, side: int) -> int:
+        patch = self.patch_size
+        if side < patch or side % patch:
+            below = max(patch, side // patch * patch)
+            sizes = sorted({below, side // patch * patch + patch})
+            raise UsageError(
+                f"frame size {side}: wanted a multiple of the backbone's patch size {patch}: "
+                f"use {' or '.join(map(str, sizes))}"
+            )
+        return side // patch

@@ -1,0 +1,159 @@
+"""One decoding process as the pool sees it: started, spoken to without ever waiting, killed.
+
+Everything here belongs to the pool's thread.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .wire import Message, MessageReader, WireError, send
+
+OUTPUT_BYTES = 4096
+"""How much of the end of what a child prints is kept, to say why it died."""
+
+PIPE_BYTES = 2**20
+"""Wanted capacity of the pixel pipe: fewer switches between child and pool. Linux allows it to
+every user; where it does not, the pipe stays as it is."""
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""A decoding process multiplies no matrices: it needs none of the thread pools of numpy."""
+
+
+class ChildFailed(Exception):
+    """The child is dead or not to be trusted any more; the text says how it ended."""
+
+
+class ChildProcess:
+    """A child and its three pipes: requests in, messages out, and what it prints."""
+
+    def __init__(self, command: Sequence[str], *, max_payload_bytes: int) -> None:
+        request_read, self.request_fd = os.pipe()
+        self.response_fd, response_write = os.pipe()
+        self.output_fd, output_write = os.pipe()
+        try:
+            words = [str(request_read), str(response_write), str(os.getpid())]
+            self._process = subprocess.Popen(
+                [*command, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output_write,
+                stderr=output_write,
+                pass_fds=(request_read, response_write),
+                env=os.environ | ONE_THREAD,
+                process_group=0,  # Ctrl-C is for the parent
+            )
+        except BaseException:
+            self._close_pipes()
+            raise
+        finally:
+            for descriptor in (request_read, response_write, output_write):
+                os.close(descriptor)
+        for descriptor in (self.request_fd, self.response_fd, self.output_fd):
+            os.set_blocking(descriptor, False)
+        _widen(self.response_fd)
+        self._reader = MessageReader(self.response_fd, max_payload_bytes=max_payload_bytes)
+        self._printed = b""
+        self.decoder = "decoder"
+        """Which decoder it last said it was starting."""
+
+    def memory_bytes(self) -> int:
+        """Resident memory; 0 where it cannot be told (other than Linux, or the child is gone)."""
+        try:
+            pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        except (OSError, IndexError):
+            return 0
+        return int(pages) * resource.getpagesize()
+
+    def send(self, header: dict[str, Any]) -> None:
+        """Hands a request to an idle child; ChildFailed where it does not take it."""
+        self.decoder = "decoder"
+        self._printed = b""
+        try:
+            send(self.request_fd, header)  # a few kB into an empty pipe: cannot block
+        except OSError as error:
+            raise ChildFailed(self.how_it_ended()) from error
+
+    def receive(self) -> Message | None:
+        """The next message, if it has come whole.
+
+        Raises:
+            ChildFailed: the child has ended, or sent something else.
+        """
+        try:
+            return self._reader.read()
+        except BlockingIOError:
+            return None
+        except WireError as error:
+            raise ChildFailed(f"{self.decoder} {error}") from error
+        except (EOFError, OSError) as error:
+            raise ChildFailed(self.how_it_ended()) from error
+
+    def read_output(self) -> bool:
+        """Takes what the child has printed, keeping its end; False once there will be no more."""
+        return self._read_printed() != b""
+
+    def how_it_ended(self) -> str:
+        """One line: signal or exit status of a child that has closed its pipe, and its last words.
+
+        A child that closed its pipe and still runs is killed.
+        """
+        try:
+            status = self._process.wait(timeout=0.5)  # it is ending: its pipe is closed
+        except subprocess.TimeoutExpired:
+            return f"{self.decoder} closed its pipe"
+        while self._read_printed():
+            pass
+        how = f"exited with status {status}"
+        if status < 0:
+            how = f"crashed: signal {-status}{_signal_name(-status)}"
+        return f"{self.decoder} {how}{self._last_words()}"
+
+    def kill(self) -> None:
+        """Kills the child and closes its pipes; `reap` then takes it off the process table."""
+        self._process.kill()
+        self._close_pipes()
+
+    def reap(self, *, timeout_s: float = 0.0) -> bool:
+        """Whether the killed child is gone; one that hangs in the kernel may take its time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=timeout_s)
+        return self._process.returncode is not None
+
+    def _read_printed(self) -> bytes | None:
+        """What the child has printed since; None: nothing now; empty: it has closed its output."""
+        try:
+            data = os.read(self.output_fd, 65536)
+        except BlockingIOError:
+            return None
+        self._printed = (self._printed + data)[-OUTPUT_BYTES:]
+        return data
+
+    def _last_words(self) -> str:
+        lines = self._printed.decode(errors="replace").split("\n")
+        spoken = [" ".join(line.split()) for line in lines if line.strip()]
+        return f" ({spoken[-1][:200]})" if spoken else ""
+
+    def _close_pipes(self) -> None:
+        for descriptor in (self.request_fd, self.response_fd, self.output_fd):
+            os.close(descriptor)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f" ({signal.Signals(number).name})"
+    except ValueError:
+        return ""
+
+
+def _widen(descriptor: int) -> None:
+    try:
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except (ImportError, AttributeError, OSError):
+        return

@@ -1,0 +1,119 @@
+"""What an extraction is: one frozen dataclass, one field per flag of `deltatok-extract`.
+
+`pipeline/` fills it from YAML and flags, `run.py` does what it says. The text under a field is its
+help text. Whatever cannot be meant is refused here, before a clip is opened.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..shards.errors import UsageError
+
+KINETICS_STRIDE_RANGE_S = (1 / 25, 1 / 3)
+"""The paper's gaps between the frames of a training window, in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Videos in, a patch-token cache out."""
+
+    videos: tuple[str, ...]
+    """Video files, folders (searched recursively), or .txt lists with one file a line."""
+    out: str
+    """Folder of the cache; one that is already there is gone on with."""
+    backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+    """Hub id or local folder of the frozen DINOv3."""
+    frame_size: int = 512
+    """Side of the square frames the backbone sees, in pixels."""
+    sampling: Literal["windows", "uniform"] = "windows"
+    """windows: random windows, crops and flips as the paper trains; uniform: a fixed frame rate,
+    whole frames, every window of the clip (evaluation)."""
+    num_windows: int = 4
+    """Windows drawn from a clip (sampling windows)."""
+    num_frames: int = 8
+    """Frames in a window."""
+    time_stride_range: tuple[float, float] = KINETICS_STRIDE_RANGE_S
+    """Smallest and largest gap between two frames of a window, in seconds (sampling windows)."""
+    crop_scale: tuple[float, float] = (0.6, 1.0)
+    """Smallest and largest share of the frame's area a crop covers (sampling windows)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of a crop (sampling windows)."""
+    flip_probability: float = 0.5
+    """How often a window is mirrored left to right, 0..1 (sampling windows)."""
+    fps: float | None = None
+    """Frames a second to take (sampling uniform; it has no default)."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """How the tokens are stored."""
+    workers: int | None = None
+    """Decoding processes; none given: one for every CPU core this process may use."""
+    seed: int = 0
+    """Decides every window, crop and flip, and the order of clips in shards."""
+    max_quarantined: float = 0.05
+    """The run fails (exit code 3) if more than this share of the clips gives no windows, 0..1."""
+    retry_quarantined: bool = False
+    """Decode the clips in quarantine again."""
+    device: str = "auto"
+    """Where the backbone runs: auto, cpu, cuda or cuda:N."""
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the backbone; auto: bfloat16 on cuda, float32 on the CPU."""
+    frames_per_shard: int = 512
+    """Frames in a shard, about: a shard holds whole clips."""
+    batch_frames: int = 64
+    """Frames in one pass through the backbone."""
+    decode_timeout_s: float = 60.0
+    """Wall-clock seconds a clip may take before its decoder is killed; twice, then quarantine."""
+    min_frames: int = 2
+    """A clip that shows fewer different frames than this goes to quarantine: every window of a
+    one-frame clip would be a still. A clip shorter than a window is taken, as the release does:
+    the nearest frames, some of them twice, with their true times."""
+    decode_threads: int = 1
+    """Threads in one decoding process; 1 is best as long as there are workers for every core.
+    What a decoder makes up for damaged parts of a frame can differ with this number."""
+
+    def __post_init__(self) -> None:
+        if not self.videos:
+            raise UsageError("videos: none given, wanted at least one file, folder or .txt list")
+        if not self.out:
+            raise UsageError("out: empty, wanted the folder to write the cache to")
+        for name in (
+            "frame_size",
+            "num_windows",
+            "num_frames",
+            "frames_per_shard",
+            "batch_frames",
+            "min_frames",
+            "decode_threads",
+        ):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        _check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "0..2**63-1")
+        for name in ("flip_probability", "max_quarantined"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0..1")
+        _check("decode_timeout_s", self.decode_timeout_s, _positive(self.decode_timeout_s), "> 0")
+        for name in ("time_stride_range", "crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            valid = _positive(low) and _positive(high) and low <= high
+            _check(name, (low, high), valid, "two positive numbers, the smaller first")
+        _check("crop_scale", self.crop_scale, self.crop_scale[1] <= 1, "at most 1")
+        for name, allowed in (
+            ("sampling", ("windows", "uniform")),
+            ("dtype", ("float16", "bfloat16")),
+            ("autocast", ("auto", "float32", "bfloat16")),
+        ):
+            value = getattr(self, name)
+            _check(name, value, value in allowed, f"one of {', '.join(allowed)}")
+        if self.sampling == "uniform":
+            rate = self.fps is not None and _positive(self.fps)
+            _check("fps", self.fps, rate, "frames a second, above 0, with sampling uniform")
+        else:
+            _check("fps", self.fps, self.fps is None, "no value unless sampling is uniform")
+
+
+def _check(name: str, value: object, valid: bool, wanted: str) -> None:
+    if not valid:
+        raise UsageError(f"{name}: got {value!r}, wanted {wanted}: change it and run again")
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0

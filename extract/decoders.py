@@ -1,0 +1,79 @@
+"""One clip in, its windows and the frames they use out; which decoder, and when to use the other.
+
+Runs inside a child process (`child.py`), because a decoder can hang, crash or leak. A window is
+drawn from the times of the frames the clip shows, so both decoders give the same windows.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .decord_decoder import DecordFailed, decode_with_decord, why_not_decord
+from .packets import Float64, UInt8, read_index
+from .pyav_decoder import decode_with_pyav
+from .sampling import SamplingPolicy, WindowDraw, draw_windows
+from .unusable import UnusableClip
+
+logger = logging.getLogger(__name__)
+
+DecoderName = Literal["decord", "pyav"]
+
+
+@dataclass(frozen=True)
+class DecodedFrames:
+    """What one clip gave."""
+
+    decoder: DecoderName
+    windows: list[WindowDraw]
+    frames: dict[int, UInt8]
+    """RGB of every frame that some window uses, by frame index: uint8 (H, W, 3), all one size."""
+
+
+def decode_clip(
+    path: Path,
+    *,
+    key: str,
+    policy: SamplingPolicy,
+    use_decord: bool = True,
+    threads: int = 1,
+    max_bytes: int = 2**32,
+    starting: Callable[[DecoderName], None] = lambda name: None,
+) -> DecodedFrames:
+    """Draws the clip's windows and decodes their frames.
+
+    Args:
+        use_decord: False after decord hung or crashed on this clip.
+        threads: of the decoder.
+        max_bytes: RGB bytes the windows' frames may have together.
+        starting: called with the name of a decoder before it starts on the clip.
+
+    Raises:
+        UnusableClip: with the reason.
+    """
+
+    def draw(times_s: Float64, height: int, width: int) -> list[WindowDraw]:
+        windows = draw_windows(policy, key, times_s, height, width)
+        num_frames = len({frame for window in windows for frame in window.frame_index})
+        if num_frames * height * width * 3 > max_bytes:
+            raise UnusableClip(
+                f"its windows use {num_frames} frames of {width}x{height}, "
+                f"{num_frames * height * width * 3 / 1e9:.1f} GB at once, more than "
+                f"{max_bytes / 1e9:.1f} GB: cut it into shorter clips",
+                stage="sample",
+            )
+        return windows
+
+    starting("pyav")  # which reads the container for both
+    index = read_index(path)
+    if use_decord and why_not_decord(index) is None:
+        starting("decord")
+        try:
+            windows, frames = decode_with_decord(path, index=index, draw=draw, threads=threads)
+            return DecodedFrames("decord", windows, frames)
+        except DecordFailed as error:
+            logger.info("%s: %s; decoding it with PyAV", path, error)
+        starting("pyav")
+    windows, frames = decode_with_pyav(path, index=index, draw=draw, threads=threads)
+    return DecodedFrames("pyav", windows, frames)

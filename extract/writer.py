@@ -1,0 +1,112 @@
+"""What turns the features of a shard's windows into a shard: the protocol, and patch-token shards.
+
+run.py decodes, crops and runs the backbone; a writer decides what of a window's patch tokens is
+kept and how it is stored. `PatchShardWriter` keeps them all; the fused mode of pipeline/ passes a
+writer that keeps delta tokens. W windows, T frames, N patches, D channels.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..shards.cache import CacheInfo
+from ..shards.patch_writer import PatchRows, write_black, write_patch_shard
+from ..shards.records import DoneRecord, Quarantined
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRows:
+    """All windows of one shard, in plan order, and what became of its clips."""
+
+    values: NDArray[Any]
+    """(W, ...): what `ShardWriter.convert` made of each window."""
+    timestamps_s: NDArray[np.float32]
+    """float32 (W, T), seconds since the clip's first shown frame."""
+    frame_index: NDArray[np.int32]
+    """int32 (W, T), in presentation order."""
+    crop: NDArray[np.float32]
+    """float32 (W, 4): top, left, height, width in source pixels."""
+    flipped: NDArray[np.bool_]
+    """bool (W,)."""
+    clip: NDArray[np.int32]
+    """int32 (W,), index into keys."""
+    keys: list[str]
+    """The shard's clips that have windows, in plan order."""
+    decoders: dict[str, str]
+    """Clip -> the decoder that read it."""
+    quarantined: list[Quarantined]
+    """The shard's clips that have none, in plan order."""
+
+
+class ShardWriter(Protocol):
+    """What becomes of the patch tokens. Methods are called in the order they stand here."""
+
+    def describe(self, patches: CacheInfo) -> CacheInfo:
+        """The cache.json of the cache to write.
+
+        patches: that of a patch-token cache of these features, its identity without `storage`.
+        """
+
+    def begin(self, folder: Path, black_tokens: Tensor) -> None:
+        """Called once, before the first shard that this run makes.
+
+        black_tokens: float32 (N, D) on the backbone's device, a black frame's patch tokens.
+        """
+
+    def convert(self, tokens: Tensor) -> Tensor:
+        """What to keep of a batch of windows, (B, ...), on the device the tokens are on.
+
+        tokens: float32 (B, T, N, D); B is the same in every call, and the last windows of a
+        shard's last batch may be padding that is dropped afterwards. Rows must not mix.
+        """
+
+    def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
+        """Writes the shard and, last, its done-record. Called from another thread than `convert`,
+        for one shard after the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchShardWriter:
+    """Keeps every patch token: Zarr shards of (W, T, N, D)."""
+
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """How they are stored."""
+    seed: int = 0
+    """Decides the order of the windows within a shard."""
+
+    def describe(self, patches: CacheInfo) -> CacheInfo:
+        storage = {"storage": {"dtype": self.dtype}}
+        return replace(patches, identity={**patches.identity, **storage})
+
+    def begin(self, folder: Path, black_tokens: Tensor) -> None:
+        if not (folder / "black.npy").exists():
+            write_black(folder, black_tokens.cpu().numpy())
+
+    def convert(self, tokens: Tensor) -> Tensor:
+        # Rounded on the device: half the bytes to copy. What does not fit float16 becomes infinite
+        # and is refused by name when the shard is written. bfloat16 bits are made there too.
+        return tokens.to(torch.float16) if self.dtype == "float16" else tokens
+
+    def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
+        return write_patch_shard(
+            folder,
+            shard,
+            PatchRows(
+                tokens=rows.values,
+                timestamps_s=rows.timestamps_s,
+                frame_index=rows.frame_index,
+                crop=rows.crop,
+                flipped=rows.flipped,
+                clip=rows.clip,
+                keys=rows.keys,
+            ),
+            dtype=self.dtype,
+            seed=self.seed,
+            decoders=rows.decoders,
+            quarantined=rows.quarantined,
+        )

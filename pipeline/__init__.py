@@ -1,0 +1,1 @@
+"""The top floor: the commands, the stage graph and the quickstart's little world."""

@@ -1,0 +1,116 @@
+"""What all commands share: a parser made from a config dataclass, logging, exit codes.
+
+Exit codes: 0 done; 1 anything else; 2 bad usage or config; 3 too many clips quarantined;
+4 cache does not match; 75 stopped by SIGTERM; 130 interrupted from the keyboard.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from ..shards.errors import DeltatokError, UsageError
+from .config import apply_settings, build_config, field_docs, read_yaml
+
+Config = TypeVar("Config")
+SHORT_FLAGS = {"num_windows": "--windows"}
+"""Fields whose flag is shorter than their name; the long one works too."""
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a usage error is a UsageError like every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of exiting, so that one place prints errors and picks the exit code."""
+        raise UsageError(f"{message}\n{self.format_usage().strip()}\ntry: {self.prog} --help")
+
+
+def run_command(body: Callable[[], None]) -> int:
+    """Run one command's body; print its error, if any, and give the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "accelerate", "matplotlib", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        body()
+    except DeltatokError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `deltatok-shards info DIR | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def config_parser(prog: str, config_type: type, *, summary: str, example: str) -> Parser:
+    """A parser with one flag for every top-level field of `config_type`, and --config, --set."""
+    parser = Parser(
+        prog=prog,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_flags(parser, config_type)
+    return parser
+
+
+def add_config_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
+    """Add --config, --set and a flag for each field; nested dataclasses are reached by --set."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same names")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.SUB=VALUE",
+        help="any setting, also nested",
+    )
+    docs, hints = field_docs(config_type), typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
+        flags = [f"--{field.name.replace('_', '-')}"]
+        if field.name in SHORT_FLAGS:
+            flags.insert(0, SHORT_FLAGS[field.name])
+        text = (docs.get(field.name, "") + default).replace("%", "%%")
+        if hints[field.name] is bool:
+            action: Any = argparse.BooleanOptionalAction
+            parser.add_argument(*flags, dest=field.name, action=action, default=None, help=text)
+        elif dataclasses.is_dataclass(hints[field.name]):
+            names = ", ".join(f.name for f in dataclasses.fields(hints[field.name]))
+            group = f"{field.name}.*"
+            parser.epilog = (parser.epilog or "") + f"\n\n--set {group}: {names}"
+        else:
+            many = typing.get_origin(hints[field.name]) is tuple
+            parser.add_argument(
+                *flags,
+                dest=field.name,
+                nargs="+" if many else None,
+                default=None,
+                metavar=field.name.upper(),
+                help=text,
+            )
+
+
+def config_from_arguments(config_type: type[Config], arguments: argparse.Namespace) -> Config:
+    """The config that defaults, --config, flags and --set make together (later wins)."""
+    values = read_yaml(Path(arguments.config)) if arguments.config else {}
+    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        given = getattr(arguments, field.name, None)
+        if given is not None:
+            values[field.name] = given
+    apply_settings(values, arguments.set)
+    return build_config(config_type, values, where=arguments.config or "command line")
+
+
+def parse_config(
+    config_type: type[Config], argv: Sequence[str], *, prog: str, summary: str, example: str
+) -> Config:
+    """Parse `argv` straight into a `config_type`."""
+    parser = config_parser(prog, config_type, summary=summary, example=example)
+    return config_from_arguments(config_type, parser.parse_args(argv))

@@ -1,0 +1,71 @@
+"""deltatok-shards: what a cache holds (info) and whether it is whole (verify)."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..shards.errors import DamagedShard
+from ..shards.info import describe_cache
+from ..shards.verify import verify_cache
+from .command import Parser, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `deltatok-shards`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(words))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="deltatok-shards",
+        description="Look at a cache of patch-token or delta-token shards.",
+        epilog="examples:\n  deltatok-shards info cache/patches\n"
+        "  deltatok-shards verify cache/patches",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    info = kinds.add_parser("info", help="format, shape, size, provenance, quarantine")
+    verify = kinds.add_parser("verify", help="presence, sizes, checksums, shapes, finite values")
+    for kind in (info, verify):
+        kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
+        kind.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def _run(words: list[str]) -> None:
+    arguments = _parser().parse_args(words)
+    if arguments.kind == "info":
+        _info(arguments.dir, as_json=arguments.json)
+    else:
+        _verify(arguments.dir, as_json=arguments.json)
+
+
+def _info(folder: Path, *, as_json: bool) -> None:
+    found = describe_cache(folder)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        print(f"{key:<20} {value if not isinstance(value, dict | list) else json.dumps(value)}")
+
+
+def _verify(folder: Path, *, as_json: bool) -> None:
+    report = verify_cache(folder)
+    if as_json:
+        counts = {"shards": report.shards, "windows": report.windows, "bytes": report.bytes}
+        print(json.dumps({"problems": list(report.problems), **counts}, indent=1))
+    else:
+        for problem in report.problems:
+            print(problem)
+    if report.problems:
+        raise DamagedShard(
+            f"{folder}: {report.problems[0]} ({len(report.problems)} problems in all); remove the "
+            "done-records (shards/NNNNNN.json) of the shards named and extract again"
+        )
+    if not as_json:
+        print(
+            f"{folder}: {report.shards} shards, {report.windows} windows, {report.bytes} bytes: ok"
+        )

@@ -1,0 +1,95 @@
+"""The two cache formats: patch-token shards (Zarr v3) and delta-token shards (WebDataset tars).
+
+FORMAT.md beside this file specifies both. Reading needs NumPy only; writing imports zarr or
+webdataset when the first shard is written.
+"""
+
+from .cache import (
+    DELTAS,
+    FORMAT_VERSION,
+    PATCHES,
+    CacheInfo,
+    CacheShape,
+    canonical_json,
+    compare,
+    fingerprint,
+    finish_cache,
+    open_cache,
+    read_cache_info,
+)
+from .delta_writer import DeltaRows, write_delta_shard
+from .deltas import DeltaShards
+from .errors import (
+    CacheMismatch,
+    DamagedShard,
+    DeltatokError,
+    Stopped,
+    TooManyQuarantined,
+    UsageError,
+)
+from .info import describe_cache
+from .patch_writer import PatchRows, write_black, write_patch_shard
+from .patches import PatchShards
+from .plan import (
+    PlanEntry,
+    clips_of_shard,
+    make_plan,
+    num_shards,
+    read_plan,
+    window_order,
+    write_plan,
+)
+from .records import (
+    DoneRecord,
+    Quarantined,
+    append_timing,
+    done_shards,
+    read_done,
+    write_done,
+    write_quarantine,
+)
+from .verify import VerifyReport, verify_cache
+
+__all__ = [
+    "DELTAS",
+    "FORMAT_VERSION",
+    "PATCHES",
+    "CacheInfo",
+    "CacheMismatch",
+    "CacheShape",
+    "DamagedShard",
+    "DeltaRows",
+    "DeltaShards",
+    "DeltatokError",
+    "DoneRecord",
+    "PatchRows",
+    "PatchShards",
+    "PlanEntry",
+    "Quarantined",
+    "Stopped",
+    "TooManyQuarantined",
+    "UsageError",
+    "VerifyReport",
+    "append_timing",
+    "canonical_json",
+    "clips_of_shard",
+    "compare",
+    "describe_cache",
+    "done_shards",
+    "fingerprint",
+    "finish_cache",
+    "make_plan",
+    "num_shards",
+    "open_cache",
+    "read_cache_info",
+    "read_done",
+    "read_plan",
+    "verify_cache",
+    "window_order",
+    "write_black",
+    "write_delta_shard",
+    "write_done",
+    "write_patch_shard",
+    "write_plan",
+    "write_quarantine",
+]

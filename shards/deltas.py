@@ -1,0 +1,275 @@
+"""DeltaShards: reads a delta-token cache by window numbers, from the mapped tars.
+
+    deltas = DeltaShards("cache/deltas")
+    tokens = deltas.tokens([3, 17])         # float16 (2, T, D)
+
+Windows are numbered through all shards in shard order. Any number of threads may read, and
+processes forked while a reader is open may go on reading with it.
+"""
+
+import math
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .cache import DELTAS, CacheInfo
+from .errors import DamagedShard
+from .opening import ADVICE, OpenedCache, Verify, checked_out, checked_windows, open_finished
+from .records import shard_path
+from .tar_blocks import Block, read_blocks, read_timestamps, read_windows
+
+MAX_MAPPED_SHARDS = 4096
+"""Shards mapped at once; a quarter of the files a process may open, where that is less (each
+mapping holds a file descriptor)."""
+
+KEPT_BLOCKS = 16
+"""Blocks whose windows.json stays parsed, for `window`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Where everything is in the tars of a cache."""
+
+    blocks: list[list[Block]]
+    """Per shard."""
+    block_starts: NDArray[np.int64]
+    """int64 (blocks + 1,): the number of the first window of every block of the cache."""
+    offsets: NDArray[np.int64]
+    """int64 (W,): byte of its shard's tar at which the tokens of a window start."""
+    strides: list[int]
+    """Per shard: a number of bytes that divides all its offsets."""
+
+
+class DeltaShards:
+    """A finished delta-token cache, opened for reading.
+
+    Opening hashes every tar and holds it against its done-record (a tar has no checksums of its
+    own); verify="size" checks sizes only: for the other ranks of a run, and for huge caches that
+    `deltatok-shards verify` has seen.
+
+    Raises CacheMismatch for a folder that is no delta cache or is not finished (unless
+    `allow_incomplete`: its finished shards), DamagedShard for what is missing or changed.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, verify: Verify = "sha256", allow_incomplete: bool = False
+    ) -> None:
+        self._cache: OpenedCache = open_finished(
+            folder, format=DELTAS, verify=verify, allow_incomplete=allow_incomplete
+        )
+        self._arguments = (str(folder), allow_incomplete)
+        shape = self.info.shape
+        self.shape: tuple[int, int] = (shape.num_frames, shape.hidden_size)
+        self._layout = _read_layout(self._cache)
+        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_mapped = max(1, min(MAX_MAPPED_SHARDS, soft_limit // 4))
+        self._rows: dict[int, NDArray[np.void]] = {}
+        self._timestamps: NDArray[np.float32] | None = None
+        self._clip_index: NDArray[np.int64] | None = None
+        self._windows: dict[int, list[dict[str, Any]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, self._arguments
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the cache."""
+        return self._cache.folder
+
+    @property
+    def info(self) -> CacheInfo:
+        """The cache.json."""
+        return self._cache.info
+
+    @property
+    def fingerprint(self) -> str:
+        """What the cache is, see `CacheInfo.fingerprint`."""
+        return self.info.fingerprint
+
+    @property
+    def num_windows(self) -> int:
+        """W, the windows of all shards."""
+        return self._cache.num_windows
+
+    @property
+    def keys(self) -> list[str]:
+        """All clips that have windows; `clip_index` indexes into this list."""
+        return self._cache.keys()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tokens of the whole cache, as `load` gives them."""
+        return self.num_windows * self._row_bytes
+
+    @property
+    def clip_index(self) -> NDArray[np.int64]:
+        """int64 (W,): the clip of every window, index into `keys`; read on first use."""
+        if self._clip_index is None:
+            self._clip_index = self._read_clip_index()
+        return self._clip_index
+
+    def tokens(
+        self, windows: ArrayLike, *, out: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float16]:
+        """The delta tokens of `windows` (B,), float16 (B, T, D), in the order asked.
+
+        `out`: a float16 array of that shape to fill and return. Raises IndexError for a window
+        that is not there.
+        """
+        numbers = checked_windows(windows, self.num_windows)
+        filled = checked_out(out, (len(numbers), *self.shape), np.dtype("<f2"))
+        # One window is one item of raw bytes: a shard's windows are gathered in one step.
+        flat = filled.reshape(len(numbers), math.prod(self.shape))
+        items = flat.view(f"V{self._row_bytes}")[:, 0]
+        order = np.argsort(numbers)
+        shards, _ = self._cache.locate(numbers[order])
+        offsets = self._layout.offsets[numbers[order]]
+        for shard, begin, end in _runs(shards):
+            chosen = offsets[begin:end] // self._layout.strides[shard]
+            items[order[begin:end]] = self._mapped(shard)[chosen]
+        return filled
+
+    def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
+        """float32 (B, T): seconds from the window's first frame."""
+        return self._all_timestamps()[checked_windows(windows, self.num_windows)]
+
+    def window(self, index: int) -> dict[str, Any]:
+        """What is known of one window: clip (key), frames (T indices), crop, flipped."""
+        number = int(checked_windows([index], self.num_windows)[0])
+        block = int(np.searchsorted(self._layout.block_starts, number, side="right")) - 1
+        windows = self._windows.get(block)
+        if windows is None:
+            windows = self._read_block_windows(block)
+            if len(self._windows) >= KEPT_BLOCKS:
+                self._windows.clear()
+            self._windows[block] = windows
+        return dict(windows[number - int(self._layout.block_starts[block])])
+
+    def load(self) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """All tokens, float16 (W, T, D), and timestamps, float32 (W, T), in memory."""
+        return self.tokens(np.arange(self.num_windows)), self._all_timestamps().copy()
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape) * 2
+
+    def _mapped(self, shard: int) -> NDArray[np.void]:
+        """The mapped tar as one item of a window's bytes at every multiple of its stride."""
+        rows = self._rows.get(shard)
+        if rows is None:
+            record = self._cache.records[shard]
+            path = shard_path(self.folder, record.shard, ".tar")
+            rows = _map_rows(
+                path,
+                size=self._cache.records[shard].files[path.relative_to(self.folder).as_posix()][
+                    "bytes"
+                ],
+                row_bytes=self._row_bytes,
+                stride=self._layout.strides[shard],
+            )
+            while len(self._rows) >= self._max_mapped:
+                self._rows.pop(next(iter(self._rows)), None)
+            self._rows[shard] = rows
+        return rows
+
+    def _all_timestamps(self) -> NDArray[np.float32]:
+        if self._timestamps is None:
+            parts = [np.empty((0, self.shape[0]), dtype=np.float32)]
+            for record, blocks in zip(self._cache.records, self._layout.blocks, strict=True):
+                path = shard_path(self.folder, record.shard, ".tar")
+                parts += [read_timestamps(path, block) for block in blocks]
+            self._timestamps = np.concatenate(parts)
+        return self._timestamps
+
+    def _read_block_windows(self, block: int) -> list[dict[str, Any]]:
+        counts = np.cumsum([0, *(len(blocks) for blocks in self._layout.blocks)])
+        shard = int(np.searchsorted(counts, block, side="right")) - 1
+        path = shard_path(self.folder, self._cache.records[shard].shard, ".tar")
+        chosen = self._layout.blocks[shard][block - int(counts[shard])]
+        return read_windows(path, chosen, num_frames=self.shape[0])
+
+    def _read_clip_index(self) -> NDArray[np.int64]:
+        clips: list[int] = []
+        records = self._cache.records
+        for shard, first_key in enumerate(self._cache.first_keys().tolist()):
+            path = shard_path(self.folder, records[shard].shard, ".tar")
+            position = {key: first_key + index for index, key in enumerate(records[shard].keys)}
+            for block in self._layout.blocks[shard]:
+                for window in read_windows(path, block, num_frames=self.shape[0]):
+                    if window["clip"] not in position:
+                        raise DamagedShard(
+                            f"{path}: a window of clip {window['clip']!r}, which the done-record "
+                            f"does not name: {ADVICE}"
+                        )
+                    clips.append(position[window["clip"]])
+        return np.array(clips, dtype=np.int64)
+
+
+def _reopen(folder: str, allow_incomplete: bool) -> DeltaShards:
+    # The tars were hashed when the reader was first opened, not again by every worker.
+    return DeltaShards(folder, verify="size", allow_incomplete=allow_incomplete)
+
+
+def _read_layout(cache: OpenedCache) -> _Layout:
+    shape = cache.info.shape
+    row_bytes = shape.num_frames * shape.hidden_size * 2
+    blocks: list[list[Block]] = []
+    sizes: list[int] = [0]
+    offsets: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    strides: list[int] = []
+    for record in cache.records:
+        path = shard_path(cache.folder, record.shard, ".tar")
+        if list(record.files) != [path.relative_to(cache.folder).as_posix()]:
+            raise DamagedShard(f"{path}: the done-record names other files than this one: {ADVICE}")
+        found = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
+        rows = sum(block.num_windows for block in found)
+        if rows != record.rows:
+            raise DamagedShard(
+                f"{path}: {rows} windows, the done-record says {record.rows}: {ADVICE}"
+            )
+        starts = [
+            block.tokens_offset + row_bytes * np.arange(block.num_windows, dtype=np.int64)
+            for block in found
+        ]
+        blocks.append(found)
+        sizes += [block.num_windows for block in found]
+        offsets += starts
+        strides.append(int(np.gcd.reduce(np.concatenate(starts))))
+    return _Layout(
+        blocks=blocks,
+        block_starts=np.cumsum(sizes, dtype=np.int64),
+        offsets=np.concatenate(offsets),
+        strides=strides,
+    )
+
+
+def _map_rows(path: Path, *, size: int, row_bytes: int, stride: int) -> NDArray[np.void]:
+    try:
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise DamagedShard(f"{path}: cannot be mapped ({error}): {ADVICE}") from error
+    if mapped.size != size:
+        raise DamagedShard(f"{path}: {mapped.size} bytes, had {size} when opened: {ADVICE}")
+    return np.ndarray(
+        shape=((mapped.size - row_bytes) // stride + 1,),
+        dtype=np.dtype((np.void, row_bytes)),
+        buffer=mapped.data,
+        strides=(stride,),
+    )
+
+
+def _runs(values: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """(value, begin, end) for every run of equal values in the sorted `values` (B,)."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    begins = [0, *edges.tolist()] if len(values) else []
+    ends = [*edges.tolist(), len(values)]
+    for begin, end in zip(begins, ends, strict=False):
+        yield int(values[begin]), begin, end

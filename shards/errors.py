@@ -1,0 +1,41 @@
+"""The errors a user can cause or meet, each with the exit code its command ends with.
+
+Every message says what was got, what was wanted, and what to do about it. The commands in
+`pipeline/` print the message and exit with `exit_code`; everybody else only raises.
+"""
+
+
+class DeltatokError(ValueError):
+    """Anything that stops a command for a reason the user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(DeltatokError):
+    """A path, flag or configuration value that cannot be used as given."""
+
+    exit_code = 2
+
+
+class TooManyQuarantined(DeltatokError):
+    """The run finished, but more clips than allowed are in quarantine."""
+
+    exit_code = 3
+
+
+class CacheMismatch(DeltatokError):
+    """A cache is sound but is not the one that is asked for; names the field that differs."""
+
+    exit_code = 4
+
+
+class DamagedShard(DeltatokError):
+    """A cache file is missing, truncated, changed or not what its format says."""
+
+    exit_code = 1
+
+
+class Stopped(DeltatokError):
+    """The run was asked to stop and did so between two shards."""
+
+    exit_code = 75

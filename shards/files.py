@@ -1,0 +1,173 @@
+"""Writing files so that a kill at any moment leaves the old file, the new file, or a partial.
+
+Every writer in the house goes through here: a file or folder is built under its partial name
+`NAME.partial-<pid>-<8 hex>` (4 hex digits of the machine, 4 random), flushed to the disk, and
+only then moved onto its final name.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from .errors import DamagedShard
+
+PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
+
+STALE_AFTER_S = 86_400.0
+"""Partials of another machine are taken for dead after a day without a change (a guess)."""
+
+MAX_JSON_BYTES = 256 * 2**20
+"""No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
+
+
+def partial_path(path: Path) -> Path:
+    """A fresh name beside `path` to build it under: `NAME.partial-<pid>-<8 hex>`."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}-{_machine()}{secrets.token_hex(2)}")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Flushes the file or folder `partial` to the disk, moves it onto `final`, flushes the parent.
+
+    A file that is already there is replaced in one step. A folder that is already there is moved
+    aside first: killed in between, neither is there, which no done-record ever promises.
+    """
+    _flush_tree(partial)
+    if partial.is_dir() and final.exists():
+        aside = partial_path(final)
+        final.rename(aside)
+        partial.rename(final)
+        remove(aside)
+    else:
+        partial.replace(final)
+    flush(final.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` as the whole file `path`, atomically."""
+    partial = partial_path(path)
+    try:
+        partial.write_bytes(data)
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON with sorted keys, atomically.
+
+    Raises ValueError for NaN and infinities, which JSON does not have.
+    """
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in the JSON file `path`; DamagedShard where it is missing or no JSON."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise DamagedShard(
+                f"{path}: {size} bytes, a file of a cache has at most {MAX_JSON_BYTES}: "
+                "restore it from a copy or make the cache again"
+            )
+        return parse_json(path.read_bytes(), where=str(path))
+    except OSError as error:
+        raise DamagedShard(
+            f"{path}: cannot be read ({error.strerror}): restore it from a copy "
+            "or make the cache again"
+        ) from error
+
+
+def parse_json(data: bytes, *, where: str) -> Any:
+    """The value in `data`; DamagedShard naming `where` if it is not strict JSON in UTF-8."""
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedShard(
+            f"{where}: not valid JSON ({error}): restore it from a copy or make the cache again"
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of the file's bytes, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a whole folder; a missing one is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=False)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether the name is one that `partial_path` gives."""
+    return PARTIAL.search(path.name) is not None
+
+
+def remove_partials(folder: Path) -> list[Path]:
+    """Removes what killed writers left directly in `folder`; gives what was removed.
+
+    Kept: the partials of other living processes, and those of other machines that changed within
+    the last day. Call it before this process starts to write there, since its own are removed.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = PARTIAL.search(path.name)
+        if match is None or _may_be_alive(path, int(match[1]), match[2]):
+            continue
+        remove(path)
+        removed.append(path)
+    return removed
+
+
+def _may_be_alive(path: Path, pid: int, machine: str) -> bool:
+    if machine != _machine():
+        try:
+            return time.time() - path.stat().st_mtime < STALE_AFTER_S
+        except FileNotFoundError:
+            return False
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _machine() -> str:
+    """4 hex digits of this machine's name: a process id means something only on its machine."""
+    return hashlib.blake2b(platform.node().encode(), digest_size=2).hexdigest()
+
+
+def _flush_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _flush_tree(child)
+    flush(path)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

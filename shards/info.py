@@ -1,0 +1,78 @@
+"""describe_cache: what a cache is and holds, for `deltatok-shards info`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .cache import PATCHES, CacheInfo, read_cache_info
+from .plan import PLAN, num_shards, read_plan
+from .records import read_all_done
+
+
+def describe_cache(folder: Path | str) -> dict[str, Any]:
+    """Format, shape, counts, bytes, dtype, provenance and quarantine, as plain JSON values.
+
+    Reads cache.json, plan.jsonl and the done-records, not the shards; raises as the readers do
+    for a folder that is no cache.
+    """
+    folder = Path(folder)
+    info = read_cache_info(folder)
+    records = read_all_done(folder)
+    plan = read_plan(folder) if (folder / PLAN).is_file() else []
+    shape = info.shape
+    return {
+        "format": f"{info.format} {info.format_version}",
+        "fingerprint": info.fingerprint,
+        "complete": info.complete,
+        "shards": len(records),
+        "shards_planned": num_shards(plan) if plan else None,
+        "windows": sum(record.rows for record in records),
+        "clips": sum(len(record.keys) for record in records),
+        "clips_planned": len(plan) if plan else None,
+        "quarantined": sum(len(record.quarantined) for record in records),
+        "frames_per_window": shape.num_frames,
+        "tokens_per_frame": shape.num_tokens,
+        "grid": None if shape.grid is None else list(shape.grid),
+        "channels": shape.hidden_size,
+        "dtype": _lookup(info.identity, "storage", "dtype"),
+        "bytes": sum(int(entry["bytes"]) for record in records for entry in record.files.values()),
+        "abs_max": max((_abs_max(record.statistics) for record in records), default=0.0),
+        "provenance": _provenance(info),
+        "backbone": info.backbone,
+        "licence": info.licence,
+        "software": info.software,
+        "counts": info.counts,
+    }
+
+
+def _provenance(info: CacheInfo) -> list[dict[str, Any]]:
+    """From the videos to this cache: what was run, and the hashes that tell it apart."""
+    deltas = info.format != PATCHES
+    patches = _lookup(info.identity, "patches") if deltas else info.identity
+    patches = patches if isinstance(patches, dict) else {}
+    chain: list[dict[str, Any]] = [
+        {"step": "backbone", "weights_sha256": _lookup(patches, "backbone", "weights_sha256")},
+        {
+            "step": "patches",
+            "fingerprint": info.parent_fingerprint if deltas else info.fingerprint,
+            "frame_size": _lookup(patches, "preprocessing", "frame_size"),
+            "sampling": _lookup(patches, "sampling"),
+        },
+    ]
+    if deltas:
+        weights = _lookup(info.identity, "tokenizer", "weights_sha256")
+        chain.append({"step": "tokenizer", "weights_sha256": weights})
+        chain.append({"step": "deltas", "fingerprint": info.fingerprint})
+    return chain
+
+
+def _lookup(value: Any, *names: str) -> Any:
+    """The value below `names`, None where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _abs_max(statistics: Mapping[str, Any]) -> float:
+    value = statistics.get("abs_max", 0.0)
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -1,0 +1,203 @@
+"""PatchShards: reads a patch-token cache by window numbers.
+
+    patches = PatchShards("cache/patches")
+    tokens = patches.tokens([3, 17])        # float32 (2, T, N, D)
+
+Windows are numbered through all shards in shard order. Any number of threads may read, and
+processes forked while a reader is open may go on reading with it.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .cache import BLACK, PATCHES, CacheInfo
+from .dtypes import STORED_DTYPES, from_stored
+from .opening import OpenedCache, Verify, checked_out, checked_windows, open_finished
+from .patch_table import WindowTable, logical_dtype, read_black, read_table
+from .records import shard_path
+from .zarr_map import ReadOnlyFile, TokenFile
+
+MAX_OPEN_FILES = 128
+"""Shards kept open by each thread; a process may open 1,024 files on most machines."""
+
+
+class PatchShards:
+    """A finished patch-token cache, opened for reading.
+
+    Opening checks that every file is there with the size its done-record says; with
+    verify="sha256" that it has the bytes too. Every read checks the checksum of each frame.
+
+    Raises CacheMismatch for a folder that is no patch cache or is not finished (unless
+    `allow_incomplete`: its finished shards), DamagedShard for what is missing or changed.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, verify: Verify = "size", allow_incomplete: bool = False
+    ) -> None:
+        self._cache: OpenedCache = open_finished(
+            folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete
+        )
+        self._arguments = (str(folder), verify, allow_incomplete)
+        shape = self.info.shape
+        if shape.num_tokens is None or shape.grid is None:
+            raise AssertionError("read_cache_info lets no patch cache pass without tokens")
+        self.shape: tuple[int, int, int] = (shape.num_frames, shape.num_tokens, shape.hidden_size)
+        self.grid: tuple[int, int] = shape.grid
+        self.dtype = logical_dtype(self.info)
+        self._token_files: dict[int, TokenFile] = {}
+        self._thread = threading.local()
+        self._table: WindowTable | None = None
+        self._black: NDArray[np.float32] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, self._arguments
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the cache."""
+        return self._cache.folder
+
+    @property
+    def info(self) -> CacheInfo:
+        """The cache.json."""
+        return self._cache.info
+
+    @property
+    def fingerprint(self) -> str:
+        """What the cache is, see `CacheInfo.fingerprint`."""
+        return self.info.fingerprint
+
+    @property
+    def num_windows(self) -> int:
+        """W, the windows of all shards."""
+        return self._cache.num_windows
+
+    @property
+    def keys(self) -> list[str]:
+        """All clips that have windows; `clip_index` indexes into this list."""
+        return self._cache.keys()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tokens of the whole cache, as `load` gives them."""
+        bytes_each = 2 if self.dtype == "float16" else 4
+        return self.num_windows * int(np.prod(self.shape)) * bytes_each
+
+    @property
+    def clip_index(self) -> NDArray[np.int64]:
+        """int64 (W,): the clip of every window, index into `keys`."""
+        return self.table().clip
+
+    @property
+    def crop(self) -> NDArray[np.float32]:
+        """float32 (W, 4): top, left, height, width in source pixels of every window."""
+        return self.table().crop
+
+    @property
+    def flipped(self) -> NDArray[np.bool_]:
+        """bool (W,): whether the window was mirrored."""
+        return self.table().flipped
+
+    @property
+    def black(self) -> NDArray[np.float32]:
+        """float32 (N, D): the tokens of a black frame, what precedes a window's first frame."""
+        if self._black is None:
+            self._black = read_black(self.folder / BLACK, self.info, self.shape[1:])
+        return self._black
+
+    def tokens(
+        self, windows: ArrayLike, *, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """The patch tokens of `windows` (B,), float32 (B, T, N, D), in the order asked.
+
+        `out`: a float32 array of that shape to fill and return. Raises DamagedShard for a frame
+        whose checksum is wrong, IndexError for a window that is not there.
+        """
+        numbers = checked_windows(windows, self.num_windows)
+        filled = checked_out(out, (len(numbers), *self.shape), np.dtype(np.float32))
+        frame: NDArray[Any] = np.empty(self.shape[1:], dtype=STORED_DTYPES[self.dtype])
+        frame_bytes = frame.reshape(-1).view(np.uint8)
+        for position, tokens, file, window in self._in_file_order(numbers):
+            for index in range(self.shape[0]):
+                tokens.read_frame(file, window, index, out=frame_bytes)
+                from_stored(frame, self.dtype, out=filled[position, index])
+        return filled
+
+    def stored_tokens(self, windows: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """As `tokens`, without the conversion: float16, or bfloat16 bits as uint16."""
+        numbers = checked_windows(windows, self.num_windows)
+        stored = STORED_DTYPES[self.dtype]
+        filled = checked_out(out, (len(numbers), *self.shape), stored)
+        frames = filled.reshape(len(numbers), self.shape[0], math.prod(self.shape[1:]))
+        frames = frames.view(np.uint8)
+        for position, tokens, file, window in self._in_file_order(numbers):
+            for index in range(self.shape[0]):
+                tokens.read_frame(file, window, index, out=frames[position, index])
+        return filled
+
+    def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
+        """float32 (B, T): seconds since the first shown frame of the window's clip."""
+        return self.table().timestamps_s[checked_windows(windows, self.num_windows)]
+
+    def frame_index(self, windows: ArrayLike) -> NDArray[np.int32]:
+        """int32 (B, T): index of the frames in presentation order."""
+        return self.table().frame_index[checked_windows(windows, self.num_windows)]
+
+    def load(self) -> NDArray[Any]:
+        """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for bfloat16.
+
+        See `size_bytes` before asking.
+        """
+        windows = np.arange(self.num_windows)
+        return self.stored_tokens(windows) if self.dtype == "float16" else self.tokens(windows)
+
+    def table(self) -> WindowTable:
+        """Everything but the tokens, read for all windows on first use."""
+        if self._table is None:
+            self._table = read_table(self._cache)
+        return self._table
+
+    def _in_file_order(
+        self, numbers: NDArray[np.int64]
+    ) -> Iterator[tuple[int, TokenFile, ReadOnlyFile, int]]:
+        """(position in `numbers`, the shard's tokens, its open file, window within the shard)."""
+        shards, windows = self._cache.locate(numbers)
+        for position in np.argsort(numbers, kind="stable"):
+            shard = int(shards[position])
+            tokens = self._token_file(shard)
+            yield int(position), tokens, self._open_file(shard, tokens), int(windows[position])
+
+    def _token_file(self, shard: int) -> TokenFile:
+        tokens = self._token_files.get(shard)
+        if tokens is None:
+            record = self._cache.records[shard]
+            tokens = TokenFile(
+                shard_path(self.folder, record.shard, ".zarr"),
+                shape=(record.rows, *self.shape),
+                dtype=STORED_DTYPES[self.dtype],
+            )
+            self._token_files[shard] = tokens
+        return tokens
+
+    def _open_file(self, shard: int, tokens: TokenFile) -> ReadOnlyFile:
+        # Per thread, so that no lock is needed (a lock held during a fork stays locked).
+        files: dict[int, ReadOnlyFile] = self._thread.__dict__.setdefault("files", {})
+        file = files.pop(shard, None) or tokens.open()
+        files[shard] = file  # the most recently used is last
+        if len(files) > MAX_OPEN_FILES:
+            del files[next(iter(files))]
+        return file
+
+
+def _reopen(folder: str, verify: Verify, allow_incomplete: bool) -> PatchShards:
+    # The files were checked when the reader was first opened; not hashed again by every worker.
+    return PatchShards(folder, verify="size", allow_incomplete=allow_incomplete)

@@ -1,0 +1,169 @@
+"""plan.jsonl: which clip goes into which shard, fixed before any work starts.
+
+One JSON object a line: {"key", "source", "size_bytes", "shard"}, in shard order. The order of
+clips and of windows comes from hashes, not from a random generator, so that it is the same with
+every release of every library and does not depend on the order the clips are found in.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checked import Fields
+from .errors import CacheMismatch, DamagedShard, UsageError
+from .files import parse_json, write_bytes
+
+PLAN = "plan.jsonl"
+
+
+class PlannedClip(Protocol):
+    """What a plan needs to know of a clip."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the cache, unique."""
+
+    @property
+    def path(self) -> Path:
+        """The file to read it from."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of that file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """One clip of the plan."""
+
+    key: str
+    source: str
+    """Where the clip was read from; for people, may be gone."""
+    size_bytes: int
+    """Size of the source file: another size means another clip."""
+    shard: int
+
+
+def make_plan(clips: Iterable[PlannedClip], *, clips_per_shard: int, seed: int) -> list[PlanEntry]:
+    """The clips dealt into shards of `clips_per_shard`, in an order fixed by `seed` and the keys.
+
+    Raises UsageError for two clips of one key, or a key that is empty or no valid text.
+    """
+    if clips_per_shard < 1:
+        raise UsageError(f"clips_per_shard is {clips_per_shard}, wanted 1 or more")
+    by_key: dict[str, PlannedClip] = {}
+    for clip in clips:
+        _check_key(clip.key)
+        if clip.key in by_key:
+            raise UsageError(
+                f"{clip.path} and {by_key[clip.key].path} are both called {clip.key!r}: "
+                "rename one, or give a common parent folder"
+            )
+        by_key[clip.key] = clip
+    order = sorted(by_key, key=lambda key: (_digest(f"clip:{seed}:{key}"), key))
+    return [
+        PlanEntry(
+            key=key,
+            source=str(by_key[key].path),
+            size_bytes=by_key[key].size_bytes,
+            shard=position // clips_per_shard,
+        )
+        for position, key in enumerate(order)
+    ]
+
+
+def window_order(num_windows: int, *, seed: int, shard: int) -> NDArray[np.intp]:
+    """The order in which a shard stores its windows: stored[i] = made[order[i]], intp (W,)."""
+    digests = [_digest(f"window:{seed}:{shard}:{window}") for window in range(num_windows)]
+    return np.array(sorted(range(num_windows), key=digests.__getitem__), dtype=np.intp)
+
+
+def write_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> list[PlanEntry]:
+    """Stores `plan`, or holds it against the one that is there; gives the plan to follow.
+
+    A stored plan is kept: its shards stand, the sources are those of `plan` (files may have
+    moved). Raises CacheMismatch when the two do not name the same clips of the same sizes.
+    """
+    folder = Path(folder)
+    if not (folder / PLAN).exists():
+        lines = [json.dumps(asdict(entry), sort_keys=True) for entry in plan]
+        write_bytes(folder / PLAN, "".join(f"{line}\n" for line in lines).encode())
+        return list(plan)
+    stored = read_plan(folder)
+    asked = {entry.key: entry for entry in plan}
+    known = {entry.key for entry in stored}
+    for names, what in (
+        (sorted(asked.keys() - known), "is asked for but not in the plan of this cache"),
+        (sorted(known - asked.keys()), "is in the plan of this cache but not asked for"),
+    ):
+        if names:
+            raise CacheMismatch(
+                f"{folder}: clip {names[0]!r} {what} ({len(names)} such clips): "
+                "give the same videos as before, or another folder"
+            )
+    for entry in stored:
+        if entry.size_bytes != asked[entry.key].size_bytes:
+            raise CacheMismatch(
+                f"{folder}: clip {entry.key!r} had {entry.size_bytes} bytes when the plan was "
+                f"made, now {asked[entry.key].size_bytes}: restore the file, or extract into "
+                "another folder"
+            )
+    return [replace(entry, source=asked[entry.key].source) for entry in stored]
+
+
+def read_plan(folder: Path | str) -> list[PlanEntry]:
+    """The stored plan; DamagedShard if it is missing or malformed."""
+    path = Path(folder) / PLAN
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DamagedShard(
+            f"{path}: cannot be read ({error.strerror}): restore it, or make the cache again"
+        ) from error
+    plan = []
+    keys = set()
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}: line {number}"
+        fields = Fields(parse_json(line, where=where), where=where)
+        entry = PlanEntry(
+            key=fields.text("key"),
+            source=fields.text("source"),
+            size_bytes=fields.integer("size_bytes"),
+            shard=fields.integer("shard", high=len(lines) - 1),
+        )
+        if entry.key in keys:
+            raise DamagedShard(f"{where}: clip {entry.key!r} a second time: restore the file")
+        keys.add(entry.key)
+        plan.append(entry)
+    return plan
+
+
+def clips_of_shard(plan: Iterable[PlanEntry], shard: int) -> list[PlanEntry]:
+    """The clips of one shard, in plan order."""
+    return [entry for entry in plan if entry.shard == shard]
+
+
+def num_shards(plan: Iterable[PlanEntry]) -> int:
+    """How many shards the plan has; shards are numbered from 0 without gaps."""
+    return max((entry.shard for entry in plan), default=-1) + 1
+
+
+def _check_key(key: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the clip name {key!r} is no valid UTF-8 text: rename the file"
+        ) from error
+    if not key:
+        raise UsageError("a clip has an empty name: give the folder above it")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,0 +1,74 @@
+"""The FLOPs counted from our modules are those of the released ones (PAPER's table)."""
+
+import pytest
+import torch
+
+from deltatok.evaluate.flops import (
+    FlopsConfig,
+    FlopsRow,
+    count_flops,
+    flops_rows,
+    markdown_table,
+    paper_table_b,
+)
+from deltatok.shards.errors import UsageError
+from deltatok.train.models.deltaworld import DeltaWorldConfig
+
+PAPER = {  # row: GFLOPs at 256 px, at 512 px
+    "backbone, a frame": (47.1, 215.0),
+    "encoder, a pair (released)": (97.0, 503.3),
+    "decoder, a frame": (46.1, 213.1),
+    "predictor, one sample, 4 context tokens": (0.256, 0.256),
+    "predictor, one sample, 5 context tokens": (0.284, 0.284),
+    "predictor, one sample, 6 context tokens": (0.313, 0.313),
+    "window: backbone, 8 frames + 1 black": (424.3, 1935.3),
+    "window: encode 8 pairs (released)": (775.7, 4026.3),
+    "window: selection, K = 256": (256.4, 256.4),
+    "window: winner, forward + backward": (3.4, 3.4),
+    "window: whole, on the fly (released)": (1459.9, 6221.5),
+    "tokenizer training pair: backbone": (94.3, 430.1),
+    "tokenizer training pair: whole (released)": (523.6, 2579.1),
+}
+
+
+@pytest.mark.parametrize(("column", "frame_size"), [(0, 256), (1, 512)])
+def test_full_size_counts_are_those_of_the_paper_table(column, frame_size):
+    got = {row.name: row.gflops for row in flops_rows(FlopsConfig(frame_size=frame_size))}
+    for name, values in PAPER.items():
+        digits = 3 if values[column] < 1 else 1
+        assert abs(got[name] - values[column]) <= 0.51 * 10**-digits, name
+
+
+def test_saved_work_is_counted_from_what_runs():
+    got = {row.name: row.gflops for row in flops_rows(FlopsConfig(frame_size=256))}
+    here = got["encoder, a pair (here: last block computes z only)"]
+    assert here < 0.94 * got["encoder, a pair (released)"]
+    whole = got["window: whole, from cached delta tokens"]
+    assert got["window: whole, on the fly (released)"] / whole > 5
+
+
+def test_table_b_of_the_paper_is_reproduced():
+    got = [round(row.gflops, 2) for row in paper_table_b(FlopsConfig(frame_size=256))]
+    assert got == [0.26, 0.28, 0.31, 46.12]
+
+
+def test_products_are_counted_twice_per_multiply_add():
+    layer = torch.nn.Linear(3, 5, device="meta")
+    assert count_flops(lambda: layer(torch.empty(7, 3, device="meta"))) == 2 * 7 * 3 * 5
+
+
+def test_table_has_a_column_for_every_size():
+    rows = [FlopsRow("encoder", 1234.5), FlopsRow("predictor", 0.256)]
+    assert markdown_table([("256 px", rows), ("512 px", rows)]) == (
+        "| GFLOPs | 256 px | 512 px |\n"
+        "|---|---|---|\n"
+        "| encoder | 1,234.50 | 1,234.50 |\n"
+        "| predictor | 0.256 | 0.256 |\n"
+    )
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(UsageError, match="multiple of patch_size 16"):
+        FlopsConfig(frame_size=250)
+    with pytest.raises(UsageError, match="make them equal"):
+        FlopsConfig(world=DeltaWorldConfig(hidden_size=64))

@@ -1,0 +1,93 @@
+"""Little lossless clips and the tiny golden backbone, for the tests that extract."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from deltatok.extract.backbone import Backbone
+from deltatok.extract.config import ExtractConfig
+
+BACKBONE = Path(__file__).parents[1] / "golden" / "backbone"
+FPS = 25
+HEIGHT, WIDTH = 48, 80
+
+ClipWriter = Callable[..., np.ndarray]
+ConfigMaker = Callable[..., ExtractConfig]
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Backbone:
+    """A 3-layer DINOv3 of width 64 and patch size 16 with random weights."""
+    torch.set_num_threads(1)  # tiny products gain nothing from threads
+    return Backbone.load(str(BACKBONE))
+
+
+@pytest.fixture(scope="session")
+def write_clip() -> ClipWriter:
+    """Writes a clip without loss; gives its frames uint8 (T, H, W, 3)."""
+
+    def write(path: Path, *, seed: int, num_frames: int = 40) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        blocks = rng.integers(0, 256, (num_frames, HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
+        frames = blocks.repeat(8, axis=1).repeat(8, axis=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264rgb", rate=FPS, options={"qp": "0"})
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "rgb24"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+        return frames
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory, write_clip: ClipWriter) -> Path:
+    """Five clips, cN.mp4 written with seed N, and one file that is no video."""
+    folder = tmp_path_factory.mktemp("clips")
+    for seed in range(5):
+        write_clip(folder / f"c{seed}.mp4", seed=seed)
+    (folder / "broken.mp4").write_bytes(b"this is no video")
+    return folder
+
+
+@pytest.fixture
+def make_config(clips: Path, tmp_path: Path) -> ConfigMaker:
+    """A config for `clips` that writes to tmp_path/out: three shards of two clips."""
+
+    def make(**changes: object) -> ExtractConfig:
+        settings: dict[str, object] = {
+            "videos": (str(clips),),
+            "out": str(tmp_path / "out"),
+            "backbone": str(BACKBONE),
+            "frame_size": 32,
+            "num_windows": 3,
+            "num_frames": 4,
+            "frames_per_shard": 24,
+            "batch_frames": 8,
+            "workers": 1,
+            "max_quarantined": 0.2,
+        }
+        return ExtractConfig(**(settings | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digests() -> Callable[[Path], dict[str, str]]:
+    """File -> SHA-256 of all files below a folder, but for what tells of time and process."""
+
+    def digest(folder: Path) -> dict[str, str]:
+        return {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in ("timings.jsonl", ".lock")
+        }
+
+    return digest

@@ -1,0 +1,174 @@
+"""The backbone gives the golden patch tokens, knows itself again, and refuses what it cannot be."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from safetensors.torch import load, load_file, save_file
+
+from deltatok.extract.backbone import Backbone
+from deltatok.shards.errors import UsageError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone.load(str(GOLDEN / "backbone"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the golden backbone's folder, free to be damaged."""
+    return Path(shutil.copytree(GOLDEN / "backbone", tmp_path / "backbone"))
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_patch_tokens_equal_the_released_ones(backbone: Backbone, case: str) -> None:
+    frames = load_file(GOLDEN / "01_backbone" / "inputs.safetensors")[f"frames_{case}"]
+    wanted = load_file(GOLDEN / "01_backbone" / "outputs.safetensors")[f"patch_tokens_{case}"]
+    tokens = backbone.tokens(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    assert tokens.dtype == torch.float32
+    assert (tokens - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_normalised_pixels_equal_the_released_ones(backbone: Backbone) -> None:
+    frames = load_file(GOLDEN / "01_backbone" / "inputs.safetensors")["frames_b"]
+    wanted = load_file(GOLDEN / "01_backbone" / "outputs.safetensors")["pixel_values_b"]
+    assert (backbone.normalise(frames.flatten(0, 1)) - wanted).abs().max() <= 1e-6
+
+
+def test_black_tokens_equal_the_released_ones(backbone: Backbone) -> None:
+    wanted = load_file(GOLDEN / "01_backbone" / "outputs.safetensors")["black_tokens_a"][0, 0]
+    assert (backbone.black_tokens(64) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_sizes_come_from_the_config(backbone: Backbone) -> None:
+    assert (backbone.patch_size, backbone.hidden_size, backbone.num_register_tokens) == (16, 64, 4)
+    assert backbone.grid(48) == (3, 3)
+
+
+@pytest.mark.parametrize(("size", "advice"), [(50, "48 or 64"), (5, "use 16"), (0, "use 16")])
+def test_frame_size_off_the_patch_grid_names_the_nearest(
+    backbone: Backbone, size: int, advice: str
+) -> None:
+    with pytest.raises(UsageError, match=advice):
+        backbone.grid(size)
+
+
+def test_bfloat16_stays_near_float32(backbone: Backbone) -> None:
+    low = Backbone.load(str(GOLDEN / "backbone"), autocast="bfloat16")
+    frames = load_file(GOLDEN / "01_backbone" / "inputs.safetensors")["frames_a"].flatten(0, 1)
+    exact, rounded = backbone.tokens(frames), low.tokens(frames)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+def test_identity_survives_saving_under_other_tensor_names(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    backbone.model.save_pretrained(tmp_path)
+    shutil.copy(GOLDEN / "backbone" / "preprocessor_config.json", tmp_path)
+    assert Backbone.load(str(tmp_path)).identity() == backbone.identity()
+
+
+def test_identity_changes_with_one_weight(backbone: Backbone, folder: Path) -> None:
+    weights = load((folder / "model.safetensors").read_bytes())
+    weights["norm.weight"][0] += 1e-6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    other = Backbone.load(str(folder)).identity()
+    assert other["config"] == backbone.identity()["config"]
+    assert other["weights_sha256"] != backbone.identity()["weights_sha256"]
+
+
+def test_identity_holds_json_values_that_decide_the_output(backbone: Backbone) -> None:
+    identity = json.loads(json.dumps(backbone.identity()))
+    assert identity["config"]["rope_theta"] == 100.0
+    assert identity["config"]["model_type"] == "dinov3_vit"
+    assert "transformers_version" not in identity["config"]
+
+
+def test_loading_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Backbone.load(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_preprocessor_config_is_named(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UsageError, match=r"no preprocessor_config\.json"):
+        Backbone.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"image_std": None}, "image_std"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"do_normalize": False}, "do_normalize"),
+    ],
+)
+def test_other_preprocessing_is_refused(folder: Path, change: dict, message: str) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UsageError, match=message):
+        Backbone.load(str(folder))
+
+
+def test_weights_of_another_config_are_refused(folder: Path) -> None:
+    weights = load((folder / "model.safetensors").read_bytes())
+    del weights["norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lack 1 tensors.*norm\.weight"):
+        Backbone.load(str(folder))
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        Backbone.load(str(folder))
+
+
+def test_a_model_without_register_tokens_is_refused(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    shutil.copy(GOLDEN / "backbone" / "preprocessor_config.json", tmp_path)
+    with pytest.raises(UsageError, match="use a DINOv3 ViT"):
+        Backbone.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "two words/x", "a/b/c"])
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"no such folder|neither a folder nor a hub id"):
+        Backbone.load(name)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no preprocessor_config"):
+        Backbone.load(str(tmp_path))
+
+
+def test_a_gated_hub_id_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, **_: object) -> str:
+        raise GatedRepoError("403", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UsageError, match=r"accept it and log in.*local folder"):
+        Backbone.load("facebook/dinov3-vitb16-pretrain-lvd1689m")
+
+
+def test_a_hub_id_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, **_: object) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UsageError, match=r"not found on the hub \(no connection\).*local folder"):
+        Backbone.load("facebook/dinov3-vitb16-pretrain-lvd1689m")

@@ -1,0 +1,206 @@
+"""The commands, end to end on a tiny world, and what each says to bad input."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deltatok.pipeline.evaluate_command import main as evaluate
+from deltatok.pipeline.extract_command import main as extract
+from deltatok.pipeline.pipeline_command import main as pipeline
+from deltatok.pipeline.shards_command import main as shards
+from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.pipeline.train_command import main as train
+from deltatok.shards import DeltaShards, PatchShards
+
+Fails = Callable[..., None]
+
+
+def test_the_whole_pipeline_writes_a_report(tiny_run: Path) -> None:
+    report = json.loads((tiny_run / "report" / "report.json").read_text())
+    rows = {row["row"] for row in report["rows"] if row["metric"] == "miou"}
+    assert rows == {"copy_last", "discriminative", "mean", "best", "present", "reconstruction"}
+    assert report["probes"]["z_swap_ratio"] > 0
+    assert set(report["seconds"]["stages"]) >= {"patches", "tokenizer", "world-model", "report"}
+    page = (tiny_run / "report" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+
+
+def test_a_second_run_does_nothing_twice(
+    tiny_inputs: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
+    assert pipeline(["run", str(tiny_inputs / "tiny.yaml"), "--out", str(tiny_run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tiny_run}/report/report.html"
+    after = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"report.json"}
+
+
+def test_patch_and_delta_caches_hold_the_same_windows(tiny_run: Path) -> None:
+    patches, deltas = PatchShards(tiny_run / "patches"), DeltaShards(tiny_run / "deltas")
+    assert patches.num_windows == deltas.num_windows == 12
+    assert [patches.keys[i] for i in patches.clip_index] == [
+        deltas.keys[i] for i in deltas.clip_index
+    ]
+
+
+@pytest.mark.parametrize("cache", ["patches", "deltas"])
+def test_info_and_verify_accept_a_sound_cache(
+    tiny_run: Path, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shards(["info", str(tiny_run / cache)]) == 0
+    assert shards(["info", str(tiny_run / cache), "--json"]) == 0
+    assert shards(["verify", str(tiny_run / cache)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": ok")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+@pytest.mark.parametrize("cache", ["patches", "deltas"])
+def test_a_damaged_shard_is_found_and_not_used(
+    tiny_run: Path, tmp_path: Path, fails: Fails, cache: str, damage: str
+) -> None:
+    copy = tmp_path / cache
+    shutil.copytree(tiny_run / cache, copy)
+    files = [p for p in (copy / "shards").rglob("*") if p.is_file() and p.suffix != ".json"]
+    biggest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(biggest.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    else:
+        del data[-1]
+    biggest.write_bytes(data)
+    fails(shards, ["verify", str(copy)], 1, "000000", "extract again")
+    kind, out = ("tokenizer", "t") if cache == "patches" else ("world", "w")
+    settings = ["--steps", "1", "--batch-size", "4", "--out", str(tmp_path / out)]
+    words = [kind, f"--{cache}", str(copy), *settings, *_model(kind)]
+    fails(train, words, 1, "000000")
+
+
+def _model(kind: str) -> list[str]:
+    if kind == "tokenizer":
+        model = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    else:
+        model = {
+            "predictor_hidden_size": 32,
+            "predictor_num_hidden_layers": 1,
+            "predictor_num_heads": 2,
+            "rope_axis_sizes": [12],
+            "num_samples_train": 4,
+        }
+    return [word for key, value in model.items() for word in ("--set", f"model.{key}={value}")]
+
+
+def test_no_such_video_path(tmp_path: Path, fails: Fails) -> None:
+    words = ["--videos", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")]
+    fails(extract, words, 2, "nowhere")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_without_a_video(tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("")
+    words = ["--videos", str(tmp_path / "in"), "--out", str(tmp_path / "o")]
+    fails(extract, words, 2, "no video")
+
+
+def test_every_clip_broken(tiny_inputs: Path, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "in" / name).write_bytes(b"this is not a video")
+    out = tmp_path / "o"
+    words = ["--videos", str(tmp_path / "in"), "--out", str(out), "--frame-size", "32"]
+    fails(extract, [*words, "--backbone", str(tiny_inputs / "backbone")], 3, "quarantine")
+    assert len((out / "quarantine.jsonl").read_text().splitlines()) == 2
+    assert not list(out.rglob("*.partial-*"))
+    assert not list(out.rglob("*.zarr"))
+
+
+def test_an_out_that_cannot_be_written(tiny_inputs: Path, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["--videos", str(tiny_inputs / "world" / "train"), "--frame-size", "32"]
+    words += ["--backbone", str(tiny_inputs / "backbone"), "--out", str(tmp_path / "file" / "o")]
+    fails(extract, words, 2, "file")
+
+
+def test_an_out_that_holds_another_cache(tiny_inputs: Path, tiny_run: Path, fails: Fails) -> None:
+    words = ["--videos", str(tiny_inputs / "world" / "train"), "--seed", "1"]
+    words += ["--backbone", str(tiny_inputs / "backbone"), "--frame-size", "32"]
+    fails(extract, [*words, "--out", str(tiny_run / "patches")], 4, "sampling.seed")
+
+
+def test_a_frame_size_off_the_patch_grid(tiny_inputs: Path, tmp_path: Path, fails: Fails) -> None:
+    words = ["--videos", str(tiny_inputs / "world" / "train"), "--frame-size", "40"]
+    words += ["--backbone", str(tiny_inputs / "backbone"), "--out", str(tmp_path / "o")]
+    fails(extract, words, 2, "40", "32", "48")
+
+
+def test_a_cache_of_another_backbone(
+    tiny_inputs: Path, tiny_run: Path, tmp_path: Path, fails: Fails
+) -> None:
+    other = make_tiny_backbone(
+        TinyBackboneConfig(
+            out=str(tmp_path / "other"),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            seed=1,
+        )
+    )
+    words = ["--videos", str(tiny_inputs / "world" / "val"), "--frame-size", "32"]
+    words += ["--sampling", "uniform", "--fps", "5", "--num-frames", "7", "--workers", "1"]
+    made = tmp_path / "patches"
+    assert extract([*words, "--backbone", str(other), "--out", str(made)]) == 0
+    tokenizer = str(tiny_run / "tokenizer")
+    words = ["--patches", str(made), "--tokenizer", tokenizer, "--out", str(tmp_path / "deltas")]
+    fails(extract, words, 4, "backbone.weights_sha256")
+    words = ["forecast", "--patches", str(made), "--tokenizer", tokenizer]
+    fails(evaluate, [*words, "--out", str(tmp_path / "r")], 4, "backbone.weights_sha256")
+
+
+def test_a_world_model_of_another_tokenizer(tiny_run: Path, tmp_path: Path, fails: Fails) -> None:
+    other = tmp_path / "tokenizer"
+    words = ["tokenizer", "--patches", str(tiny_run / "patches"), "--out", str(other)]
+    words += ["--steps", "2", "--batch-size", "14", "--seed", "1", *_model("tokenizer")]
+    assert train(words) == 0
+    words = ["forecast", "--patches", str(tiny_run / "val-patches"), "--tokenizer", str(other)]
+    words += ["--world", str(tiny_run / "world-model"), "--out", str(tmp_path / "r")]
+    fails(evaluate, words, 4, "tokenizer.weights_sha256")
+
+
+def test_the_wrong_kind_of_cache(tiny_run: Path, tmp_path: Path, fails: Fails) -> None:
+    words = ["world", "--deltas", str(tiny_run / "patches"), "--out", str(tmp_path / "w")]
+    fails(train, words, 4, "deltatok-patches", "deltatok-deltas")
+
+
+def test_an_unknown_key_names_the_nearest(tiny_run: Path, tmp_path: Path, fails: Fails) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"patches: {tiny_run / 'patches'}\nout: {tmp_path / 't'}\nbach_size: 4\n")
+    fails(train, ["tokenizer", "--config", str(config)], 2, "bach_size", "batch_size")
+
+
+def test_fewer_windows_than_the_batch(tiny_run: Path, tmp_path: Path, fails: Fails) -> None:
+    words = ["world", "--deltas", str(tiny_run / "deltas"), "--out", str(tmp_path / "w")]
+    fails(train, [*words, "--batch-size", "64", *_model("world")], 2, "64", "windows")
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [(train, ["tokeniser"]), (evaluate, ["forcast"]), (shards, ["inof", "x"]), (pipeline, [])],
+)
+def test_unknown_subcommands(
+    main: Callable[[list[str]], int], words: list[str], fails: Fails
+) -> None:
+    fails(main, words, 2)
+
+
+@pytest.mark.parametrize("main", [extract, shards, pipeline])
+def test_help_exits_at_once_with_code_0(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "example" in capsys.readouterr().out

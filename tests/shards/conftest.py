@@ -1,0 +1,221 @@
+"""Little caches of both formats, made by code: 2 shards of 3 clips, a few kilobytes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deltatok.shards import (
+    DELTAS,
+    PATCHES,
+    CacheInfo,
+    CacheShape,
+    DeltaRows,
+    PatchRows,
+    PlanEntry,
+    clips_of_shard,
+    finish_cache,
+    make_plan,
+    open_cache,
+    window_order,
+    write_black,
+    write_delta_shard,
+    write_patch_shard,
+    write_plan,
+    write_quarantine,
+)
+
+NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
+NUM_TOKENS = GRID[0] * GRID[1]
+NUM_WINDOWS = 5
+
+
+@dataclass(frozen=True)
+class Clip:
+    key: str
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Little:
+    """A cache on disk and what must come out of it."""
+
+    folder: Path
+    info: CacheInfo
+    plan: list[PlanEntry]
+    rows: list[Any]
+    """Per shard, PatchRows or DeltaRows in the order they were written."""
+    expected: dict[str, np.ndarray]
+    """The columns of `rows` for all windows, in the order of the reader's window numbers."""
+
+
+def patch_info(dtype: str = "float16", **changes: Any) -> CacheInfo:
+    return replace(
+        CacheInfo(
+            format=PATCHES,
+            identity={
+                "backbone": {"config": {"hidden_size": HIDDEN_SIZE}, "weights_sha256": "ab" * 32},
+                "preprocessing": {"frame_size": 32, "image_mean": [0.5, 0.5, 0.5]},
+                "sampling": {"policy": "windows", "seed": 7, "time_stride_range": [0.04, 1.0]},
+                "storage": {"dtype": dtype},
+            },
+            shape=CacheShape(
+                num_frames=NUM_FRAMES,
+                num_tokens=NUM_TOKENS,
+                grid=GRID,
+                hidden_size=HIDDEN_SIZE,
+            ),
+            licence="DINOv3 License",
+        ),
+        **changes,
+    )
+
+
+def delta_info(**changes: Any) -> CacheInfo:
+    info = patch_info()
+    return replace(
+        CacheInfo(
+            format=DELTAS,
+            identity={
+                "patches": info.identity,
+                "tokenizer": {"config": {}, "weights_sha256": "cd" * 32},
+                "storage": {"dtype": "float16"},
+            },
+            shape=CacheShape(
+                num_frames=NUM_FRAMES, num_tokens=None, grid=None, hidden_size=HIDDEN_SIZE
+            ),
+            parent_fingerprint=info.fingerprint,
+            licence="DINOv3 License",
+        ),
+        **changes,
+    )
+
+
+def common_columns(num_windows: int, keys: list[str], rng: np.random.Generator) -> dict[str, Any]:
+    return {
+        "timestamps_s": np.sort(rng.random((num_windows, NUM_FRAMES)), axis=1).astype(np.float32),
+        "frame_index": rng.integers(0, 1000, (num_windows, NUM_FRAMES)).astype(np.int32),
+        "crop": rng.random((num_windows, 4)).astype(np.float32),
+        "flipped": rng.random(num_windows) < 0.5,
+        "clip": rng.integers(0, len(keys), num_windows).astype(np.int32),
+        "keys": keys,
+    }
+
+
+def patch_rows(num_windows: int, keys: list[str], seed: int) -> PatchRows:
+    rng = np.random.default_rng(seed)
+    tokens = rng.standard_normal((num_windows, NUM_FRAMES, NUM_TOKENS, HIDDEN_SIZE))
+    return PatchRows(tokens=tokens.astype(np.float32), **common_columns(num_windows, keys, rng))
+
+
+def delta_rows(num_windows: int, keys: list[str], seed: int) -> DeltaRows:
+    rng = np.random.default_rng(seed)
+    tokens = rng.standard_normal((num_windows, NUM_FRAMES, HIDDEN_SIZE)).astype(np.float16)
+    return DeltaRows(tokens=tokens, **common_columns(num_windows, keys, rng))
+
+
+def make_patches(folder: Path, *, dtype: str = "float16", finish: bool = True) -> Little:
+    info = open_cache(folder, patch_info(dtype))
+    clips = [Clip(f"clip{index}.mp4", Path(f"/videos/{index}"), index) for index in range(6)]
+    plan = write_plan(folder, make_plan(clips, clips_per_shard=3, seed=7))
+    write_black(folder, np.full((NUM_TOKENS, HIDDEN_SIZE), 0.25, dtype=np.float32))
+    rows = []
+    for shard in range(2):
+        keys = [entry.key for entry in clips_of_shard(plan, shard)]
+        rows.append(patch_rows(NUM_WINDOWS + shard, keys, seed=shard))
+        write_patch_shard(folder, shard, rows[-1], dtype=dtype, seed=7)
+    write_quarantine(folder)
+    if finish:
+        info = finish_cache(folder, {"clips": 6})
+    expected = _expected(rows, [window_order(5, seed=7, shard=0), window_order(6, seed=7, shard=1)])
+    return Little(folder=folder, info=info, plan=plan, rows=rows, expected=expected)
+
+
+def make_deltas(folder: Path, *, block_windows: int = 2, finish: bool = True) -> Little:
+    info = open_cache(folder, delta_info())
+    clips = [Clip(f"clip{index}.mp4", Path(f"/videos/{index}"), index) for index in range(6)]
+    plan = write_plan(folder, make_plan(clips, clips_per_shard=3, seed=7))
+    rows = []
+    for shard in range(2):
+        keys = [entry.key for entry in clips_of_shard(plan, shard)]
+        rows.append(delta_rows(NUM_WINDOWS + shard, keys, seed=shard))
+        write_delta_shard(folder, shard, rows[-1], block_windows=block_windows)
+    write_quarantine(folder)
+    if finish:
+        info = finish_cache(folder, {"clips": 6})
+    expected = _expected(rows, [np.arange(5), np.arange(6)])
+    return Little(folder=folder, info=info, plan=plan, rows=rows, expected=expected)
+
+
+def _expected(rows: list[Any], orders: list[np.ndarray]) -> dict[str, np.ndarray]:
+    names = ("tokens", "timestamps_s", "frame_index", "crop", "flipped")
+    expected = {
+        name: np.concatenate(
+            [getattr(shard, name)[order] for shard, order in zip(rows, orders, strict=True)]
+        )
+        for name in names
+    }
+    expected["key"] = np.array(
+        [
+            shard.keys[clip]
+            for shard, order in zip(rows, orders, strict=True)
+            for clip in shard.clip[order]
+        ]
+    )
+    return expected
+
+
+def flip_byte(path: Path, position: int) -> None:
+    """Changes one bit of the byte at `position`."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing 30 files a shard takes most of the time; no test pulls the plug."""
+    monkeypatch.setattr("deltatok.shards.files.os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def patches(tmp_path: Path) -> Little:
+    return make_patches(tmp_path / "patches")
+
+
+@pytest.fixture
+def deltas(tmp_path: Path) -> Little:
+    return make_deltas(tmp_path / "deltas")
+
+
+@pytest.fixture
+def little() -> Any:
+    """The makers above, for tests that need other caches than the two standard ones."""
+    return sys.modules[__name__]
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., str]:
+    """Runs Python code in a fresh interpreter with warnings as errors; gives its output."""
+
+    def run(code: str, *arguments: str | Path) -> str:
+        script = tmp_path / "script.py"
+        script.write_text(code)
+        result = subprocess.run(
+            [sys.executable, "-W", "error", str(script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run

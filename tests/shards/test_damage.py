@@ -1,0 +1,306 @@
+"""Damaged caches: what is missing, cut off, changed or made up is refused with its name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards, verify_cache
+
+PATCH_FILES = [
+    "zarr.json",
+    "tokens/zarr.json",
+    "tokens/c/0/0/0/0",
+    "timestamps_s/zarr.json",
+    "timestamps_s/c/0/0",
+    "frame_index/c/0/0",
+    "crop/c/0/0",
+    "flipped/c/0",
+    "clip/c/0",
+]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def extend(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", PATCH_FILES)
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, empty, extend, replace_by_folder])
+def test_reader_refuses_a_patch_shard_with_a_missing_or_resized_file(
+    patches: Any, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(patches.folder / "shards/000001.zarr" / name)
+    with pytest.raises(DamagedShard, match=r"shard 000001: .*deltatok-shards verify"):
+        PatchShards(patches.folder)
+    problems = verify_cache(patches.folder).problems
+    assert len(problems) == 1
+    assert "000001.zarr" in problems[0]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, empty, extend, replace_by_folder])
+@pytest.mark.parametrize("verify", ["size", "sha256"])
+def test_reader_refuses_a_missing_or_resized_tar(
+    deltas: Any, damage: Callable[[Path], None], verify: Any
+) -> None:
+    damage(deltas.folder / "shards/000001.tar")
+    with pytest.raises(DamagedShard, match=r"shard 000001: .*deltatok-shards verify"):
+        DeltaShards(deltas.folder, verify=verify)
+    assert len(verify_cache(deltas.folder).problems) == 1
+
+
+def test_a_file_that_vanishes_after_opening_is_a_damaged_shard(patches: Any) -> None:
+    reader = PatchShards(patches.folder)
+    shutil.rmtree(patches.folder / "shards/000001.zarr")
+    reader.tokens([0])
+    with pytest.raises(DamagedShard, match=r"000001.zarr"):
+        reader.tokens([10])
+
+
+def test_a_file_that_shrinks_after_opening_is_a_damaged_shard(patches: Any) -> None:
+    reader = PatchShards(patches.folder)
+    reader.tokens([0])
+    path = patches.folder / "shards/000000.zarr/tokens/c/0/0/0/0"
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(DamagedShard, match=r"000000.zarr.*ends at byte"):
+        reader.tokens([4])
+
+
+def test_a_tar_that_shrinks_after_opening_is_a_damaged_shard(deltas: Any) -> None:
+    reader = DeltaShards(deltas.folder)
+    truncate(deltas.folder / "shards/000001.tar")
+    with pytest.raises(DamagedShard, match=r"000001.tar.*when opened"):
+        reader.tokens([10])
+
+
+def test_a_flipped_byte_of_any_frame_raises_on_read_and_is_found_by_verify(
+    little: Any, patches: Any
+) -> None:
+    path = patches.folder / "shards/000000.zarr/tokens/c/0/0/0/0"
+    good = path.read_bytes()
+    chunk_bytes = 4 * 6 * 2 + 4
+    for chunk in range(5 * 3):
+        path.write_bytes(good)
+        little.flip_byte(path, chunk * chunk_bytes + chunk)
+        reader = PatchShards(patches.folder)
+        window = chunk // 3
+        for read in (reader.tokens, reader.stored_tokens):
+            with pytest.raises(DamagedShard, match=f"000000.zarr.*window {window}, frame"):
+                read([window])
+        others = [number for number in range(11) if number != window]
+        wanted = patches.expected["tokens"][others].astype(np.float16)
+        np.testing.assert_array_equal(reader.stored_tokens(others), wanted)
+    with pytest.raises(DamagedShard, match="SHA-256"):
+        PatchShards(patches.folder, verify="sha256")
+    problems = verify_cache(patches.folder).problems
+    assert len(problems) == 1
+    assert "shard 000000" in problems[0]
+
+
+def test_any_flipped_byte_of_the_index_raises(little: Any, patches: Any) -> None:
+    path = patches.folder / "shards/000000.zarr/tokens/c/0/0/0/0"
+    good = path.read_bytes()
+    for position in range(len(good) - 15 * 16 - 4, len(good)):
+        path.write_bytes(good)
+        little.flip_byte(path, position)
+        with pytest.raises(DamagedShard, match="index: wrong checksum"):
+            PatchShards(patches.folder).tokens([0])
+
+
+@pytest.mark.parametrize("name", PATCH_FILES[4:])
+def test_a_flipped_byte_of_a_column_raises_on_read(little: Any, patches: Any, name: str) -> None:
+    little.flip_byte(patches.folder / "shards/000001.zarr" / name, 0)
+    with pytest.raises(DamagedShard, match=r"000001.zarr.*wrong checksum"):
+        PatchShards(patches.folder).timestamps_s([0])
+
+
+def test_a_flipped_byte_of_a_tar_is_found_by_sha256_on_opening_and_by_verify(
+    little: Any, deltas: Any
+) -> None:
+    path = deltas.folder / "shards/000001.tar"
+    little.flip_byte(path, 512 + 128 + 3)
+    DeltaShards(deltas.folder, verify="size")
+    with pytest.raises(DamagedShard, match=r"shard 000001: .*SHA-256"):
+        DeltaShards(deltas.folder)
+    problems = verify_cache(deltas.folder).problems
+    assert len(problems) == 1
+    assert "shard 000001" in problems[0]
+
+
+def reseal(folder: Path, name: str) -> None:
+    """Makes the done-record agree with a changed file, as a forger would."""
+    from deltatok.shards.files import sha256_file
+
+    record_path = folder / name.split(".")[0]
+    record_path = record_path.with_name(f"{record_path.name}.json")
+    record = json.loads(record_path.read_text())
+    for file in record["files"]:
+        path = folder / file
+        record["files"][file] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    record_path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shape", [5, 3, 4, 7]),
+        ("shape", "all"),
+        ("data_type", "int16"),
+        ("zarr_format", 2),
+        ("node_type", "group"),
+        ("chunk_grid", {"name": "regular", "configuration": {"chunk_shape": [1, 3, 4, 6]}}),
+        ("codecs", [{"name": "bytes", "configuration": {"endian": "big"}}]),
+        ("codecs", None),
+        ("storage_transformers", [{"name": "x"}]),
+    ],
+)
+def test_reader_refuses_array_metadata_of_another_layout(
+    patches: Any, field: str, value: Any
+) -> None:
+    path = patches.folder / "shards/000000.zarr/tokens/zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata[field] = value
+    path.write_text(json.dumps(metadata))
+    reseal(patches.folder, "shards/000000.zarr")
+    with pytest.raises(DamagedShard, match=r"000000.zarr/tokens/zarr.json: "):
+        PatchShards(patches.folder).tokens([0])
+    assert len(verify_cache(patches.folder).problems) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "NaN", '{"attributes": 3}', "[" * 10**5])
+def test_reader_refuses_broken_group_metadata(patches: Any, text: str) -> None:
+    (patches.folder / "shards/000000.zarr/zarr.json").write_text(text)
+    reseal(patches.folder, "shards/000000.zarr")
+    with pytest.raises(DamagedShard, match=r"000000.zarr"):
+        PatchShards(patches.folder).timestamps_s([0])
+
+
+def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
+    patches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltatok.shards import token_encoder, write_patch_shard
+
+    monkeypatch.setattr(token_encoder, "_check_values", lambda *_, **__: None)
+    monkeypatch.setattr(token_encoder, "_statistics", lambda *_, **__: {})
+    rows = patches.rows[0]
+    rows.tokens[2, 1, 0, 0] = np.inf
+    write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
+    problems = verify_cache(patches.folder).problems
+    assert len(problems) == 1
+    assert "not finite" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rows": 6}, "rows|windows|bytes"),
+        ({"rows": 4}, "rows|windows|bytes"),
+        ({"rows": -1}, "rows is -1, wanted an integer from 0"),
+        ({"rows": 2.0}, "rows is 2.0, wanted an integer"),
+        ({"rows": True}, "rows is True, wanted an integer"),
+        ({"rows": 10**400}, "rows is 1000"),
+        ({"shard": 1}, "record of another shard"),
+        ({"keys": "abc"}, "keys is 'abc', wanted a JSON array"),
+        ({"keys": [1]}, "wanted a JSON array of texts"),
+        ({"keys": ["a", "a"]}, "names a clip twice"),
+        ({"files": []}, "files is .*, wanted a JSON object"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "names the file '/etc"),
+        ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "names the file '../x'"),
+        ({"files": {"shards/../../x": {"bytes": 1, "sha256": "0" * 64}}}, "names the file"),
+        ({"files": {"shards//x": {"bytes": 1, "sha256": "0" * 64}}}, "names the file"),
+        ({"files": {"cache.json": {"bytes": 1, "sha256": "0" * 64}}}, "names the file"),
+        ({"files": {"shards/x": {"bytes": -1, "sha256": "0" * 64}}}, "bytes is -1"),
+        ({"files": {"shards/x": {"bytes": 1, "sha256": "zz"}}}, "64 hex digits"),
+        ({"files": {"shards/x": 3}}, "wanted a JSON object"),
+        ({"statistics": None}, "statistics is None"),
+        ({"decoders": {"a": 1}}, "wanted a JSON object of texts"),
+        ({"quarantined": [{}]}, "no field 'clip'"),
+        ({"quarantined": 7}, "quarantined is 7"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["patches", "deltas"])
+def test_a_made_up_done_record_is_refused_with_the_field(
+    request: pytest.FixtureRequest, kind: str, change: dict[str, Any], words: str
+) -> None:
+    folder = request.getfixturevalue(kind).folder
+    path = folder / "shards/000000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    reader = PatchShards if kind == "patches" else DeltaShards
+    with pytest.raises((DamagedShard, CacheMismatch), match=words):
+        reader(folder, allow_incomplete=True).tokens([0, 3])
+    assert verify_cache(folder).problems
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "{", "\x00", '{"shard": Infinity}'])
+def test_a_broken_done_record_is_refused(patches: Any, text: str) -> None:
+    (patches.folder / "shards/000000.json").write_text(text)
+    with pytest.raises(DamagedShard, match=r"000000.json"):
+        PatchShards(patches.folder)
+    assert any("000000.json" in problem for problem in verify_cache(patches.folder).problems)
+
+
+def test_a_missing_done_record_of_a_complete_cache_is_refused(patches: Any) -> None:
+    (patches.folder / "shards/000001.json").unlink()
+    with pytest.raises(DamagedShard, match="shard 000001 has no done-record"):
+        PatchShards(patches.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda windows: windows[:-1], "wanted a list of 2 windows"),
+        (lambda windows: {"windows": windows}, "wanted a list of 2 windows"),
+        (lambda windows: [windows[0], 3], "wanted a JSON object"),
+        (lambda windows: [windows[0], {**windows[1], "clip": 3}], "clip is 3, wanted text"),
+        (lambda windows: [windows[0], {**windows[1], "clip": "other"}], "other"),
+        (lambda windows: [windows[0], {**windows[1], "frames": [1, 2]}], "wanted 3 indices"),
+        (lambda windows: [windows[0], {**windows[1], "frames": [1, 2, -3]}], "frames is"),
+        (lambda windows: [windows[0], {**windows[1], "crop": [1, 2, 3, "4"]}], "4 numbers"),
+        (lambda windows: [windows[0], {**windows[1], "flipped": 1}], "flipped is 1"),
+    ],
+)
+def test_made_up_window_descriptions_are_refused(
+    deltas: Any, change: Callable[[Any], Any], words: str
+) -> None:
+    from webdataset import TarWriter
+
+    from deltatok.shards.tar_map import read_members
+
+    path = deltas.folder / "shards/000000.tar"
+    data = path.read_bytes()
+    members = {
+        found.name: data[found.offset : found.offset + found.size] for found in read_members(path)
+    }
+    windows = json.loads(members["000000.windows.json"])
+    members["000000.windows.json"] = json.dumps(change(windows)).encode()
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for name, content in members.items():
+            key, _, extension = name.partition(".")
+            tar.write({"__key__": key, extension: content})
+    reseal(deltas.folder, "shards/000000.tar")
+    with pytest.raises(DamagedShard, match=words):
+        _ = DeltaShards(deltas.folder).clip_index
+    assert len(verify_cache(deltas.folder).problems) == 1
+
+
+def test_a_tar_with_a_block_of_other_sizes_is_refused(little: Any, deltas: Any) -> None:
+    shutil.copy(deltas.folder / "shards/000001.tar", deltas.folder / "shards/000000.tar")
+    reseal(deltas.folder, "shards/000000.tar")
+    with pytest.raises(DamagedShard, match="6 windows, the done-record says 5"):
+        DeltaShards(deltas.folder)

@@ -1,0 +1,148 @@
+"""verify_cache says all that is wrong with a cache, describe_cache what it is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltatok.shards import (
+    CacheMismatch,
+    Quarantined,
+    UsageError,
+    describe_cache,
+    verify_cache,
+    write_patch_shard,
+    write_quarantine,
+)
+
+
+@pytest.mark.parametrize("kind", ["patches", "deltas"])
+def test_a_whole_cache_has_no_problems(request: pytest.FixtureRequest, kind: str) -> None:
+    cache = request.getfixturevalue(kind)
+    report = verify_cache(cache.folder)
+    assert report.problems == []
+    assert (report.shards, report.windows) == (2, 11)
+    stored = [path for path in (cache.folder / "shards").rglob("*") if path.is_file()]
+    data = [path for path in stored if path.parent.name != "shards" or path.suffix == ".tar"]
+    assert report.bytes == sum(path.stat().st_size for path in data)
+
+
+def test_a_bfloat16_cache_has_no_problems(little: Any, tmp_path: Path) -> None:
+    assert verify_cache(little.make_patches(tmp_path / "c", dtype="bfloat16").folder).problems == []
+
+
+def append(text: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.write_text((path.read_text() if path.exists() else "") + text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("shards/000000.json", Path.unlink, ["1 of 2 shards are not done", "in no done-record"]),
+        ("shards/000007.json", append("{"), ["000007.json: not valid JSON"]),
+        ("shards/000007.tar", append("x"), ["000007.tar: 1 files in no done-record"]),
+        ("shards/000000.zarr/new", append("x"), ["000000.zarr: 1 files in no done-record"]),
+        ("shards/x.partial-1-01234567", append("x"), ["left by a killed run"]),
+        ("cache.json.partial-1-01234567", append("x"), ["left by a killed run"]),
+        ("black.npy", Path.unlink, ["black.npy: cannot be read"]),
+        ("plan.jsonl", Path.unlink, ["plan.jsonl: cannot be read"]),
+        ("plan.jsonl", append("{}"), ["was changed since", "line 7: no field 'key'"]),
+        ("quarantine.jsonl", append("{}\n"), ["does not list the quarantined clips"]),
+        ("timings.jsonl", append("{}\n"), []),
+    ],
+)
+def test_verify_names_what_is_wrong(
+    patches: Any, name: str, change: Callable[[Path], None], words: list[str]
+) -> None:
+    change(patches.folder / name)
+    problems = verify_cache(patches.folder).problems
+    assert len(problems) == len(words), problems
+    for word in words:
+        assert any(word in problem for problem in problems), (word, problems)
+
+
+def test_verify_finds_several_problems_at_once(little: Any, patches: Any) -> None:
+    little.flip_byte(patches.folder / "shards/000000.zarr/tokens/c/0/0/0/0", 3)
+    (patches.folder / "shards/000001.zarr/crop/c/0/0").unlink()
+    (patches.folder / "shards/stranger").touch()
+    problems = verify_cache(patches.folder).problems
+    assert len(problems) == 3
+
+
+def test_verify_holds_clips_against_the_plan(little: Any, patches: Any) -> None:
+    rows = little.patch_rows(5, [*patches.rows[0].keys[:2], "stranger"], seed=0)
+    write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
+    (problem,) = verify_cache(patches.folder).problems
+    assert "shard 000000: clip " in problem
+    assert "and 1 more are in plan.jsonl or in its done-record" in problem
+
+
+def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
+    *keys, missing = patches.rows[0].keys
+    entry = Quarantined(clip=missing, stage="decode", reason="no frames", attempts=2)
+    rows = little.patch_rows(5, keys, seed=0)
+    write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7, quarantined=[entry])
+    assert len(verify_cache(patches.folder).problems) == 1  # quarantine.jsonl is not yet rebuilt
+    write_quarantine(patches.folder)
+    assert verify_cache(patches.folder).problems == []
+    assert describe_cache(patches.folder)["quarantined"] == 1
+
+
+def test_verify_says_that_a_cache_is_not_finished(little: Any, tmp_path: Path) -> None:
+    cache = little.make_deltas(tmp_path / "cache", finish=False)
+    (problem,) = verify_cache(cache.folder).problems
+    assert "not marked complete" in problem
+    (cache.folder / "shards/000001.json").unlink()
+    (cache.folder / "shards/000001.tar").unlink()
+    (problem,) = verify_cache(cache.folder).problems
+    assert "not finished: 1 of 2 shards are not done, first 000001" in problem
+
+
+def test_verify_refuses_what_is_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        verify_cache(tmp_path / "missing")
+    with pytest.raises(CacheMismatch, match="not a deltatok cache"):
+        verify_cache(tmp_path)
+
+
+def test_a_record_that_names_anothers_files_is_a_problem(patches: Any) -> None:
+    path = patches.folder / "shards/000000.json"
+    record = json.loads(path.read_text())
+    other = json.loads((patches.folder / "shards/000001.json").read_text())
+    path.write_text(json.dumps({**record, "files": other["files"]}))
+    assert any("13 of them not its own" in text for text in verify_cache(patches.folder).problems)
+
+
+def test_info_describes_a_patch_cache(patches: Any) -> None:
+    found = describe_cache(patches.folder)
+    assert json.loads(json.dumps(found)) == found
+    assert found["format"] == "deltatok-patches 1"
+    assert found["dtype"] == "float16"
+    assert (found["shards"], found["shards_planned"], found["windows"]) == (2, 2, 11)
+    assert (found["clips"], found["clips_planned"], found["quarantined"]) == (6, 6, 0)
+    assert (found["frames_per_window"], found["tokens_per_frame"], found["channels"]) == (3, 4, 6)
+    assert found["bytes"] == verify_cache(patches.folder).bytes
+    assert [step["step"] for step in found["provenance"]] == ["backbone", "patches"]
+
+
+def test_info_gives_the_chain_of_a_delta_cache(deltas: Any) -> None:
+    chain = describe_cache(deltas.folder)["provenance"]
+    assert [step["step"] for step in chain] == ["backbone", "patches", "tokenizer", "deltas"]
+    assert chain[0]["weights_sha256"] == "ab" * 32
+    assert chain[1]["fingerprint"] == deltas.info.parent_fingerprint
+    assert chain[2]["weights_sha256"] == "cd" * 32
+    assert chain[3]["fingerprint"] == deltas.info.fingerprint
+
+
+def test_info_reads_an_unfinished_cache_without_plan(little: Any, tmp_path: Path) -> None:
+    cache = little.make_patches(tmp_path / "cache", finish=False)
+    (cache.folder / "plan.jsonl").unlink()
+    shutil.rmtree(cache.folder / "shards/000001.zarr")
+    found = describe_cache(cache.folder)
+    assert (found["complete"], found["shards"], found["shards_planned"]) == (False, 2, None)

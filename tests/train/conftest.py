@@ -1,0 +1,262 @@
+"""Little caches of smooth random features, written by the real writers, and little configs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deltatok.shards import (
+    DELTAS,
+    PATCHES,
+    CacheInfo,
+    CacheShape,
+    DeltaRows,
+    PatchRows,
+    PlanEntry,
+    finish_cache,
+    open_cache,
+    write_black,
+    write_delta_shard,
+    write_patch_shard,
+    write_plan,
+    write_quarantine,
+)
+from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
+from deltatok.train.models.deltatok import DeltaTokConfig
+from deltatok.train.models.deltaworld import DeltaWorldConfig
+
+NUM_LATENTS = 3
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # these models are too small for two
+
+
+@dataclass(frozen=True, kw_only=True)
+class LittleCache:
+    """What a test's cache is made of. Windows are numbered by shard, clips dealt out in turn."""
+
+    num_clips: int = 10
+    windows_per_clip: int = 2
+    num_shards: int = 2
+    num_frames: int = 4
+    grid: tuple[int, int] = (2, 2)
+    hidden_size: int = 16
+    dtype: str = "float16"
+    weights_sha256: str = "0" * 64
+    frame_height: int = 32
+    frame_width: int = 48
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "backbone": {"config": {"hidden_size": 1}, "weights_sha256": self.weights_sha256},
+            "preprocessing": {
+                "frame_size": 16 * self.grid[0],
+                "patch_size": 16,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.25, 0.25, 0.25],
+                "resize": "none",
+            },
+            "sampling": {"policy": "uniform", "num_frames": self.num_frames, "seed": 0, "fps": 5},
+            "storage": {"dtype": self.dtype},
+            "autocast_dtype": "float32",
+        }
+
+
+def clip_features(cache: LittleCache, clip: int) -> np.ndarray:
+    """float32 (windows, T, N, D): a still background, and a few latents that wander."""
+    shape = (cache.grid[0] * cache.grid[1], cache.hidden_size)
+    directions = np.random.default_rng(1).normal(size=(NUM_LATENTS, 1, cache.hidden_size))
+    rng = np.random.default_rng([2, clip])
+    still = rng.normal(size=shape) * 0.3
+    steps = rng.normal(size=(cache.windows_per_clip, cache.num_frames, NUM_LATENTS)) * 0.5
+    moving = np.einsum("wtk,knd->wtnd", steps.cumsum(1), directions)  # the same in all patches
+    return (still + moving).astype(np.float32)
+
+
+def write_patches(folder: Path, cache: LittleCache) -> Path:
+    """A finished patch-token cache of `cache`; clips are called clip00.mp4, clip01.mp4, ..."""
+    num_tokens = cache.grid[0] * cache.grid[1]
+    shape = CacheShape(
+        num_frames=cache.num_frames,
+        num_tokens=num_tokens,
+        grid=cache.grid,
+        hidden_size=cache.hidden_size,
+    )
+    open_cache(folder, CacheInfo(format=PATCHES, identity=cache.identity, shape=shape))
+    keys = [f"clip{clip:02d}.mp4" for clip in range(cache.num_clips)]
+    write_plan(
+        folder,
+        [
+            PlanEntry(key=key, source=f"/videos/{key}", size_bytes=1, shard=i % cache.num_shards)
+            for i, key in enumerate(keys)
+        ],
+    )
+    black = np.random.default_rng(3).normal(size=(num_tokens, cache.hidden_size))
+    write_black(folder, black.astype(np.float32))
+    for shard in range(cache.num_shards):
+        clips = range(shard, cache.num_clips, cache.num_shards)
+        tokens = np.concatenate([clip_features(cache, clip) for clip in clips])
+        count = len(tokens)
+        first = np.tile(np.arange(cache.windows_per_clip) * cache.num_frames, len(clips))
+        frames = (first[:, None] + np.arange(cache.num_frames)).astype(np.int32)
+        rows = PatchRows(
+            tokens=tokens,
+            timestamps_s=(frames * 0.2).astype(np.float32),
+            frame_index=frames,
+            crop=np.tile(
+                np.array([0, 0, cache.frame_height, cache.frame_width], dtype=np.float32),
+                (count, 1),
+            ),
+            flipped=np.zeros(count, dtype=bool),
+            clip=np.repeat(np.arange(len(clips)), cache.windows_per_clip).astype(np.int32),
+            keys=[keys[clip] for clip in clips],
+        )
+        write_patch_shard(folder, shard, rows, dtype=cache.dtype, seed=0)
+    write_quarantine(folder)
+    finish_cache(
+        folder,
+        {"shards": cache.num_shards, "windows": cache.num_clips * cache.windows_per_clip},
+    )
+    return folder
+
+
+def write_deltas_cache(
+    folder: Path, *, num_clips: int = 40, num_frames: int = 5, hidden_size: int = 8
+) -> Path:
+    """A finished delta-token cache of one window a clip, whose tokens turn by a fixed rotation."""
+    rng = np.random.default_rng(5)
+    turn = np.linalg.qr(rng.normal(size=(hidden_size, hidden_size)))[0]
+    tokens = [rng.normal(size=(num_clips, hidden_size))]
+    for _ in range(num_frames - 1):
+        noise = rng.normal(size=(num_clips, hidden_size)) * 0.05
+        tokens.append(tokens[-1] @ turn + noise)
+    keys = [f"clip{clip:02d}.mp4" for clip in range(num_clips)]
+    info = CacheInfo(
+        format=DELTAS,
+        identity={"patches": LittleCache().identity, "tokenizer": {"weights_sha256": "1" * 64}},
+        shape=CacheShape(
+            num_frames=num_frames, num_tokens=None, grid=None, hidden_size=hidden_size
+        ),
+    )
+    open_cache(folder, info)
+    write_plan(folder, [PlanEntry(key=k, source=k, size_bytes=1, shard=0) for k in keys])
+    times = np.tile(np.arange(num_frames) * 0.2, (num_clips, 1)).astype(np.float32)
+    rows = DeltaRows(
+        tokens=np.stack(tokens, axis=1).astype(np.float16),
+        timestamps_s=times,
+        frame_index=np.zeros((num_clips, num_frames), dtype=np.int32),
+        crop=np.zeros((num_clips, 4), dtype=np.float32),
+        flipped=np.zeros(num_clips, dtype=bool),
+        clip=np.arange(num_clips, dtype=np.int32),
+        keys=keys,
+    )
+    write_delta_shard(folder, 0, rows)
+    finish_cache(folder, {"shards": 1, "windows": num_clips})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 clips x 2 windows of 4 frames, 2 x 2 patches, 16 channels."""
+    return write_patches(tmp_path_factory.mktemp("caches") / "patches", LittleCache())
+
+
+@pytest.fixture(scope="session")
+def deltas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 windows of 5 delta tokens, 8 channels."""
+    return write_deltas_cache(tmp_path_factory.mktemp("caches") / "deltas")
+
+
+@pytest.fixture(scope="session")
+def make_patches() -> Callable[..., Path]:
+    """make_patches(folder, field=value, ...) -> folder: a cache of a test's own."""
+    return lambda folder, **changed: write_patches(folder, LittleCache(**changed))
+
+
+@pytest.fixture
+def tokenizer_config(tmp_path: Path, patches: Path) -> Callable[..., TokenizerTrainConfig]:
+    """tokenizer_config(field=value, ...): a run of a few tiny steps into tmp_path/run."""
+
+    def make(model: dict[str, Any] | None = None, **changed: Any) -> TokenizerTrainConfig:
+        tiny = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "layer_scale_init": 0.1,
+        }
+        fields = {
+            "patches": str(patches),
+            "out": str(tmp_path / "run"),
+            "model": DeltaTokConfig(**{**tiny, **(model or {})}),
+            "steps": 6,
+            "batch_size": 9,
+            "warmup_steps": 2,
+            "log_every": 1,
+            "eval_every": 3,
+            "save_every": 2,
+            "validation_fraction": 0.2,
+            "clip_grad_norm": None,
+            "device": "cpu",
+        }
+        return TokenizerTrainConfig(**{**fields, **changed})
+
+    return make
+
+
+@pytest.fixture
+def world_config(tmp_path: Path, deltas: Path) -> Callable[..., WorldTrainConfig]:
+    """world_config(field=value, ...): a run of a few tiny steps into tmp_path/run."""
+
+    def make(model: dict[str, Any] | None = None, **changed: Any) -> WorldTrainConfig:
+        tiny = {
+            "hidden_size": 8,
+            "predictor_hidden_size": 16,
+            "predictor_num_hidden_layers": 2,
+            "predictor_num_heads": 2,
+            "rope_axis_sizes": (6,),
+            "rope_unrotated_size": 2,
+            "num_samples_train": 6,
+            "num_samples_eval": 4,
+            "layer_scale_init": 0.1,
+        }
+        fields = {
+            "deltas": str(deltas),
+            "out": str(tmp_path / "run"),
+            "model": DeltaWorldConfig(**{**tiny, **(model or {})}),
+            "steps": 6,
+            "batch_size": 8,
+            "warmup_steps": 2,
+            "log_every": 1,
+            "eval_every": 3,
+            "save_every": 2,
+            "validation_fraction": 0.2,
+            "device": "cpu",
+        }
+        return WorldTrainConfig(**{**fields, **changed})
+
+    return make
+
+
+@pytest.fixture
+def log_lines() -> Callable[..., list[dict[str, Any]]]:
+    """log_lines(run folder, drop=...) -> lines of log.jsonl without what a clock decided."""
+    import json
+
+    def read(folder: Path | str, kinds: Sequence[str] = ("train", "validation")) -> list[Any]:
+        text = (Path(folder) / "log.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [
+            {n: v for n, v in line.items() if not n.endswith(("_per_s", "_share"))}
+            for line in lines
+            if line["kind"] in kinds
+        ]
+
+    return read

@@ -1,0 +1,224 @@
+"""Which windows and pairs a step sees, on any rank, at any step, from memory or from the files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deltatok.shards import DeltaShards, PatchShards, UsageError
+from deltatok.train import memory
+from deltatok.train.data import (
+    Batch,
+    TokenizerBatches,
+    WorldBatches,
+    check_frames,
+    delta_source,
+    patch_source,
+)
+from deltatok.train.draws import permutation, seed_for, uniforms
+from deltatok.train.order import BatchOrder, Share, evenly, split_windows
+from deltatok.train.prefetch import Prefetcher
+from deltatok.train.schedule import is_time
+
+ONE = Share()
+
+
+def tokenizer_batches(
+    shards: PatchShards,
+    *,
+    batch_size: int = 9,
+    share: Share = ONE,
+    wide: float = 0.0,
+    residency: str = "map",
+) -> TokenizerBatches:
+    return TokenizerBatches(
+        patch_source(shards, residency=residency),
+        np.arange(len(shards)),
+        num_frames=shards.shape[0],
+        batch_size=batch_size,
+        seed=0,
+        share=share,
+        wide_pair_fraction=wide,
+    )
+
+
+def frames_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    row, previous, current = batch.tensors["pairs"].T
+    frames = batch.tensors["frames"]
+    return frames[row, previous], frames[row, current]
+
+
+def test_draws_are_fixed_for_ever() -> None:
+    assert seed_for("x", 1) == 1932608560750457597
+    assert permutation(6, 0, "order", 0).tolist() == [1, 4, 0, 2, 5, 3]
+    assert uniforms(2, 0, "u").round(12).tolist() == [0.616845987287, 0.301734884751]
+
+
+def test_epoch_gives_every_window_at_most_once_and_drops_the_rest() -> None:
+    order = BatchOrder(np.arange(100, 123), per_batch=5, seed=3)
+    assert order.steps_per_epoch == 4
+    first = np.concatenate([order.at(step) for step in range(4)])
+    second = np.concatenate([order.at(step) for step in range(4, 8)])
+    assert len(set(first)) == len(set(second)) == 20
+    assert first.tolist() != second.tolist()
+    assert set(first) <= set(range(100, 123))
+
+
+def test_order_depends_on_step_and_seed_alone() -> None:
+    order = BatchOrder(np.arange(50), per_batch=7, seed=1)
+    batch = order.at(1000).tolist()
+    for step in (3, 999, 0):
+        order.at(step)
+    assert BatchOrder(np.arange(50), per_batch=7, seed=1).at(1000).tolist() == batch
+    assert BatchOrder(np.arange(50), per_batch=7, seed=2).at(1000).tolist() != batch
+
+
+def test_fewer_windows_than_a_batch_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"6 training windows .* one batch takes 7: set a smaller"):
+        BatchOrder(np.arange(6), per_batch=7, seed=0)
+
+
+def test_batch_that_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch_size 9 on 2 processes: wanted a multiple of 2"):
+        Share(rank=0, num_ranks=2).of(9)
+
+
+def test_split_is_by_clip_and_keeps_a_clips_side_when_the_cache_grows() -> None:
+    keys = [f"clip{index}" for index in range(200)]
+    clip_index = np.repeat(np.arange(200), 3)
+    split = split_windows(keys, clip_index, 0.1)
+    sides = {clip_index[window] for window in split.validation}
+    assert sides.isdisjoint(clip_index[split.training])
+    assert 5 < len(sides) < 40
+    fewer = split_windows(keys[:100], clip_index[:300], 0.1)
+    assert set(fewer.validation) == {window for window in split.validation if window < 300}
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_split_keeps_a_clip_on_either_side(fraction: float) -> None:
+    split = split_windows(["a", "b", "c"], np.array([0, 0, 1, 2]), fraction)
+    assert len(split.training) > 0
+    assert len(split.validation) > 0
+
+
+def test_split_of_nothing_or_of_one_clip_keeps_all_for_training() -> None:
+    assert len(split_windows(["a", "b"], np.array([0, 1]), 0).validation) == 0
+    assert len(split_windows(["a"], np.array([0, 0]), 0.5).validation) == 0
+
+
+def test_evenly_spreads_over_all_windows() -> None:
+    assert evenly(np.arange(10), 4).tolist() == [0, 3, 6, 9]
+    assert evenly(np.arange(3), 4).tolist() == [0, 1, 2]
+
+
+def test_batch_holds_exactly_the_consecutive_pairs_of_its_windows(patches: Path) -> None:
+    shards = PatchShards(patches)
+    batches = tokenizer_batches(shards, batch_size=8)
+    numbers, windows, frames = batches.pairs(5)
+    assert batches.order.per_batch == 3
+    assert numbers.tolist() == list(range(8))
+    assert frames.tolist() == [[0, 1], [1, 2], [2, 3]] * 2 + [[0, 1], [1, 2]]
+    batch = batches.read(5)
+    previous, current = frames_of(batch)
+    truth = torch.from_numpy(shards.tokens(windows))
+    assert torch.equal(previous.float(), truth[torch.arange(8), frames[:, 0]])
+    assert torch.equal(current.float(), truth[torch.arange(8), frames[:, 1]])
+    assert batch.windows.tolist() == windows.tolist()
+
+
+def test_ranks_together_read_the_batch_of_one_process(patches: Path) -> None:
+    shards = PatchShards(patches)
+    whole = tokenizer_batches(shards, batch_size=8, wide=0.5).read(3)
+    parts = [
+        tokenizer_batches(shards, batch_size=8, wide=0.5, share=Share(rank=rank, num_ranks=4)).read(
+            3
+        )
+        for rank in range(4)
+    ]
+    assert np.concatenate([part.windows for part in parts]).tolist() == whole.windows.tolist()
+    assert np.concatenate([part.samples for part in parts]).tolist() == whole.samples.tolist()
+    for index in range(2):
+        together = torch.cat([frames_of(part)[index] for part in parts])
+        assert torch.equal(together, frames_of(whole)[index])
+
+
+def test_wide_pairs_have_the_asked_share_and_stay_in_their_window(patches: Path) -> None:
+    batches = tokenizer_batches(PatchShards(patches), batch_size=60, wide=0.4)
+    gaps = np.concatenate([np.diff(batches.pairs(step)[2])[:, 0] for step in range(20)])
+    assert 0.35 < (gaps > 1).mean() < 0.45
+    assert set(gaps) == {1, 2, 3}
+
+
+def test_too_short_windows_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"2 frames a window, wanted 3 .*wide_pair_fraction"):
+        check_frames(2, least=3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_memory_gives_the_same_batch_as_the_files(
+    make_patches: object, tmp_path: Path, dtype: str
+) -> None:
+    assert callable(make_patches)
+    shards = PatchShards(make_patches(tmp_path / "patches", dtype=dtype))
+    mapped, loaded = (
+        tokenizer_batches(shards, residency=residency).read(4).tensors["frames"].float()
+        for residency in ("map", "memory")
+    )
+    assert torch.equal(mapped, loaded)
+
+
+def test_world_memory_gives_the_same_batch_as_the_files(deltas: Path) -> None:
+    shards = DeltaShards(deltas)
+    batches = [
+        WorldBatches(
+            delta_source(shards, residency=residency),
+            np.arange(len(shards)),
+            batch_size=8,
+            seed=0,
+            share=Share(rank=1, num_ranks=2),
+        ).read(4)
+        for residency in ("map", "memory")
+    ]
+    for name in ("z", "timestamps"):
+        assert torch.equal(batches[0].tensors[name], batches[1].tensors[name])
+    assert batches[0].samples.tolist() == [4, 5, 6, 7]
+
+
+def test_auto_residency_follows_the_free_memory(
+    patches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = PatchShards(patches)
+    loads: list[int] = []
+    monkeypatch.setattr(
+        shards, "load", lambda: loads.append(1) or PatchShards.load(shards), raising=True
+    )
+    for free, loaded in ((2 * shards.size_bytes, 1), (2 * shards.size_bytes - 2, 1)):
+        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
+        patch_source(shards, residency="auto")
+        assert len(loads) == loaded
+
+
+def test_container_limit_bounds_the_free_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.available_bytes() == 600
+
+
+def test_prefetcher_keeps_order_and_passes_errors_on() -> None:
+    def read(step: int) -> int:
+        if step == 5:
+            raise UsageError("bad batch")
+        return step
+
+    with Prefetcher(read, start=2, stop=7) as batches:
+        assert [batches.next() for _ in range(3)] == [2, 3, 4]
+        with pytest.raises(UsageError, match="bad batch"):
+            batches.next()
+
+
+def test_time_comes_every_so_many_steps_and_at_the_end() -> None:
+    assert [step for step in range(1, 8) if is_time(step, every=3, last=7)] == [3, 6, 7]

@@ -1,0 +1,147 @@
+"""The linear segmentation head learns from labels, and refuses those that do not fit the cache."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deltatok.shards import CacheMismatch, PatchShards, UsageError
+from deltatok.train.config import HeadTrainConfig
+from deltatok.train.head import train_head
+from deltatok.train.models.heads import SegmentationHead
+from deltatok.train.pretrained import read_provenance
+
+Make = Callable[..., Any]
+HEIGHT, WIDTH = 32, 48
+
+
+@pytest.fixture
+def labels(tmp_path: Path, patches: Path) -> Path:
+    """Class of a pixel: whether channel 0 of its patch is positive; a border is ignored."""
+    shards = PatchShards(patches)
+    windows = np.arange(len(shards))
+    tokens, frames = shards.tokens(windows), shards.frame_index(windows)
+    arrays = {key: np.full((8, HEIGHT, WIDTH), 255, np.uint8) for key in shards.keys}
+    for window, clip in enumerate(shards.clip_index):
+        for frame in range(4):
+            classes = (tokens[window, frame, :, 0] > 0).reshape(2, 2).astype(np.uint8)
+            enlarged = classes.repeat(HEIGHT // 2, 0).repeat(WIDTH // 2, 1)
+            arrays[shards.keys[clip]][frames[window, frame], 2:] = enlarged[2:]
+    for key, array in arrays.items():
+        np.save(tmp_path / f"{key}.npy", array)
+    return tmp_path
+
+
+@pytest.fixture
+def head_config(tmp_path: Path, patches: Path, labels: Path) -> Callable[..., HeadTrainConfig]:
+    def make(**changed: Any) -> HeadTrainConfig:
+        fields = {
+            "patches": str(patches),
+            "labels": str(labels),
+            "num_classes": 2,
+            "out": str(tmp_path / "head"),
+            "steps": 3,
+            "batch_size": 8,
+            "warmup_steps": 1,
+            "log_every": 1,
+            "save_every": 2,
+            "validation_fraction": 0.2,
+            "device": "cpu",
+        }
+        return HeadTrainConfig(**{**fields, **changed})
+
+    return make
+
+
+def change_labels(labels: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    path = sorted(labels.glob("*.npy"))[3]
+    np.save(path, change(np.load(path)))
+
+
+def test_head_learns_the_labels(head_config: Make, log_lines: Make) -> None:
+    out = train_head(head_config(steps=60, lr=0.1, eval_every=60))
+    values = log_lines(out, ["validation"])[-1]
+    assert values["validation_accuracy"] > 0.8
+    head = SegmentationHead.from_pretrained(out)
+    assert (head.config.in_size, head.config.num_classes) == (16, 2)
+    assert "patches_fingerprint" in read_provenance(out)
+
+
+def test_head_resumed_equals_uninterrupted(head_config: Make, tmp_path: Path) -> None:
+    train_head(head_config(steps=2))
+    train_head(head_config(steps=5))
+    train_head(head_config(steps=5, out=str(tmp_path / "whole")))
+    one, other = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("head", "whole")
+    )
+    assert one == other
+
+
+def test_frames_without_labels_train_nothing(
+    head_config: Make, labels: Path, log_lines: Make
+) -> None:
+    for path in labels.glob("*.npy"):
+        np.save(path, np.full((8, HEIGHT, WIDTH), 255, np.uint8))
+    out = train_head(head_config())
+    assert {line["loss"] for line in log_lines(out, ["train"])} == {0.0}
+
+
+def test_labels_of_different_sizes_share_a_batch(head_config: Make, tmp_path: Path) -> None:
+    from deltatok.train.labels import Labels
+
+    class TwoSizes:
+        clip_index = np.array([0, 1])
+        keys = ("clip00.mp4", "clip01.mp4")
+        num_windows = 2
+        crop = np.array([[0, 0, 4, 6], [0, 0, 6, 4]], dtype=np.float32)
+        flipped = np.array([False, False])
+
+        def frame_index(self, windows: Any) -> Any:
+            return np.zeros((2, 1), dtype=np.int32)
+
+    for key, shape in zip(TwoSizes.keys, ((1, 4, 6), (1, 6, 4)), strict=True):
+        np.save(tmp_path / f"{key}.npy", np.ones(shape, np.uint8))
+    shards: Any = TwoSizes()
+    read = Labels(str(tmp_path), shards, num_classes=2).read(np.array([0, 1]), np.array([0, 0]))
+    assert read.shape == (2, 6, 6)
+    assert (read[0, :4] == 1).all()
+    assert (read[0, 4:] == 255).all()
+    assert (read[1, :, 4:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a.astype(np.int32), "int32 .*wanted uint8"),
+        (lambda a: a[0], r"uint8 \(32, 48\), wanted uint8 \(frames, height, width\)"),
+        (lambda a: a[:3], "labels of 3 frames, the cache has its frame"),
+        (lambda a: a[:, :-1], r"crop \[0.0, 0.0, 32.0, 48.0\].*whole frames of \(31, 48\)"),
+        (lambda a: np.where(a == 1, 7, a).astype(np.uint8), "class 7: wanted 0 to 1, or 255"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(
+    head_config: Make, labels: Path, change: Any, words: str
+) -> None:
+    change_labels(labels, change)
+    with pytest.raises(UsageError, match=words):
+        train_head(head_config(steps=20))
+
+
+def test_missing_label_file_is_named(head_config: Make, labels: Path) -> None:
+    (labels / "clip04.mp4.npy").unlink()
+    with pytest.raises(UsageError, match=r"clip04.mp4.npy: no such label file"):
+        train_head(head_config())
+
+
+def test_pickled_labels_are_refused(head_config: Make, labels: Path) -> None:
+    np.save(labels / "clip04.mp4.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UsageError, match=r"clip04.mp4.npy: not readable as an array"):
+        train_head(head_config())
+
+
+def test_other_number_of_classes_does_not_go_on(head_config: Make) -> None:
+    train_head(head_config(steps=2))
+    with pytest.raises(CacheMismatch, match="config num_classes is 2, this run has 3"):
+        train_head(head_config(num_classes=3))

@@ -1,0 +1,188 @@
+"""Delta-token caches equal direct encoding, are written once, and belong to their tokenizer."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deltatok.shards import CacheMismatch, DeltaShards, PatchShards, read_done, verify_cache
+from deltatok.shards.files import sha256_file
+from deltatok.train import tokenize
+from deltatok.train.config import TokenizeConfig
+from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
+from deltatok.train.tokenize import write_deltas
+from deltatok.train.tokenizer import train_tokenizer
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, patches: Path) -> Path:
+    """A random tokenizer that says it was trained on `patches`."""
+    folder = tmp_path_factory.mktemp("models") / "tokenizer"
+    config = DeltaTokConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        layer_scale_init=0.5,
+    )
+    model = DeltaTok(config, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder, {"patches": PatchShards(patches).info.identity})
+    return folder
+
+
+def config_of(patches: Path, tokenizer: Path, out: Path, **changed: Any) -> TokenizeConfig:
+    fields = {"batch_windows": 4, "device": "cpu", **changed}
+    return TokenizeConfig(patches=str(patches), tokenizer=str(tokenizer), out=str(out), **fields)
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timings.jsonl"
+    }
+
+
+def test_cached_deltas_equal_direct_encoding(
+    patches: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    info = write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
+    deltas, source = DeltaShards(tmp_path / "deltas"), PatchShards(patches)
+    assert len(deltas) == len(source)
+    windows = np.arange(len(source))
+    x = torch.from_numpy(source.tokens(windows))
+    model = DeltaTok.from_pretrained(tokenizer)
+    with torch.no_grad():
+        black = torch.tensor(source.black).expand(len(x), -1, -1)
+        previous = [black, *x.unbind(1)[:-1]]
+        pairs = zip(previous, x.unbind(1), strict=True)
+        z = torch.stack([model.encode(a, b, grid=source.grid) for a, b in pairs], dim=1)
+    assert torch.allclose(torch.from_numpy(deltas.tokens(windows)).float(), z, atol=2e-3)
+    assert info.parent_fingerprint == source.fingerprint
+    assert info.identity["patches"] == source.info.identity
+    assert verify_cache(tmp_path / "deltas").problems == []
+
+
+def test_windows_keep_their_order_and_story(patches: Path, tokenizer: Path, tmp_path: Path) -> None:
+    write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
+    deltas, source = DeltaShards(tmp_path / "deltas"), PatchShards(patches)
+    windows = np.arange(len(source))
+    assert [deltas.keys[clip] for clip in deltas.clip_index] == [
+        source.keys[clip] for clip in source.clip_index
+    ]
+    times = source.timestamps_s(windows)
+    assert np.array_equal(deltas.timestamps_s(windows), times - times[:, :1])
+    assert deltas.window(7)["frames"] == source.frame_index([7])[0].tolist()
+
+
+def test_second_run_writes_nothing(
+    patches: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(patches, tokenizer, tmp_path / "deltas")
+    write_deltas(config)
+    before = bytes_of(tmp_path / "deltas")
+    monkeypatch.setattr(tokenize, "write_delta_shard", None)
+    write_deltas(config)
+    assert bytes_of(tmp_path / "deltas") == before
+
+
+def test_interrupted_run_ends_byte_identical(
+    patches: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_deltas(config_of(patches, tokenizer, tmp_path / "whole"))
+    config = config_of(patches, tokenizer, tmp_path / "cut")
+    write = tokenize.write_delta_shard
+
+    def interrupted(folder: Path, shard: int, *arguments: Any, **named: Any) -> Any:
+        if shard == 1:
+            raise KeyboardInterrupt
+        return write(folder, shard, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "write_delta_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_deltas(config)
+    assert read_done(config.out, 0) is not None
+    with pytest.raises(CacheMismatch, match="has not finished"):
+        DeltaShards(config.out)
+    write_deltas(config)
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("weights_sha256", "f" * 64), ("patch_size", 14), ("image_mean", [0.4, 0.5, 0.5])],
+)
+def test_tokenizer_of_another_backbone_is_refused(
+    patches: Path, tokenizer: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    provenance = json.loads((tokenizer / "provenance.json").read_text())
+    part = "backbone" if name == "weights_sha256" else "preprocessing"
+    provenance["patches"][part][name] = value
+    other = tmp_path / "other"
+    DeltaTok.from_pretrained(tokenizer).save_pretrained(other, provenance)
+    with pytest.raises(CacheMismatch, match=rf"{part}\.{name}"):
+        write_deltas(config_of(patches, other, tmp_path / "deltas"))
+
+
+def test_tokenizer_of_another_frame_size_is_taken(
+    make_patches: Make, tokenizer: Path, tmp_path: Path
+) -> None:
+    larger = make_patches(tmp_path / "larger", grid=(3, 3), num_clips=2)
+    write_deltas(config_of(larger, tokenizer, tmp_path / "deltas"))
+    assert DeltaShards(tmp_path / "deltas").shape == (4, 16)
+
+
+def test_tokenizer_of_another_size_is_refused(
+    make_patches: Make, tokenizer: Path, tmp_path: Path
+) -> None:
+    wider = make_patches(tmp_path / "wider", hidden_size=24, num_clips=2)
+    with pytest.raises(CacheMismatch, match="hidden_size is 16, the patch tokens have 24"):
+        write_deltas(config_of(wider, tokenizer, tmp_path / "deltas"))
+
+
+def test_deltas_of_another_tokenizer_are_not_added_to(
+    patches: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
+    model = DeltaTok(
+        DeltaTok.from_pretrained(tokenizer).config, generator=torch.Generator().manual_seed(1)
+    )
+    model.save_pretrained(
+        tmp_path / "other", json.loads((tokenizer / "provenance.json").read_text())
+    )
+    with pytest.raises(CacheMismatch, match=r"tokenizer\.weights_sha256"):
+        write_deltas(config_of(patches, tmp_path / "other", tmp_path / "deltas"))
+
+
+def test_tokenizer_without_a_story_is_taken_with_a_warning(
+    patches: Path, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    DeltaTok.from_pretrained(tokenizer).save_pretrained(tmp_path / "imported", {})
+    write_deltas(config_of(patches, tmp_path / "imported", tmp_path / "deltas"))
+    assert "does not say what it was trained on" in caplog.text
+
+
+def test_batch_size_changes_a_token_by_rounding_at_most(
+    patches: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    for size in (1, 7):
+        config = config_of(patches, tokenizer, tmp_path / str(size), batch_windows=size)
+        write_deltas(config)
+    one, seven = (DeltaShards(tmp_path / str(size)).load()[0] for size in (1, 7))
+    assert np.abs(one.astype(np.float32) - seven.astype(np.float32)).max() < 4e-3
+
+
+def test_training_writes_the_deltas_when_asked(tokenizer_config: Make, tmp_path: Path) -> None:
+    config = tokenizer_config(steps=1, deltas=str(tmp_path / "deltas"))
+    train_tokenizer(config)
+    assert DeltaShards(tmp_path / "deltas").info.complete
+    train_tokenizer(dataclasses.replace(config, deltas=str(tmp_path / "again")))
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "deltas")

@@ -1,0 +1,146 @@
+"""World model training from delta-token caches: best-of-many, its noise, its validation."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deltatok.shards import CacheMismatch, DeltaShards, UsageError
+from deltatok.train.first_weights import make_model
+from deltatok.train.logs import Meter
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.order import Share
+from deltatok.train.pretrained import read_provenance, read_tensors
+from deltatok.train.world import WorldStage, train_world
+
+Make = Callable[..., Any]
+CPU = torch.device("cpu")
+
+
+def stage_of(config: Any, share: Share | None = None) -> WorldStage:
+    model, _ = make_model(DeltaWorld, config.model, seed=config.seed, start_from=None)
+    return WorldStage(model, DeltaShards(config.deltas), config, share or Share(), device=CPU)
+
+
+def selected(stage: WorldStage, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step's selection gives for the stage's batch: queries and all losses."""
+    batch = stage.read(step)
+    return stage._select(
+        batch.tensors["z"].float(),
+        batch.tensors["timestamps"],
+        [("noise", step, int(number)) for number in batch.samples],
+        num_samples=6,
+    )
+
+
+@pytest.mark.parametrize("use_bom", [True, False])
+def test_world_loss_falls_below_the_mean_tokens(
+    world_config: Make, log_lines: Make, use_bom: bool
+) -> None:
+    config = world_config(
+        model={"use_bom": use_bom},
+        steps=150,
+        lr=1e-2,
+        warmup_steps=5,
+        eval_every=150,
+        save_every=150,
+        weight_decay=0.0,
+    )
+    train_world(config)
+    losses = [line["loss"] for line in log_lines(config.out, ["train"])]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+    values = log_lines(config.out, ["validation"])[-1]
+    assert values["validation_best_loss"] < values["validation_constant_loss"]
+    assert values["validation_best_loss"] <= values["validation_mean_loss"]
+    assert (values["validation_best_loss"] < values["validation_mean_loss"]) == use_bom
+
+
+def test_selection_takes_the_lowest_loss_and_the_step_trains_it(world_config: Make) -> None:
+    stage = stage_of(world_config())
+    batch = stage.read(3)
+    queries, candidates = selected(stage, 3)
+    losses, extras = stage.losses(
+        stage.model, batch, slice(None), step=3, meter=Meter("windows", CPU)
+    )
+    best = candidates.min(2).values.mean(1)
+    assert torch.allclose(losses, best, rtol=1e-4)
+    assert extras["mean_candidate_loss"].item() == pytest.approx(candidates.mean().item())
+    assert losses.requires_grad
+    assert queries.shape == (8, 4, 16)
+
+
+def test_windows_at_a_time_change_no_choice(world_config: Make) -> None:
+    config = world_config()
+    whole = selected(stage_of(config), 2)
+    parts = selected(stage_of(dataclasses.replace(config, selection_windows=3)), 2)
+    assert torch.equal(whole[0], parts[0])
+    assert torch.allclose(whole[1], parts[1], rtol=1e-4)
+
+
+def test_ranks_draw_the_noise_of_one_process(world_config: Make) -> None:
+    config = world_config()
+    whole = selected(stage_of(config), 2)
+    parts = [selected(stage_of(config, Share(rank=r, num_ranks=2)), 2) for r in range(2)]
+    assert torch.equal(whole[0], torch.cat([part[0] for part in parts]))
+
+
+def test_noise_differs_between_steps_and_windows(world_config: Make) -> None:
+    stage = stage_of(world_config())
+    names: list[tuple[int | str, ...]] = [("noise", 0, 0), ("noise", 0, 1), ("noise", 1, 0)]
+    noise = stage._noise(names, positions=4, num_samples=6)
+    assert noise.shape == (3, 4, 6, 16)
+    assert noise.std().item() == pytest.approx(0.02, rel=0.1)
+    assert len({tuple(drawn.flatten().tolist()) for drawn in noise}) == 3
+
+
+def test_validation_noise_is_the_same_every_time(world_config: Make) -> None:
+    stage = stage_of(world_config())
+    with torch.no_grad():
+        assert stage.evaluate() == stage.evaluate()
+
+
+def test_world_folder_tells_its_story(world_config: Make, deltas: Path) -> None:
+    config = world_config(steps=2)
+    out = train_world(config)
+    assert DeltaWorld.from_pretrained(out).config == config.model
+    assert read_provenance(out)["deltas_fingerprint"] == DeltaShards(deltas).fingerprint
+
+
+def test_log_tells_the_share_of_selection(world_config: Make) -> None:
+    out = train_world(world_config(steps=2))
+    line = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert 0 < line["selection_share"] < 1
+    assert line["windows_per_s"] > 0
+
+
+def test_no_validation_clips_no_evaluation(world_config: Make, log_lines: Make) -> None:
+    out = train_world(world_config(steps=3, validation_fraction=0))
+    assert log_lines(out, ["validation"]) == []
+
+
+def test_patch_cache_is_refused(world_config: Make, patches: Path) -> None:
+    with pytest.raises(CacheMismatch, match="is a deltatok-patches cache, wanted a deltatok-del"):
+        train_world(world_config(deltas=str(patches)))
+
+
+def test_fewer_windows_than_a_batch_are_refused(world_config: Make) -> None:
+    with pytest.raises(UsageError, match="one batch takes 64"):
+        train_world(world_config(batch_size=64))
+
+
+def test_bfloat16_gradient_is_that_of_float32(
+    world_config: Make, tmp_path: Path, log_lines: Make
+) -> None:
+    lines = []
+    for precision in ("float32", "bfloat16"):
+        out = train_world(world_config(precision=precision, out=str(tmp_path / precision)))
+        lines.append(log_lines(out, ["train"])[0])
+        tensors = read_tensors(out / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert lines[0]["gradient_norm"] == pytest.approx(lines[1]["gradient_norm"], rel=0.1)
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=0.02)

@@ -1,0 +1,14 @@
+"""Everything that has gradients, and patch tokens -> delta tokens. Reads caches, never videos.
+
+config.py          what each command is told, as frozen dataclasses
+tokenizer.py       deltatok-train tokenizer    world.py   deltatok-train world
+head.py            deltatok-train head         tokenize.py   patch cache -> delta cache
+loop.py, stage.py  the loop that all three share, and what it asks of each
+run_folder.py, checkpoints.py, logs.py, stop.py    going on after a kill as if there was none
+order.py, data.py, labels.py, prefetch.py, memory.py    which samples a step sees; reading them
+draws.py           every random number, as a function of what it is for
+devices.py, schedule.py, first_weights.py, optim.py    device and ranks, when, from what, how
+losses.py, best_of_many.py, probes.py    the losses, the selection, is the tokenizer alive
+pretrained.py, official.py    model folders; the released checkpoints
+models/            the networks
+"""

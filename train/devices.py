@@ -1,0 +1,55 @@
+"""One accelerate.Accelerator a command: the device, the ranks, the precision. Used by loop.py and
+tokenize.py."""
+
+import torch
+
+# accelerate publishes no type information; imported here only.
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import (  # type: ignore[import-untyped]
+    AcceleratorState,
+    GradientState,
+    PartialState,
+)
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+
+from ..shards.errors import UsageError
+from .config import Device, Precision
+
+__all__ = ["Accelerator", "make_accelerator", "precision_name"]
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""One process, or plain data parallel ones: every rank holds all weights."""
+
+
+def make_accelerator(device: Device, precision: Precision) -> Accelerator:
+    """An Accelerator on that device. UsageError if there is none such, or for a launch that shards
+    weights.
+
+    accelerate keeps one global state a process and refuses a second setting; the stages of a
+    pipeline may run in one process with different ones, so that state is made anew here (the
+    process group, where there is one, stays).
+    """
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=not in_group)
+    GradientState._reset_state()
+    state = PartialState(cpu=device == "cpu")
+    if device not in ("auto", state.device.type):
+        raise UsageError(
+            f"device {device}: this process can compute on {state.device.type} only; "
+            f"use auto or {state.device.type}"
+        )
+    if state.distributed_type not in SUPPORTED:
+        raise UsageError(
+            f"launched for {state.distributed_type.value}: wanted plain data parallel processes; "
+            "launch with torchrun --nproc-per-node N"
+        )
+    name = precision_name(precision, state.device)
+    mixed = "bf16" if name == "bfloat16" else "no"
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+
+
+def precision_name(precision: Precision, device: torch.device) -> str:
+    """ "float32" or "bfloat16": what `precision` means on `device`."""
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision

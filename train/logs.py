@@ -1,0 +1,153 @@
+"""What a run tells: log.jsonl (always), a progress line (on a terminal), a line of logging.
+
+    {"kind": "train", "step": 50, "loss": ..., "gradient_norm": ..., "learning_rate": ...,
+     "pairs_per_s": ..., "loader_wait_share": ...}
+    {"kind": "validation", "step": 1000, "validation_loss": ..., ...}
+
+Everything but rates and shares is the same in a run that was killed and gone on with. Used by
+loop.py, on the main rank.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from ..shards.files import write_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """log.jsonl and the progress line. Lines of steps after `start`, from before a kill, go."""
+
+    def __init__(self, path: Path, *, start: int, stop: int, enabled: bool) -> None:
+        self._enabled = enabled
+        self._progress = tqdm(
+            total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
+        )
+        if enabled:
+            _drop_after(path, start)
+            self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        if self._enabled:
+            self._file.close()
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._progress.update()
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One line. JSON has no infinities: a value that is none is written as null."""
+        if not self._enabled:
+            return
+        line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._progress.disable:
+            logger.info("%s step %d: %s", kind, step, shown)
+        else:
+            self._progress.set_postfix_str(shown, refresh=False)
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk: called before a checkpoint promises it."""
+        if self._enabled:
+            os.fsync(self._file.fileno())
+
+
+class Meter:
+    """Samples a second since the last report, and which share of the time went where."""
+
+    def __init__(self, unit: str, device: torch.device) -> None:
+        self._unit = unit
+        self._on_cuda = device.type == "cuda"
+        self._reset()
+
+    def _reset(self) -> None:
+        self._started = time.perf_counter()
+        self._samples = 0
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def count(self, samples: int) -> None:
+        """`samples` more are done, over all ranks."""
+        self._samples += samples
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Counts what the host does inside as `name`."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def computing(self, name: str) -> Iterator[None]:
+        """Counts what the device computes inside as `name`, without waiting for it."""
+        if not self._on_cuda:
+            with self.waiting(name):
+                yield
+            return
+        start, end = _event(), _event()
+        start.record()
+        yield
+        end.record()
+        self._events.append((name, start, end))
+
+    def report(self) -> dict[str, float]:
+        """UNIT_per_s and NAME_share of everything measured since the last report."""
+        seconds = time.perf_counter() - self._started
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        rates = {f"{self._unit}_per_s": self._samples / seconds}
+        shares = {f"{name}_share": part / seconds for name, part in self._seconds.items()}
+        self._reset()
+        return {**rates, **shares}
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole lines of log.jsonl up to `step`; what a kill tore goes."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
+    if kept != lines:
+        write_bytes(path, "".join(kept).encode())
+
+
+def _step_of(line: str) -> int | None:
+    if not line.endswith("\n"):
+        return None
+    try:
+        value: Any = json.loads(line)
+    except ValueError:
+        return None
+    step = value.get("step") if isinstance(value, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None

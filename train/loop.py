@@ -1,0 +1,232 @@
+"""The training loop that all three commands share: `Trainer(stage, run, accelerator).train()`.
+
+Used by tokenizer.py, world.py and head.py. What is computed is in the stage; when it is read,
+logged, evaluated and saved is here.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..shards.errors import DeltatokError, Stopped, UsageError
+from .checkpoints import MODEL, find_checkpoints, load_optimizer, save_checkpoint
+from .data import Batch
+from .devices import Accelerator
+from .logs import Meter, RunLog
+from .optim import parameter_groups, warmup_factor
+from .prefetch import Prefetcher
+from .pretrained import load_weights, read_tensors
+from .run_folder import Run
+from .schedule import is_time
+from .stage import Stage
+from .stop import StopSignal
+
+MAX_NAMED_SAMPLES = 4
+"""Samples that the message about a non-finite loss names at most."""
+
+logger = logging.getLogger(__name__)
+
+
+class Update(NamedTuple):
+    """What one step is about to change the weights by; the same on every rank."""
+
+    loss: float
+    gradient_norm: float
+    stopping: bool
+    """Some rank was asked to stop."""
+
+
+class Trainer:
+    """One run on one rank: the wrapped model, its optimizer, and where to go on."""
+
+    def __init__(self, stage: Stage, run: Run, accelerator: Accelerator) -> None:
+        self.stage, self.run, self.accelerator = stage, run, accelerator
+        self.config = run.config
+        self.meter = Meter(stage.unit, accelerator.device)
+        if accelerator.is_main_process:
+            run.begin()
+        accelerator.wait_for_everyone()
+        self.start = 0
+        checkpoints = find_checkpoints(run.checkpoints)
+        if checkpoints:
+            self.start, folder = checkpoints[-1]
+            if self.start > self.config.steps:
+                raise UsageError(
+                    f"{run.folder}: {self.start} steps are trained, steps asks for "
+                    f"{self.config.steps}: set steps higher, or another out"
+                )
+            load_weights(stage.model, read_tensors(folder / MODEL), source=str(folder))
+            logger.info("going on after step %d, from %s", self.start, folder)
+        groups = parameter_groups(stage.model, self.config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            [dict(group) for group in groups],
+            lr=self.config.lr,
+            fused=accelerator.device.type in ("cpu", "cuda"),  # one kernel, not one a parameter
+        )
+        self.forward: nn.Module
+        self.forward, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        if checkpoints:
+            load_optimizer(folder, model=stage.model, optimizer=optimizer)
+        self.raw_optimizer = optimizer
+        stage.model.train()
+
+    def train(self) -> None:
+        """Train to the end and write the model.
+
+        Raises Stopped after a SIGTERM (a checkpoint was written), DeltatokError for a loss or
+        gradient that is not finite, before it reaches the weights, and for what the stage judges
+        hopeless.
+        """
+        config, stage, last = self.config, self.stage, self.config.steps
+        with (
+            Prefetcher(self._read, start=self.start, stop=last) as batches,
+            RunLog(
+                self.run.log_file,
+                start=self.start,
+                stop=last,
+                enabled=self.accelerator.is_main_process,
+            ) as log,
+            StopSignal() as stop,
+        ):
+            for step in range(self.start, last):
+                batch = self._fetch(batches)
+                learning_rate = self._set_learning_rate(step)
+                losses, extras = self._forward_backward(batch, step)
+                norm = self._clip()
+                update = self._agree(losses, norm, stop.requested)
+                self._check_finite(update, losses, batch, step)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+                done = step + 1
+                log.advance()
+                if is_time(done, every=config.log_every, last=last):
+                    log.write("train", done, self._numbers(update, learning_rate, extras))
+                if is_time(done, every=config.eval_every, last=last) and stage.can_evaluate:
+                    values = self._evaluate()
+                    log.write("validation", done, values)
+                    stage.judge(values, step=done)
+                if is_time(done, every=config.save_every, last=last) or update.stopping:
+                    log.sync()
+                    self._save(done)
+                if update.stopping and done < last:
+                    raise Stopped(f"stopped after step {done} of {last}: run again to go on")
+        self._finish()
+
+    def _read(self, step: int) -> Batch:
+        batch = self.stage.read(step)
+        return batch.pinned() if self.accelerator.device.type == "cuda" else batch
+
+    def _fetch(self, batches: Prefetcher[Batch]) -> Batch:
+        with self.meter.waiting("loader_wait"):
+            batch = batches.next()
+        return batch.to(self.accelerator.device)
+
+    def _set_learning_rate(self, step: int) -> float:
+        factor = warmup_factor(step, warmup_steps=self.config.warmup_steps)
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+        return self.config.lr * factor
+
+    def _forward_backward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of the mean loss of this rank's samples; the losses (B,), extras' means."""
+        count = len(batch.samples)
+        size = self.config.micro_batch_size or count
+        parts = [slice(at, min(at + size, count)) for at in range(0, count, size)]
+        losses: list[Tensor] = []
+        extras: dict[str, Tensor] = {}
+        for part in parts:
+            is_last = part is parts[-1]  # ranks exchange gradients once a step
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.forward):
+                with self.accelerator.autocast():
+                    loss, more = self.stage.losses(
+                        self.forward, batch, part, step=step, meter=self.meter
+                    )
+                self.accelerator.backward(loss.sum() / count)
+            losses.append(loss.detach())
+            for name, value in more.items():
+                extras[name] = extras.get(name, 0) + value.detach() * (len(loss) / count)
+        self.meter.count(count * self.accelerator.num_processes)
+        return torch.cat(losses), extras
+
+    def _clip(self) -> Tensor:
+        norm: Tensor | None = self.accelerator.clip_grad_norm_(
+            self.stage.model.parameters(), self.config.clip_grad_norm or math.inf
+        )
+        if norm is None:
+            raise AssertionError("only DeepSpeed gives no gradient norm; devices.py refuses it")
+        return norm.detach()
+
+    def _agree(self, losses: Tensor, norm: Tensor, stop_requested: bool) -> Update:
+        """The step's numbers over all ranks, read from the device at once."""
+        stop = torch.tensor(float(stop_requested), device=losses.device)
+        mine = torch.stack([losses.mean(), stop])
+        # Gradients, and so their norm, are already the mean over the ranks.
+        loss, stopping = self.accelerator.reduce(mine, reduction="mean").tolist()
+        return Update(loss=loss, gradient_norm=norm.item(), stopping=stopping > 0)
+
+    def _check_finite(self, update: Update, losses: Tensor, batch: Batch, step: int) -> None:
+        if math.isfinite(update.loss) and math.isfinite(update.gradient_norm):
+            return
+        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+        which = "its own loss is not finite" if bad else "its own losses are finite"
+        chosen = bad or range(len(losses))
+        windows = dict.fromkeys(int(batch.windows[index]) for index in chosen)
+        named = ", ".join(
+            f"window {window} of clip {self.stage.clip_of(window)!r}"
+            for window in list(windows)[:MAX_NAMED_SAMPLES]
+        )
+        raise DeltatokError(
+            f"step {step + 1}: loss {update.loss}, gradient norm {update.gradient_norm}; the "
+            f"weights were not changed. In this process's batch ({which}): {named}"
+            f"{', ...' if len(windows) > MAX_NAMED_SAMPLES else ''}. Check these clips, or set a "
+            "lower lr, a longer warm-up or precision float32; run again to go on from the last "
+            "checkpoint"
+        )
+
+    def _numbers(
+        self, update: Update, learning_rate: float, extras: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        names = sorted(extras)
+        values: list[float] = []
+        if names:
+            mine = torch.stack([extras[name].float() for name in names])
+            values = self.accelerator.reduce(mine, reduction="mean").tolist()
+        return {
+            "loss": update.loss,
+            "gradient_norm": update.gradient_norm,
+            "learning_rate": learning_rate,
+            **dict(zip(names, values, strict=True)),
+            **self.meter.report(),
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        self.stage.model.eval()
+        with torch.no_grad(), self.accelerator.autocast(), self.meter.waiting("evaluation"):
+            values = self.stage.evaluate()
+        self.stage.model.train()
+        return values
+
+    def _save(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            with self.meter.waiting("saving"):
+                save_checkpoint(
+                    self.run.checkpoints,
+                    step,
+                    model=self.stage.model,
+                    optimizer=self.raw_optimizer,
+                    description=self.run.describe(),
+                    keep=self.config.keep_checkpoints,
+                )
+
+    def _finish(self) -> None:
+        if self.accelerator.is_main_process:
+            self.stage.model.save_pretrained(self.run.folder, self.stage.provenance())
+            self.run.finish()
+            logger.info("trained %d steps: the model is in %s", self.config.steps, self.run.folder)
+        self.accelerator.wait_for_everyone()

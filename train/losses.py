@@ -1,0 +1,48 @@
+"""The three losses, in float32 whatever the predictions' dtype. Used by the loops and evaluate/.
+
+Each gives the elementwise loss unless reduced: mean over the dimensions that a caller names.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..shards.errors import UsageError
+
+LossName = Literal["mse", "log_cosh", "smooth_l1"]
+
+SMOOTH_L1_BETA = 0.1  # paper, section 4: best-of-many and the world models' training
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Elementwise d^2, d = prediction - target: the paper's tokenizer loss."""
+    return F.mse_loss(prediction.float(), target.float(), reduction="none")
+
+
+def log_cosh(prediction: Tensor, target: Tensor) -> Tensor:
+    """Elementwise log(cosh(d)), d = prediction - target: the released tokenizer loss.
+
+    Written as d + softplus(-2 d) - log 2, which no difference overflows.
+    """
+    difference = prediction.float() - target.float()
+    return difference + F.softplus(-2 * difference) - math.log(2)
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, *, beta: float = SMOOTH_L1_BETA) -> Tensor:
+    """Elementwise d^2 / (2 beta) below beta, |d| - beta / 2 above: the world models' loss."""
+    return F.smooth_l1_loss(prediction.float(), target.float(), reduction="none", beta=beta)
+
+
+def loss_named(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The elementwise loss that a config names."""
+    named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "mse": mse,
+        "log_cosh": log_cosh,
+        "smooth_l1": smooth_l1,
+    }
+    if name not in named:
+        raise UsageError(f"loss {name!r}: wanted one of {sorted(named)}")
+    return named[name]

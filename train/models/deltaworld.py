@@ -1,0 +1,106 @@
+"""DeltaWorld: past delta tokens -> the next delta token, one sample for each query.
+
+Letters: B batch, T frames, P = T - 1 target positions, S samples, Q queries, K past tokens,
+C context tokens, H horizon (steps), D channels of a delta token, Dp channels of a query.
+Times are seconds, float32. Paper section 4; PAPER "DeltaWorld, the predictor".
+"""
+
+import torch
+from torch import Tensor
+
+from .configs import DeltaWorldConfig
+from .predictor import KeysValues, causal, extend, repeat_batch
+from .world import World, check_timestamps
+
+__all__ = ["DeltaWorld", "DeltaWorldConfig"]
+
+
+class DeltaWorld(World):
+    """One query a target position (and sample); its keys are the strictly earlier delta tokens."""
+
+    config_class = DeltaWorldConfig
+    config: DeltaWorldConfig
+
+    def forward(self, z: Tensor, timestamps: Tensor, queries: Tensor | None = None) -> Tensor:
+        """teacher_forced: the training step's one pass with gradient."""
+        return self.teacher_forced(z, timestamps, queries)
+
+    def predict(
+        self,
+        queries: Tensor,
+        query_times: Tensor,
+        tokens: Tensor,
+        token_times: Tensor,
+        *,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Delta tokens (B, Q, D) for queries (B, Q, Dp) at query_times (B, Q), from tokens
+        (B, K, D) at token_times (B, K); visible bool (Q, K), None: every token."""
+        memory = self.predictor.keys_values(tokens, token_times[..., None])
+        out: Tensor = self.predictor(queries, query_times[..., None], memory, visible=visible)
+        return out
+
+    def teacher_forced(
+        self, z: Tensor, timestamps: Tensor, queries: Tensor | None = None
+    ) -> Tensor:
+        """Predictions (B, T-1, D) of z[:, 1:] from the true tokens before each.
+
+        z (B, T, D), timestamps (B, T), queries (B, T-1, Dp): the selected noise; None: the learned
+        query of a discriminative model.
+        """
+        if queries is None:
+            queries = self.learned_queries(z.shape[0], z.shape[1] - 1)
+        predictions = self.candidates(self.memory(z, timestamps), timestamps, queries[:, :, None])
+        return predictions[:, :, 0]
+
+    def memory(self, z: Tensor, timestamps: Tensor) -> KeysValues:
+        """Keys and values of z (B, T, D) but its last token: what teacher forcing may see."""
+        return self.predictor.keys_values(z[:, :-1], timestamps[:, :-1, None])
+
+    def candidates(self, memory: KeysValues, timestamps: Tensor, queries: Tensor) -> Tensor:
+        """Teacher-forced predictions (B, P, S, D) for queries (B, P, S, Dp); memory: see there."""
+        batch, positions, samples, _ = queries.shape
+        times = timestamps[:, 1:, None].expand(-1, -1, samples).flatten(1)
+        out: Tensor = self.predictor(
+            queries.flatten(1, 2),
+            times[..., None],
+            memory,
+            visible=causal(positions, repeats=samples, device=queries.device),
+        )
+        return out.reshape(batch, positions, samples, -1)
+
+    def rollout(
+        self,
+        z_context: Tensor,
+        timestamps: Tensor,
+        *,
+        horizon: int,
+        num_samples: int,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Forecasts (B, S, H, D): each sample's own prediction is appended, then the next is made.
+
+        z_context (B, C, D); timestamps (B, C + H) of context and targets. A generative model takes
+        noise (H, B, S, 1, Dp), already scaled, or draws it from generator; a discriminative one
+        takes neither and has S = 1, whatever num_samples says.
+        """
+        batch, context, _ = z_context.shape
+        check_timestamps(timestamps, context=context, horizon=horizon)
+        queries = self.rollout_queries(
+            batch, horizon=horizon, num_samples=num_samples, noise=noise, generator=generator
+        )
+        samples = queries.shape[2]
+        times = timestamps.repeat_interleave(samples, 0)[..., None]
+        memory = self.predictor.keys_values(z_context, timestamps[:, :context, None])
+        memory = repeat_batch(memory, samples)
+        steps: list[Tensor] = []
+        for step in range(horizon):
+            now = times[:, context + step : context + step + 1]
+            if step > 0:
+                memory = extend(
+                    memory,
+                    self.predictor.keys_values(steps[-1], times[:, context + step - 1, None]),
+                )
+            steps.append(self.predictor(queries[step].flatten(0, 1), now, memory))
+        return torch.cat(steps, dim=1).reshape(batch, samples, horizon, -1)

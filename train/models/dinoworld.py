@@ -1,0 +1,125 @@
+"""DINOWorld, the baseline: past frames' patch tokens -> the next frame's patch tokens.
+
+Letters: B batch, T frames, P = T - 1 target frames, S samples, N patches of a frame (row-major,
+N = h * w), C context frames, H horizon (steps), D channels of a token, Dp channels of a query.
+Times are seconds, float32; x and y run over [-1, 1], both ends included.
+PAPER "DINO-world, the discriminative baseline, and its best-of-many form".
+"""
+
+import torch
+from torch import Tensor
+
+from .configs import DINOWorldConfig
+from .predictor import KeysValues, causal, extend, repeat_batch
+from .world import World, check_timestamps
+
+__all__ = ["DINOWorld", "DINOWorldConfig"]
+
+
+class DINOWorld(World):
+    """One query vector a target frame (and sample), shared by all its patches; its keys are the
+    patch tokens of the strictly earlier frames."""
+
+    config_class = DINOWorldConfig
+    config: DINOWorldConfig
+
+    def forward(
+        self,
+        x: Tensor,
+        timestamps: Tensor,
+        queries: Tensor | None = None,
+        *,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """teacher_forced: the training step's one pass with gradient."""
+        return self.teacher_forced(x, timestamps, queries, grid=grid)
+
+    def teacher_forced(
+        self,
+        x: Tensor,
+        timestamps: Tensor,
+        queries: Tensor | None = None,
+        *,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """Predictions (B, T-1, N, D) of x[:, 1:] from the true frames before each.
+
+        x (B, T, N, D), timestamps (B, T), queries (B, T-1, Dp): the selected noise; None: the
+        learned query of a discriminative model.
+        """
+        if queries is None:
+            queries = self.learned_queries(x.shape[0], x.shape[1] - 1)
+        memory = self.memory(x, timestamps, grid=grid)
+        return self.candidates(memory, timestamps, queries[:, :, None], grid=grid)[:, :, 0]
+
+    def memory(self, x: Tensor, timestamps: Tensor, *, grid: tuple[int, int]) -> KeysValues:
+        """Keys and values of x (B, T, N, D) but its last frame: what teacher forcing may see."""
+        positions = grid_positions(timestamps[:, :-1], grid)
+        return self.predictor.keys_values(x[:, :-1].flatten(1, 2), positions)
+
+    def candidates(
+        self, memory: KeysValues, timestamps: Tensor, queries: Tensor, *, grid: tuple[int, int]
+    ) -> Tensor:
+        """Teacher-forced predictions (B, P, S, N, D) for queries (B, P, S, Dp); memory: there."""
+        batch, frames, samples, _ = queries.shape
+        patches = grid[0] * grid[1]
+        times = timestamps[:, 1:, None].expand(-1, -1, samples).flatten(1)
+        out: Tensor = self.predictor(
+            queries.flatten(1, 2).repeat_interleave(patches, 1),
+            grid_positions(times, grid),
+            memory,
+            visible=causal(
+                frames, repeats=samples * patches, key_repeats=patches, device=queries.device
+            ),
+        )
+        return out.reshape(batch, frames, samples, patches, -1)
+
+    def rollout(
+        self,
+        x_context: Tensor,
+        timestamps: Tensor,
+        *,
+        grid: tuple[int, int],
+        horizon: int,
+        num_samples: int,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Forecasts (B, S, H, N, D): each sample's own frame is appended, then the next is made.
+
+        x_context (B, C, N, D); timestamps (B, C + H) of context and targets. A generative model
+        takes noise (H, B, S, 1, Dp), already scaled, or draws it from generator; a discriminative
+        one takes neither and has S = 1, whatever num_samples says.
+        """
+        batch, context = x_context.shape[:2]
+        check_timestamps(timestamps, context=context, horizon=horizon)
+        queries = self.rollout_queries(
+            batch, horizon=horizon, num_samples=num_samples, noise=noise, generator=generator
+        )
+        samples = queries.shape[2]
+        patches = grid[0] * grid[1]
+        memory = self.predictor.keys_values(
+            x_context.flatten(1, 2), grid_positions(timestamps[:, :context], grid)
+        )
+        memory = repeat_batch(memory, samples)
+        positions = grid_positions(timestamps.repeat_interleave(samples, 0), grid)
+        positions = positions.reshape(batch * samples, context + horizon, patches, 3)
+        steps: list[Tensor] = []
+        for step in range(horizon):
+            if step > 0:
+                last = positions[:, context + step - 1]
+                memory = extend(memory, self.predictor.keys_values(steps[-1], last))
+            query = queries[step].flatten(0, 1).expand(-1, patches, -1)
+            steps.append(self.predictor(query, positions[:, context + step], memory))
+        return torch.stack(steps, dim=1).reshape(batch, samples, horizon, patches, -1)
+
+
+def grid_positions(times: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, frames * N, 3): time, x and y of every patch of frames at times (B, frames)."""
+    height, width = grid
+    y = torch.linspace(-1, 1, height, dtype=times.dtype, device=times.device)
+    x = torch.linspace(-1, 1, width, dtype=times.dtype, device=times.device)
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    shape = (*times.shape, height * width)
+    axes = [times[:, :, None], columns.flatten(), rows.flatten()]
+    return torch.stack([axis.expand(shape) for axis in axes], dim=-1).flatten(1, 2)

@@ -1,0 +1,111 @@
+"""Linear task heads on frozen patch tokens: segmentation and depth. Trained by the head command,
+used by evaluate/.
+
+Letters: B batch, D channels of a patch token, h, w patches of a frame, C classes or depth bins.
+Feature maps are float (B, D, h, w), the patch tokens of one frame, row-major (`feature_map`).
+PAPER "Evaluation": BatchNorm and a 1x1 convolution; depth: 256 bins, ReLU + 0.1, normalised.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...shards.errors import UsageError
+from ..pretrained import Pretrained
+from .blocks import init_weights
+
+INITIALIZER_RANGE = 0.02  # as the other fresh weights (paper); the release has only trained heads
+DEPTH_FLOOR = 0.1  # released head: every bin keeps some weight, so that the sum is never zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationHeadConfig:
+    """A segmentation head."""
+
+    in_size: int = 768
+    """Channels D of a patch token."""
+    num_classes: int
+    """Classes, without the ignored one."""
+
+    def __post_init__(self) -> None:
+        if self.in_size < 1 or self.num_classes < 1:
+            raise UsageError(
+                f"in_size {self.in_size}, num_classes {self.num_classes}: wanted at least 1 each"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthHeadConfig:
+    """A depth head, by default KITTI's."""
+
+    in_size: int = 768
+    """Channels D of a patch token."""
+    min_depth: float = 1e-3
+    """Depth of the first bin, metres."""
+    max_depth: float = 80.0
+    """Depth of the last bin, metres."""
+    num_bins: int = 256
+    """Evenly spaced depths that are averaged."""
+
+    def __post_init__(self) -> None:
+        if self.in_size < 1 or self.num_bins < 2:
+            raise UsageError(
+                f"in_size {self.in_size}, num_bins {self.num_bins}: wanted at least 1 and 2"
+            )
+        if not self.min_depth < self.max_depth:
+            raise UsageError(
+                f"min_depth {self.min_depth}, max_depth {self.max_depth}: wanted min below max"
+            )
+
+
+class SegmentationHead(Pretrained):
+    """Feature maps (B, D, h, w) -> class logits (B, C, h, w)."""
+
+    config_class = SegmentationHeadConfig
+    config: SegmentationHeadConfig
+
+    def __init__(
+        self, config: SegmentationHeadConfig, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config)
+        self.bn = nn.BatchNorm2d(config.in_size)
+        self.head = nn.Conv2d(config.in_size, config.num_classes, kernel_size=1)
+        init_weights(self, std=INITIALIZER_RANGE, layer_scale_init=1.0, generator=generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.bn(features))
+        return logits
+
+
+class DepthHead(Pretrained):
+    """Feature maps (B, D, h, w) -> depth in metres (B, 1, h, w)."""
+
+    config_class = DepthHeadConfig
+    config: DepthHeadConfig
+
+    def __init__(
+        self, config: DepthHeadConfig, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(config)
+        self.bn = nn.BatchNorm2d(config.in_size)
+        self.head = nn.Conv2d(config.in_size, config.num_bins, kernel_size=1)
+        init_weights(self, std=INITIALIZER_RANGE, layer_scale_init=1.0, generator=generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The expected depth: bins weighted by ReLU(logit) + 0.1, normalised."""
+        config = self.config
+        weights = F.relu(self.head(self.bn(features)).float()) + DEPTH_FLOOR
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        bins = torch.linspace(
+            config.min_depth, config.max_depth, config.num_bins, device=weights.device
+        )
+        depth: Tensor = torch.einsum("bchw,c->bhw", weights, bins)
+        return depth[:, None]
+
+
+def feature_map(tokens: Tensor, *, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens (..., N, D), row-major -> feature maps (..., D, h, w)."""
+    height, width = grid
+    return tokens.transpose(-1, -2).reshape(*tokens.shape[:-2], -1, height, width)

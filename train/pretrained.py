@@ -1,0 +1,198 @@
+"""Model folders: config.json, model.safetensors, provenance.json; saved and loaded strictly.
+
+    folder/config.json        {"class": "DeltaTok", every field of its config}; written last
+    folder/model.safetensors  the weights under the released parameter names
+    folder/provenance.json    what the weights were trained on
+
+Used by every model of models/ (through `Pretrained`), by the training loops and by official.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..shards.errors import DeltatokError, UsageError
+from ..shards.files import partial_path, publish, write_json
+
+ConfigT = TypeVar("ConfigT")
+
+CONFIG, WEIGHTS, PROVENANCE = "config.json", "model.safetensors", "provenance.json"
+
+
+class Pretrained(nn.Module):
+    """A module that is built from one frozen config and lives in a model folder."""
+
+    config_class: ClassVar[type[Any]]
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: Path | str, provenance: Mapping[str, Any]) -> None:
+        """Write the model folder; existing files of a model are replaced, others left alone."""
+        save_model(self, folder, provenance)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
+        """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
+        config = config_from_dict(
+            cls.config_class, _read_config(Path(folder), cls.__name__), source=str(folder)
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, read_tensors(Path(folder) / WEIGHTS), source=str(folder))
+        return model.to(device).eval()
+
+
+def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, Any]) -> None:
+    """Write weights, provenance and, last, config.json; each under a partial name first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(folder / WEIGHTS)
+    try:
+        save_file(
+            {name: t.detach().contiguous() for name, t in model.state_dict().items()}, partial
+        )
+        publish(partial, folder / WEIGHTS)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_json(folder / PROVENANCE, dict(provenance))
+    write_json(folder / CONFIG, {"class": type(model).__name__, **asdict(model.config)})
+
+
+def read_class(folder: Path | str) -> str:
+    """The class name that a model folder states, e.g. "DeltaTok"."""
+    name = _read_json(Path(folder) / CONFIG).get("class")
+    if not isinstance(name, str):
+        raise DeltatokError(
+            f'{Path(folder) / CONFIG}: no "class"; this is no deltatok model folder'
+        )
+    return name
+
+
+def read_provenance(folder: Path | str) -> dict[str, Any]:
+    """provenance.json of a model folder."""
+    return _read_json(Path(folder) / PROVENANCE)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. DeltatokError if it is absent or damaged."""
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file; pass a folder that save_pretrained has written")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise DeltatokError(
+            f"{file}: not readable as safetensors ({error}); copy or train it again"
+        ) from error
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Put tensors in a module, which may be on the meta device. Names and shapes must be equal.
+
+    Values are converted to the module's dtypes. DeltatokError lists every missing, left-over and
+    misshapen tensor at once.
+    """
+    wanted = model.state_dict()
+    problems = compare_tensors(wanted, tensors)
+    if problems:
+        raise DeltatokError(
+            f"{source} does not fit {type(model).__name__}:\n  "
+            + "\n  ".join(problems)
+            + "\ncheck that its config belongs to these weights"
+        )
+    converted = {name: tensors[name].to(wanted[name].dtype) for name in wanted}
+    model.load_state_dict(converted, assign=True)
+
+
+def compare_tensors(
+    wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], *, optional: Sequence[str] = ()
+) -> list[str]:
+    """One line for every difference in names and shapes; empty if there is none."""
+    problems = [f"missing: {n}" for n in wanted if n not in got and n not in optional]
+    problems += [f"left over: {n}" for n in sorted(got) if n not in wanted]
+    problems += [
+        f"misshapen: {n}: got {tuple(got[n].shape)}, wanted {tuple(wanted[n].shape)}"
+        for n in wanted
+        if n in got and got[n].shape != wanted[n].shape
+    ]
+    return problems
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hex SHA-256 over all parameters and saved buffers: name, dtype, shape and bytes, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        dtype = str(value.dtype).removeprefix("torch.")
+        digest.update(f"{name} {dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, source: str) -> ConfigT:
+    """A flat config dataclass from JSON values; every field must be there, nothing else may be."""
+    types = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    problems = [f"missing: {name}" for name in names if name not in values]
+    problems += [f"unknown: {name}" for name in values if name not in names]
+    converted: dict[str, Any] = {}
+    for name in names:
+        if name in values:
+            try:
+                converted[name] = _convert(values[name], types[name])
+            except TypeError:
+                problems.append(f"wrong type: {name}: got {values[name]!r}, wanted {types[name]}")
+    if problems:
+        raise UsageError(
+            f"{source}: not a {cls.__name__}:\n  "
+            + "\n  ".join(problems)
+            + "\nit was written by another version, or edited; write the model folder again"
+        )
+    return cls(**converted)
+
+
+def _convert(value: Any, wanted: Any) -> Any:
+    """A JSON value as the field type says: int, float, bool, str or a tuple of one of them."""
+    if get_origin(wanted) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return tuple(_convert(item, get_args(wanted)[0]) for item in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+        raise TypeError
+    return value
+
+
+def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
+    """The fields in config.json, after its class was checked."""
+    got = read_class(folder)
+    if got != class_name:
+        raise UsageError(f"{folder} holds a {got}, wanted a {class_name}; pass another folder")
+    values = _read_json(folder / CONFIG)
+    del values["class"]
+    return values
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file; pass a folder that save_pretrained has written")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeltatokError(f"{file}: not readable as JSON ({error}); write it again") from error
+    if not isinstance(value, dict):
+        raise DeltatokError(
+            f"{file}: got a {type(value).__name__}, wanted an object; write it again"
+        )
+    return value

@@ -1,0 +1,174 @@
+"""The folder of a training run: who made it, what may go on in it, and whether it is finished.
+
+    OUT/train.json          command, merged config, identity of the data, versions; written first
+    OUT/log.jsonl           logs.py
+    OUT/checkpoints/        checkpoints.py
+    OUT/config.json, model.safetensors, provenance.json     the model, when training ends
+
+Used by tokenizer.py, world.py and head.py, through loop.py.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..shards.checked import Fields, shown
+from ..shards.errors import CacheMismatch, UsageError
+from ..shards.files import is_partial, read_json, remove_partials, write_json
+from .checkpoints import find_checkpoints
+from .config import TrainConfig
+
+DESCRIPTION = "train.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run: the command, its merged config and what it trains on."""
+
+    command: str
+    """tokenizer, world or head."""
+    config: TrainConfig
+    data: Mapping[str, Any]
+    """Name -> identity of everything the weights depend on beside the config."""
+
+    @property
+    def folder(self) -> Path:
+        """OUT."""
+        return Path(self.config.out)
+
+    @property
+    def checkpoints(self) -> Path:
+        """OUT/checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def log_file(self) -> Path:
+        """OUT/log.jsonl."""
+        return self.folder / "log.jsonl"
+
+    def describe(self, *, finished_step: int | None = None) -> dict[str, Any]:
+        """What train.json and every checkpoint's state.json say of the run."""
+        return {
+            "command": self.command,
+            "config": plain(asdict(self.config)),
+            "data": plain(self.data),
+            "versions": {
+                "deltatok": version("deltatok"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "finished_step": finished_step,
+        }
+
+    def is_finished(self) -> bool:
+        """Whether this very run has already ended, here.
+
+        Raises CacheMismatch naming what differs if another run lives in the folder, UsageError if
+        the folder holds something else or more steps were trained than are asked for.
+        """
+        file = self.folder / DESCRIPTION
+        if not file.is_file():
+            self._check_empty()
+            return False
+        stored = Fields(read_json(file), where=str(file))
+        finished = stored.integer("finished_step") if stored.has("finished_step") else None
+        has_checkpoints = bool(find_checkpoints(self.checkpoints))
+        if finished is None and not has_checkpoints:
+            return False  # nothing was trained yet: what the file says binds nobody
+        self._check_continues(stored, what=str(file))
+        if finished is None or (finished < self.config.steps and has_checkpoints):
+            return False
+        if finished > self.config.steps:
+            raise UsageError(
+                f"{self.folder}: {finished} steps are trained, steps asks for {self.config.steps}: "
+                "set steps higher, or another out"
+            )
+        if finished < self.config.steps:
+            raise UsageError(
+                f"{self.folder}: training ended at step {finished} and the checkpoints are gone, "
+                f"so it cannot go on to {self.config.steps}: set another out, and start_from "
+                f"{self.folder}"
+            )
+        return True
+
+    def begin(self) -> None:
+        """Make the folder and write train.json; what killed writers left is removed."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.folder / DESCRIPTION, self.describe()
+            )  # first: it makes the folder ours
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder}: cannot be written ({error.strerror or error}): set another out"
+            ) from error
+        remove_partials(self.folder)
+        remove_partials(self.checkpoints)
+
+    def finish(self) -> None:
+        """Note in train.json, after the model was written, that training has ended."""
+        write_json(self.folder / DESCRIPTION, self.describe(finished_step=self.config.steps))
+
+    def _check_continues(self, stored: Fields, *, what: str) -> None:
+        """CacheMismatch naming the first thing that differs between this run and the stored one."""
+        mine = self.describe()
+        if (command := stored.text("command")) != self.command:
+            raise CacheMismatch(
+                f"{what}: a run of {command!r}, wanted {self.command!r}: set another out"
+            )
+        for what_of, got, wanted in (
+            ("data", stored.mapping("data"), mine["data"]),
+            ("config", self._bound(stored.mapping("config")), self._bound(mine["config"])),
+        ):
+            if (name := first_difference(got, wanted)) is not None:
+                raise CacheMismatch(
+                    f"{what}: {what_of} {name} is {_at(got, name)}, this run has "
+                    f"{_at(wanted, name)}: go on with what the run began with, or set another out"
+                )
+
+    def _bound(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that must not change while a run goes on."""
+        return {n: value for n, value in config.items() if n not in self.config.MAY_CHANGE}
+
+    def _check_empty(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder}: is a file, wanted a folder: set another out")
+        children = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        if strangers := [child for child in children if not is_partial(child)]:
+            raise UsageError(
+                f"{self.folder}: holds {strangers[0].name!r} but no {DESCRIPTION}, so it is no run "
+                "folder: set a new or empty folder as out"
+            )
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(value))
+
+
+def first_difference(got: Any, wanted: Any) -> str | None:
+    """The dotted name of the first field, in sorted order, that two JSON values differ in."""
+    if not (isinstance(got, dict) and isinstance(wanted, dict)):
+        return None if got == wanted else ""
+    for name in sorted(got.keys() | wanted.keys()):
+        if name not in got or name not in wanted:
+            return str(name)
+        below = first_difference(got[name], wanted[name])
+        if below is not None:
+            return f"{name}.{below}" if below else str(name)
+    return None
+
+
+def _at(value: Any, name: str) -> str:
+    for part in name.split("."):
+        if part not in value:
+            return "missing"
+        value = value[part]
+    return shown(value)

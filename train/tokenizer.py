@@ -1,0 +1,163 @@
+"""deltatok-train tokenizer: train_tokenizer(config), from a patch-token cache.
+
+A step: windows of cached patch tokens -> pairs of frames -> decode(encode(pair)) -> the loss to the
+pair's second frame. Paper section 3; PAPER "DeltaTok, the tokenizer".
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..shards.errors import DeltatokError
+from ..shards.patches import PatchShards
+from .config import TokenizeConfig, TokenizerTrainConfig
+from .data import Batch, TokenizerBatches, patch_source
+from .devices import make_accelerator
+from .draws import generator
+from .first_weights import make_model, with_size_of_cache
+from .logs import Meter
+from .loop import Trainer
+from .losses import loss_named
+from .models.deltatok import DeltaTok, draw_rope_rescale
+from .order import Share, evenly, split_windows
+from .probes import probe_tokenizer
+from .run_folder import Run
+from .tokenize import write_deltas
+
+PROBE_WINDOWS_AT_ONCE = 4
+"""Windows of an evaluation on the device at a time: 28 pairs of 8-frame windows (a guess)."""
+
+logger = logging.getLogger(__name__)
+
+
+def train_tokenizer(config: TokenizerTrainConfig) -> Path:
+    """Train, or go on, or find it done; gives OUT, by then a model folder.
+
+    With config.deltas, the delta-token cache is written as well. Raises what Trainer.train does,
+    CacheMismatch for an OUT that another run or another cache made.
+    """
+    shards = PatchShards(config.patches)
+    size = shards.shape[2]
+    config = dataclasses.replace(
+        config, model=with_size_of_cache(config.model, size, cache=config.patches)
+    )
+    accelerator = make_accelerator(config.device, config.precision)
+    model, started_from = make_model(
+        DeltaTok, config.model, seed=config.seed, start_from=config.start_from
+    )
+    run = Run(
+        command="tokenizer",
+        config=config,
+        data={"patches": shards.info.identity, "start_from": started_from},
+    )
+    if run.is_finished():
+        logger.info("%s: already trained for %d steps", config.out, config.steps)
+    else:
+        share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+        Trainer(TokenizerStage(model, shards, config, share), run, accelerator).train()
+    if config.deltas is not None:
+        write_deltas(
+            TokenizeConfig(
+                patches=config.patches,
+                tokenizer=config.out,
+                out=config.deltas,
+                device=config.device,
+                autocast=config.precision,
+            )
+        )
+    return run.folder
+
+
+class TokenizerStage:
+    """What the loop trains: see stage.Stage."""
+
+    unit = "pairs"
+
+    def __init__(
+        self, model: DeltaTok, shards: PatchShards, config: TokenizerTrainConfig, share: Share
+    ) -> None:
+        self.model = model
+        self._config = config
+        self._shards = shards
+        self._loss = loss_named(config.loss)
+        frames = patch_source(shards, residency=config.residency)
+        split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
+        self._batches = TokenizerBatches(
+            frames,
+            split.training,
+            num_frames=shards.shape[0],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            share=share,
+            wide_pair_fraction=config.wide_pair_fraction,
+        )
+        chosen = evenly(split.validation, config.validation_windows)
+        self._validation = frames(chosen) if len(chosen) else None
+        if self._validation is None:
+            logger.warning(
+                "no validation windows: nothing will tell whether the decoder ignores its delta "
+                "tokens; set validation_fraction above 0, or extract more clips"
+            )
+
+    @property
+    def can_evaluate(self) -> bool:
+        return self._validation is not None
+
+    def read(self, step: int) -> Batch:
+        return self._batches.read(step)
+
+    def losses(
+        self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        frames = batch.tensors["frames"]
+        row, previous, current = batch.tensors["pairs"][samples].T
+        x_prev, x_cur = frames[row, previous].float(), frames[row, current].float()
+        # One factor a step, on every rank, as one forward of the whole batch would draw it.
+        rescale = draw_rope_rescale(
+            self._config.model, generator(self._config.seed, "rope rescale", step)
+        )
+        prediction = forward(
+            x_prev,
+            x_cur,
+            grid=self._shards.grid,
+            rescale=None if rescale is None else rescale.to(x_prev.device),
+        )
+        return self._loss(prediction, x_cur).flatten(1).mean(1), {}
+
+    def evaluate(self) -> dict[str, float]:
+        if self._validation is None:
+            return {}
+        probes = probe_tokenizer(
+            self.model,
+            self._validation,
+            grid=self._shards.grid,
+            loss=self._loss,
+            windows_at_once=PROBE_WINDOWS_AT_ONCE,
+        )
+        return {f"validation_{name}": value for name, value in dataclasses.asdict(probes).items()}
+
+    def judge(self, values: Mapping[str, float], *, step: int) -> None:
+        ratio = values["validation_z_swap_ratio"]
+        if self._config.allow_stuck or step < self._config.stuck_after_steps:
+            return
+        if ratio < self._config.stuck_threshold:
+            raise DeltatokError(
+                f"step {step}: the decoder ignores its delta token: swapping it between windows "
+                f"makes the loss {ratio:.3f} times as large, a healthy one at least "
+                f"{self._config.stuck_threshold}. Train again, into another out, with "
+                "model.layer_scale_init 0.1 or with wide_pair_fraction 0.5; to go on all the "
+                "same, set allow_stuck"
+            )
+
+    def clip_of(self, window: int) -> str:
+        return self._shards.keys[int(self._shards.clip_index[window])]
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "patches": self._shards.info.identity,
+            "patches_fingerprint": self._shards.fingerprint,
+        }

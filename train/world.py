@@ -1,0 +1,206 @@
+"""deltatok-train world: train_world(config), from a delta-token cache.
+
+A step: windows of delta tokens -> K noise queries a position, without gradient -> the one whose
+prediction is nearest the true token -> that one again with gradient (best-of-many, section 4).
+With model.use_bom false: one learned query, no selection.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..shards.cache import DELTAS, read_cache_info
+from ..shards.deltas import DeltaShards
+from .best_of_many import chosen_queries, select
+from .config import WorldTrainConfig
+from .data import Batch, WorldBatches, check_frames, delta_source
+from .devices import make_accelerator
+from .draws import generator
+from .first_weights import make_model, with_size_of_cache
+from .logs import Meter
+from .loop import Trainer
+from .losses import smooth_l1
+from .models.deltaworld import DeltaWorld
+from .order import Share, evenly, split_windows
+from .run_folder import Run
+
+logger = logging.getLogger(__name__)
+
+
+def train_world(config: WorldTrainConfig) -> Path:
+    """Train, or go on, or find it done; gives OUT, by then a model folder.
+
+    Raises what Trainer.train does, CacheMismatch for an OUT that another run or another cache
+    made.
+    """
+    info = read_cache_info(config.deltas, format=DELTAS)
+    config = dataclasses.replace(
+        config,
+        model=with_size_of_cache(config.model, info.shape.hidden_size, cache=config.deltas),
+    )
+    model, started_from = make_model(
+        DeltaWorld, config.model, seed=config.seed, start_from=config.start_from
+    )
+    run = Run(
+        command="world",
+        config=config,
+        data={"deltas": info.identity, "start_from": started_from},
+    )
+    if run.is_finished():
+        logger.info("%s: already trained for %d steps", config.out, config.steps)
+        return run.folder
+    accelerator = make_accelerator(config.device, config.precision)
+    share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    # One rank hashes the tars; the others would only read the same bytes again.
+    shards = DeltaShards(config.deltas, verify="sha256" if share.rank == 0 else "size")
+    stage = WorldStage(model, shards, config, share, device=accelerator.device)
+    Trainer(stage, run, accelerator).train()
+    return run.folder
+
+
+class WorldStage:
+    """What the loop trains: see stage.Stage. T tokens a window, P = T - 1 positions, K samples."""
+
+    unit = "windows"
+
+    def __init__(
+        self,
+        model: DeltaWorld,
+        shards: DeltaShards,
+        config: WorldTrainConfig,
+        share: Share,
+        *,
+        device: torch.device,
+    ) -> None:
+        check_frames(shards.shape[0], least=2)
+        self.model = model
+        self._config = config
+        self._shards = shards
+        self._device = device
+        rows = delta_source(shards, residency=config.residency)
+        split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
+        self._batches = WorldBatches(
+            rows, split.training, batch_size=config.batch_size, seed=config.seed, share=share
+        )
+        self._validation = evenly(split.validation, config.validation_windows)
+        self._validation_rows = rows(self._validation)
+        _log_statistics(rows(evenly(split.training, 1024))[0])
+
+    @property
+    def can_evaluate(self) -> bool:
+        return len(self._validation) > 0
+
+    def read(self, step: int) -> Batch:
+        return self._batches.read(step)
+
+    def losses(
+        self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        z = batch.tensors["z"][samples].float()
+        timestamps = batch.tensors["timestamps"][samples]
+        queries, extras = None, {}
+        if self.model.config.use_bom:
+            numbers = batch.samples[samples]
+            with meter.computing("selection"):
+                queries, candidates = self._select(
+                    z,
+                    timestamps,
+                    [("noise", step, int(number)) for number in numbers],
+                    num_samples=self.model.config.num_samples_train,
+                )
+            extras["mean_candidate_loss"] = candidates.mean()
+        prediction = forward(z, timestamps, queries)
+        return smooth_l1(prediction, z[:, 1:]).flatten(1).mean(1), extras
+
+    def evaluate(self) -> dict[str, float]:
+        """The best of num_samples_eval candidates, the mean over them, and what predicting the
+        mean delta token would lose; the same noise every time."""
+        z, timestamps = (tensor.to(self._device) for tensor in self._validation_rows)
+        z = z.float()
+        constant = z[:, 1:].mean((0, 1)).expand_as(z[:, 1:])
+        if self.model.config.use_bom:
+            _, losses = self._select(
+                z,
+                timestamps,
+                [("validation noise", int(window)) for window in self._validation],
+                num_samples=self.model.config.num_samples_eval,
+            )
+        else:
+            size = self._config.selection_windows
+            predictions = [
+                self.model(part, times)
+                for part, times in zip(
+                    torch.split(z, size), torch.split(timestamps, size), strict=True
+                )
+            ]
+            losses = smooth_l1(torch.cat(predictions), z[:, 1:]).mean(2)[..., None]
+        return {
+            "validation_best_loss": losses.min(2).values.mean().item(),
+            "validation_mean_loss": losses.mean().item(),
+            "validation_constant_loss": smooth_l1(constant, z[:, 1:]).mean().item(),
+        }
+
+    def judge(self, values: Mapping[str, float], *, step: int) -> None:
+        """A world model has no known way of being stuck."""
+
+    def clip_of(self, window: int) -> str:
+        return self._shards.keys[int(self._shards.clip_index[window])]
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "deltas": self._shards.info.identity,
+            "deltas_fingerprint": self._shards.fingerprint,
+        }
+
+    @torch.no_grad()
+    def _select(
+        self,
+        z: Tensor,
+        timestamps: Tensor,
+        names: list[tuple[int | str, ...]],
+        *,
+        num_samples: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The best noise queries (B, P, Dp) and the losses (B, P, K) of z (B, T, D); names: what
+        each window's noise is drawn for. A few windows at a time."""
+        queries, losses = [], []
+        size = self._config.selection_windows
+        for start in range(0, len(z), size):
+            part = slice(start, start + size)
+            noise = self._noise(names[part], positions=z.shape[1] - 1, num_samples=num_samples)
+            indices, loss = select(self.model, z[part], timestamps[part], noise)
+            queries.append(chosen_queries(noise, indices))
+            losses.append(loss)
+        # Weights that autocast has cast without gradient must not serve the pass with gradient.
+        torch.clear_autocast_cache()
+        return torch.cat(queries), torch.cat(losses)
+
+    def _noise(
+        self, names: list[tuple[int | str, ...]], *, positions: int, num_samples: int
+    ) -> Tensor:
+        """Noise queries (b, P, K, Dp): each window's from a generator of its own, so that they
+        depend neither on ranks nor on how many windows are drawn at a time."""
+        drawn = [
+            self.model.draw_noise(
+                positions,
+                num_samples,
+                generator=generator(self._config.seed, *name, device=self._device),
+            )
+            for name in names
+        ]
+        return torch.stack(drawn)
+
+
+def _log_statistics(z: Tensor) -> None:
+    values = z.float()
+    logger.info(
+        "delta tokens: mean %.3f, standard deviation %.3f, largest %.3f",
+        values.mean().item(),
+        values.std().item(),
+        values.abs().max().item(),
+    )
