@@ -1,7 +1,7 @@
 """FLOPs of every part, counted from the real modules on the meta device: no weights, no data.
 
 2 per multiply-add, products only (matrix products and convolutions), one crop, ViT-B/16 by
-default: the convention of PAPER's table. `paper_table_b` counts norms and activations as well.
+default. `paper_table_b` counts norms and activations as well, as the paper's Table B does.
 Called by `deltatok-evaluate flops`.
 """
 
@@ -88,7 +88,7 @@ def count_flops(run: Callable[[], Any], *, count_all: bool = False) -> int:
 
 
 def flops_rows(config: FlopsConfig) -> list[FlopsRow]:
-    """PAPER's FLOPs table for one frame size, plus what this code saves without changing output."""
+    """Every part for one frame size, as released, and what is saved here at equal output."""
     with torch.device("meta"):
         tokenizer, world, backbone = (
             DeltaTok(config.tokenizer),

@@ -5,7 +5,7 @@ ends (they may overlap); labels are never resized and cut at the middle; a predi
 to the size of its half of the labels. Pure functions, used by the forecast evaluation.
 
 Letters: B batch, T frames, C classes or channels, H, W pixels. After a cut the batch holds all
-first (left or top) crops, then all second ones. PAPER "Evaluation"; golden/08_eval.
+first (left or top) crops, then all second ones. Checked by tests/parity (08_eval).
 """
 
 from dataclasses import dataclass

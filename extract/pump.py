@@ -71,6 +71,7 @@ class Pump(threading.Thread):
         self._workers: list[_Worker] = []
         self._killed: list[ChildProcess] = []
         self._failed_starts = 0
+        self._checked_s = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.exchange.wake_fd, selectors.EVENT_READ, None)
 
@@ -96,20 +97,12 @@ class Pump(threading.Thread):
             self.exchange.cancelled()
         self._assign()
         active = any(not worker.ready or worker.job for worker in self._workers)
-        before_s = time.monotonic()
         events = self._selector.select(TICK_S if active else None)
-        if active:
-            self._forgive(time.monotonic() - before_s - TICK_S)
         for key, _ in events:
             if key.data in self._workers:
                 self._serve(key.data, key.fd)
         self._check_workers()
         self._killed = [child for child in self._killed if not child.reap()]
-
-    def _forgive(self, late_s: float) -> None:
-        if late_s > TICK_S:
-            for worker in self._workers:
-                worker.deadline_s += late_s
 
     # Giving out work.
 
@@ -181,10 +174,14 @@ class Pump(threading.Thread):
 
     def _check_workers(self) -> None:
         now_s = time.monotonic()
+        late_s = now_s - self._checked_s - TICK_S
+        self._checked_s = now_s
         most = self._limits.max_child_rss + self._limits.max_clip_bytes
         for worker in list(self._workers):
             if worker.ready and worker.job is None:
                 continue
+            if late_s > TICK_S:
+                worker.deadline_s += late_s
             if now_s > worker.deadline_s:
                 limit_s = self._limits.timeout_s if worker.ready else START_TIMEOUT_S
                 self._fail(worker, f"{worker.child.decoder} hung for {limit_s:g} s (killed)")

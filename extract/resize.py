@@ -42,7 +42,14 @@ def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = frames.shape[-2:]
     if (height, width) == (2 * size[0], 2 * size[1]):
         return _halve(frames)
-    return _resize_rows(_resize_columns(frames, size[1]), size[0])
+    taps, weights = _row_table(height, size[0], frames.device)
+    if height > 2 * size[0]:  # most rows are not looked at: leave them out from the start
+        rows = _resize_columns(frames.index_select(-2, taps.flatten()), size[1])
+        top, bottom = rows[..., : size[0], :], rows[..., size[0] :, :]
+    else:
+        rows = _resize_columns(frames, size[1])
+        top, bottom = rows.index_select(-2, taps[0]), rows.index_select(-2, taps[1])
+    return _blend_rows(top, bottom, weights)
 
 
 def _resize_columns(frames: Tensor, new_width: int) -> Tensor:
@@ -58,13 +65,11 @@ def _resize_columns(frames: Tensor, new_width: int) -> Tensor:
     return blended.transpose(-1, -2).contiguous()
 
 
-def _resize_rows(rows: Tensor, new_height: int) -> Tensor:
-    """int16 (..., H, W) of `_resize_columns` -> uint8 (..., new_height, W)."""
-    taps, weights = _row_table(rows.shape[-2], new_height, rows.device)
-    top = rows.index_select(-2, taps[0]).to(torch.int32).mul_(weights[0])
-    bottom = rows.index_select(-2, taps[1]).to(torch.int32).mul_(weights[1])
-    top.bitwise_right_shift_(16).add_(bottom.bitwise_right_shift_(16))
-    return top.add_(2).bitwise_right_shift_(2).to(torch.uint8)
+def _blend_rows(top: Tensor, bottom: Tensor, weights: Tensor) -> Tensor:
+    """The two int16 (..., H, W) that `_resize_columns` gave for each row -> uint8 (..., H, W)."""
+    above = top.to(torch.int32).mul_(weights[0]).bitwise_right_shift_(16)
+    below = bottom.to(torch.int32).mul_(weights[1]).bitwise_right_shift_(16)
+    return above.add_(below).add_(2).bitwise_right_shift_(2).to(torch.uint8)
 
 
 def _halve(frames: Tensor) -> Tensor:

@@ -153,8 +153,10 @@ def read_windows(message: Message) -> DecodedFrames:
     header = message.header
     try:
         height, width = header["size"]
+        if height < 1 or width < 1:  # reshape would take -1 for "whatever fits"
+            raise ValueError
         rows = {int(frame): row for row, frame in enumerate(header["frames"])}
-        frames = message.payload.reshape(len(rows), abs(height), abs(width), 3)  # -1 would fit all
+        frames = message.payload.reshape(len(rows), height, width, 3)
         draws = [_read_draw(fields) for fields in header["windows"]]
         windows = [(draw, [rows[frame] for frame in draw.frame_index]) for draw in draws]
         decoder = str(header["decoder"])

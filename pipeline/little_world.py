@@ -30,7 +30,7 @@ class LittleWorldConfig:
     """Labelled clips to train the segmentation head on."""
     num_val_clips: int = 60
     """Labelled clips to evaluate on."""
-    frame_size: int = 128
+    frame_size: int = 96
     """Side of the square frames, pixels."""
     fps: int = 25
     """Frames a second."""
@@ -46,7 +46,7 @@ class LittleWorldConfig:
     """Turns happen at multiples of this time, seconds."""
     rest_s: float = 0.8
     """A shape that turned does not turn again for this long, seconds."""
-    turn_probability: float = 0.4
+    turn_probability: float = 0.2
     """Chance of a turn at a tick, left and right together, 0 to 1."""
     seed: int = 0
     """Seed of everything drawn."""

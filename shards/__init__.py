@@ -32,6 +32,7 @@ from .patch_writer import PatchRows, write_black, write_patch_shard
 from .patches import PatchShards
 from .plan import (
     PlanEntry,
+    clips_by_shard,
     clips_of_shard,
     make_plan,
     num_shards,
@@ -72,6 +73,7 @@ __all__ = [
     "VerifyReport",
     "append_timing",
     "canonical_json",
+    "clips_by_shard",
     "clips_of_shard",
     "compare",
     "describe_cache",

@@ -166,12 +166,9 @@ class DeltaShards:
         rows = self._rows.get(shard)
         if rows is None:
             record = self._cache.records[shard]
-            path = shard_path(self.folder, record.shard, ".tar")
             rows = _map_rows(
-                path,
-                size=self._cache.records[shard].files[path.relative_to(self.folder).as_posix()][
-                    "bytes"
-                ],
+                shard_path(self.folder, record.shard, ".tar"),
+                size=sum(entry["bytes"] for entry in record.files.values()),
                 row_bytes=self._row_bytes,
                 stride=self._layout.strides[shard],
             )

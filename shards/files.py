@@ -5,6 +5,7 @@ Every writer in the house goes through here: a file or folder is built under its
 only then moved onto its final name.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -54,6 +55,10 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder, and say so with these.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 

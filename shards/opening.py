@@ -4,8 +4,9 @@ Zarr and memory maps notice a missing or short file late or never, so every file
 its done-record first.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,9 @@ def open_finished(
             f"{folder}: extraction has not finished, {len(records)} of {wanted} shards: "
             "run deltatok-extract again"
         )
-    for error in file_problems(folder, records, verify=verify):
-        raise error
+    with contextlib.closing(file_problems(folder, records, verify=verify)) as problems:
+        for problem in problems:
+            raise problem
     records = [record for record in records if record.rows]
     starts = np.cumsum([0, *(record.rows for record in records)], dtype=np.int64)
     return OpenedCache(folder=folder, info=info, records=records, starts=starts)
@@ -89,7 +91,7 @@ def open_finished(
 
 def file_problems(
     folder: Path, records: Sequence[DoneRecord], *, verify: Verify
-) -> Iterator[DamagedShard]:
+) -> Generator[DamagedShard, None, None]:
     """Every file that is missing or differs from its done-record, in shard order."""
     checks = [
         (record.shard, folder / name, entry)
@@ -149,7 +151,7 @@ def _check_totals(folder: Path, info: CacheInfo, records: Sequence[DoneRecord]) 
     if len(records) != wanted or rows != info.counts.get("windows", rows):
         raise DamagedShard(
             f"{folder}: {len(records)} shards with {rows} windows, cache.json says {wanted} with "
-            f"{info.counts.get('windows', rows)}: restore the cache from a copy"
+            f"{info.counts.get('windows', rows)}: run the command that made the cache again"
         )
 
 

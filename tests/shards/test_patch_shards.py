@@ -1,16 +1,13 @@
-"""Patch-token shards: what is written comes back, by our reader and by others'."""
+"""Patch-token shards: what is written comes back through the reader."""
 
-import copy
 import pickle
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,18 +16,13 @@ from deltatok.shards import (
     CacheMismatch,
     CacheShape,
     DamagedShard,
-    DeltatokError,
     PatchRows,
     PatchShards,
-    UsageError,
     open_cache,
-    read_done,
-    verify_cache,
     window_order,
     write_patch_shard,
 )
 from deltatok.shards.dtypes import from_stored, to_bfloat16_bits
-from deltatok.shards.files import sha256_file
 
 
 def test_float16_tokens_come_back_as_their_nearest_float16(patches: Any) -> None:
@@ -79,17 +71,6 @@ def test_bfloat16_tokens_come_back_rounded_to_nearest_even(little: Any, tmp_path
     assert relative.max() <= 2**-8
 
 
-def test_bfloat16_bits_are_those_of_torch() -> None:
-    torch = pytest.importorskip("torch", reason="torch's own rounding is the reference")
-    special = np.array([0.0, -0.0, 1e-45, 3e-39, np.inf, -np.inf, np.nan], dtype=np.float32)
-    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
-    ties = (np.arange(2000, dtype=np.uint32) << 16) + np.uint32(0x3F808000)
-    values = np.concatenate([special, bits.view(np.float32), ties.view(np.float32)])
-    got = from_stored(to_bfloat16_bits(values), "bfloat16")
-    wanted = torch.from_numpy(values).bfloat16().float().numpy()
-    np.testing.assert_array_equal(got, wanted)
-
-
 def test_out_is_filled_and_returned(patches: Any) -> None:
     reader = PatchShards(patches.folder)
     out = np.empty((2, 3, 4, 6), dtype=np.float32)
@@ -113,172 +94,6 @@ def test_reader_refuses_what_is_no_window_number(patches: Any, windows: list[Any
 
 def test_no_windows_give_an_empty_array(patches: Any) -> None:
     assert PatchShards(patches.folder).tokens([]).shape == (0, 3, 4, 6)
-
-
-def test_reader_gives_what_plain_zarr_gives(patches: Any) -> None:
-    reader = PatchShards(patches.folder)
-    groups = [
-        zarr.open_group(str(patches.folder / f"shards/00000{n}.zarr"), mode="r") for n in (0, 1)
-    ]
-    tokens = np.concatenate([np.asarray(group["tokens"][...]) for group in groups])
-    np.testing.assert_array_equal(reader.load(), tokens)
-    for name in ("timestamps_s", "frame_index"):
-        plain = np.concatenate([np.asarray(group[name][...]) for group in groups])
-        np.testing.assert_array_equal(getattr(reader, name)(np.arange(11)), plain)
-
-
-def test_reader_reads_a_shard_that_zarr_encoded_itself(patches: Any) -> None:
-    """Zarr puts the chunks of a shard in another order than ours; the index says where."""
-    path = patches.folder / "shards/000001.zarr"
-    before = PatchShards(patches.folder).load()
-    array = zarr.open_group(str(path), mode="r+")["tokens"]
-    tokens_file = path / "tokens/c/0/0/0/0"
-    ours = tokens_file.read_bytes()
-    array[...] = np.asarray(array[...])
-    assert tokens_file.read_bytes() != ours
-    assert tokens_file.stat().st_size == len(ours)
-    np.testing.assert_array_equal(PatchShards(patches.folder).load(), before)
-
-
-def test_shard_reads_with_plain_zarr_alone(
-    patches: Any, run_script: Callable[..., str], tmp_path: Path
-) -> None:
-    np.save(tmp_path / "wanted.npy", patches.expected["tokens"][:5].astype(np.float16))
-    run_script(
-        """
-import sys, numpy, zarr
-group = zarr.open(sys.argv[1], mode="r")
-tokens = group["tokens"]
-assert tokens.shape == (5, 3, 4, 6) and tokens.dtype == "float16", tokens
-assert tokens.chunks == (1, 1, 4, 6) and tokens.shards == tokens.shape, tokens
-assert (tokens[...] == numpy.load(sys.argv[2])).all()
-assert (tokens[3, 1] == numpy.load(sys.argv[2])[3, 1]).all()
-assert group["timestamps_s"].attrs["unit"] == "s"
-assert group["crop"].shape == (5, 4) and group["flipped"].dtype == bool
-assert [group.attrs["keys"][clip] for clip in group["clip"][...]]
-assert group.attrs["licence"] == "DINOv3 License"
-assert "deltatok" not in sys.modules
-""",
-        patches.folder / "shards/000000.zarr",
-        tmp_path / "wanted.npy",
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_shard_reads_with_tensorstore(little: Any, tmp_path: Path, dtype: str) -> None:
-    tensorstore = pytest.importorskip("tensorstore", reason="another reader, not a dependency")
-    cache = little.make_patches(tmp_path / "cache", dtype=dtype)
-    group = cache.folder / "shards/000000.zarr"
-
-    def read(name: str) -> np.ndarray:
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{group / name}/"}}
-        return np.asarray(tensorstore.open(spec, open=True).result().read().result())
-
-    reader = PatchShards(cache.folder)
-    np.testing.assert_array_equal(read("tokens"), reader.stored_tokens(np.arange(5)))
-    np.testing.assert_array_equal(read("timestamps_s"), reader.timestamps_s(np.arange(5)))
-    np.testing.assert_array_equal(read("flipped"), reader.flipped[:5])
-
-
-def test_writing_twice_gives_the_same_bytes(little: Any, tmp_path: Path) -> None:
-    first = little.make_patches(tmp_path / "first").folder
-    second = little.make_patches(tmp_path / "second").folder
-    files = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
-    assert len(files) == 2 * 14 + 4
-    for name in files:
-        assert sha256_file(first / name) == sha256_file(second / name), name
-
-
-def test_windows_of_a_shard_are_permuted_by_seed_and_shard() -> None:
-    orders = [window_order(64, seed=seed, shard=shard) for seed, shard in ((0, 0), (0, 1), (1, 0))]
-    for order in orders:
-        assert sorted(order.tolist()) == list(range(64))
-    assert len({tuple(order) for order in (*orders, np.arange(64))}) == 4
-
-
-def test_window_order_is_the_same_for_ever() -> None:
-    """Pinned: another order would make a resumed cache differ from a finished one."""
-    assert window_order(8, seed=7, shard=0).tolist() == [3, 0, 1, 6, 2, 4, 7, 5]
-
-
-def test_done_record_has_statistics_of_the_stored_values(patches: Any) -> None:
-    record = read_done(patches.folder, 1)
-    assert record is not None
-    stored = patches.expected["tokens"][5:].astype(np.float16).astype(np.float64).reshape(-1, 6)
-    np.testing.assert_allclose(record.statistics["channel_mean"], stored.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(record.statistics["channel_std"], stored.std(axis=0), rtol=1e-5)
-    assert record.statistics["abs_max"] == np.abs(stored).max()
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 70000.0, -65505.0])
-@pytest.mark.parametrize("window", [0, 3])
-def test_writer_refuses_values_float16_cannot_hold_and_names_the_clip(
-    patches: Any, value: float, window: int
-) -> None:
-    rows = copy.deepcopy(patches.rows[0])
-    rows.tokens[window, 1, 2, 3] = value
-    key = rows.keys[rows.clip[window]]
-    with pytest.raises(DeltatokError, match=f"shard 000000: clip '{key}'") as caught:
-        write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
-    counts = "1 of 72 token values are not finite and 0"
-    if np.isfinite(value):
-        counts = "0 of 72 token values are not finite and 1"
-    assert counts in str(caught.value)
-    assert verify_cache(patches.folder).problems == []
-
-
-def test_bfloat16_holds_what_float16_cannot(little: Any, tmp_path: Path) -> None:
-    cache = little.make_patches(tmp_path / "cache", dtype="bfloat16")
-    rows = copy.deepcopy(cache.rows[0])
-    rows.tokens[:] = 2.0**100
-    write_patch_shard(cache.folder, 0, rows, dtype="bfloat16", seed=7)
-    assert (PatchShards(cache.folder).tokens([0]) == 2.0**100).all()
-
-
-def test_float16_rows_are_stored_as_they_are(patches: Any) -> None:
-    rows = patches.rows[0]
-    before = sha256_file(patches.folder / "shards/000000.json")
-    rows = replace(rows, tokens=rows.tokens.astype(np.float16))
-    write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
-    assert sha256_file(patches.folder / "shards/000000.json") == before
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"tokens": np.zeros((5, 3, 4, 7), np.float32)}, r"tokens float32 \(5, 3, 4, 7\), wanted"),
-        ({"tokens": np.zeros((5, 3, 4, 6), np.float64)}, "tokens float64"),
-        ({"crop": np.zeros((5, 3), np.float32)}, r"crop is float32 \(5, 3\), wanted"),
-        ({"frame_index": np.zeros((5, 3), np.int64)}, "frame_index is int64"),
-        ({"clip": np.full(5, 3, np.int32)}, "outside of the 3 keys"),
-        ({"clip": np.full(5, -1, np.int32)}, "outside of the 3 keys"),
-    ],
-)
-def test_writer_refuses_rows_of_another_shape(
-    patches: Any, change: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(CacheMismatch, match=words):
-        write_patch_shard(
-            patches.folder, 0, replace(patches.rows[0], **change), dtype="float16", seed=7
-        )
-
-
-def test_writer_refuses_another_dtype_than_the_caches(patches: Any) -> None:
-    with pytest.raises(CacheMismatch, match=r"dtype bfloat16, cache\.json says float16"):
-        write_patch_shard(patches.folder, 0, patches.rows[0], dtype="bfloat16", seed=7)
-    with pytest.raises(UsageError, match="wanted one of float16, bfloat16"):
-        write_patch_shard(patches.folder, 0, patches.rows[0], dtype="int4", seed=7)
-
-
-def test_shard_without_windows_is_only_a_done_record(little: Any, patches: Any) -> None:
-    rows = little.patch_rows(0, [], seed=0)
-    record = write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
-    assert (record.rows, record.files) == (0, {})
-    assert not (patches.folder / "shards/000000.zarr").exists()
-    little.finish_cache(patches.folder, {})
-    np.testing.assert_array_equal(
-        PatchShards(patches.folder).load(), patches.expected["tokens"][5:].astype(np.float16)
-    )
 
 
 def test_threads_may_read_together(patches: Any) -> None:

@@ -2,7 +2,9 @@
 
 Letters: B batch, T frames, N patches of a frame (row-major, N = h * w), D channels.
 x: patch tokens of the frozen backbone, float (B, N, D). z: delta tokens, float (B, D).
-Paper section 3; "Facts of the tokenizer" and blocks: PAPER "DeltaTok, the tokenizer".
+"A Frame is Worth One Token" (Kerssies et al., CVPR 2026) and its released code: the encoder reads
+[z, x_prev + e_prev, x_cur + e_cur] and gives token 0 after a norm; the decoder reads [z, x_prev]
+and gives the patch tokens without a norm, so that small layer scales start as copying x_prev.
 """
 
 import math

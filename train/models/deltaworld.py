@@ -2,7 +2,7 @@
 
 Letters: B batch, T frames, P = T - 1 target positions, S samples, Q queries, K past tokens,
 C context tokens, H horizon (steps), D channels of a delta token, Dp channels of a query.
-Times are seconds, float32. Paper section 4; PAPER "DeltaWorld, the predictor".
+Times are seconds, float32. Token 0 stands for black -> frame 0, so tokens 1..T-1 are predicted.
 """
 
 import torch

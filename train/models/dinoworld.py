@@ -3,7 +3,7 @@
 Letters: B batch, T frames, P = T - 1 target frames, S samples, N patches of a frame (row-major,
 N = h * w), C context frames, H horizon (steps), D channels of a token, Dp channels of a query.
 Times are seconds, float32; x and y run over [-1, 1], both ends included.
-PAPER "DINO-world, the discriminative baseline, and its best-of-many form".
+The paper's reimplementation of DINO-world, and its best-of-many form.
 """
 
 import torch

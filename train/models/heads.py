@@ -3,7 +3,7 @@ used by evaluate/.
 
 Letters: B batch, D channels of a patch token, h, w patches of a frame, C classes or depth bins.
 Feature maps are float (B, D, h, w), the patch tokens of one frame, row-major (`feature_map`).
-PAPER "Evaluation": BatchNorm and a 1x1 convolution; depth: 256 bins, ReLU + 0.1, normalised.
+As released: BatchNorm and a 1x1 convolution; depth: 256 bins, ReLU + 0.1, normalised.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,345 @@
+"""One bad clip costs one clip, whatever its decoder does, and no process outlives its pool.
+
+The processes here are real and their mishaps too: a busy loop, a signal, garbage on the pipe. Only
+the decoding is pretended, so that a clip takes no time: the key of a clip says what it does.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from deltatok.extract.pool import DecodedClip, DecodePool
+from deltatok.extract.sampling import SamplingPolicy
+from deltatok.extract.sources import Clip, find_clips
+from deltatok.shards.errors import DeltatokError
+from deltatok.shards.records import Quarantined
+
+TIMEOUT_S = 2.0
+
+CHILD = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from deltatok.extract import child
+from deltatok.extract.decoders import DecodedFrames
+from deltatok.extract.sampling import WindowDraw
+from deltatok.extract.unusable import UnusableClip
+
+def decode(request, starting):
+    key, again = request["key"], not request["use_decord"]
+    with open(Path(request["path"]).parent / "pids", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    starting("pyav" if again else "decord")
+    if "hang" in key and ("always" in key or not again):
+        while True:
+            pass
+    if "segfault" in key:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "exit" in key:
+        print("out of luck", file=sys.stderr, flush=True)
+        os._exit(3)
+    if "raise" in key:
+        raise KeyError("a bug")
+    if "garbage" in key:
+        os.write(int(sys.argv[2]), b"Traceback: all is lost")
+    if "huge" in key:
+        text = b'{"event": "windows", "payload_bytes": 1000000000000}'
+        os.write(int(sys.argv[2]), b"DTOK" + len(text).to_bytes(4, "little") + text)
+    if "talk" in key:
+        for _ in range(2000):
+            print("x" * 1000)
+        sys.stdout.flush()
+    if "fat" in key:
+        np.ones(2**29, np.uint8)
+        while True:
+            pass
+    if "unusable" in key:
+        raise UnusableClip("too short to be a clip", stage="sample")
+    draw = WindowDraw((0, 1), (0.0, 0.04), (0, 0, 64, 64), False)
+    other = WindowDraw((1, 0), (0.04, 0.0), (0, 0, 64, 64), True)
+    frames = {index: np.full((64, 64, 3), index, np.uint8) for index in (0, 1)}
+    return DecodedFrames("pyav" if again else "decord", [draw, other], frames)
+
+sys.exit(child.main(sys.argv[1:], decode=decode))
+"""
+
+Run = Callable[..., list[DecodedClip | Quarantined]]
+MakePolicy = Callable[..., SamplingPolicy]
+
+
+@pytest.fixture
+def open_pool(make_policy: MakePolicy, tmp_path: Path) -> Callable[..., DecodePool]:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+
+    def make(**changes: Any) -> DecodePool:
+        options: dict[str, Any] = {
+            "num_workers": 2,
+            "timeout_s": TIMEOUT_S,
+            "child_command": [sys.executable, "-P", str(script)],
+        }
+        return DecodePool(make_policy(), **(options | changes))
+
+    return make
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Callable[..., list[Clip]]:
+    return lambda *keys: [Clip(key, tmp_path / key, 1) for key in keys]
+
+
+@pytest.fixture
+def pids(tmp_path: Path) -> Callable[[], list[int]]:
+    """Ids of the processes that took a clip, in order."""
+    path = tmp_path / "pids"
+    return lambda: [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+@pytest.fixture
+def run(open_pool: Callable[..., DecodePool], clips: Callable[..., list[Clip]]) -> Run:
+    def call(*keys: str, **changes: Any) -> list[DecodedClip | Quarantined]:
+        with open_pool(**changes) as pool:
+            return list(pool.decode(clips(*keys)))
+
+    return call
+
+
+def _names(results: list[DecodedClip | Quarantined]) -> list[str]:
+    return [r.key if isinstance(r, DecodedClip) else f"({r.clip})" for r in results]
+
+
+def _check_gone(pids: list[int]) -> None:
+    """Every process ends within seconds; a zombie counts as ended."""
+    alive = []
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    assert not psutil.wait_procs(alive, timeout=10)[1]
+
+
+def test_results_come_in_the_order_of_the_clips(run: Run) -> None:
+    keys = ["hang", *(f"clip{i}" for i in range(12))]
+    results = run(*keys, num_workers=3)
+    assert _names(results) == keys
+
+
+def test_windows_and_pixels_arrive(run: Run) -> None:
+    (clip,) = run("clip")
+    assert isinstance(clip, DecodedClip)
+    first, second = clip.windows
+    assert first.frames.shape == (2, 64, 64, 3)
+    assert first.frames.dtype == np.uint8
+    assert [int(frame.mean()) for frame in first.frames] == [0, 1]
+    assert [int(frame.mean()) for frame in second.frames] == [1, 0]
+    assert second.draw.flipped
+
+
+def test_hanging_decord_is_killed_and_pyav_takes_the_clip(run: Run) -> None:
+    before, clip, after = run("a", "hang", "b")
+    assert isinstance(clip, DecodedClip)
+    assert clip.decoder == "pyav"
+    assert _names([before, after]) == ["a", "b"]
+
+
+BAD = [
+    ("hang always", r"decord hung for 2 s \(killed\); second try: PyAV hung for 2 s \(killed\)"),
+    ("segfault", r"decord crashed: signal 11 \(SIGSEGV\); second try: PyAV crashed: signal 11 .*"),
+    ("exit", r"decord exited with status 3 \(out of luck\); second try: PyAV exited with .*"),
+    ("raise", r"decord exited with status 1 \(KeyError: 'a bug'\); second try: .*"),
+    ("garbage", r"decord sent something that is no message; second try: PyAV sent something .*"),
+    ("huge", r"decord announced 1000000000000 bytes, more than \d+; second try: .*"),
+]
+
+
+@pytest.mark.parametrize(("key", "reason"), BAD)
+def test_bad_clip_costs_one_clip(run: Run, key: str, reason: str) -> None:
+    results = run("a", key, "b", "c", "d")
+    assert _names(results) == ["a", f"({key})", "b", "c", "d"]
+    bad = results[1]
+    assert isinstance(bad, Quarantined)
+    assert (bad.stage, bad.attempts) == ("decode", 2)
+    assert re.fullmatch(reason, bad.reason)
+
+
+def test_refusal_is_not_tried_again(run: Run) -> None:
+    (result,) = run("unusable")
+    wanted = Quarantined(
+        clip="unusable", stage="sample", reason="too short to be a clip", attempts=1
+    )
+    assert result == wanted
+
+
+def test_chatty_decoder_is_no_obstacle(run: Run) -> None:
+    assert _names(run("talk", "talk again")) == ["talk", "talk again"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_decoder_that_eats_memory_is_killed(run: Run) -> None:
+    limits = {"max_child_rss": 2**28, "max_clip_bytes": 2**20, "timeout_s": 60}
+    bad, good = run("fat", "a", **limits)
+    assert isinstance(bad, Quarantined)
+    assert re.match(r"decord took 0\.\d GB of memory \(killed\)", bad.reason)
+    assert _names([good]) == ["a"]
+
+
+def test_no_clips_start_no_process(run: Run, pids: Callable[[], list[int]]) -> None:
+    assert run() == []
+    assert pids() == []
+
+
+def test_processes_are_kept_from_one_call_to_the_next(
+    open_pool: Callable[..., DecodePool],
+    clips: Callable[..., list[Clip]],
+    pids: Callable[[], list[int]],
+) -> None:
+    with open_pool(num_workers=1) as pool:
+        for _ in range(3):
+            assert len(list(pool.decode(clips("a", "b")))) == 2
+    assert len(set(pids())) == 1
+
+
+def test_process_is_replaced_after_its_share_of_clips(
+    run: Run, pids: Callable[[], list[int]]
+) -> None:
+    run(*"abcdef", num_workers=1, max_clips_per_child=2)
+    assert len(set(pids())) == 3
+
+
+def test_only_so_many_clips_are_read_ahead(
+    open_pool: Callable[..., DecodePool], clips: Callable[..., list[Clip]]
+) -> None:
+    taken = []
+
+    def source() -> Iterator[Clip]:
+        for clip in clips(*(f"clip{i}" for i in range(20))):
+            taken.append(clip)
+            yield clip
+
+    with open_pool(look_ahead=3) as pool:
+        results = pool.decode(source())
+        next(results)
+        assert len(taken) == 4
+
+
+def test_little_memory_for_waiting_clips_still_gives_all(run: Run) -> None:
+    keys = [f"clip{i}" for i in range(8)]
+    assert _names(run(*keys, max_waiting_bytes=1, num_workers=3)) == keys
+
+
+@pytest.mark.parametrize("how", ["break", "error", "interrupt"])
+def test_leaving_the_loop_early_kills_all_processes(
+    open_pool: Callable[..., DecodePool],
+    clips: Callable[..., list[Clip]],
+    pids: Callable[[], list[int]],
+    how: str,
+) -> None:
+    errors = {"error": ValueError, "interrupt": KeyboardInterrupt}
+
+    def leave_early(pool: DecodePool) -> None:
+        for _ in pool.decode(clips("a", "hang always", "b", "c")):
+            if how in errors:
+                raise errors[how]
+            break
+
+    with open_pool() as pool:
+        if how in errors:
+            with pytest.raises(errors[how]):
+                leave_early(pool)
+        else:
+            leave_early(pool)
+        _check_gone(pids())
+        assert _names(list(pool.decode(clips("d")))) == ["d"]
+    _check_gone(pids())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel kills orphans only on Linux")
+def test_processes_die_with_a_killed_parent(
+    tmp_path: Path, open_pool: Callable[..., DecodePool], pids: Callable[[], list[int]]
+) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from deltatok.extract.pool import DecodePool\n"
+        "from deltatok.extract.sampling import SamplingPolicy\n"
+        "from deltatok.extract.sources import Clip\n"
+        "from deltatok.extract.config import ExtractConfig\n"
+        "here = Path(sys.argv[1])\n"
+        "policy = SamplingPolicy.from_config(ExtractConfig(videos=('v',), out='o'))\n"
+        "command = [sys.executable, '-P', str(here / 'child.py')]\n"
+        "clips = [Clip(key, here / key, 1) for key in ('a', 'hang always')]\n"
+        "with DecodePool(policy, num_workers=1, timeout_s=600, child_command=command) as pool:\n"
+        "    for _ in pool.decode(clips):\n"
+        "        while len((here / 'pids').read_text().split()) < 2:\n"
+        "            pass\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-P", str(script), str(tmp_path)], timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(pids()) == 2
+    _check_gone(pids())
+
+
+def test_signals_for_the_parent_do_not_end_a_process(
+    open_pool: Callable[..., DecodePool],
+    clips: Callable[..., list[Clip]],
+    pids: Callable[[], list[int]],
+) -> None:
+    with open_pool(num_workers=1) as pool:
+        list(pool.decode(clips("a")))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pids()[0], number)
+        assert _names(list(pool.decode(clips("b")))) == ["b"]
+    assert len(set(pids())) == 1
+
+
+def test_processes_that_cannot_start_stop_the_run(
+    open_pool: Callable[..., DecodePool], clips: Callable[..., list[Clip]]
+) -> None:
+    command = [sys.executable, "-c", "import no_such_module"]
+    words = r"no decoding process can be started: decoder exited with status 1 \(ModuleNotFoundErr"
+    with open_pool(child_command=command) as pool, pytest.raises(DeltatokError, match=words):
+        list(pool.decode(clips("a")))
+
+
+def test_decode_outside_the_pool_is_refused(
+    open_pool: Callable[..., DecodePool], clips: Callable[..., list[Clip]]
+) -> None:
+    with pytest.raises(RuntimeError, match="inside `with DecodePool"):
+        next(open_pool().decode(clips("a")))
+
+
+def test_corrupt_file_among_good_ones_costs_one(videos: Any, make_policy: MakePolicy) -> None:
+    for name in ("a.mp4", "b.mp4", "d.mp4"):
+        videos.write(name)
+    (videos.folder / "c.mp4").write_bytes((videos.folder / "a.mp4").read_bytes()[:500])
+    with DecodePool(make_policy(), num_workers=2, timeout_s=60) as pool:
+        results = list(pool.decode(find_clips([videos.folder])))
+    assert _names(results) == ["a.mp4", "b.mp4", "(c.mp4)", "d.mp4"]
+    for clip in results:
+        if isinstance(clip, DecodedClip):
+            for window in clip.windows:
+                numbers = [videos.number(frame) for frame in window.frames]
+                assert numbers == list(window.draw.frame_index)
+
+
+def test_child_imports_neither_torch_nor_decord() -> None:
+    code = (
+        "import sys, deltatok.extract.child; "
+        "sys.exit(' '.join({'torch', 'decord', 'zarr', 'webdataset'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert ended.stderr.strip() == ""

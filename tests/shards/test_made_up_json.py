@@ -1,0 +1,161 @@
+"""Whatever stands in a cache's JSON files, readers give data or one of our errors.
+
+Every value in every file is replaced by, in turn, every kind of wrong value.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deltatok.shards import (
+    CacheMismatch,
+    DamagedShard,
+    DeltaShards,
+    PatchShards,
+    UsageError,
+    describe_cache,
+    read_plan,
+    verify_cache,
+)
+from deltatok.shards.files import sha256_file
+
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    7,
+    2**70,
+    1.5,
+    "",
+    "x",
+    "../x",
+    "\udc80",
+    [],
+    [[]],
+    [None],
+    {},
+]
+OURS = (CacheMismatch, DamagedShard, UsageError)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value within a JSON value, its own first."""
+    yield path
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(item, (*path, name))
+
+
+def replaced(value: Any, path: tuple[Any, ...], wrong: Any) -> Any:
+    if not path:
+        return wrong
+    result = copy.copy(value)
+    result[path[0]] = replaced(value[path[0]], path[1:], wrong)
+    return result
+
+
+def without(value: Any, path: tuple[Any, ...]) -> Any:
+    result = copy.copy(value)
+    if len(path) == 1:
+        del result[path[0]]
+    else:
+        result[path[0]] = without(value[path[0]], path[1:])
+    return result
+
+
+def variants(value: Any) -> Iterator[Any]:
+    for path in places(value):
+        if path:
+            yield without(value, path)
+        for wrong in WRONG:
+            yield replaced(value, path, wrong)
+
+
+def read_everything(folder: Path, reader: type[PatchShards] | type[DeltaShards]) -> None:
+    opened = reader(folder)
+    windows = np.arange(len(opened))
+    opened.tokens(windows)
+    opened.timestamps_s(windows)
+    assert len(opened.clip_index) == len(opened)
+    assert set(opened.clip_index.tolist()) <= set(range(len(opened.keys)))
+    if isinstance(opened, PatchShards):
+        assert opened.black.shape == opened.shape[1:]
+    elif len(opened):
+        opened.window(0)
+
+
+def reseal(folder: Path) -> None:
+    """Makes the done-record of shard 0 agree with its files again."""
+    path = folder / "shards/000000.json"
+    record = json.loads(path.read_text())
+    for name in record["files"]:
+        file = folder / name
+        record["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("patches", "cache.json"),
+        ("patches", "shards/000000.json"),
+        ("patches", "shards/000000.zarr/zarr.json"),
+        ("patches", "shards/000000.zarr/tokens/zarr.json"),
+        ("patches", "shards/000000.zarr/flipped/zarr.json"),
+        ("deltas", "cache.json"),
+        ("deltas", "shards/000000.json"),
+    ],
+)
+def test_made_up_json_gives_data_or_our_errors(
+    request: pytest.FixtureRequest, kind: str, name: str
+) -> None:
+    folder = request.getfixturevalue(kind).folder
+    path = folder / name
+    value = json.loads(path.read_text())
+    for key in ("backbone", "preprocessing", "statistics", "software", "decoders"):
+        for inner in (value, value.get("identity", {})):
+            if isinstance(inner, dict) and key in inner:
+                inner[key] = {}  # their contents are nobody's business but describe_cache's
+    if "files" in value:
+        value["files"] = dict(list(value["files"].items())[:3])
+    refused = 0
+    for variant in variants(value):
+        path.write_text(json.dumps(variant))
+        if ".zarr" in name:
+            reseal(folder)
+        try:
+            read_everything(folder, PatchShards if kind == "patches" else DeltaShards)
+        except OURS:
+            refused += 1
+        if name in ("cache.json", "shards/000000.json"):
+            with suppress(*OURS):
+                describe_cache(folder)
+    assert refused > 50
+
+
+def test_a_made_up_plan_gives_a_plan_or_our_errors(patches: Any) -> None:
+    path = patches.folder / "plan.jsonl"
+    value = [json.loads(line) for line in path.read_text().splitlines()]
+    for variant in variants(value[:2]):
+        lines = variant if isinstance(variant, list) else [variant]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        with suppress(*OURS):
+            plan = read_plan(patches.folder)
+            assert all(isinstance(entry.key, str) for entry in plan)
+
+
+@pytest.mark.parametrize("name", ["shards/000000.json", "plan.jsonl", "quarantine.jsonl"])
+def test_verify_reports_made_up_json_and_goes_on(patches: Any, name: str) -> None:
+    path = patches.folder / name
+    original = path.read_text()
+    for text in ("", "{", "[]", "{}", "null", "\x00", '{"shard": 0}', "[" * 100_000):
+        path.write_text(text)
+        if text != original:
+            assert verify_cache(patches.folder).problems, text
