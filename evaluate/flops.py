@@ -23,6 +23,10 @@ from ..train.models.rope import patch_rope, with_prefix
 
 aten = torch.ops.aten
 GIGA = 1e9
+CONVENTION = (
+    "2 FLOPs per multiply-add, matrix products and convolutions only, one crop; "
+    "backward passes are counted as they run"
+)
 CONTEXTS = (4, 5, 6)
 """Context tokens at the three steps of a mid-term forecast (paper, Table B)."""
 NORM_FLOPS_PER_ELEMENT = 5

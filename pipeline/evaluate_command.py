@@ -1,4 +1,4 @@
-"""deltatok-evaluate: forecasts scored from caches, with tables and pictures."""
+"""deltatok-evaluate: forecasts scored from caches, with tables and pictures; FLOPs counted."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,11 +7,13 @@ from pathlib import Path
 from ..shards.errors import UsageError
 from .command import parse_config, run_command
 
-USAGE = """usage: deltatok-evaluate {forecast} [--help] ...
+USAGE = """usage: deltatok-evaluate {forecast,flops} [--help] ...
 
   forecast   roll the world model out over an evaluation cache: report.json and report.html
+  flops      GFLOPs of every part, counted from the real modules
 
-example:
+examples:
+  deltatok-evaluate flops --frame-size 512
   deltatok-evaluate forecast --patches cache/val --labels labels/val --tokenizer runs/tokenizer \\
       --world runs/world --head runs/head --dataset little-world --out runs/report"""
 
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    kinds: dict[str, Callable[[list[str]], None]] = {"forecast": _forecast}
+    kinds: dict[str, Callable[[list[str]], None]] = {"forecast": _forecast, "flops": _flops}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -47,3 +49,19 @@ def _forecast(words: list[str]) -> None:
 
     run_forecast(config)
     print(f"report: {Path(config.out) / 'report.html'}")
+
+
+def _flops(words: list[str]) -> None:
+    from ..evaluate.flops import CONVENTION, FlopsConfig, flops_rows, markdown_table, paper_table_b
+
+    config = parse_config(
+        FlopsConfig,
+        words,
+        prog="deltatok-evaluate flops",
+        summary="Count GFLOPs of backbone, encoder, decoder, predictor and of a training window.",
+        example="deltatok-evaluate flops --frame-size 512 --set world.num_samples_train=64",
+    )
+    print(CONVENTION)
+    print(markdown_table([(f"{config.frame_size} px", flops_rows(config))]))
+    print("\nAs the paper's Table B counts (plain blocks, norms and activations counted too):")
+    print(markdown_table([(f"{config.frame_size} px", paper_table_b(config))]))

@@ -1,4 +1,5 @@
-"""deltatok-pipeline: run or plan all stages of a pipeline file; quickstart is the built-in one."""
+"""deltatok-pipeline: run or plan all stages of a pipeline file; quickstart is the built-in one;
+import and export of the released checkpoints."""
 
 import argparse
 import importlib.resources
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from ..shards.files import write_json
 from .command import Parser, run_command
+from .config import apply_settings
 from .stages import Pipeline, read_pipeline, run_pipeline, stages_to_run
 
 
@@ -36,6 +38,7 @@ def _parser() -> Parser:
     run = kinds.add_parser("run", help="run what is not done")
     plan = kinds.add_parser("plan", help="say what is done and what would run")
     quick = kinds.add_parser("quickstart", help="the whole pipeline on a built-in little world")
+    _add_official(kinds)
     for kind in (run, plan):
         kind.add_argument("config", metavar="CONFIG", type=Path, help="a pipeline file (YAML)")
     for kind in (run, plan, quick):
@@ -46,8 +49,52 @@ def _parser() -> Parser:
     return parser
 
 
+def _add_official(kinds: "argparse._SubParsersAction[Parser]") -> None:
+    read = kinds.add_parser("import-official", help="released checkpoint -> model folder")
+    read.add_argument("file", metavar="FILE", type=Path, help="pytorch_model.bin, last.ckpt, ...")
+    read.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    read.add_argument("--class", dest="class_name", help="model class [guessed from the names]")
+    read.add_argument("--backbone", type=Path, help="DINOv3 folder; an RGB head needs its norm")
+    read.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a config field that shapes do not tell, such as use_delta=false",
+    )
+    write = kinds.add_parser("export-official", help="model folder -> released checkpoint")
+    write.add_argument("dir", metavar="DIR", type=Path, help="a model folder")
+    write.add_argument("--out", type=Path, required=True, help="the checkpoint file to write")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from ..train.official import import_official
+    from ..train.official_configs import rgb_constants
+
+    overrides: dict[str, object] = {}
+    if arguments.backbone is not None:
+        overrides |= rgb_constants(arguments.backbone)
+    apply_settings(overrides, arguments.set)
+    model = import_official(
+        arguments.file, arguments.out, class_name=arguments.class_name, overrides=overrides
+    )
+    print(f"{type(model).__name__} {model.config}")
+    print(f"model: {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ..train.official import export_official
+
+    export_official(arguments.dir, arguments.out)
+    print(f"checkpoint: {arguments.out}")
+
+
 def _run(words: list[str]) -> None:
     arguments = _parser().parse_args(words)
+    official = {"import-official": _import, "export-official": _export}
+    if arguments.kind in official:
+        official[arguments.kind](arguments)
+        return
     file = quickstart_file() if arguments.kind == "quickstart" else arguments.config
     pipeline = read_pipeline(file, out=arguments.out, settings=arguments.set)
     if arguments.kind == "plan":

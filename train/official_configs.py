@@ -61,7 +61,7 @@ def infer_config(class_name: str, tensors: Tensors, overrides: Mapping[str, Any]
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise UsageError(f"{class_name} has no config field {unknown}; known: {known}")
-    values |= overrides
+    values |= {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
     missing = sorted(set(_required(cls)) - set(values))
     if missing:
         raise UsageError(

@@ -1,6 +1,7 @@
-"""Little lossless clips and the tiny golden backbone, for the tests that extract."""
+"""Little lossless clips and a tiny random backbone, for the tests that extract."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 
-BACKBONE = Path(__file__).parents[1] / "golden" / "backbone"
+GOLDEN_BACKBONE = Path(__file__).parents[1] / "golden" / "backbone"  # without its weights
 FPS = 25
 HEIGHT, WIDTH = 48, 80
 
@@ -22,10 +24,21 @@ ConfigMaker = Callable[..., ExtractConfig]
 
 
 @pytest.fixture(scope="session")
-def backbone() -> Backbone:
-    """A 3-layer DINOv3 of width 64 and patch size 16 with random weights."""
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 3-layer DINOv3 of width 64 and patch size 16 with random weights, as a model folder."""
+    folder = tmp_path_factory.mktemp("model") / "backbone"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        DINOv3ViTModel(DINOv3ViTConfig.from_pretrained(GOLDEN_BACKBONE)).save_pretrained(folder)
+    shutil.copy(GOLDEN_BACKBONE / "preprocessor_config.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(backbone_folder: Path) -> Backbone:
+    """The model of `backbone_folder`, loaded."""
     torch.set_num_threads(1)  # tiny products gain nothing from threads
-    return Backbone.load(str(BACKBONE))
+    return Backbone.load(str(backbone_folder))
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +71,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory, write_clip: ClipWriter) -> P
     return folder
 
 
-def _config(clips: Path, out: Path, changes: dict[str, object]) -> ExtractConfig:
+def _config(
+    clips: Path, backbone_folder: Path, out: Path, changes: dict[str, object]
+) -> ExtractConfig:
     settings: dict[str, object] = {
         "videos": (str(clips),),
         "out": str(out),
-        "backbone": str(BACKBONE),
+        "backbone": str(backbone_folder),
         "frame_size": 32,
         "num_windows": 3,
         "num_frames": 4,
@@ -75,16 +90,18 @@ def _config(clips: Path, out: Path, changes: dict[str, object]) -> ExtractConfig
 
 
 @pytest.fixture
-def make_config(clips: Path, tmp_path: Path) -> ConfigMaker:
+def make_config(clips: Path, backbone_folder: Path, tmp_path: Path) -> ConfigMaker:
     """A config for `clips` that writes to tmp_path/out: three shards of two clips."""
-    return lambda **changes: _config(clips, tmp_path / "out", changes)
+    return lambda **changes: _config(clips, backbone_folder, tmp_path / "out", changes)
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, clips: Path, backbone: Backbone) -> Path:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, clips: Path, backbone_folder: Path, backbone: Backbone
+) -> Path:
     """The cache that `make_config()` makes, made in one go; not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    run_extraction(_config(clips, out, {}), backbone=backbone)
+    run_extraction(_config(clips, backbone_folder, out, {}), backbone=backbone)
     return out
 
 
