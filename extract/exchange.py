@@ -117,9 +117,10 @@ class Exchange:
             return self._pending.popleft()
 
     def put_back(self, job: Job) -> None:
-        """Queues a clip for another try, before all others."""
+        """Queues a clip for another try, at its place in the order."""
         with self._changed:
-            self._pending.appendleft(job)
+            self._pending.append(job)
+            self._pending = deque(sorted(self._pending, key=lambda pending: pending.number))
 
     def deliver(self, job: Job, result: Result) -> None:
         """Makes a result ready to be taken."""

@@ -149,11 +149,12 @@ class Pump(threading.Thread):
 
     def _handle(self, worker: _Worker, message: Message) -> None:
         event, job = message.header.get("event"), worker.job
+        decoder = str(message.header.get("decoder"))
         if event == "ready" and not worker.ready:
             worker.ready = True
             self._failed_starts = 0
-        elif event == "decoding" and message.header.get("decoder") in DECODER_NAMES:
-            worker.child.decoder = DECODER_NAMES[message.header["decoder"]]
+        elif event == "decoding" and decoder in DECODER_NAMES:
+            worker.child.decoder = DECODER_NAMES[decoder]
         elif event == "windows" and job is not None:
             self._finish(worker, job, read_windows(message))
         elif event == "unusable" and job is not None and message.header.get("stage") in STAGES:

@@ -1,14 +1,16 @@
-"""The clock of the pool's thread, without processes."""
+"""The clock of the pool's thread and the order of its clips, without processes."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deltatok.extract import pump as pump_module
-from deltatok.extract.exchange import Job
+from deltatok.extract.exchange import Exchange, Job
 from deltatok.extract.pump import TICK_S, Pump, PumpLimits
+from deltatok.extract.wire import DecodedFrames
 
 TIMEOUT_S = 60.0
 
@@ -77,3 +79,23 @@ def test_own_pause_is_not_blamed_on_a_child(busy: tuple[Pump, Any], clock: Simpl
     assert not child.killed
     _look_for(3 * TICK_S, pump, clock)
     assert child.killed
+
+
+def _frames(size: int) -> DecodedFrames:
+    return DecodedFrames("pyav", np.zeros((1, size, 1, 3), np.uint8), [])
+
+
+def test_clip_that_is_waited_for_is_begun_however_much_waits() -> None:
+    exchange = Exchange(max_waiting_bytes=10)
+    for _ in range(4):
+        exchange.submit({})
+    jobs = [exchange.next_job() for _ in range(4)]
+    assert all(jobs)
+    first, second, third, _ = (job for job in jobs if job)
+    exchange.deliver(second, _frames(100))
+    exchange.put_back(first)
+    exchange.put_back(third)
+    again = exchange.next_job()
+    assert again is first
+    assert exchange.next_job() is None  # the third must wait until the others are taken
+    exchange.close(RuntimeError("the test is over"))
