@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -47,6 +47,18 @@ def run_command(body: Callable[[], None]) -> int:
     except BrokenPipeError:  # `deltatok-shards info DIR | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def run_subcommand(
+    prog: str, kinds: Mapping[str, Callable[[list[str]], None]], usage: str, words: list[str]
+) -> None:
+    """Run the one of `kinds` that the first word names with the words after it."""
+    if not words or words[0] in ("-h", "--help"):
+        print(usage)
+    elif words[0] in kinds:
+        kinds[words[0]](words[1:])
+    else:
+        raise UsageError(f"{prog} {words[0]}: wanted one of {', '.join(kinds)}\n{usage}")
 
 
 def config_parser(prog: str, config_type: type, *, summary: str, example: str) -> Parser:

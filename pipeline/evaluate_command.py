@@ -1,11 +1,10 @@
 """deltatok-evaluate: forecasts scored from caches, with tables and pictures; FLOPs counted."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..shards.errors import UsageError
-from .command import parse_config, run_command
+from .command import parse_config, run_command, run_subcommand
 
 USAGE = """usage: deltatok-evaluate {forecast,flops} [--help] ...
 
@@ -21,17 +20,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-evaluate`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(words))
-
-
-def _run(words: list[str]) -> None:
-    kinds: dict[str, Callable[[list[str]], None]] = {"forecast": _forecast, "flops": _flops}
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if words[0] not in kinds:
-        raise UsageError(f"deltatok-evaluate {words[0]}: wanted one of {', '.join(kinds)}\n{USAGE}")
-    kinds[words[0]](words[1:])
+    kinds = {"forecast": _forecast, "flops": _flops}
+    return run_command(lambda: run_subcommand("deltatok-evaluate", kinds, USAGE, words))
 
 
 def _forecast(words: list[str]) -> None:

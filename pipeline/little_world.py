@@ -46,7 +46,7 @@ class LittleWorldConfig:
     """Turns happen at multiples of this time, seconds."""
     rest_s: float = 0.8
     """A shape that turned does not turn again for this long, seconds."""
-    turn_probability: float = 0.2
+    turn_probability: float = 0.14
     """Chance of a turn at a tick, left and right together, 0 to 1."""
     seed: int = 0
     """Seed of everything drawn."""

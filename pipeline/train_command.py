@@ -1,10 +1,9 @@
 """deltatok-train: tokenizer, world or head, from cached shards only."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from ..shards.errors import UsageError
-from .command import parse_config, run_command
+from .command import parse_config, run_command, run_subcommand
 
 USAGE = """usage: deltatok-train {tokenizer,world,head} [--help] ...
 
@@ -21,21 +20,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-train`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(words))
-
-
-def _run(words: list[str]) -> None:
-    kinds: dict[str, Callable[[list[str]], None]] = {
-        "tokenizer": _tokenizer,
-        "world": _world,
-        "head": _head,
-    }
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if words[0] not in kinds:
-        raise UsageError(f"deltatok-train {words[0]}: wanted one of {', '.join(kinds)}\n{USAGE}")
-    kinds[words[0]](words[1:])
+    kinds = {"tokenizer": _tokenizer, "world": _world, "head": _head}
+    return run_command(lambda: run_subcommand("deltatok-train", kinds, USAGE, words))
 
 
 def _tokenizer(words: list[str]) -> None:

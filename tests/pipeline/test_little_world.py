@@ -68,7 +68,7 @@ def test_a_rested_walker_has_seven_futures_in_three_ticks(tmp_path: Path) -> Non
     ways = list(futures(config, Walker(1, (0.5, 0.5), (1, 0), 99), 3))
     assert len(ways) == 7
     straight = max(ways, key=lambda way: way[1][-1][0])
-    assert straight[0] == pytest.approx(0.8**3)
+    assert straight[0] == pytest.approx((1 - config.turn_probability) ** 3)
 
 
 def test_walls_are_mirrors(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Write the README's figures from the JSON files beside this script.
+
+    python tests/benchmarks/readme.py                        README.md from quickstart.json
+    python tests/benchmarks/readme.py --report REPORT.json   first take a quickstart's report.json
+
+quickstart.json: the rows, probes and seconds of the report of one `make quickstart`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from deltatok.evaluate.rows import ReportRow, markdown_table
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parents[1] / "README.md"
+FIGURES = HERE / "quickstart.json"
+BEGIN, END = "<!-- quickstart: begin -->\n", "<!-- quickstart: end -->\n"
+KEPT = ("rows", "probes", "seconds")
+PROBES = ("z_swap_ratio", "zero_z_ratio", "copy_last_ratio")
+
+
+def section(figures: dict[str, Any]) -> str:
+    """The README's lines between the two markers, from quickstart.json."""
+    rows = [ReportRow(**row) for row in figures["rows"]]
+    seconds = sum(figures["seconds"]["stages"].values())
+    probes = ", ".join(f"{name} {figures['probes'][name]:.3g}" for name in PROBES)
+    return (
+        f"{markdown_table(rows)}\n\n"
+        f"All stages together took {seconds:.0f} s on two CPU cores. The tokenizer on this cache: "
+        f"{probes}.\n"
+    )
+
+
+def main() -> int:
+    """Take a report if one is given, then rewrite the section; 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path)
+    report = parser.parse_args().report
+    if report is not None:
+        loaded = json.loads(report.read_text(encoding="utf-8"))
+        kept = {key: loaded[key] for key in KEPT}
+        FIGURES.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+    README.write_text(before + BEGIN + section(figures) + END + after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

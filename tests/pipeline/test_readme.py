@@ -1,0 +1,37 @@
+"""The README says what the committed figures say, and its commands exist."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_quickstart_table_is_the_one_of_the_committed_figures() -> None:
+    path = ROOT / "tests" / "benchmarks" / "readme.py"
+    spec = importlib.util.spec_from_file_location("readme", path)
+    assert spec is not None
+    assert spec.loader is not None
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    figures = json.loads(readme.FIGURES.read_text(encoding="utf-8"))
+    assert readme.BEGIN + readme.section(figures) + readme.END in README
+
+
+def test_the_two_commands_come_first_and_are_in_the_makefile() -> None:
+    block = re.search(r"```\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    assert [line.split()[:2] for line in block[1].splitlines()] == [
+        ["make", "quickstart"],
+        ["make", "test"],
+    ]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "\nquickstart: setup\n" in makefile
+    assert "\ntest: setup\n" in makefile
+
+
+def test_linked_files_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
