@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from deltatok.pipeline.evaluate_command import main as evaluate
 from deltatok.pipeline.extract_command import main as extract
@@ -204,3 +206,25 @@ def test_help_exits_at_once_with_code_0(
         main(["--help"])
     assert stop.value.code == 0
     assert "example" in capsys.readouterr().out
+
+
+def test_a_released_head_is_imported_and_exported_unchanged(tmp_path: Path, fails: Fails) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "07a_seg_head" / "state.safetensors"
+    model, file = tmp_path / "head", tmp_path / "pytorch_model.bin"
+    assert pipeline(["import-official", str(golden), "--out", str(model)]) == 0
+    assert pipeline(["export-official", str(model), "--out", str(file)]) == 0
+    exported = torch.load(file, weights_only=True)["state_dict"]
+    wanted = load_file(golden)
+    assert exported.keys() == wanted.keys()
+    assert all(torch.equal(exported[name], wanted[name]) for name in wanted)
+    words = ["import-official", str(golden), "--out", str(tmp_path / "other")]
+    fails(pipeline, [*words, "--set", "num_classes=9"], 1, "head.weight", "head.bias")
+
+
+def test_flops_prints_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["tokenizer.num_hidden_layers=1", "world.predictor_num_hidden_layers=1"]
+    words = [word for setting in small for word in ("--set", setting)]
+    assert evaluate(["flops", "--frame-size", "64", "--backbone-layers", "1", *words]) == 0
+    out = capsys.readouterr().out
+    assert "| backbone, a frame |" in out
+    assert "Table B" in out
