@@ -76,3 +76,7 @@ class Progress:
             refresh=False,
         )
         self._line.update()
+
+    def add_elsewhere(self, num_clips: int) -> None:
+        """Other processes have dealt with this many more clips."""
+        self._line.update(num_clips)

@@ -1,6 +1,7 @@
-"""run_extraction: videos in, a cache out, resumable after any kill.
+"""run_extraction: videos in, a cache out, resumable after any kill, by any number of processes.
 
-    find clips -> cache.json -> plan.jsonl -> black.npy -> for every shard without a done-record:
+    find clips -> cache.json -> plan.jsonl -> black.npy -> for every shard without a done-record
+    that no other process has a lease on:
     decode -> crop, resize, flip -> backbone -> convert -> write -> done-record
     -> quarantine.jsonl -> cache.json marked complete
 
@@ -10,31 +11,33 @@ hands over from one to the next. Called by pipeline/.
 
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..shards.cache import CacheInfo, finish_cache, open_cache
-from ..shards.errors import DeltatokError, UsageError
+from ..shards.cache import open_cache, read_cache_info
+from ..shards.errors import DeltatokError
 from ..shards.files import remove_partials
-from ..shards.plan import PlanEntry, make_plan, write_plan
-from ..shards.records import DoneRecord, append_timing
-from .backbone import Autocast, Backbone
+from ..shards.records import DoneRecord, append_timing, read_done
+from .backbone import Backbone
+from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
 from .config import ExtractConfig
 from .describe import describe_patches
+from .devices import choose_num_workers, load_backbone
 from .features import WindowFeatures
-from .lock import folder_lock
-from .pool import DecodePool, default_num_workers
+from .leases import Leases
+from .pool import DecodePool
 from .progress import Progress, StageClock
 from .sampling import SamplingPolicy
 from .shard_rows import ShardMaker
-from .sink import ShardSink, disk_errors
+from .sink import ShardSink, check_room, disk_errors
 from .sources import Clip, find_clips
 from .stop import StopRequest, stop_on_signals
 from .tally import Tally
+from .work import SharedWork, TakenShard
 from .writer import PatchShardWriter, ShardWriter
 
 _LOGGER = logging.getLogger(__name__)
@@ -69,33 +72,29 @@ def run_extraction(
 ) -> ExtractionSummary:
     """Makes the cache `config.out`, or goes on with it, until all its shards are done.
 
+    Any number of processes may do so at once, on any number of machines that share the folder, and
+    each returns when all is done; what a killed one had begun is made by another.
+
     backbone: instead of loading `config.backbone`. writer: what becomes of the features; by
     default they are stored whole, as a patch-token cache.
 
     Raises UsageError (2), TooManyQuarantined (3: all shards are written, or 100 clips and more
-    are broken), CacheMismatch (4: `out` holds another cache), Stopped (75: by SIGTERM or SIGINT)
-    and DeltatokError (1: disk full, values that cannot be stored). Finished shards always stay.
+    are broken), CacheMismatch (4: `out` holds another cache), Stopped (75: by SIGTERM, SIGINT or
+    the time limit) and DeltatokError (1: disk full, values that cannot be stored). Finished shards
+    always stay.
     """
     start_s = time.monotonic()
     clips = find_clips(config.videos)
-    with stop_on_signals() as stop:
+    with stop_on_signals(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():
             backbone = backbone or load_backbone(config)
             writer = writer or PatchShardWriter(dtype=config.dtype, seed=config.seed)
             policy = SamplingPolicy.from_config(config)
             wanted = writer.describe(describe_patches(config, policy, backbone))
-        info = open_cache(config.out, wanted)
-        with folder_lock(Path(config.out)):
-            job = _Job(config, policy, backbone, writer, clips, stop)
-            return job.run(info, start_s=start_s)
-
-
-def load_backbone(config: ExtractConfig) -> Backbone:
-    """The backbone of `config` on its device; UsageError if it cannot be had there."""
-    device = _device(config.device)
-    default: Autocast = "bfloat16" if device.type == "cuda" else "float32"
-    autocast = default if config.autocast == "auto" else config.autocast
-    return Backbone.load(config.backbone, device=device, autocast=autocast)
+        open_cache(config.out, wanted)
+        with Leases(Path(config.out), timeout_s=config.lease_timeout_s) as leases:
+            job = _Job(config, policy, backbone, writer, clips, stop, leases)
+            return job.run(start_s=start_s)
 
 
 def clips_per_shard(config: ExtractConfig) -> int:
@@ -105,7 +104,7 @@ def clips_per_shard(config: ExtractConfig) -> int:
 
 
 class _Job:
-    """One run, in a folder that it has for itself."""
+    """One run, in a folder that it may share with others."""
 
     def __init__(
         self,
@@ -115,6 +114,7 @@ class _Job:
         writer: ShardWriter,
         clips: Sequence[Clip],
         stop: StopRequest,
+        leases: Leases,
     ) -> None:
         self._config = config
         self._policy = policy
@@ -123,97 +123,178 @@ class _Job:
         self._clips = {clip.key: clip for clip in clips}
         self._stop = stop
         self._out = Path(config.out)
+        self._leases = leases
+        self._folder = CommonFolder(
+            self._out, leases, stop, poll_s=min(MAX_POLL_S, config.lease_timeout_s / 4)
+        )
         self._clock = StageClock()
         self._tally = Tally(self._out, len(clips))
+        self._work = SharedWork(self._out, {}, leases)
         self._num_shards = 0
         self._num_done_now = 0
 
-    def run(self, info: CacheInfo, *, start_s: float) -> ExtractionSummary:
-        """Makes what is missing; `info` is the cache.json that was found or made."""
+    def run(self, *, start_s: float) -> ExtractionSummary:
+        """Makes what is missing."""
+        config = self._config
         with disk_errors(self._out):
-            for folder in (self._out, self._out / "shards"):
-                remove_partials(folder)
-            plan = self._plan()
-        self._num_shards = len(plan)
-        self._tally = Tally.read(self._out, plan)
-        pending = {shard: plan[shard] for shard in sorted(plan) if self._is_pending(shard)}
+            pending = self._open()
+            self._work = SharedWork(self._out, pending, self._leases)
         if pending:
             self._make_shards(pending)
         with disk_errors(self._out):
-            self._finish(info)
+            self._tally = self._folder.finish(
+                num_frames=config.num_frames, changed=self._num_done_now > 0
+            )
         summary = ExtractionSummary(
-            **self._counts(),
+            **self._tally.counts(num_frames=config.num_frames),
             bytes=self._tally.size_bytes,
             shards_done_now=self._num_done_now,
             seconds=time.monotonic() - start_s,
             slowest_stage=self._clock.slowest(),
         )
-        self._tally.check(self._config.max_quarantined)
+        self._tally.check(config.max_quarantined)
         return summary
 
-    def _plan(self) -> dict[int, list[PlanEntry]]:
-        """Shard -> its clips. A plan that is there already is followed."""
-        made = make_plan(
-            self._clips.values(),
-            clips_per_shard=clips_per_shard(self._config),
-            seed=self._config.seed,
+    def _open(self) -> Plan:
+        """What is to be made: shard -> its clips."""
+        config = self._config
+        for folder in (self._out, self._out / "shards"):
+            remove_partials(folder)
+        plan = self._folder.plan(
+            list(self._clips.values()),
+            clips_per_shard=clips_per_shard(config),
+            seed=config.seed,
+            append=config.append,
         )
-        plan: dict[int, list[PlanEntry]] = defaultdict(list)
-        for entry in write_plan(self._out, made):
-            plan[entry.shard].append(entry)
-        return plan
+        # Read before the done-records: if it is complete and a shard is missing, it is to be
+        # made again, and not one that another process has just finished.
+        complete = read_cache_info(self._out).complete
+        self._num_shards = len(plan)
+        self._tally = Tally.read(self._out, plan)
+        pending = {shard: plan[shard] for shard in plan if self._is_pending(shard)}
+        check_sources(self._out, pending, set(self._clips))
+        if pending and complete:
+            self._folder.reopen()
+        return pending
 
     def _is_pending(self, shard: int) -> bool:
         done = self._tally.shards.get(shard)
         return done is None or (self._config.retry_quarantined and done.quarantined > 0)
 
-    def _make_shards(self, pending: dict[int, list[PlanEntry]]) -> None:
+    def _make_shards(self, pending: Plan) -> None:
         config, backbone = self._config, self._backbone
-        entries = [entry for shard in pending.values() for entry in shard]
         with disk_errors(self._out):
             black = backbone.black_tokens(config.frame_size)
             self._writer.begin(self._out, black.to(backbone.device))
+        num_clips = sum(map(len, pending.values()))
         progress = Progress(
-            self._clock, num_clips=len(self._clips), num_before=len(self._clips) - len(entries)
+            self._clock,
+            num_clips=self._tally.num_clips,
+            num_before=self._tally.num_clips - num_clips,
         )
         pool = DecodePool(
             self._policy,
-            num_workers=config.workers or default_num_workers(),
+            num_workers=choose_num_workers(config),
             timeout_s=config.decode_timeout_s,
             decode_threads=config.decode_threads,
         )
-        sink = ShardSink(self._writer, self._out, when_done=self._when_done)
+        sink = ShardSink(
+            self._writer,
+            self._out,
+            min_free_bytes=config.min_free_bytes,
+            when_done=self._when_done,
+        )
+        features = WindowFeatures(
+            backbone,
+            self._writer,
+            num_frames=config.num_frames,
+            frame_size=config.frame_size,
+            batch_frames=config.batch_frames,
+        )
         with progress, sink, pool:
-            maker = ShardMaker(
-                backbone=backbone,
-                features=WindowFeatures(
-                    backbone,
-                    self._writer,
-                    num_frames=config.num_frames,
-                    frame_size=config.frame_size,
-                    batch_frames=config.batch_frames,
-                ),
-                frame_size=config.frame_size,
-                num_frames=config.num_frames,
-                decoded=pool.decode(self._clips[entry.key] for entry in entries),
-                stop=self._stop,
-                clock=self._clock,
-                progress=progress,
-            )
-            try:
-                for shard, shard_entries in pending.items():
-                    rows = maker.make(shard_entries)
-                    with self._clock.at("write"):
-                        sink.put(shard, rows)
+            while True:
+                first = self._take()
+                self._see_others(progress)
+                if first is not None:
+                    self._make_free_shards(first, pool, sink, features, progress)
+                    continue
                 with self._clock.at("write"):
                     sink.finish()
-            except torch.OutOfMemoryError as error:
-                raise DeltatokError(
-                    f"the backbone ran out of memory with batches of {config.batch_frames} frames "
-                    f"of {config.frame_size} pixels: lower batch_frames and run again"
-                ) from error
+                if not self._work.left:
+                    return
+                self._folder.wait()  # others have what is left: one of them may die
 
-    def _when_done(self, record: DoneRecord) -> None:
+    def _make_free_shards(
+        self,
+        first: TakenShard,
+        pool: DecodePool,
+        sink: ShardSink,
+        features: WindowFeatures,
+        progress: Progress,
+    ) -> None:
+        """Makes `first` and then shard after shard, until none is free."""
+        config = self._config
+        taken = deque([first])
+
+        def clips() -> Iterator[Clip]:
+            # Read as far as the pool decodes ahead: no shard is taken sooner than that.
+            newest: TakenShard | None = first
+            while newest is not None:
+                for entry in newest.entries:
+                    yield self._clips[entry.key]
+                newest = self._take()
+                if newest is not None:
+                    taken.append(newest)
+
+        decoded = pool.decode(clips())
+        maker = ShardMaker(
+            backbone=self._backbone,
+            features=features,
+            frame_size=config.frame_size,
+            num_frames=config.num_frames,
+            decoded=decoded,
+            stop=self._stop,
+            clock=self._clock,
+            progress=progress,
+        )
+        try:
+            while taken:
+                shard = taken.popleft()
+                with disk_errors(self._out):
+                    check_room(
+                        self._out,
+                        f"shard {shard.shard:06d}",
+                        0,
+                        min_free_bytes=config.min_free_bytes,
+                    )
+                rows = maker.make(shard.entries)
+                with self._clock.at("write"):
+                    sink.put(shard, rows)
+                self._see_others(progress)
+        except torch.OutOfMemoryError as error:
+            raise DeltatokError(
+                f"the backbone ran out of memory with batches of {config.batch_frames} frames "
+                f"of {config.frame_size} pixels: lower batch_frames and run again"
+            ) from error
+        assert next(decoded, None) is None
+
+    def _take(self) -> TakenShard | None:
+        with disk_errors(self._out):
+            return self._work.take()
+
+    def _see_others(self, progress: Progress) -> None:
+        """Counts what other processes have finished."""
+        for shard in self._work.done_elsewhere():
+            record = read_done(self._out, shard)
+            if record is not None:
+                self._tally.add(record)
+                progress.add_elsewhere(len(record.keys) + len(record.quarantined))
+
+    def _when_done(self, taken: TakenShard, record: DoneRecord | None) -> None:
+        self._work.give_back(taken, done=record is not None)
+        if record is None:
+            _LOGGER.warning("shard %06d: another process took it over", taken.shard)
+            return
         self._num_done_now += 1
         self._tally.add(record)
         with disk_errors(self._out):
@@ -226,7 +307,7 @@ class _Job:
                 },
             )
             if record.quarantined:
-                self._tally.list_quarantined(now=False)
+                self._folder.list_quarantined(self._tally)
         _LOGGER.info(
             "shard %06d: %d windows of %d clips; %d of %d shards done",
             record.shard,
@@ -236,33 +317,3 @@ class _Job:
             self._num_shards,
         )
         self._tally.check_certain(self._config.max_quarantined)
-
-    def _finish(self, info: CacheInfo) -> None:
-        """Nothing is written where nothing changed."""
-        counts = self._counts()
-        if self._num_done_now or not info.complete or info.counts != counts:
-            self._tally.list_quarantined(now=True)
-            finish_cache(self._out, counts)
-
-    def _counts(self) -> dict[str, int]:
-        return {
-            "clips": len(self._clips),
-            "quarantined": self._tally.quarantined,
-            "windows": self._tally.windows,
-            "frames": self._tally.windows * self._config.num_frames,
-            "shards": len(self._tally.shards),
-        }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"device {name}: cannot be used here ({reason}): wanted auto, cpu, cuda or cuda:N"
-        ) from error
-    return device
