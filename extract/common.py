@@ -7,7 +7,7 @@ Called by run.py.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -148,7 +148,7 @@ class CommonFolder:
             lease.release()
 
 
-def check_sources(folder: Path, pending: Plan, known: set[str]) -> None:
+def check_sources(folder: Path, pending: Plan, known: Container[str]) -> None:
     """Raises CacheMismatch unless all clips that are still to be read are among those given."""
     missing = [entry for part in pending.values() for entry in part if entry.key not in known]
     if missing:

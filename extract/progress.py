@@ -2,7 +2,7 @@
 
 The main thread of an extraction waits for decoded clips, makes pixels, waits for the backbone and
 waits for a free writer, one after the other; the stage it spends most of its time at is the
-slowest. Called by run.py.
+slowest. Called by making.py.
 """
 
 import time

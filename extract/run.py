@@ -5,42 +5,30 @@
     decode -> crop, resize, flip -> backbone -> convert -> write -> done-record
     -> quarantine.jsonl -> cache.json marked complete
 
-Decoding processes, the backbone and the writing threads work at the same time; the main thread
-hands over from one to the next. Called by pipeline/.
+making.py makes the shards, common.py what is around them. Called by pipeline/.
 """
 
-import logging
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..shards.cache import open_cache, read_cache_info
-from ..shards.errors import DeltatokError
 from ..shards.files import remove_partials
-from ..shards.records import DoneRecord, append_timing, read_done
 from .backbone import Backbone
 from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
 from .config import ExtractConfig
 from .describe import describe_patches
-from .devices import choose_num_workers, load_backbone
-from .features import WindowFeatures
+from .devices import load_backbone
 from .leases import Leases
-from .pool import DecodePool
-from .progress import Progress, StageClock
+from .making import Means, Production
+from .progress import StageClock
 from .sampling import SamplingPolicy
-from .shard_rows import ShardMaker
-from .sink import ShardSink, check_room, disk_errors
-from .sources import Clip, find_clips
-from .stop import StopRequest, stop_on_signals
+from .sink import disk_errors
+from .sources import find_clips
+from .stop import stop_on_signals
 from .tally import Tally
-from .work import SharedWork, TakenShard
+from .work import SharedWork
 from .writer import PatchShardWriter, ShardWriter
-
-_LOGGER = logging.getLogger(__name__)
 
 UNIFORM_WINDOWS = 4
 """Windows that a clip is taken to give when a shard's number of clips is chosen for uniform
@@ -92,9 +80,17 @@ def run_extraction(
             policy = SamplingPolicy.from_config(config)
             wanted = writer.describe(describe_patches(config, policy, backbone))
         open_cache(config.out, wanted)
+        means = Means(
+            config=config,
+            policy=policy,
+            backbone=backbone,
+            writer=writer,
+            clips={clip.key: clip for clip in clips},
+            stop=stop,
+            clock=StageClock(),
+        )
         with Leases(Path(config.out), timeout_s=config.lease_timeout_s) as leases:
-            job = _Job(config, policy, backbone, writer, clips, stop, leases)
-            return job.run(start_s=start_s)
+            return _run(means, leases, start_s=start_s)
 
 
 def clips_per_shard(config: ExtractConfig) -> int:
@@ -103,217 +99,51 @@ def clips_per_shard(config: ExtractConfig) -> int:
     return max(1, config.frames_per_shard // (windows * config.num_frames))
 
 
-class _Job:
-    """One run, in a folder that it may share with others."""
+def _run(means: Means, leases: Leases, *, start_s: float) -> ExtractionSummary:
+    config, out = means.config, Path(means.config.out)
+    poll_s = min(MAX_POLL_S, config.lease_timeout_s / 4)
+    folder = CommonFolder(out, leases, means.stop, poll_s=poll_s)
+    with disk_errors(out):
+        plan, pending, tally = _open(means, folder)
+        work = SharedWork(out, pending, leases)
+    production = Production(means, folder, work, tally, num_shards=len(plan))
+    if pending:
+        production.run()
+    with disk_errors(out):
+        tally = folder.finish(num_frames=config.num_frames, changed=production.num_done > 0)
+    summary = ExtractionSummary(
+        **tally.counts(num_frames=config.num_frames),
+        bytes=tally.size_bytes,
+        shards_done_now=production.num_done,
+        seconds=time.monotonic() - start_s,
+        slowest_stage=means.clock.slowest(),
+    )
+    tally.check(config.max_quarantined)
+    return summary
 
-    def __init__(
-        self,
-        config: ExtractConfig,
-        policy: SamplingPolicy,
-        backbone: Backbone,
-        writer: ShardWriter,
-        clips: Sequence[Clip],
-        stop: StopRequest,
-        leases: Leases,
-    ) -> None:
-        self._config = config
-        self._policy = policy
-        self._backbone = backbone
-        self._writer = writer
-        self._clips = {clip.key: clip for clip in clips}
-        self._stop = stop
-        self._out = Path(config.out)
-        self._leases = leases
-        self._folder = CommonFolder(
-            self._out, leases, stop, poll_s=min(MAX_POLL_S, config.lease_timeout_s / 4)
-        )
-        self._clock = StageClock()
-        self._tally = Tally(self._out, len(clips))
-        self._work = SharedWork(self._out, {}, leases)
-        self._num_shards = 0
-        self._num_done_now = 0
 
-    def run(self, *, start_s: float) -> ExtractionSummary:
-        """Makes what is missing."""
-        config = self._config
-        with disk_errors(self._out):
-            pending = self._open()
-            self._work = SharedWork(self._out, pending, self._leases)
-        if pending:
-            self._make_shards(pending)
-        with disk_errors(self._out):
-            self._tally = self._folder.finish(
-                num_frames=config.num_frames, changed=self._num_done_now > 0
-            )
-        summary = ExtractionSummary(
-            **self._tally.counts(num_frames=config.num_frames),
-            bytes=self._tally.size_bytes,
-            shards_done_now=self._num_done_now,
-            seconds=time.monotonic() - start_s,
-            slowest_stage=self._clock.slowest(),
-        )
-        self._tally.check(config.max_quarantined)
-        return summary
-
-    def _open(self) -> Plan:
-        """What is to be made: shard -> its clips."""
-        config = self._config
-        for folder in (self._out, self._out / "shards"):
-            remove_partials(folder)
-        plan = self._folder.plan(
-            list(self._clips.values()),
-            clips_per_shard=clips_per_shard(config),
-            seed=config.seed,
-            append=config.append,
-        )
-        # Read before the done-records: if it is complete and a shard is missing, it is to be
-        # made again, and not one that another process has just finished.
-        complete = read_cache_info(self._out).complete
-        self._num_shards = len(plan)
-        self._tally = Tally.read(self._out, plan)
-        pending = {shard: plan[shard] for shard in plan if self._is_pending(shard)}
-        check_sources(self._out, pending, set(self._clips))
-        if pending and complete:
-            self._folder.reopen()
-        return pending
-
-    def _is_pending(self, shard: int) -> bool:
-        done = self._tally.shards.get(shard)
-        return done is None or (self._config.retry_quarantined and done.quarantined > 0)
-
-    def _make_shards(self, pending: Plan) -> None:
-        config, backbone = self._config, self._backbone
-        with disk_errors(self._out):
-            black = backbone.black_tokens(config.frame_size)
-            self._writer.begin(self._out, black.to(backbone.device))
-        num_clips = sum(map(len, pending.values()))
-        progress = Progress(
-            self._clock,
-            num_clips=self._tally.num_clips,
-            num_before=self._tally.num_clips - num_clips,
-        )
-        pool = DecodePool(
-            self._policy,
-            num_workers=choose_num_workers(config),
-            timeout_s=config.decode_timeout_s,
-            decode_threads=config.decode_threads,
-        )
-        sink = ShardSink(
-            self._writer,
-            self._out,
-            min_free_bytes=config.min_free_bytes,
-            when_done=self._when_done,
-        )
-        features = WindowFeatures(
-            backbone,
-            self._writer,
-            num_frames=config.num_frames,
-            frame_size=config.frame_size,
-            batch_frames=config.batch_frames,
-        )
-        with progress, sink, pool:
-            while True:
-                first = self._take()
-                self._see_others(progress)
-                if first is not None:
-                    self._make_free_shards(first, pool, sink, features, progress)
-                    continue
-                with self._clock.at("write"):
-                    sink.finish()
-                if not self._work.left:
-                    return
-                self._folder.wait()  # others have what is left: one of them may die
-
-    def _make_free_shards(
-        self,
-        first: TakenShard,
-        pool: DecodePool,
-        sink: ShardSink,
-        features: WindowFeatures,
-        progress: Progress,
-    ) -> None:
-        """Makes `first` and then shard after shard, until none is free."""
-        config = self._config
-        taken = deque([first])
-
-        def clips() -> Iterator[Clip]:
-            # Read as far as the pool decodes ahead: no shard is taken sooner than that.
-            newest: TakenShard | None = first
-            while newest is not None:
-                for entry in newest.entries:
-                    yield self._clips[entry.key]
-                newest = self._take()
-                if newest is not None:
-                    taken.append(newest)
-
-        decoded = pool.decode(clips())
-        maker = ShardMaker(
-            backbone=self._backbone,
-            features=features,
-            frame_size=config.frame_size,
-            num_frames=config.num_frames,
-            decoded=decoded,
-            stop=self._stop,
-            clock=self._clock,
-            progress=progress,
-        )
-        try:
-            while taken:
-                shard = taken.popleft()
-                with disk_errors(self._out):
-                    check_room(
-                        self._out,
-                        f"shard {shard.shard:06d}",
-                        0,
-                        min_free_bytes=config.min_free_bytes,
-                    )
-                rows = maker.make(shard.entries)
-                with self._clock.at("write"):
-                    sink.put(shard, rows)
-                self._see_others(progress)
-        except torch.OutOfMemoryError as error:
-            raise DeltatokError(
-                f"the backbone ran out of memory with batches of {config.batch_frames} frames "
-                f"of {config.frame_size} pixels: lower batch_frames and run again"
-            ) from error
-        assert next(decoded, None) is None
-
-    def _take(self) -> TakenShard | None:
-        with disk_errors(self._out):
-            return self._work.take()
-
-    def _see_others(self, progress: Progress) -> None:
-        """Counts what other processes have finished."""
-        for shard in self._work.done_elsewhere():
-            record = read_done(self._out, shard)
-            if record is not None:
-                self._tally.add(record)
-                progress.add_elsewhere(len(record.keys) + len(record.quarantined))
-
-    def _when_done(self, taken: TakenShard, record: DoneRecord | None) -> None:
-        self._work.give_back(taken, done=record is not None)
-        if record is None:
-            _LOGGER.warning("shard %06d: another process took it over", taken.shard)
-            return
-        self._num_done_now += 1
-        self._tally.add(record)
-        with disk_errors(self._out):
-            append_timing(
-                self._out,
-                {
-                    "shard": record.shard,
-                    "windows": record.rows,
-                    "seconds_so_far": {k: round(v, 3) for k, v in self._clock.seconds.items()},
-                },
-            )
-            if record.quarantined:
-                self._folder.list_quarantined(self._tally)
-        _LOGGER.info(
-            "shard %06d: %d windows of %d clips; %d of %d shards done",
-            record.shard,
-            record.rows,
-            len(record.keys),
-            len(self._tally.shards),
-            self._num_shards,
-        )
-        self._tally.check_certain(self._config.max_quarantined)
+def _open(means: Means, folder: CommonFolder) -> tuple[Plan, Plan, Tally]:
+    """The plan, the part of it that is to be made, and what is done."""
+    config, out = means.config, Path(means.config.out)
+    for parts in (out, out / "shards"):
+        remove_partials(parts)
+    plan = folder.plan(
+        list(means.clips.values()),
+        clips_per_shard=clips_per_shard(config),
+        seed=config.seed,
+        append=config.append,
+    )
+    # Read before the done-records: then a shard that is missing from a complete cache is to be
+    # made again, and was not finished by another process just now.
+    complete = read_cache_info(out).complete
+    tally = Tally.read(out, plan)
+    pending = {
+        shard: entries
+        for shard, entries in plan.items()
+        if shard not in tally.shards
+        or (config.retry_quarantined and tally.shards[shard].quarantined > 0)
+    }
+    check_sources(out, pending, means.clips)
+    if pending and complete:
+        folder.reopen()
+    return plan, pending, tally

@@ -2,7 +2,7 @@
 
 A process takes the next shard that nobody has a lease on, and looks at its done-record before it
 starts: another process may just have finished it. A shard leaves the list when it is done, by
-whomever. Called by run.py.
+whomever. Called by run.py and making.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +45,11 @@ class SharedWork:
     def left(self) -> int:
         """Shards that are not done, as far as this process has looked."""
         return len(self._pending)
+
+    @property
+    def num_clips_left(self) -> int:
+        """Clips of these shards."""
+        return sum(map(len, self._pending.values()))
 
     def take(self) -> TakenShard | None:
         """The first shard that is free; None if there is none, now or any more (see `left`)."""
