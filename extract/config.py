@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..shards.errors import UsageError
+from .quantities import parse_duration_s, parse_size_bytes
 
 KINETICS_STRIDE_RANGE_S = (1 / 25, 1 / 3)
 """The paper's gaps between the frames of a training window, in seconds."""
@@ -70,6 +71,31 @@ class ExtractConfig:
     decode_threads: int = 1
     """Threads in one decoding process; 1 is best as long as there are workers for every core.
     What a decoder makes up for damaged parts of a frame can differ with this number."""
+    append: bool = False
+    """Add the videos that a cache in `out` does not have yet as new shards. What it has stays,
+    whether its videos are still given or not."""
+    min_free: str = "1GB"
+    """Stop (exit code 1) before a shard that would leave less room than this on the disk of `out`;
+    like 500MB, 10GB."""
+    time_limit: str | None = None
+    """Stop (exit code 75) after this long; like 90s, 30m, 1h30m."""
+    lease_timeout: str = "60s"
+    """Take over the shard of a process on another machine that gave no sign of life for this
+    long; dead ones on this machine are noticed at once."""
+
+    @property
+    def min_free_bytes(self) -> int:
+        return parse_size_bytes(self.min_free, name="min_free")
+
+    @property
+    def time_limit_s(self) -> float | None:
+        if self.time_limit is None:
+            return None
+        return parse_duration_s(self.time_limit, name="time_limit")
+
+    @property
+    def lease_timeout_s(self) -> float:
+        return parse_duration_s(self.lease_timeout, name="lease_timeout")
 
     def __post_init__(self) -> None:
         if not self.videos:
@@ -91,6 +117,10 @@ class ExtractConfig:
         for name in ("flip_probability", "max_quarantined"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0..1")
         _check("decode_timeout_s", self.decode_timeout_s, _positive(self.decode_timeout_s), "> 0")
+        _check("min_free", self.min_free, self.min_free_bytes >= 0, "a size")
+        limit_s, timeout_s = self.time_limit_s, self.lease_timeout_s
+        _check("time_limit", self.time_limit, limit_s is None or limit_s > 0, "more than 0 s")
+        _check("lease_timeout", self.lease_timeout, timeout_s > 0, "more than 0 s")
         for name in ("time_stride_range", "crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             valid = _positive(low) and _positive(high) and low <= high

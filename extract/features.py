@@ -3,7 +3,7 @@
 A product of matrices rounds differently in another batch shape. So every batch holds the same
 number of windows, the last one of a shard is filled up with zeros, and no batch spans two shards:
 a shard's bytes depend on its own clips only, whenever and after whichever kill it is made.
-Called by run.py.
+Called by making.py.
 """
 
 from typing import Any

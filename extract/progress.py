@@ -2,7 +2,7 @@
 
 The main thread of an extraction waits for decoded clips, makes pixels, waits for the backbone and
 waits for a free writer, one after the other; the stage it spends most of its time at is the
-slowest. Called by run.py.
+slowest. Called by making.py.
 """
 
 import time
@@ -76,3 +76,7 @@ class Progress:
             refresh=False,
         )
         self._line.update()
+
+    def add_elsewhere(self, num_clips: int) -> None:
+        """Other processes have dealt with this many more clips."""
+        self._line.update(num_clips)

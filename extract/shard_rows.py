@@ -1,6 +1,6 @@
 """One shard's clips, decoded, through pixels and backbone, to the rows its writer takes.
 
-Called by run.py for one shard after the other.
+Called by making.py for one shard after the other.
 """
 
 import logging

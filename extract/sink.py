@@ -1,7 +1,7 @@
 """Shards on their way to the disk, written while the backbone is at the next ones.
 
 A shard is a gigabyte that has to be converted, hashed and flushed; done in the main thread, the
-backbone would stand still meanwhile. Called by run.py.
+backbone would stand still meanwhile. Called by making.py.
 """
 
 import errno
@@ -18,6 +18,7 @@ from typing import Self
 
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord
+from .work import TakenShard
 from .writer import ShardRows, ShardWriter
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,15 +36,23 @@ class ShardSink:
     """
 
     def __init__(
-        self, writer: ShardWriter, folder: Path, *, when_done: Callable[[DoneRecord], None]
+        self,
+        writer: ShardWriter,
+        folder: Path,
+        *,
+        min_free_bytes: int,
+        when_done: Callable[[TakenShard, DoneRecord | None], None],
     ) -> None:
-        """when_done: called in the thread of `put`, in shard order, once a shard is written."""
+        """min_free_bytes: left on the disk, whatever is written. when_done: called in the thread of
+        `put`, in the order of `put`, once a shard is written; without a record if it was not,
+        because another process has it now."""
         self._writer = writer
         self._folder = folder
+        self._min_free_bytes = min_free_bytes
         self._when_done = when_done
         self._num_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 4))
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="write")
-        self._waiting: deque[Future[DoneRecord]] = deque()
+        self._waiting: deque[tuple[TakenShard, Future[DoneRecord | None]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -63,14 +72,14 @@ class ShardSink:
         finally:
             self._threads.shutdown()
 
-    def put(self, shard: int, rows: ShardRows) -> None:
+    def put(self, taken: TakenShard, rows: ShardRows) -> None:
         """Has the shard written; waits first while as many as there are threads are under way.
 
         Raises DeltatokError if one of these could not be written.
         """
         while len(self._waiting) >= self._num_threads:
             self._wait()
-        self._waiting.append(self._threads.submit(self._write, shard, rows))
+        self._waiting.append((taken, self._threads.submit(self._write, taken, rows)))
 
     def finish(self) -> None:
         """Waits for all shards; raises DeltatokError if one of them could not be written."""
@@ -78,18 +87,38 @@ class ShardSink:
             self._wait()
 
     def _wait(self) -> None:
-        self._when_done(self._waiting.popleft().result())
+        taken, future = self._waiting.popleft()
+        self._when_done(taken, future.result())
 
-    def _write(self, shard: int, rows: ShardRows) -> DoneRecord:
-        with disk_errors(self._folder):
-            needed, free = rows.values.nbytes, shutil.disk_usage(self._folder).free
-            if needed > free:
-                raise OSError(
-                    errno.ENOSPC,
-                    f"shard {shard:06d} needs {needed / 1e6:.0f} MB, the disk has "
-                    f"{free / 1e6:.0f} MB left",
+    def _write(self, taken: TakenShard, rows: ShardRows) -> DoneRecord | None:
+        if not taken.lease.is_held():
+            return None
+        try:
+            with disk_errors(self._folder):
+                check_room(
+                    self._folder,
+                    f"shard {taken.shard:06d}",
+                    rows.values.nbytes,
+                    min_free_bytes=self._min_free_bytes,
                 )
-            return self._writer.write(self._folder, shard, rows)
+                return self._writer.write(self._folder, taken.shard, rows)
+        except DeltatokError as error:
+            if taken.lease.is_held():
+                raise
+            # Whoever has it now may have removed what we were writing.
+            _LOGGER.warning("shard %06d: %s", taken.shard, error)
+            return None
+
+
+def check_room(folder: Path, what: str, needed: int, *, min_free_bytes: int) -> None:
+    """Raises OSError if `needed` bytes for `what` would leave less than `min_free_bytes`."""
+    free = shutil.disk_usage(folder).free
+    if needed + min_free_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB left, of which "
+            f"min_free keeps {min_free_bytes / 1e6:.0f} MB",
+        )
 
 
 @contextmanager

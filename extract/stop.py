@@ -1,6 +1,6 @@
-"""SIGTERM and SIGINT: finish or abandon the shard cleanly, then leave with exit code 75.
+"""SIGTERM, SIGINT or a time limit: abandon the shard cleanly, then leave with exit code 75.
 
-    with stop_on_signals() as stop:
+    with stop_on_signals(time_limit_s=1800) as stop:
         while ...:
             with stop.at_once():
                 clip = next(decoded)
@@ -9,11 +9,13 @@
 The first signal only sets a flag, which the loop reads between batches; what may wait for minutes
 without having anything to lose goes into `at_once`. A second signal does what a signal
 did before (by default it kills at once, which loses nothing either: a shard without its
-done-record is made again). Called by run.py.
+done-record is made again). The limit is a SIGALRM, so that it too cuts off what waits.
+Called by run.py.
 """
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,7 +28,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Whether somebody asked this run to stop; safe to use from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, time_limit_s: float | None = None) -> None:
+        """time_limit_s: seconds from now after which it counts as asked."""
+        self._time_limit_s = time_limit_s
+        self._start_s = time.monotonic()
         self._asked = threading.Event()
         self._reason = "asked to stop"
         self._raise_at_once = False
@@ -50,6 +55,11 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
+        limit_s = self._time_limit_s
+        if limit_s is not None and time.monotonic() - self._start_s >= limit_s:
+            if not self._asked.is_set():
+                self._reason = f"time limit of {limit_s:.6g} s"
+            self._asked.set()
         return self._asked.is_set()
 
     def check(self) -> None:
@@ -59,16 +69,19 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """A request that the first SIGTERM or SIGINT makes; the old handlers come back at the end.
+def stop_on_signals(*, time_limit_s: float | None = None) -> Iterator[StopRequest]:
+    """A request that the first SIGTERM or SIGINT makes, or the end of the time limit, in seconds
+    from now; the old handlers come back at the end.
 
-    Outside of the main thread, where Python takes no signals, it is never made by a signal.
+    Outside of the main thread, where Python takes no signals, it is never made by a signal, and the
+    time limit cuts nothing off.
     """
-    request = StopRequest()
+    request = StopRequest(time_limit_s=time_limit_s)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    alarm_before = signal.getsignal(signal.SIGALRM)
 
     def restore() -> None:
         for number, handler in before.items():
@@ -78,9 +91,18 @@ def stop_on_signals() -> Iterator[StopRequest]:
         restore()
         request.ask(f"signal {signal.Signals(number).name}")
 
+    def handle_alarm(_number: int, _frame: FrameType | None) -> None:
+        request.ask(f"time limit of {time_limit_s:.6g} s")
+
     for number in _SIGNALS:
         signal.signal(number, handle)
+    if time_limit_s is not None:
+        signal.signal(signal.SIGALRM, handle_alarm)
+        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
     try:
         yield request
     finally:
+        if time_limit_s is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm_before)
         restore()

@@ -1,7 +1,7 @@
 """How far a cache is: what its finished shards hold, and whether too many clips are missing.
 
 Counted from the done-records alone, so that a resumed run knows what an uninterrupted one does.
-Called by run.py.
+Called by run.py and common.py.
 """
 
 import time
@@ -74,6 +74,16 @@ class Tally:
     @property
     def quarantined(self) -> int:
         return sum(shard.quarantined for shard in self.shards.values())
+
+    def counts(self, *, num_frames: int) -> dict[str, int]:
+        """The totals for cache.json; num_frames: of a window."""
+        return {
+            "clips": self.num_clips,
+            "quarantined": self.quarantined,
+            "windows": self.windows,
+            "frames": self.windows * num_frames,
+            "shards": len(self.shards),
+        }
 
     def list_quarantined(self, *, now: bool) -> None:
         """Rebuilds quarantine.jsonl; without `now` not if that was done a moment ago."""

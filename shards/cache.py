@@ -15,7 +15,7 @@ from typing import Any
 
 from .checked import Fields, shown
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .files import is_partial, read_json, sha256_file, write_json
+from .files import create_bytes, is_partial, json_bytes, read_json, sha256_file, write_json
 from .identity import canonical_json, compare, fingerprint, plain
 from .plan import PLAN, num_shards, read_plan
 from .records import read_all_done
@@ -33,6 +33,7 @@ __all__ = [
     "finish_cache",
     "open_cache",
     "read_cache_info",
+    "reopen_cache",
 ]
 
 PATCHES = "deltatok-patches"
@@ -120,12 +121,14 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            if strangers := [child for child in sorted(folder.iterdir()) if not is_partial(child)]:
+            strangers = [child for child in sorted(folder.iterdir()) if not is_partial(child)]
+            # cache.json comes first: what another process has just begun is no stranger.
+            if strangers and not path.exists():
                 raise CacheMismatch(
                     f"{folder}: not a deltatok cache, and it holds {strangers[0].name!r}: "
                     "give a new or empty folder"
                 )
-            write_json(path, _to_json(info))
+            create_bytes(path, json_bytes(_to_json(info)))
         (folder / "shards").mkdir(exist_ok=True)
     except OSError as error:
         raise UsageError(
@@ -136,6 +139,14 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
         _compared(stored), _compared(info), what_got=str(folder), what_wanted="the settings given"
     )
     return stored
+
+
+def reopen_cache(folder: Path | str) -> CacheInfo:
+    """Takes `complete` back, before shards join or are made again; gives the new cache.json."""
+    folder = Path(folder)
+    info = replace(read_cache_info(folder), counts={}, files={}, complete=False)
+    write_json(folder / "cache.json", _to_json(info))
+    return info
 
 
 def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:

@@ -15,17 +15,11 @@ from numpy.typing import NDArray
 
 from .cache import DELTAS, CacheInfo, read_cache_info
 from .errors import CacheMismatch, DeltatokError, UsageError
-from .files import partial_path, publish, remove
+from .files import partial_path, remove
 from .npy import npy_bytes
 from .plan import window_order
-from .records import (
-    DoneRecord,
-    Quarantined,
-    describe_files,
-    remove_done,
-    shard_path,
-    write_done,
-)
+from .publishing import publish_shard
+from .records import DoneRecord, Quarantined, shard_path
 
 BLOCK_WINDOWS = 256
 """Windows a sample: streaming gains 10x over one window a sample (74-103 k against 2-8 k
@@ -79,15 +73,10 @@ def write_delta_shard(
     order = np.arange(num_windows)
     if seed is not None:
         order = window_order(num_windows, seed=seed, shard=shard)
-    final = shard_path(folder, shard, ".tar")
-    partial = partial_path(final)
+    partial = partial_path(shard_path(folder, shard, ".tar"))
     try:
         if num_windows:
             _write_tar(partial, rows, order, block_windows=block_windows)
-        remove_done(folder, shard)
-        remove(final)
-        if num_windows:
-            publish(partial, final)
     except BaseException:
         remove(partial)
         raise
@@ -95,13 +84,12 @@ def write_delta_shard(
         shard=shard,
         keys=list(rows.keys),
         rows=num_windows,
-        files=describe_files(folder, [final] if num_windows else []),
+        files={},
         statistics=_statistics(rows.tokens) if num_windows else {},
         decoders=dict(decoders or {}),
         quarantined=list(quarantined),
     )
-    write_done(folder, record)
-    return record
+    return publish_shard(folder, record, partial=partial, suffix=".tar")
 
 
 def _check_rows(rows: DeltaRows, info: CacheInfo, *, where: str) -> None:

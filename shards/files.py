@@ -24,6 +24,9 @@ PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
 STALE_AFTER_S = 86_400.0
 """Partials of another machine are taken for dead after a day without a change (a guess)."""
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links say."""
+
 MAX_JSON_BYTES = 256 * 2**20
 """No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
 
@@ -74,13 +77,42 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def create_bytes(path: Path, data: bytes) -> bool:
+    """Writes `data` as the whole file `path` unless there is one; False if there is.
+
+    Of several processes that do this at once, on one file system, exactly one gets True; on a file
+    system without hard links the last one's bytes stand.
+    """
+    partial = partial_path(path)
+    try:
+        partial.write_bytes(data)
+        flush(partial)
+        path.hardlink_to(partial)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            return False
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, atomically.
 
     Raises ValueError for NaN and infinities, which JSON does not have.
     """
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    write_bytes(path, f"{text}\n".encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return f"{json.dumps(value, indent=1, sort_keys=True, allow_nan=False)}\n".encode()
 
 
 def read_json(path: Path) -> Any:

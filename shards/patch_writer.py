@@ -14,18 +14,12 @@ from numpy.typing import NDArray
 from .cache import BLACK, PATCHES, CacheInfo, read_cache_info
 from .dtypes import STORED_DTYPES
 from .errors import CacheMismatch, DeltatokError, UsageError
-from .files import partial_path, publish, remove, write_bytes
+from .files import partial_path, remove, write_bytes
 from .npy import npy_bytes
 from .patch_layout import TOKEN_ATTRIBUTES, TOKEN_AXES, TOKENS_CHUNK, WINDOW_ARRAYS, array_shapes
 from .plan import window_order
-from .records import (
-    DoneRecord,
-    Quarantined,
-    describe_files,
-    remove_done,
-    shard_path,
-    write_done,
-)
+from .publishing import publish_shard
+from .records import DoneRecord, Quarantined, shard_path
 from .token_encoder import EncodedTokens, encode_tokens
 
 
@@ -71,8 +65,7 @@ def write_patch_shard(
     info = read_cache_info(folder, format=PATCHES)
     _check_rows(rows, info, dtype=dtype, where=f"{folder}: shard {shard:06d}")
     num_windows = len(rows.tokens)
-    final = shard_path(folder, shard, ".zarr")
-    partial = partial_path(final)
+    partial = partial_path(shard_path(folder, shard, ".zarr"))
     order = window_order(num_windows, seed=seed, shard=shard)
     encoded: EncodedTokens | None = None
     try:
@@ -80,25 +73,19 @@ def write_patch_shard(
             encoded = _encode(rows, order, dtype=dtype, shard=shard)
             attributes = _attributes(info, rows, shard=shard, dtype=dtype)
             _write_group(partial, encoded, rows, order, attributes=attributes)
-        remove_done(folder, shard)
-        remove(final)
-        if num_windows:
-            publish(partial, final)
     except BaseException:
         remove(partial)
         raise
-    files = [path for path in final.rglob("*") if path.is_file()] if num_windows else []
     record = DoneRecord(
         shard=shard,
         keys=list(rows.keys),
         rows=num_windows,
-        files=describe_files(folder, files),
+        files={},
         statistics=encoded.statistics if encoded else {},
         decoders=dict(decoders or {}),
         quarantined=list(quarantined),
     )
-    write_done(folder, record)
-    return record
+    return publish_shard(folder, record, partial=partial, suffix=".zarr")
 
 
 def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:

@@ -7,7 +7,7 @@ every release of every library and does not depend on the order the clips are fo
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .checked import Fields
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .files import parse_json, write_bytes
+from .files import create_bytes, parse_json, write_bytes
 
 PLAN = "plan.jsonl"
 
@@ -91,9 +91,7 @@ def write_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> list[PlanEntry]
     moved). Raises CacheMismatch when the two do not name the same clips of the same sizes.
     """
     folder = Path(folder)
-    if not (folder / PLAN).exists():
-        lines = [json.dumps(asdict(entry), sort_keys=True) for entry in plan]
-        write_bytes(folder / PLAN, "".join(f"{line}\n" for line in lines).encode())
+    if not (folder / PLAN).exists() and create_bytes(folder / PLAN, _lines(plan)):
         return list(plan)
     stored = read_plan(folder)
     asked = {entry.key: entry for entry in plan}
@@ -107,14 +105,55 @@ def write_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> list[PlanEntry]
                 f"{folder}: clip {names[0]!r} {what} ({len(names)} such clips): "
                 "give the same videos as before, or another folder"
             )
+    return _with_new_sources(folder, stored, asked)
+
+
+def extend_plan(
+    folder: Path | str, clips: Sequence[PlannedClip], *, clips_per_shard: int, seed: int
+) -> list[PlanEntry]:
+    """Adds the clips that the stored plan does not have, as shards after its last; gives it whole.
+
+    The stored lines stay as they are, those of clips that are not among `clips` too. Nothing is
+    written if there is no new clip. Only one process at a time may do this. Raises CacheMismatch
+    for a clip that the plan has with another size.
+    """
+    folder = Path(folder)
+    stored = read_plan(folder)
+    known = {entry.key for entry in stored}
+    asked = {entry.key: entry for entry in make_plan(clips, clips_per_shard=1, seed=seed)}
+    stored = _with_new_sources(folder, stored, asked)
+    first = num_shards(stored)
+    new = [clip for clip in clips if clip.key not in known]
+    added = [
+        replace(entry, shard=first + entry.shard)
+        for entry in make_plan(new, clips_per_shard=clips_per_shard, seed=seed)
+    ]
+    if added:
+        before = (folder / PLAN).read_bytes()
+        newline = b"" if before.endswith(b"\n") or not before else b"\n"
+        write_bytes(folder / PLAN, before + newline + _lines(added))
+    return stored + added
+
+
+def _with_new_sources(
+    folder: Path, stored: Sequence[PlanEntry], asked: Mapping[str, PlanEntry]
+) -> list[PlanEntry]:
+    """`stored` with the sources of `asked`; CacheMismatch where the two differ in size."""
     for entry in stored:
-        if entry.size_bytes != asked[entry.key].size_bytes:
+        size = asked.get(entry.key, entry).size_bytes
+        if entry.size_bytes != size:
             raise CacheMismatch(
                 f"{folder}: clip {entry.key!r} had {entry.size_bytes} bytes when the plan was "
-                f"made, now {asked[entry.key].size_bytes}: restore the file, or extract into "
-                "another folder"
+                f"made, now {size}: restore the file, or extract into another folder"
             )
-    return [replace(entry, source=asked[entry.key].source) for entry in stored]
+    return [
+        replace(entry, source=asked[entry.key].source) if entry.key in asked else entry
+        for entry in stored
+    ]
+
+
+def _lines(plan: Iterable[PlanEntry]) -> bytes:
+    return "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in plan).encode()
 
 
 def read_plan(folder: Path | str) -> list[PlanEntry]:

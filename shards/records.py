@@ -82,7 +82,13 @@ def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
     path = shard_path(Path(folder), shard, ".json")
     if not path.is_file():
         return None
-    fields = Fields(read_json(path), where=str(path))
+    try:
+        value = read_json(path)
+    except DamagedShard:
+        if not path.exists():  # taken back by another process just now
+            return None
+        raise
+    fields = Fields(value, where=str(path))
     if fields.integer("shard") != shard:
         raise DamagedShard(f"{path}: is the record of another shard: {ADVICE}")
     keys = fields.texts("keys")

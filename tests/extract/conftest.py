@@ -113,7 +113,7 @@ def digests() -> Callable[[Path], dict[str, str]]:
         return {
             path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("timings.jsonl", ".lock")
+            if path.is_file() and path.name != "timings.jsonl"
         }
 
     return digest

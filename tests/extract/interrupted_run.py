@@ -19,7 +19,7 @@ import torch
 
 from deltatok.extract import features, run
 from deltatok.extract.config import ExtractConfig
-from deltatok.shards import DeltatokError, patch_writer
+from deltatok.shards import DeltatokError, publishing
 
 
 def at_call(module: Any, name: str, number: int, signal_number: int) -> None:
@@ -37,8 +37,8 @@ def at_call(module: Any, name: str, number: int, signal_number: int) -> None:
 
 MOMENTS: dict[str, tuple[Any, str, int, int]] = {
     "batch": (features.WindowFeatures, "_run", 4, signal.SIGKILL),
-    "partial": (patch_writer, "publish", 2, signal.SIGKILL),
-    "record": (patch_writer, "write_done", 2, signal.SIGKILL),
+    "partial": (publishing, "publish", 2, signal.SIGKILL),
+    "record": (publishing, "write_done", 2, signal.SIGKILL),
     "terminate": (features.WindowFeatures, "_run", 4, signal.SIGTERM),
 }
 

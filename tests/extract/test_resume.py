@@ -14,10 +14,9 @@ from types import SimpleNamespace
 import pytest
 from torch import Tensor
 
-from deltatok.extract import run, sink
+from deltatok.extract import common, sink
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.lock import folder_lock
 from deltatok.extract.run import run_extraction
 from deltatok.extract.writer import PatchShardWriter, ShardRows
 from deltatok.shards import (
@@ -27,7 +26,6 @@ from deltatok.shards import (
     DoneRecord,
     PatchShards,
     Stopped,
-    UsageError,
     done_shards,
 )
 
@@ -89,7 +87,7 @@ def test_run_that_ended_before_the_last_step_only_does_that(
 
     config = make_config()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "finish_cache", end)
+        patch.setattr(common, "finish_cache", end)
         run_extraction(config, backbone=backbone)
     assert run_extraction(config, backbone=backbone).shards_done_now == 0
     assert digests(Path(config.out)) == uninterrupted
@@ -153,7 +151,7 @@ def test_full_disk_stops_cleanly_and_goes_on(
 def test_nearly_full_disk_is_seen_before_the_shard_is_written(
     make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config()
+    config = make_config(min_free="0")
     monkeypatch.setattr(sink.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DeltatokError, match=r"needs 0 MB, the disk has 0 MB left"):
         run_extraction(config, backbone=backbone)
@@ -188,22 +186,3 @@ def test_shards_of_another_plan_are_refused(make_config: ConfigMaker, backbone: 
     (Path(config.out) / "plan.jsonl").unlink()
     with pytest.raises(DamagedShard, match="made of other clips"):
         run_extraction(make_config(frames_per_shard=1), backbone=backbone)
-
-
-def test_two_runs_at_once_in_one_folder_are_refused(
-    make_config: ConfigMaker, backbone: Backbone
-) -> None:
-    config = make_config()
-    run_extraction(config, backbone=backbone)
-    with (
-        folder_lock(Path(config.out)),
-        pytest.raises(UsageError, match=rf"another run writes here .*process {os.getpid()}"),
-    ):
-        run_extraction(config, backbone=backbone)
-    assert not (Path(config.out) / ".lock").exists()
-
-
-def test_lock_of_a_dead_run_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text('{"host": "elsewhere", "pid": 1}')
-    with folder_lock(tmp_path):
-        assert str(os.getpid()) in (tmp_path / ".lock").read_text()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from deltatok.shards import (
     write_patch_shard,
 )
 from deltatok.shards.files import (
+    create_bytes,
     is_partial,
     partial_path,
     publish,
+    remove,
     remove_partials,
     sha256_file,
     write_bytes,
@@ -190,18 +193,61 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial(
 
 
 @pytest.mark.parametrize("kind", ["patches", "deltas"])
+def test_a_shard_that_another_process_finished_meanwhile_is_not_touched(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """At no moment is a promised file away, so a kill of the second writer cannot lose it."""
+    cache = request.getfixturevalue(kind)
+    data = [path for path in (cache.folder / "shards").rglob("*") if path.suffix != ".json"]
+    before = {path: path.stat().st_ino for path in data}
+    killer = Killer(monkeypatch)
+    if kind == "patches":
+        write_patch_shard(cache.folder, 1, cache.rows[1], dtype="float16", seed=7)
+    else:
+        write_delta_shard(cache.folder, 1, cache.rows[1], block_windows=2)
+    assert killer.left < -1  # it did count
+    assert {path: path.stat().st_ino for path in data} == before
+
+
+def test_a_shard_that_appears_while_it_is_moved_is_taken_as_it_is(
+    patches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = tree(patches.folder)
+    final, aside = patches.folder / "shards/000001.zarr", patches.folder / "aside"
+    final.rename(aside)
+    (patches.folder / "shards/000001.json").unlink()
+
+    def late(partial: Path, final: Path) -> None:
+        aside.rename(final)  # the other process is a moment faster
+        partial.rename(final)
+
+    monkeypatch.setattr("deltatok.shards.publishing.publish", late)
+    write_patch_shard(patches.folder, 1, patches.rows[1], dtype="float16", seed=7)
+    assert tree(patches.folder) == wanted
+
+
+def test_of_many_that_create_a_file_at_once_one_does(tmp_path: Path) -> None:
+    path = tmp_path / "plan.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: create_bytes(path, b"%d" % n), range(8)))
+    assert sum(made) == 1
+    assert path.read_bytes() == b"%d" % made.index(True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["patches", "deltas"])
 def test_a_failed_shard_leaves_the_old_one_and_no_partial(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     cache = request.getfixturevalue(kind)
     wanted = tree(cache.folder)
+    suffix = ".zarr" if kind == "patches" else ".tar"
+    remove(cache.folder / f"shards/000001{suffix}")  # else it is there already, as it would be
 
     def full(partial: Path, final: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(
-        f"deltatok.shards.{kind[:-1].replace('patche', 'patch')}_writer.publish", full
-    )
+    monkeypatch.setattr("deltatok.shards.publishing.publish", full)
     with pytest.raises(OSError, match="No space left"):
         if kind == "patches":
             write_patch_shard(cache.folder, 1, cache.rows[1], dtype="float16", seed=7)
