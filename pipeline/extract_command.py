@@ -1,4 +1,4 @@
-"""deltatok-extract: videos -> patch-token shards, and patch-token shards -> delta-token shards."""
+"""deltatok-extract: videos, or patch-token shards, -> patch-token or delta-token shards."""
 
 import argparse
 import logging
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..shards.errors import UsageError
 from .command import Parser, add_config_flags, config_from_arguments, run_command
 from .config import read_yaml
 
@@ -13,6 +14,10 @@ EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
+  deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
+
+--videos reads videos: patch-token shards come out, or, with --tokenizer, delta-token shards at
+once. --patches (see --patches x --help) reads patch-token shards: delta-token shards come out.
 
 exit codes: 0 done; 2 bad usage; 3 finished, but too many clips are quarantined; 4 the cache does
 not match; 75 stopped by SIGTERM, run again to go on; 1 anything else"""
@@ -25,20 +30,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    if _wants_deltas(words):
+    given = _given(words)
+    if {"videos", "patches"} <= given:
+        raise UsageError(
+            "--videos and --patches: wanted one of them, a cache is made either from videos or "
+            "from patch-token shards: leave one out"
+        )
+    if "patches" in given:
         _run_tokenize(words)
     else:
         _run_videos(words)
 
 
-def _wants_deltas(words: list[str]) -> bool:
-    """Whether flags or the --config file name a patch cache to encode instead of videos."""
-    if any(word == "--patches" or word.startswith("--patches=") for word in words):
-        return True
-    finder = argparse.ArgumentParser(add_help=False)
+def _given(words: list[str]) -> set[str]:
+    """Which of `videos` and `patches` flags, the --config file or --set name."""
+    finder = Parser(prog="deltatok-extract", add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
-    config = finder.parse_known_args(words)[0].config
-    return bool(config) and "patches" in read_yaml(Path(config))
+    finder.add_argument("--set", action="append", default=[])
+    finder.add_argument("--videos")
+    finder.add_argument("--patches")
+    found = finder.parse_known_args(words)[0]
+    values = read_yaml(Path(found.config)) if found.config else {}
+    set_keys = {setting.partition("=")[0] for setting in found.set}
+    return {
+        name
+        for name in ("videos", "patches")
+        if getattr(found, name) is not None or name in values or name in set_keys
+    }
 
 
 def _parser(summary: str, config_type: type) -> Parser:
@@ -53,16 +71,21 @@ def _parser(summary: str, config_type: type) -> Parser:
 
 
 def _run_videos(words: list[str]) -> None:
-    from ..extract.config import ExtractConfig
+    from .videos_config import VideosConfig
 
-    summary = "Run a frozen DINOv3 over videos once and write patch-token shards."
-    parser = _parser(summary, ExtractConfig)
-    config = config_from_arguments(ExtractConfig, parser.parse_args(words))
-    from ..extract.run import run_extraction
+    summary = "Run a frozen DINOv3 over videos once and write what others train on."
+    parser = _parser(summary, VideosConfig)
+    config = config_from_arguments(VideosConfig, parser.parse_args(words))
+    if config.tokenizer is None:
+        from ..extract.run import run_extraction
 
-    result = run_extraction(config)
+        kind, result = "patch-token", run_extraction(config)
+    else:
+        from .fused import run_fused
+
+        kind, result = "delta-token", run_fused(config)
     logging.info("%s", result)
-    print(f"patch-token shards: {config.out}")
+    print(f"{kind} shards: {config.out}")
 
 
 def _run_tokenize(words: list[str]) -> None:
