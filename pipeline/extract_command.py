@@ -95,6 +95,7 @@ def _run_tokenize(words: list[str]) -> None:
     parser = _parser(summary, TokenizeConfig)
     config = config_from_arguments(TokenizeConfig, parser.parse_args(words))
     from ..train.tokenize import write_deltas
+    from .uniform_draws import UniformDraws
 
-    write_deltas(config)
+    write_deltas(config, draws=UniformDraws.from_config(config))
     print(f"delta-token shards: {config.out}")
