@@ -5,16 +5,21 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..shards.errors import UsageError
 from .command import Parser, add_config_flags, config_from_arguments, run_command
 from .config import read_yaml
+
+if TYPE_CHECKING:
+    from .videos_config import VideosConfig
 
 EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
+  deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan
 
 --videos reads videos: patch-token shards come out, or, with --tokenizer, delta-token shards at
 once. --patches (see --patches x --help) reads patch-token shards: delta-token shards come out.
@@ -75,7 +80,16 @@ def _run_videos(words: list[str]) -> None:
 
     summary = "Run a frozen DINOv3 over videos once and write what others train on."
     parser = _parser(summary, VideosConfig)
-    config = config_from_arguments(VideosConfig, parser.parse_args(words))
+    _add_plan_flags(parser)
+    arguments = parser.parse_args(words)
+    config = config_from_arguments(VideosConfig, arguments)
+    if arguments.plan:
+        _print_plan(config, arguments)
+        return
+    for flag in ("json", "probe_clips"):
+        if getattr(arguments, flag) is not None:
+            name = f"--{flag.replace('_', '-')}"
+            raise UsageError(f"{name}: only --plan reads it: add --plan, or leave {name} out")
     if config.tokenizer is None:
         from ..extract.run import run_extraction
 
@@ -86,6 +100,37 @@ def _run_videos(words: list[str]) -> None:
         kind, result = "delta-token", run_fused(config)
     logging.info("%s", result)
     print(f"{kind} shards: {config.out}")
+
+
+def _add_plan_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="say what it would take and exit: bytes, files, hours, memory; writes nothing to OUT",
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
+    group.add_argument(
+        "--probe-clips", type=int, metavar="N", help="clips to decode and time for the plan [8]"
+    )
+
+
+def _print_plan(config: "VideosConfig", arguments: argparse.Namespace) -> None:
+    from ..shards.files import write_json
+    from .plan import DEFAULT_PROBE_CLIPS, as_json, make_extraction_plan
+    from .plan_text import plan_text
+
+    count = DEFAULT_PROBE_CLIPS if arguments.probe_clips is None else arguments.probe_clips
+    plan = make_extraction_plan(config, num_probe_clips=count)
+    print(plan_text(plan))
+    if arguments.json is not None:
+        try:
+            write_json(arguments.json, as_json(plan))
+        except OSError as error:
+            raise UsageError(
+                f"--json {arguments.json}: cannot be written ({error.strerror or error})"
+            ) from error
+        print(f"plan: {arguments.json}")
 
 
 def _run_tokenize(words: list[str]) -> None:
