@@ -119,6 +119,7 @@ def make_extraction_plan(
         info=patches,
         tokens=_two_windows(backbone, decode.pixels),
         black=black.numpy(),
+        draws=decode.draws,
         plan=entries,
         shards=shards,
     )

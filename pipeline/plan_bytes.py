@@ -16,17 +16,20 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
+from ..extract.sampling import WindowDraw
 from ..shards.cache import DELTAS, CacheInfo, CacheShape, open_cache
 from ..shards.delta_writer import DeltaRows, write_delta_shard
 from ..shards.patch_writer import PatchRows, write_black, write_patch_shard
 from ..shards.plan import PlanEntry
 from ..shards.records import DoneRecord, shard_path
 
-TIMING_BYTES = 130
+TIMING_BYTES = 116
 """A line of timings.jsonl, about."""
-FINISHED_BYTES = 450
-"""What cache.json gains when the cache is finished: counts, files and their hashes, about."""
-TOKENIZER_BYTES = 800
+FINISHED_BYTES = 220
+"""What cache.json gains when the cache is finished: counts and the hash of plan.jsonl, about."""
+BLACK_ENTRY_BYTES = 120
+"""What it gains with the hash of black.npy, about."""
+TOKENIZER_BYTES = 640
 """What the tokenizer's config and hash add to the cache.json of a delta cache, about."""
 MAX_KINDS = 6
 """Delta shards of so many different sizes are written; more are taken for the commonest one."""
@@ -68,6 +71,8 @@ class Sizes:
     """float16 (2, T, N, D): two real windows."""
     black: NDArray[np.float32]
     """float32 (N, D)"""
+    draws: Sequence[WindowDraw]
+    """Some windows; their frames and crops are written as text, so their digits count."""
     plan: Sequence[PlanEntry]
     shards: Sequence[ShardPlan]
 
@@ -98,7 +103,7 @@ class Sizes:
                 size_of(shard) - saved * shard.num_windows + scales + 2 * ARRAY_METADATA_BYTES + 300
             )  # 300: the four files more in the done-record
 
-        beside += FINISHED_BYTES
+        beside += FINISHED_BYTES + BLACK_ENTRY_BYTES
         return {
             "float16": self._total(size_of, beside=beside, files_a_shard=one.files, files=5),
             "int8": self._total(
@@ -186,6 +191,7 @@ class Sizes:
         rng = np.random.default_rng(0)
         shape = (num_windows, self.info.shape.num_frames)
         keys = self._usual_keys(num_clips)
+        draws = [self.draws[number % len(self.draws)] for number in range(num_windows)]
         tokens = rng.standard_normal((*shape, self.info.shape.hidden_size), dtype=np.float32)
         record = write_delta_shard(
             folder,
@@ -193,9 +199,9 @@ class Sizes:
             DeltaRows(
                 tokens=tokens.astype(np.float16),
                 timestamps_s=np.zeros(shape, dtype=np.float32),
-                frame_index=rng.integers(100, 300, shape).astype(np.int32),
-                crop=rng.integers(10, 300, (num_windows, 4)).astype(np.float32),
-                flipped=rng.random(num_windows) < 0.5,
+                frame_index=np.array([draw.frame_index for draw in draws], dtype=np.int32),
+                crop=np.array([draw.crop for draw in draws], dtype=np.float32),
+                flipped=np.array([draw.flipped for draw in draws], dtype=np.bool_),
                 clip=(np.arange(num_windows) % num_clips).astype(np.int32),
                 keys=keys,
             ),

@@ -21,7 +21,7 @@ from ..extract.backbone import Backbone
 from ..extract.config import ExtractConfig
 from ..extract.pixels import window_pixels
 from ..extract.pool import DecodedClip, DecodePool
-from ..extract.sampling import SamplingPolicy
+from ..extract.sampling import SamplingPolicy, WindowDraw
 from ..extract.sources import Clip
 from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.records import Quarantined
@@ -51,8 +51,10 @@ class DecodeProbe:
     """Bytes of RGB of a good clip's windows."""
     child_bytes: int
     """Peak memory of a decoding process."""
+    draws: list[WindowDraw]
+    """All windows of the probed clips."""
     pixels: list[Tensor]
-    """Windows of the probed clips, uint8 (T, 3, S, S) on the backbone's device; one batch."""
+    """The first of them, uint8 (T, 3, S, S) on the backbone's device; one batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
     batch_windows = max(1, config.batch_frames // config.num_frames)
     windows: dict[str, int] = {}
     quarantined: list[Quarantined] = []
+    draws: list[WindowDraw] = []
     pixels: list[Tensor] = []
     decode_s = pixels_s = num_bytes = 0.0
     num_pixel_frames = 0
@@ -106,6 +109,7 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
             if isinstance(result, Quarantined):
                 quarantined.append(result)
                 continue
+            draws += [window.draw for window in result.windows]
             num_bytes += sum(window.frames.nbytes for window in result.windows)
             start_s = time.monotonic()
             for window in result.windows:
@@ -132,6 +136,7 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
         pixels_s_per_frame=pixels_s / num_pixel_frames,
         frames_bytes_per_clip=num_bytes / (len(clips) - len(quarantined)),
         child_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit,
+        draws=draws,
         pixels=pixels,
     )
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,16 @@ def test_fused_cache_is_that_of_float16_patch_shards(
     assert digests(tmp_path / "fused") == digests(deltas)
     assert not list((tmp_path / "fused").rglob("*.zarr"))
     assert verify_cache(tmp_path / "fused").problems == []
+
+
+def test_another_batch_shape_changes_a_token_by_rounding_at_most(
+    tmp_path: Path, fused_words: list[str]
+) -> None:
+    assert extract(fused_words) == 0
+    words = [*fused_words, "--batch-frames", "24", "--out", str(tmp_path / "other")]
+    assert extract(words) == 0
+    one, other = (DeltaShards(tmp_path / name).load()[0] for name in ("fused", "other"))
+    assert np.abs(one.astype(np.float32) - other.astype(np.float32)).max() < 4e-3
 
 
 def test_fused_identity_names_the_patch_tokens_as_float16(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deltatok.pipeline import plan as plan_module
 from deltatok.pipeline import plan_probe
@@ -15,6 +16,7 @@ from deltatok.pipeline.plan_probe import probe_disk, probe_forward
 from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.videos_config import VideosConfig
 from deltatok.shards import UsageError, read_cache_info
+from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
 
 Fails = Callable[..., None]
 
@@ -103,14 +105,20 @@ def test_plan_of_all_clips_is_what_is_then_written(
     assert size.bytes == pytest.approx(num_bytes, rel=0.02)
 
 
-def test_plan_of_a_fused_run_is_what_is_then_written(
-    tiny_inputs: Path, tiny_run: Path, tmp_path: Path
-) -> None:
-    tokenizer = str(tiny_run / "tokenizer")
-    changed = {"tokenizer": tokenizer, "frame_size": 32, "num_windows": 64, "num_frames": 8}
-    changed |= {"backbone": str(tiny_inputs / "backbone"), "frames_per_shard": 1024}
-    config = config_of(tiny_inputs, tmp_path / "out", **changed)
-    config = VideosConfig(**(vars(config) | {"videos": (str(tiny_inputs / "world" / "train"),)}))
+def test_plan_of_a_fused_run_is_what_is_then_written(folder: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = DeltaTok(
+        DeltaTokConfig(**sizes, intermediate_size=32), generator=torch.Generator().manual_seed(0)
+    )
+    model.save_pretrained(tmp_path / "tokenizer", {})
+    tokenizer = str(tmp_path / "tokenizer")
+    changed = {
+        "tokenizer": tokenizer,
+        "frame_size": 32,
+        "num_windows": 64,
+        "frames_per_shard": 1024,
+    }
+    config = config_of(folder, tmp_path / "out", **changed)
     plan = make_extraction_plan(config)
     assert plan.kind == "deltas"
     assert extract([*words_of(config), "--tokenizer", tokenizer]) == 0
