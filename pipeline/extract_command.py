@@ -1,18 +1,28 @@
-"""deltatok-extract: videos -> patch-token shards, and patch-token shards -> delta-token shards."""
+"""deltatok-extract: videos, or patch-token shards, -> patch-token or delta-token shards."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..shards.errors import UsageError
 from .command import Parser, add_config_flags, config_from_arguments, run_command
 from .config import read_yaml
+
+if TYPE_CHECKING:
+    from .videos_config import VideosConfig
 
 EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
+  deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
+  deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan
+
+--videos reads videos: patch-token shards come out, or, with --tokenizer, delta-token shards at
+once. --patches (see --patches x --help) reads patch-token shards: delta-token shards come out.
 
 exit codes: 0 done; 2 bad usage; 3 finished, but too many clips are quarantined; 4 the cache does
 not match; 75 stopped by SIGTERM, run again to go on; 1 anything else"""
@@ -25,20 +35,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    if _wants_deltas(words):
+    given = _given(words)
+    if {"videos", "patches"} <= given:
+        raise UsageError(
+            "--videos and --patches: wanted one of them, a cache is made either from videos or "
+            "from patch-token shards: leave one out"
+        )
+    if "patches" in given:
         _run_tokenize(words)
     else:
         _run_videos(words)
 
 
-def _wants_deltas(words: list[str]) -> bool:
-    """Whether flags or the --config file name a patch cache to encode instead of videos."""
-    if any(word == "--patches" or word.startswith("--patches=") for word in words):
-        return True
-    finder = argparse.ArgumentParser(add_help=False)
+def _given(words: list[str]) -> set[str]:
+    """Which of `videos` and `patches` flags, the --config file or --set name."""
+    finder = Parser(prog="deltatok-extract", add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
-    config = finder.parse_known_args(words)[0].config
-    return bool(config) and "patches" in read_yaml(Path(config))
+    finder.add_argument("--set", action="append", default=[])
+    finder.add_argument("--videos")
+    finder.add_argument("--patches")
+    found = finder.parse_known_args(words)[0]
+    values = read_yaml(Path(found.config)) if found.config else {}
+    set_keys = {setting.partition("=")[0] for setting in found.set}
+    return {
+        name
+        for name in ("videos", "patches")
+        if getattr(found, name) is not None or name in values or name in set_keys
+    }
 
 
 def _parser(summary: str, config_type: type) -> Parser:
@@ -53,16 +76,61 @@ def _parser(summary: str, config_type: type) -> Parser:
 
 
 def _run_videos(words: list[str]) -> None:
-    from ..extract.config import ExtractConfig
+    from .videos_config import VideosConfig
 
-    summary = "Run a frozen DINOv3 over videos once and write patch-token shards."
-    parser = _parser(summary, ExtractConfig)
-    config = config_from_arguments(ExtractConfig, parser.parse_args(words))
-    from ..extract.run import run_extraction
+    summary = "Run a frozen DINOv3 over videos once and write what others train on."
+    parser = _parser(summary, VideosConfig)
+    _add_plan_flags(parser)
+    arguments = parser.parse_args(words)
+    config = config_from_arguments(VideosConfig, arguments)
+    if arguments.plan:
+        _print_plan(config, arguments)
+        return
+    for flag in ("json", "probe_clips"):
+        if getattr(arguments, flag) is not None:
+            name = f"--{flag.replace('_', '-')}"
+            raise UsageError(f"{name}: only --plan reads it: add --plan, or leave {name} out")
+    if config.tokenizer is None:
+        from ..extract.run import run_extraction
 
-    result = run_extraction(config)
+        kind, result = "patch-token", run_extraction(config)
+    else:
+        from .fused import run_fused
+
+        kind, result = "delta-token", run_fused(config)
     logging.info("%s", result)
-    print(f"patch-token shards: {config.out}")
+    print(f"{kind} shards: {config.out}")
+
+
+def _add_plan_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="say what it would take and exit: bytes, files, hours, memory; writes nothing to OUT",
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
+    group.add_argument(
+        "--probe-clips", type=int, metavar="N", help="clips to decode and time for the plan [8]"
+    )
+
+
+def _print_plan(config: "VideosConfig", arguments: argparse.Namespace) -> None:
+    from ..shards.files import write_json
+    from .plan import DEFAULT_PROBE_CLIPS, as_json, make_extraction_plan
+    from .plan_text import plan_text
+
+    count = DEFAULT_PROBE_CLIPS if arguments.probe_clips is None else arguments.probe_clips
+    plan = make_extraction_plan(config, num_probe_clips=count)
+    print(plan_text(plan))
+    if arguments.json is not None:
+        try:
+            write_json(arguments.json, as_json(plan))
+        except OSError as error:
+            raise UsageError(
+                f"--json {arguments.json}: cannot be written ({error.strerror or error})"
+            ) from error
+        print(f"plan: {arguments.json}")
 
 
 def _run_tokenize(words: list[str]) -> None:
@@ -72,6 +140,7 @@ def _run_tokenize(words: list[str]) -> None:
     parser = _parser(summary, TokenizeConfig)
     config = config_from_arguments(TokenizeConfig, parser.parse_args(words))
     from ..train.tokenize import write_deltas
+    from .uniform_draws import UniformDraws
 
-    write_deltas(config)
+    write_deltas(config, draws=UniformDraws.from_config(config))
     print(f"delta-token shards: {config.out}")

@@ -219,6 +219,12 @@ class HeadTrainConfig(TrainConfig):
             )
 
 
+DRAWN_WINDOWS = 4
+DRAWN_FRAMES = 8
+"""Windows of a clip and frames of a window, drawn among the frames of a `uniform` cache: what
+deltatok-extract draws from videos."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
     """Patch-token cache + tokenizer -> delta-token cache."""
@@ -229,6 +235,12 @@ class TokenizeConfig:
     """Model folder of the tokenizer."""
     out: str
     """Delta-token cache to write; run again to go on."""
+    num_windows: int | None = None
+    """Windows to draw from a clip; for a `uniform` cache only, none given: 4."""
+    num_frames: int | None = None
+    """Frames in a drawn window; for a `uniform` cache only, none given: 8."""
+    seed: int | None = None
+    """Decides the drawn windows and their order; for a `uniform` cache only, none given: 0."""
     batch_windows: int = 8
     """Windows encoded at once."""
     device: Device = "auto"
@@ -237,7 +249,13 @@ class TokenizeConfig:
     """Arithmetic of the encoder; auto: bfloat16 on cuda, float32 elsewhere."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, batch_windows=self.batch_windows)
+        check_at_least(
+            1,
+            batch_windows=self.batch_windows,
+            num_windows=self.num_windows,
+            num_frames=self.num_frames,
+        )
+        check_at_least(0, seed=self.seed)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("autocast", self.autocast, ("auto", "float32", "bfloat16"))
 

@@ -1,13 +1,13 @@
 """write_deltas: a patch-token cache and a tokenizer -> a delta-token cache.
 
-One delta shard for each patch shard, the windows in the same order. Token 0 of a window is the
+One delta shard for each patch shard, the windows in the same order; from a `uniform` cache training
+windows are drawn among the stored frames (frame_picks.py). Token 0 of a window is the
 change from a black frame to its first frame, token t from frame t - 1 to t: open loop, each from
 the true frames. Used by `deltatok-extract --patches --tokenizer` and at the end of tokenizer.py.
 """
 
 import logging
 import platform
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,22 +28,24 @@ from ..shards.cache import (
     read_cache_info,
 )
 from ..shards.delta_writer import DeltaRows, write_delta_shard
-from ..shards.errors import CacheMismatch, Stopped
+from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove_partials
 from ..shards.patches import PatchShards
 from ..shards.plan import read_plan, write_plan
-from ..shards.records import (
-    DoneRecord,
-    append_timing,
-    read_all_done,
-    read_done,
-    write_quarantine,
-)
+from ..shards.records import append_timing, read_done, write_quarantine
 from .config import TokenizeConfig
 from .devices import Accelerator, make_accelerator, precision_name
+from .frame_picks import (
+    FramePicks,
+    ShardPart,
+    WindowDraws,
+    drawn_windows,
+    read_tokens,
+    shard_parts,
+    stored_windows,
+)
 from .logs import Meter
 from .models.deltatok import DeltaTok
-from .order import Indices
 from .prefetch import Prefetcher
 from .pretrained import read_provenance, weights_sha256
 from .run_folder import plain
@@ -61,13 +63,16 @@ size: a tokenizer may be used at another one."""
 logger = logging.getLogger(__name__)
 
 
-def write_deltas(config: TokenizeConfig) -> CacheInfo:
+def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) -> CacheInfo:
     """Write the delta-token cache, or what is missing of it; gives its cache.json.
 
-    Ranks share the shards. Raises CacheMismatch, naming the field, where the tokenizer was trained
-    on tokens of another kind, or config.out holds another cache; Stopped after a SIGTERM.
+    Ranks share the shards. draws: how windows are drawn among the frames of a `uniform` cache;
+    not used for any other. Raises CacheMismatch, naming the field, where the tokenizer was trained
+    on tokens of another kind, or config.out holds another cache; UsageError for draws that the
+    cache has no use for, or needs; Stopped after a SIGTERM.
     """
     patches, out = PatchShards(config.patches), Path(config.out)
+    draws = _draws_for(patches, config, draws)
     accelerator = make_accelerator(config.device, config.autocast)
     model = DeltaTok.from_pretrained(config.tokenizer)
     check_tokenizer(model, config.tokenizer, patches.info)
@@ -76,6 +81,7 @@ def write_deltas(config: TokenizeConfig) -> CacheInfo:
         patches.info,
         autocast_dtype=precision_name(config.autocast, accelerator.device),
         parent_fingerprint=patches.fingerprint,
+        draws=draws,
     )
     plan = read_plan(config.patches)
     if accelerator.is_main_process:
@@ -84,13 +90,11 @@ def write_deltas(config: TokenizeConfig) -> CacheInfo:
         remove_partials(out)
         remove_partials(out / "shards")
     accelerator.wait_for_everyone()
-    encoder = _Encoder(model.to(accelerator.device), patches, config, accelerator)
-    work = list(_shards_of(config.patches))
+    encoder = _Encoder(model.to(accelerator.device), patches, config, accelerator, draws)
+    work = list(shard_parts(config.patches))
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
-        tqdm(
-            total=sum(len(part.windows) for part in mine), unit="window", disable=None
-        ) as progress,
+        tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
         StopSignal() as stop,
     ):
         for part in mine:
@@ -103,12 +107,15 @@ def write_deltas(config: TokenizeConfig) -> CacheInfo:
                     out,
                     shard,
                     encoder.rows(part, meter),
+                    # Stored windows are permuted already, drawn ones come clip by clip.
+                    seed=None if draws is None else config.seed or 0,
                     decoders=part.record.decoders,
                     quarantined=part.record.quarantined,
                 )
                 append_timing(out, {"shard": shard, **meter.report()})
-            progress.update(len(part.windows))
+            progress.update(encoder.num_windows(part))
     accelerator.wait_for_everyone()
+    num_windows = sum(map(encoder.num_windows, work))
     if accelerator.is_main_process and not read_cache_info(out).complete:
         quarantined = write_quarantine(out)
         finish_cache(
@@ -116,13 +123,13 @@ def write_deltas(config: TokenizeConfig) -> CacheInfo:
             {
                 "clips": len(plan),
                 "quarantined": len(quarantined),
-                "windows": patches.num_windows,
-                "frames": patches.num_windows * patches.shape[0],
+                "windows": num_windows,
+                "frames": num_windows * info.shape.num_frames,
                 "shards": len(work),
             },
         )
     accelerator.wait_for_everyone()
-    logger.info("%d windows of delta tokens are in %s", patches.num_windows, out)
+    logger.info("%d windows of delta tokens are in %s", num_windows, out)
     return read_cache_info(out)
 
 
@@ -151,18 +158,27 @@ def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
 
 
 def describe_deltas(
-    model: DeltaTok, patches: CacheInfo, *, autocast_dtype: str, parent_fingerprint: str | None
+    model: DeltaTok,
+    patches: CacheInfo,
+    *,
+    autocast_dtype: str,
+    parent_fingerprint: str | None,
+    draws: WindowDraws | None = None,
 ) -> CacheInfo:
     """cache.json of the delta tokens of these patch tokens under this tokenizer.
 
-    parent_fingerprint: that of the patch cache, None where its tokens were never stored.
+    parent_fingerprint: that of the patch cache, also where its tokens were never stored.
+    draws: how windows were drawn among its frames, None where they are its own windows.
     """
+    identity = deltas_identity(model, patches.identity, autocast_dtype=autocast_dtype)
+    if draws is not None:
+        identity["sampling"] = draws.identity()
     shape = patches.shape
     return CacheInfo(
         format=DELTAS,
-        identity=deltas_identity(model, patches.identity, autocast_dtype=autocast_dtype),
+        identity=identity,
         shape=CacheShape(
-            num_frames=shape.num_frames,
+            num_frames=shape.num_frames if draws is None else draws.num_frames,
             num_tokens=None,
             grid=None,
             hidden_size=shape.hidden_size,
@@ -199,35 +215,44 @@ class _Encoder:
     patches: PatchShards
     config: TokenizeConfig
     accelerator: Accelerator
+    draws: WindowDraws | None
 
-    def rows(self, part: "_ShardPart", meter: Meter) -> DeltaRows:
+    def num_windows(self, part: ShardPart) -> int:
+        """How many windows the delta shard of this patch shard has."""
+        if self.draws is None:
+            return part.record.rows
+        return len(part.record.keys) * self.draws.num_windows
+
+    def rows(self, part: ShardPart, meter: Meter) -> DeltaRows:
         """What write_delta_shard takes for one patch shard."""
-        windows, patches = part.windows, self.patches
-        times = patches.timestamps_s(windows)
+        if self.draws is None:
+            picks = stored_windows(self.patches, part)
+        else:
+            picks = drawn_windows(self.patches, part, self.draws)
+        table = self.patches.table()
+        times = table.timestamps_s[picks.window, picks.frame]
         return DeltaRows(
-            tokens=self._encode(windows, meter),
+            tokens=self._encode(picks, meter),
             timestamps_s=times - times[:, :1],
-            frame_index=patches.frame_index(windows),
-            crop=patches.crop[windows],
-            flipped=patches.flipped[windows],
-            clip=(patches.clip_index[windows] - part.first_key).astype(np.int32),
+            frame_index=table.frame_index[picks.window, picks.frame],
+            crop=table.crop[picks.window[:, 0]],
+            flipped=table.flipped[picks.window[:, 0]],
+            clip=picks.clip,
             keys=part.record.keys,
         )
 
     @torch.no_grad()
-    def _encode(self, windows: Indices, meter: Meter) -> np.ndarray[Any, np.dtype[np.float16]]:
+    def _encode(self, picks: FramePicks, meter: Meter) -> np.ndarray[Any, np.dtype[np.float16]]:
         """Delta tokens float16 (n, T, D). Every batch has the same shape, the last one filled up
         with its last window, so that a number does not depend on how many windows a shard has."""
         size = self.config.batch_windows
-        num_frames, _, channels = self.patches.shape
-        filled = np.empty((len(windows), num_frames, channels), dtype=np.float16)
-        starts = range(0, len(windows), size)
+        filled = np.empty((*picks.window.shape, self.patches.shape[2]), dtype=np.float16)
+        starts = range(0, len(picks), size)
         black = torch.tensor(self.patches.black).to(self.accelerator.device)
 
         def read(batch: int) -> Tensor:
-            chosen = windows[starts[batch] : starts[batch] + size]
-            padded = np.pad(chosen, (0, size - len(chosen)), mode="edge")
-            return torch.from_numpy(self.patches.tokens(padded))
+            chosen = np.arange(starts[batch], starts[batch] + size).clip(max=len(picks) - 1)
+            return torch.from_numpy(read_tokens(self.patches, picks.take(chosen)))
 
         with Prefetcher(read, start=0, stop=len(starts)) as batches:
             for start in starts:
@@ -241,20 +266,23 @@ class _Encoder:
         return filled
 
 
-@dataclass(frozen=True)
-class _ShardPart:
-    """One patch shard: its done-record and where it lies in PatchShards."""
-
-    record: DoneRecord
-    windows: Indices
-    first_key: int
-
-
-def _shards_of(folder: str) -> Iterator[_ShardPart]:
-    window = key = 0
-    for record in read_all_done(folder):
-        numbers = np.arange(window, window + record.rows, dtype=np.int64)
-        yield _ShardPart(record, numbers, key)
-        if record.rows:
-            window += record.rows
-            key += len(record.keys)
+def _draws_for(
+    patches: PatchShards, config: TokenizeConfig, draws: WindowDraws | None
+) -> WindowDraws | None:
+    """`draws` for a uniform cache, None for any other."""
+    policy = patches.info.identity.get("sampling", {}).get("policy")
+    if policy == "uniform":
+        if draws is None:
+            raise UsageError(
+                f"{config.patches}: holds frames at a fixed rate, training windows have to be "
+                "drawn among them: use deltatok-extract --patches --tokenizer, or give `draws`"
+            )
+        return draws
+    for name in ("num_windows", "num_frames", "seed"):
+        value = getattr(config, name)
+        if value is not None:
+            raise UsageError(
+                f"{name}: got {value}, but the windows of {config.patches} are drawn already "
+                f"(sampling.policy {policy!r}, wanted 'uniform'): leave it out"
+            )
+    return None

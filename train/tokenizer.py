@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..shards.errors import DeltatokError
+from ..shards.errors import DeltatokError, UsageError
 from ..shards.patches import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
 from .data import Batch, TokenizerBatches, patch_source
@@ -41,6 +41,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     CacheMismatch for an OUT that another run or another cache made.
     """
     shards = PatchShards(config.patches)
+    _check_deltas_wanted(config, shards)
     size = shards.shape[2]
     config = dataclasses.replace(
         config, model=with_size_of_cache(config.model, size, cache=config.patches)
@@ -70,6 +71,17 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
             )
         )
     return run.folder
+
+
+def _check_deltas_wanted(config: TokenizerTrainConfig, shards: PatchShards) -> None:
+    """UsageError, before a step is trained, where the deltas need windows to be drawn first."""
+    policy = shards.info.identity.get("sampling", {}).get("policy")
+    if config.deltas is not None and policy == "uniform":
+        raise UsageError(
+            f"deltas: {config.patches} holds frames at a fixed rate, in which windows are drawn "
+            "when they are encoded: leave deltas out, then run deltatok-extract --patches "
+            f"{config.patches} --tokenizer {config.out} --out {config.deltas}"
+        )
 
 
 class TokenizerStage:

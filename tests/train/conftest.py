@@ -48,6 +48,7 @@ class LittleCache:
     grid: tuple[int, int] = (2, 2)
     hidden_size: int = 16
     dtype: str = "float16"
+    policy: str = "windows"
     weights_sha256: str = "0" * 64
     frame_height: int = 32
     frame_width: int = 48
@@ -63,7 +64,7 @@ class LittleCache:
                 "image_std": [0.25, 0.25, 0.25],
                 "resize": "none",
             },
-            "sampling": {"policy": "uniform", "num_frames": self.num_frames, "seed": 0, "fps": 5},
+            "sampling": {"policy": self.policy, "num_frames": self.num_frames, "seed": 0},
             "storage": {"dtype": self.dtype},
             "autocast_dtype": "float32",
         }

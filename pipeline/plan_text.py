@@ -1,0 +1,78 @@
+"""The text that `deltatok-extract --plan` prints of an ExtractionPlan."""
+
+from .plan import CacheCost, ExtractionPlan
+
+UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def plan_text(plan: ExtractionPlan) -> str:
+    """Some twenty lines, without a newline at the end."""
+    full = plan.quarantined and f"; {len(plan.quarantined)} of them would be quarantined"
+    lines = [
+        "nothing has been written yet; this is what the extraction would take",
+        f"clips      {plan.clips} ({_bytes(plan.source_bytes)} of video), {plan.probed} probed"
+        f"{full or ''}",
+        *(f"           {clip}: {reason}" for clip, reason in list(plan.quarantined.items())[:3]),
+        f"windows    {plan.windows} of {plan.frames // max(plan.windows, 1)} frames: "
+        f"{plan.frames} frames of {plan.frame_size} px in {plan.shards} shards",
+        "",
+        f"{'cache':<12}{'bytes':>10}{'a frame':>10}{'files':>9}{'GB/s to keep':>15}"
+        f"{'storing beats':>22}",
+        f"{'':<12}{'':>10}{'':>10}{'':>9}{'the device busy':>16}{'recomputing':>21}",
+        *(_row(name, cost, chosen=_is(plan, name)) for name, cost in plan.caches.items()),
+        "",
+        f"device     {plan.device}: {plan.forward.frames_per_s:.3g} frames/s "
+        f"({plan.forward.batches} batches of {plan.forward.batch_frames} frames timed), "
+        f"{_hours(plan.device_hours)} of the device",
+        f"decoding   {_hours(plan.decode_core_hours)} of a core, in {plan.workers} processes",
+        f"clock      about {_hours(plan.clock_hours)} on this machine, "
+        f"the slowest stage: {plan.slowest_stage}",
+        f"memory     {_device_memory(plan)}at most about {_bytes(plan.host_peak_bytes)} "
+        "of main memory",
+        f"disk       {_bytes(plan.disk.free_bytes)} free in {plan.disk.folder}, "
+        f"writes {plan.disk.write_bytes_per_s / 1e9:.2f} GB/s, "
+        f"reads {plan.disk.read_bytes_per_s / 1e9:.2f} GB/s",
+    ]
+    needed = next(cost for name, cost in plan.caches.items() if _is(plan, name)).size.bytes
+    if needed > plan.disk.free_bytes:
+        lines.append(
+            f"TOO LARGE  {_bytes(needed)} are needed: take fewer windows, a smaller frame size or "
+            "dtype, delta tokens (--tokenizer), or another --out"
+        )
+    return "\n".join(lines)
+
+
+def _is(plan: ExtractionPlan, name: str) -> bool:
+    return name == ("float16" if plan.kind == "bfloat16" else plan.kind)
+
+
+def _row(name: str, cost: CacheCost, *, chosen: bool) -> str:
+    when = "never: the disk is slower"
+    if cost.break_even_epochs is not None:
+        when = f"from epoch {cost.break_even_epochs} on"
+    return (
+        f"{name + (' <-' if chosen else ''):<12}{_bytes(cost.size.bytes):>10}"
+        f"{_bytes(cost.size.bytes_per_frame):>10}{cost.size.files:>9}"
+        f"{cost.busy_gb_per_s:>14.4f}  {when:>22}"
+    )
+
+
+def _device_memory(plan: ExtractionPlan) -> str:
+    if plan.device.startswith("cuda"):
+        return f"{_bytes(plan.forward.peak_bytes)} of the device, "
+    return ""
+
+
+def _bytes(count: float) -> str:
+    for size, unit in UNITS:
+        if count >= size:
+            return (
+                f"{count / size:.3g} {unit}" if count < 999 * size else f"{count / size:.0f} {unit}"
+            )
+    return f"{count:.0f} B"
+
+
+def _hours(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.3g} hours"
+    return f"{hours * 60:.3g} minutes" if hours >= 1 / 60 else f"{hours * 3600:.3g} seconds"

@@ -1,0 +1,189 @@
+"""What --plan says before anything runs, against what is then written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deltatok.pipeline import plan as plan_module
+from deltatok.pipeline import plan_probe
+from deltatok.pipeline.extract_command import main as extract
+from deltatok.pipeline.plan import make_extraction_plan
+from deltatok.pipeline.plan_probe import probe_disk, probe_forward
+from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.pipeline.videos_config import VideosConfig
+from deltatok.shards import UsageError, read_cache_info
+from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
+
+Fails = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times nobody looks at here are measured on less."""
+    monkeypatch.setattr(plan_probe, "DISK_BYTES", 2**20)
+    monkeypatch.setattr(plan_probe, "DISK_CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(
+        plan_module,
+        "probe_forward",
+        lambda *arguments, **named: probe_forward(*arguments, **named, min_s=0.01),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clips/: five sound ones in two folders and a broken one; backbone/: 64 channels."""
+    root = tmp_path_factory.mktemp("plan")
+    (root / "clips" / "more").mkdir(parents=True)
+    sound = sorted((tiny_inputs / "world").rglob("*.mp4"))
+    for number, clip in enumerate(sound):
+        below = "more/" if number % 2 else ""
+        (root / "clips" / f"{below}clip-{number}.mp4").write_bytes(clip.read_bytes())
+    (root / "clips" / "broken.mp4").write_bytes(b"no video")
+    make_tiny_backbone(
+        TinyBackboneConfig(
+            out=str(root / "backbone"), hidden_size=64, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    return root
+
+
+def config_of(folder: Path, out: Path, **changed: Any) -> VideosConfig:
+    fields: dict[str, Any] = {
+        "videos": (str(folder / "clips"),),
+        "out": str(out),
+        "backbone": str(folder / "backbone"),
+        "frame_size": 96,
+        "num_windows": 3,
+        "frames_per_shard": 48,
+        "workers": 1,
+        "max_quarantined": 0.5,
+        "device": "cpu",
+    }
+    return VideosConfig(**(fields | changed))
+
+
+def words_of(config: VideosConfig) -> list[str]:
+    words = ["--videos", *config.videos, "--out", config.out, "--backbone", config.backbone]
+    words += ["--workers", "1", "--max-quarantined", "0.5", "--device", "cpu"]
+    words += ["--frame-size", str(config.frame_size), "--num-frames", str(config.num_frames)]
+    words += ["--frames-per-shard", str(config.frames_per_shard)]
+    if config.sampling == "uniform":
+        return [*words, "--sampling", "uniform", "--fps", str(config.fps)]
+    return [*words, "--windows", str(config.num_windows)]
+
+
+def written(folder: Path) -> tuple[int, int]:
+    """Bytes and files of a cache folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files), len(files)
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"sampling": "uniform", "fps": 10.0, "num_frames": 4, "frames_per_shard": 32}]
+)
+def test_plan_of_all_clips_is_what_is_then_written(
+    folder: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    config = config_of(folder, tmp_path / "out", **changed)
+    plan = make_extraction_plan(config, num_probe_clips=6)
+    assert list(plan.quarantined) == ["broken.mp4"]
+    assert not (tmp_path / "out").exists()
+    assert extract(words_of(config)) == 0
+    num_bytes, num_files = written(tmp_path / "out")
+    size = plan.caches["float16"].size
+    counts = read_cache_info(tmp_path / "out").counts
+    assert (plan.windows, plan.frames, plan.shards) == (
+        counts["windows"],
+        counts["frames"],
+        counts["shards"],
+    )
+    assert size.files == num_files
+    assert size.bytes == pytest.approx(num_bytes, rel=0.02)
+
+
+def test_plan_of_a_fused_run_is_what_is_then_written(folder: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = DeltaTok(
+        DeltaTokConfig(**sizes, intermediate_size=32), generator=torch.Generator().manual_seed(0)
+    )
+    model.save_pretrained(tmp_path / "tokenizer", {})
+    tokenizer = str(tmp_path / "tokenizer")
+    changed = {
+        "tokenizer": tokenizer,
+        "frame_size": 32,
+        "num_windows": 64,
+        "frames_per_shard": 1024,
+    }
+    config = config_of(folder, tmp_path / "out", **changed)
+    plan = make_extraction_plan(config)
+    assert plan.kind == "deltas"
+    assert extract([*words_of(config), "--tokenizer", tokenizer]) == 0
+    num_bytes, num_files = written(tmp_path / "out")
+    assert plan.caches["deltas"].size.files == num_files
+    assert plan.caches["deltas"].size.bytes == pytest.approx(num_bytes, rel=0.02)
+
+
+def test_few_probed_clips_stand_for_all(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, tmp_path / "out")
+    plan = make_extraction_plan(config, num_probe_clips=2)
+    assert plan.probed == 2
+    assert plan.windows == (9 if plan.quarantined else 18)
+    assert plan.device_hours > 0
+    assert plan.decode_core_hours > 0
+    assert plan.clock_hours >= plan.device_hours
+
+
+def test_command_prints_the_plan_and_writes_only_the_json(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(folder, tmp_path / "below" / "out")
+    flags = ["--plan", "--json", str(tmp_path / "plan.json"), "--probe-clips", "1"]
+    assert extract([*words_of(config), *flags]) == 0
+    said = capsys.readouterr().out
+    for text in ("float16 <-", "int8", "deltas", "GB/s", "core", "free in", "epoch"):
+        assert text in said
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["caches"]["float16"]["size"]["bytes"] > plan["caches"]["int8"]["size"]["bytes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_probing_the_disk_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    probe = probe_disk(tmp_path / "out")
+    assert probe.folder == str(tmp_path)
+    assert probe.write_bytes_per_s > 0
+    assert probe.free_bytes > 0
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize(
+    ("compute_s", "stored_s", "epochs"),
+    [(10.0, 0.0, 2), (10.0, 5.0, 3), (10.0, 9.0, 11), (10.0, 10.0, None)],
+)
+def test_break_even_is_the_first_pass_that_costs_less(
+    compute_s: float, stored_s: float, epochs: int | None
+) -> None:
+    found = plan_module._break_even(once_s=10.0, stored_s=stored_s, recompute_s=compute_s)
+    assert found == epochs
+
+
+@pytest.mark.parametrize("flag", [["--json", "x"], ["--probe-clips", "3"]])
+def test_flags_of_the_plan_alone_are_refused(
+    folder: Path, tmp_path: Path, flag: list[str], fails: Fails
+) -> None:
+    fails(extract, [*words_of(config_of(folder, tmp_path / "out")), *flag], 2, flag[0], "--plan")
+
+
+def test_nothing_but_broken_clips_is_said(folder: Path, tmp_path: Path, fails: Fails) -> None:
+    config = config_of(folder, tmp_path / "out", videos=(str(folder / "clips" / "broken.mp4"),))
+    fails(extract, [*words_of(config), "--plan"], 3, "broken.mp4", "--probe-clips")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_clip_to_probe_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--probe-clips 0"):
+        make_extraction_plan(config_of(folder, tmp_path / "out"), num_probe_clips=0)
