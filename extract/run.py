@@ -23,7 +23,8 @@ from ..shards.files import remove_partials
 from ..shards.plan import PlanEntry, make_plan, write_plan
 from ..shards.records import DoneRecord, append_timing
 from .backbone import Autocast, Backbone
-from .config import ExtractConfig
+from .clips import Clip
+from .config import ExtractConfig, parse_shard_of
 from .describe import describe_patches
 from .features import WindowFeatures
 from .lock import folder_lock
@@ -32,7 +33,7 @@ from .progress import Progress, StageClock
 from .sampling import SamplingPolicy
 from .shard_rows import ShardMaker
 from .sink import ShardSink, disk_errors
-from .sources import Clip, find_clips
+from .sources_select import clips_of
 from .stop import StopRequest, stop_on_signals
 from .tally import Tally
 from .writer import PatchShardWriter, ShardWriter
@@ -77,7 +78,7 @@ def run_extraction(
     and DeltatokError (1: disk full, values that cannot be stored). Finished shards always stay.
     """
     start_s = time.monotonic()
-    clips = find_clips(config.videos)
+    clips = clips_of(config)
     with stop_on_signals() as stop:
         with stop.at_once():
             backbone = backbone or load_backbone(config)
@@ -136,7 +137,12 @@ class _Job:
             plan = self._plan()
         self._num_shards = len(plan)
         self._tally = Tally.read(self._out, plan)
-        pending = {shard: plan[shard] for shard in sorted(plan) if self._is_pending(shard)}
+        part, parts = parse_shard_of(self._config.shard_of)
+        pending = {
+            shard: plan[shard]
+            for shard in sorted(plan)
+            if shard % parts == part and self._is_pending(shard)
+        }
         if pending:
             self._make_shards(pending)
         with disk_errors(self._out):
@@ -238,7 +244,13 @@ class _Job:
         self._tally.check_certain(self._config.max_quarantined)
 
     def _finish(self, info: CacheInfo) -> None:
-        """Nothing is written where nothing changed."""
+        """Nothing is written where nothing changed, or shards are left for other runs to make."""
+        if len(self._tally.shards) < self._num_shards:
+            if self._num_done_now:
+                self._tally.list_quarantined(now=True)
+            done, wanted = len(self._tally.shards), self._num_shards
+            _LOGGER.info("%d of %d shards are done; another run finishes the cache", done, wanted)
+            return
         counts = self._counts()
         if self._num_done_now or not info.complete or info.counts != counts:
             self._tally.list_quarantined(now=True)
