@@ -73,6 +73,28 @@ def decode_clip(
             )
         return windows
 
+    return decode_drawn(
+        path,
+        draw=draw,
+        source=source,
+        size_bytes=size_bytes,
+        use_decord=use_decord,
+        threads=threads,
+        starting=starting,
+    )
+
+
+def decode_drawn(
+    path: Path,
+    *,
+    draw: Draw,
+    source: Source | None = None,
+    size_bytes: int | None = None,
+    use_decord: bool = True,
+    threads: int = 1,
+    starting: Callable[[DecoderName], None] = lambda name: None,
+) -> DecodedFrames:
+    """As `decode_clip`, with windows from anywhere."""
     with opened_clip(path, source, size_bytes=size_bytes) as clip:
         if isinstance(clip, VideoFile):
             return _decode_video(

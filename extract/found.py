@@ -1,6 +1,7 @@
 """What the searches of sources.py have in common: a thing found, and names that are refused."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -8,6 +9,8 @@ from typing import NoReturn
 from ..shards.errors import UsageError
 from .clips import FrameFolder, Source
 from .frame_names import frame_seconds
+
+_DRIVE = re.compile(r"\A[A-Za-z]:/")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Found:
 
 def check_member(name: str, archive: Path) -> None:
     """Refuses an archive with a name that leads out of it: it was made to do harm."""
-    parts = name.replace("\\", "/").split("/")
-    if not name or name.startswith(("/", "\\")) or ".." in parts or "\0" in name or ":" in parts[0]:
+    parts = _DRIVE.sub("/", name.replace("\\", "/")).split("/")
+    if not name or not parts[0] or ".." in parts or "\0" in name:
         raise UsageError(
             f"{archive}: holds {name[:200]!r}, a path that leaves the archive: make the archive "
             "again with relative names, or do not use it"
@@ -41,8 +44,17 @@ def stored_size(path: Path, source: Source | None) -> int:
         if isinstance(source, FrameFolder):
             return sum(size for _, size in list_frames(path))
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return 0
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something; False too for a name that no file can have."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def list_frames(folder: Path) -> list[tuple[str, int]]:

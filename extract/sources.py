@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..shards.errors import UsageError
 from .clips import Clip, FrameFolder
-from .found import Found, refuse_unreadable, stored_size
+from .found import Found, is_there, refuse_unreadable, stored_size
 from .frame_names import WANTED_FRAMES, holds_frames
 from .sources_lists import LIST_SUFFIXES, find_in_list
 from .sources_tar import find_in_tar
@@ -47,7 +47,7 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
     clips: dict[str, Clip] = {}
     given = list(dict.fromkeys(_whole(Path(path).absolute()) for path in paths))
     base = None if root is None else Path(os.path.normpath(Path(root).absolute()))
-    if base is not None and not base.exists() and not find_parts(base):
+    if base is not None and not is_there(base) and not find_parts(base):
         raise UsageError(f"{root}: no such folder: check --root")
     for path in given:
         found, prefix = _open(path, root=base)
@@ -161,7 +161,7 @@ def _to_clip(key: str, found: Found) -> Clip:
 
 def _check_missing(clips: dict[str, Clip]) -> None:
     """Refuses a list none of whose files is there; a few missing ones are only quarantined."""
-    missing = [clip for clip in clips.values() if clip.source is None and not clip.path.exists()]
+    missing = [clip for clip in clips.values() if clip.source is None and not is_there(clip.path)]
     if len(missing) == len(clips):
         raise UsageError(
             f"{missing[0].path}: no such file, nor any other of the {len(clips)} listed: "

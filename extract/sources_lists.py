@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..shards.errors import UsageError
-from .found import Found, refuse_unreadable
+from .found import Found, is_there, refuse_unreadable
 from .suffixes import without_suffix
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,15 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[Found]:
 def _inside(where: str, text: str, *, root: Path, real_root: Path) -> Path:
     """The file of that path, as written and behind all links inside of the root: a list from
     elsewhere reads nothing but the videos."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        text = ""
     if not text or "\0" in text:
         raise UsageError(f"{where}: got the path {text!r}, wanted that of a video: correct it")
     file = Path(os.path.normpath(root / text))
-    if not file.is_relative_to(root) or not file.resolve().is_relative_to(real_root):
+    real = Path(os.path.realpath(file))  # unlike Path.resolve it takes a loop of links
+    if not file.is_relative_to(root) or not real.is_relative_to(real_root):
         raise UsageError(
             f"{where}: {text} leaves {root}, the folder that its paths are relative to: pass "
             "--root with a folder that holds all of the videos"
@@ -76,7 +81,7 @@ def _listed(
     """The clip of one path, or the clips if it is an archive or a folder."""
     label, split = (_text(row, name, where=where) or None for name in ("label", "split"))
     name = file.relative_to(root).as_posix()
-    found = list(search(file)) if file.exists() else [Found("", file)]
+    found = list(search(file)) if is_there(file) else [Found("", file)]
     if not found:
         raise UsageError(f"{where}: {file}: no video in it: take the line out, or name a video")
     for clip in found:

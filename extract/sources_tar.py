@@ -56,7 +56,9 @@ def find_in_tar(path: Path) -> Iterator[Found]:
                         bad_metadata.append(member.name)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): check it") from error
-    except tarfile.TarError as error:
+    except UsageError:
+        raise
+    except (tarfile.TarError, RecursionError, OverflowError, ValueError) as error:
         raise UsageError(
             f"{path}: cannot be read as an uncompressed tar ({error}): get it again; unpack a "
             "compressed one"
@@ -75,6 +77,8 @@ def _members(tar: tarfile.TarFile, path: Path, *, size: int) -> Iterator[tarfile
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
         check_member(member.name, path)
+        if member.size < 0:  # `tarfile` would go back, and round for ever
+            raise _cut_short(path, member.offset, size)
         if member.isreg() and member.offset_data + member.size > size:
             if PurePosixPath(member.name).suffix.lower() not in VIDEO_SUFFIXES:
                 raise _cut_short(path, member.offset, size)

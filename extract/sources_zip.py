@@ -32,6 +32,7 @@ class _Folder:
     has_seconds: bool = False
     """One of its names has a decimal point."""
     runs: list[tuple[int, int]] = field(default_factory=list)
+    """(first byte, end)"""
 
 
 def find_in_zip(archive: Path) -> Iterator[Found]:
@@ -82,19 +83,20 @@ def _read_folders(parts: ZipParts, archive: Path) -> tuple[dict[bytes, _Folder],
             current, folder = parent, folders.setdefault(parent, _Folder())
         folder.stored_bytes += entry.stored_bytes
         folder.has_seconds = folder.has_seconds or match[2] is not None
-        if folder.runs and sum(folder.runs[-1]) == entry.record_offset:
-            folder.runs[-1] = (folder.runs[-1][0], folder.runs[-1][1] + entry.record_bytes)
-        else:
-            folder.runs.append((entry.record_offset, entry.record_bytes))
+        start, end = entry.record_offset, entry.record_offset + entry.record_bytes
+        if folder.runs and folder.runs[-1][1] == start:
+            start = folder.runs.pop()[0]
+        folder.runs.append((start, end))
     if num_entries != directory.num_entries:
         raise BadZip(f"lists {num_entries} entries, its end says {directory.num_entries}")
     return folders, num_videos
 
 
 def _joined(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    if len(runs) <= MAX_RUNS:
-        return tuple(runs)
-    return ((runs[0][0], sum(runs[-1]) - runs[0][0]),)
+    """(first byte, bytes)"""
+    if len(runs) > MAX_RUNS:
+        runs = [(runs[0][0], runs[-1][1])]
+    return tuple((start, end - start) for start, end in runs)
 
 
 def _without_dots(name: str) -> str:

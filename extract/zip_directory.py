@@ -9,6 +9,7 @@ frames has 136 million. Called by sources_zip.py (all of it) and zip_frames.py (
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..shards.errors import DeltatokError
 from .zip_parts import ZipParts
@@ -36,8 +37,7 @@ class Directory:
     num_entries: int
 
 
-@dataclass(frozen=True, slots=True)
-class ZipEntry:
+class ZipEntry(NamedTuple):  # made 136 million times: a third of what a dataclass takes
     """One entry as the directory describes it."""
 
     name: bytes
@@ -106,15 +106,15 @@ def read_entries(parts: ZipParts, offset: int, size: int) -> Iterator[ZipEntry]:
             extra = data[name_end : name_end + extra_bytes]
             size_bytes, stored, header = _zip64(extra, size_bytes, stored, header)
         yield ZipEntry(
-            name=data[position + _RECORD.size : name_end],
-            encrypted=bool(flags & 1),
-            method=method,
-            crc32=crc,
-            stored_bytes=stored,
-            size_bytes=size_bytes,
-            header_offset=header,
-            record_offset=start + position,
-            record_bytes=length,
+            data[position + _RECORD.size : name_end],
+            bool(flags & 1),
+            method,
+            crc,
+            stored,
+            size_bytes,
+            header,
+            start + position,
+            length,
         )
         position += length
 

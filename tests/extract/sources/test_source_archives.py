@@ -33,6 +33,24 @@ VIDEOS = {
 FRAMES = {f"train/run/{clip}/{i:06d}_{i / 25}.jpg": b"x" * 9 for clip in "ab" for i in range(3)}
 
 
+def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def _negative_size() -> bytes:
+    return _header("x.mp4", -512) + bytes(2048)
+
+
+def _chained_headers() -> bytes:
+    return (_header("a", 1, tarfile.GNUTYPE_LONGNAME) + b"a".ljust(512, b"\0")) * 3000
+
+
+def _huge_unknown() -> bytes:
+    return _header("x.mp4", 2**80, b"Z") + bytes(2048)
+
+
 def test_tar_gives_its_videos_with_class_and_split(write_tar: Write) -> None:
     path = write_tar("w.tar", VIDEOS)
     clips = find_clips([path])
@@ -123,10 +141,24 @@ def test_two_tars_in_one_file_are_refused(write_tar: Write) -> None:
         find_clips([path])
 
 
-@pytest.mark.parametrize("name", ["../x.mp4", "/x.mp4", "a/../../x.mp4", "a\\..\\..\\x.mp4"])
+@pytest.mark.parametrize(
+    "name", ["../x.mp4", "/x.mp4", "a/../../x.mp4", "a\\..\\..\\x.mp4", "C:\\x.mp4"]
+)
 def test_tar_with_a_path_that_leaves_it_is_refused(write_tar: Write, name: str) -> None:
     with pytest.raises(UsageError, match="a path that leaves the archive"):
         find_clips([write_tar("w.tar", {"one.mp4": b"1", name: b"2"})])
+
+
+@pytest.mark.parametrize("make", [_negative_size, _chained_headers, _huge_unknown])
+def test_tar_made_to_hang_its_reader_is_refused(tmp_path: Path, make: Callable[[], bytes]) -> None:
+    (tmp_path / "w.tar").write_bytes(make())
+    with pytest.raises(UsageError, match=r"damaged or cut short|cannot be read as an uncompressed"):
+        find_clips([tmp_path / "w.tar"])
+
+
+def test_colon_in_a_name_is_no_drive(write_tar: Write) -> None:
+    (clip,) = find_clips([write_tar("w.tar", {"Rome: a walk.mp4": b""})])
+    assert clip.key == "Rome: a walk.mp4"
 
 
 def test_link_in_a_tar_is_not_followed(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_no_list_leaves_its_root(root: Path, name: str, line: str) -> None:
         find_clips([root / name])
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, "loop/x.mp4", "gone/x.mp4"])
+def test_path_that_no_file_can_have_is_a_missing_video(root: Path, path: str) -> None:
+    (root / "loop").symlink_to(root / "loop")
+    (root / "list.txt").write_text(f"two.mp4\n{path}\n")
+    assert [c.size_bytes for c in find_clips([root / "list.txt"]) if c.key != "two.mp4"] == [0]
+
+
 def test_root_is_where_the_paths_of_a_list_start(root: Path, tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "all.txt").write_text(f"a/one.mp4\n{root}/two.mp4\n")
@@ -89,7 +96,9 @@ def test_bad_csv_is_refused_by_line(root: Path, text: str, words: str) -> None:
         find_clips([root / "bad.csv"])
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"file": "x.mp4"}', '{"path": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"file": "x.mp4"}', '{"path": {"a": 1}}', r'{"path": "\ud800"}']
+)
 def test_bad_jsonl_is_refused_by_line(root: Path, line: str) -> None:
     (root / "bad.jsonl").write_text(f'{{"path": "two.mp4"}}\n{line}\n')
     with pytest.raises(UsageError, match=r"bad\.jsonl: line 2: "):
