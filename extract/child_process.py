@@ -56,7 +56,6 @@ class ChildProcess:
         for descriptor in (self.request_fd, self.response_fd, self.output_fd):
             os.set_blocking(descriptor, False)
         _widen(self.response_fd)
-        _widen(self.request_fd)
         self._reader = MessageReader(self.response_fd, max_payload_bytes=max_payload_bytes)
         self._printed = b""
         self.decoder = "decoder"
@@ -75,7 +74,9 @@ class ChildProcess:
         self.decoder = "decoder"
         self._printed = b""
         try:
-            send(self.request_fd, header)  # some kB into an empty pipe: cannot block
+            send(self.request_fd, header)  # mostly a few kB into an empty pipe, which cannot block
+        except TimeoutError as error:
+            raise ChildFailed(f"takes no request ({error})") from error
         except OSError as error:
             raise ChildFailed(self.how_it_ended()) from error
 

@@ -50,10 +50,11 @@ class ZipImages:
     def read(self, name: str) -> bytes:
         entry = self._entries[name]
         _check_entry(name, entry)
-        header = self._parts.pread(_LOCAL_HEADER.size, entry.header_offset)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+        header = self._parts.pread(_LOCAL_HEADER.size + len(entry.name), entry.header_offset)
+        # The name is there a second time: a damaged directory gives no frame of another clip.
+        if not (header.startswith(b"PK\3\4") and header[_LOCAL_HEADER.size :] == entry.name):
             raise _damaged(name, "does not lie where the archive says")
-        *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+        *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(header)
         start = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
         stored = self._parts.pread(entry.stored_bytes, start)
         if len(stored) < entry.stored_bytes:

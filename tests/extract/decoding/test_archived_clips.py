@@ -297,6 +297,15 @@ def test_processes_decode_archived_clips(
     assert results[-1] == Quarantined(clip="cut", stage="open", reason="cut short", attempts=1)
 
 
+def test_request_larger_than_a_pipe_arrives(
+    make_policy: Callable[..., SamplingPolicy], tmp_path: Path
+) -> None:
+    clips = [Clip(str(i), tmp_path, 5, Unreadable("x" * 300_000)) for i in range(3)]
+    with DecodePool(make_policy(), num_workers=1, timeout_s=60) as pool:
+        results = list(pool.decode(clips))
+    assert [len(clip.reason) for clip in results if isinstance(clip, Quarantined)] == [300_000] * 3
+
+
 def test_frame_folder_may_not_be_a_tar_slice_beyond_the_file(
     decode: Decode, tmp_path: Path
 ) -> None:
