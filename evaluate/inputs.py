@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..extract.clips import Clip
 from ..shards.cache import compare
 from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
@@ -22,7 +23,7 @@ from .panels import ShownWindow, keep_features
 from .pictures import Tile
 from .plots import Curve, read_curve
 from .predict import HorizonForecast
-from .videos import clip_paths, read_frames
+from .videos import clips_by_key, read_frames
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class ForecastInputs:
     cache: PatchShards
     models: ForecastModels
     labels: LabelFolder | None
-    videos: dict[str, Path]
-    """Clip key -> file; empty without videos."""
+    videos: dict[str, Clip]
+    """Clip key -> clip; empty without videos."""
     curves: list[Curve]
     black: Tensor
     """(N, D) tokens of a black frame."""
@@ -136,7 +137,7 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         cache=cache,
         models=models,
         labels=labels,
-        videos=clip_paths(config.videos) if config.videos else {},
+        videos=clips_by_key(config.videos) if config.videos else {},
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),
         device=device,

@@ -5,13 +5,12 @@ Decoded by extract/'s own rules, so that a frame's index means what it means in 
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..extract.packets import read_index
-from ..extract.pyav_decoder import decode_with_pyav
+from ..extract.clips import Clip
+from ..extract.decoders import decode_drawn
 from ..extract.sampling import WindowDraw
 from ..extract.sources import find_clips
 from ..extract.unusable import UnusableClip
@@ -19,12 +18,12 @@ from ..extract.unusable import UnusableClip
 logger = logging.getLogger(__name__)
 
 
-def clip_paths(videos: Sequence[str]) -> dict[str, Path]:
-    """Clip key -> file, by the same rule that named the clips of the cache."""
-    return {clip.key: clip.path for clip in find_clips(videos)}
+def clips_by_key(videos: Sequence[str]) -> dict[str, Clip]:
+    """Clip key -> clip, by the same rule that named the clips of the cache."""
+    return {clip.key: clip for clip in find_clips(videos)}
 
 
-def read_frames(path: Path, indices: Sequence[int]) -> list[NDArray[np.uint8]] | None:
+def read_frames(clip: Clip, indices: Sequence[int]) -> list[NDArray[np.uint8]] | None:
     """Frames uint8 (H, W, 3), RGB, by index in presentation order, as shown (rotation applied).
 
     None, with a warning, where the file does not give them: a report without one picture's frames
@@ -41,8 +40,14 @@ def read_frames(path: Path, indices: Sequence[int]) -> list[NDArray[np.uint8]] |
         return [window]
 
     try:
-        _, frames = decode_with_pyav(path, index=read_index(path), draw=draw, threads=1)
+        frames = decode_drawn(
+            clip.path,
+            draw=draw,
+            source=clip.source,
+            size_bytes=clip.size_bytes,
+            use_decord=False,
+        ).frames
     except UnusableClip as error:
-        logger.warning("%s: its pictures have no frames: %s", path, error)
+        logger.warning("%s: its pictures have no frames: %s", clip.key, error)
         return None
     return [frames[index] for index in indices]

@@ -1,6 +1,6 @@
 """Videos -> windows of pixels -> frozen backbone -> rows for a writer. Knows nothing of training.
 
-config.py      what an extraction is told      sources.py   paths -> clips
+config.py      what an extraction is told      sources*.py  paths -> clips, also in archives
 sampling.py    clip times -> windows           decoders.py  a clip's frames, in order and right
 child.py       runs decoders in a process      pool.py      keeps those processes alive and honest
 pixels.py      crop, resize, flip              backbone.py  the frozen DINOv3

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .clips import source_from_json
 from .decoders import DecodedFrames, DecoderName, decode_clip
 from .sampling import SamplingPolicy
 from .unusable import UnusableClip
@@ -33,6 +34,8 @@ def decode_request(
         Path(request["path"]),
         key=request["key"],
         policy=SamplingPolicy.from_json(request["policy"]),
+        source=source_from_json(request["source"]),
+        size_bytes=request["size_bytes"],
         use_decord=request["use_decord"],
         threads=request["threads"],
         max_bytes=request["max_bytes"],

@@ -74,7 +74,9 @@ class ChildProcess:
         self.decoder = "decoder"
         self._printed = b""
         try:
-            send(self.request_fd, header)  # a few kB into an empty pipe: cannot block
+            send(self.request_fd, header)  # mostly a few kB into an empty pipe, which cannot block
+        except TimeoutError as error:
+            raise ChildFailed(f"takes no request ({error})") from error
         except OSError as error:
             raise ChildFailed(self.how_it_ended()) from error
 

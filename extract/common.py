@@ -23,8 +23,8 @@ from ..shards.plan import (
     read_plan,
     write_plan,
 )
+from .clips import Clip
 from .leases import Leases
-from .sources import Clip
 from .stop import StopRequest
 from .tally import Tally
 

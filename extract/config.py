@@ -5,6 +5,7 @@ help text. Whatever cannot be meant is refused here, before a clip is opened.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +21,26 @@ class ExtractConfig:
     """Videos in, a patch-token cache out."""
 
     videos: tuple[str, ...]
-    """Video files, folders (searched recursively), or .txt lists with one file a line."""
+    """Videos: files, folders (searched recursively; also for folders of frames named
+    *_<seconds>.jpg), lists (.txt, .csv, .jsonl, Kinetics' annotations), uncompressed .tar of
+    videos, .zip of such folders (also split)."""
     out: str
     """Folder of the cache; one that is already there is gone on with."""
+    root: str | None = None
+    """Where the paths in lists start and Kinetics' names are looked up (a folder, .tar or .zip);
+    none given: the list's own folder. No list reaches anything outside of it."""
+    exclude: str | None = None
+    """File with one clip a line to leave out: its key, class/name or name, with or without
+    .mp4. A line that names no clip is an error."""
+    split: str | None = None
+    """Only clips of this split, by the list or archive that names it, else by a folder of that
+    name in the clip's key."""
+    limit: int | None = None
+    """Only this many clips: the first in the seeded order of the plan, so that a higher limit
+    keeps them."""
+    shard_of: str | None = None
+    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines); the
+    cache is finished by a run that finds all shards made."""
     backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     """Hub id or local folder of the frozen DINOv3."""
     frame_size: int = 512
@@ -113,6 +131,8 @@ class ExtractConfig:
         ):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         _check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
+        _check("limit", self.limit, self.limit is None or self.limit >= 1, "1 or more")
+        parse_shard_of(self.shard_of)
         _check("seed", self.seed, 0 <= self.seed < 2**63, "0..2**63-1")
         for name in ("flip_probability", "max_quarantined"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0..1")
@@ -138,6 +158,17 @@ class ExtractConfig:
             _check("fps", self.fps, rate, "frames a second, above 0, with sampling uniform")
         else:
             _check("fps", self.fps, self.fps is None, "no value unless sampling is uniform")
+
+
+def parse_shard_of(text: str | None) -> tuple[int, int]:
+    """(i, n) of "i/n": the shards of this run are those with number % n == i; all for None.
+
+    Raises UsageError unless 0 <= i < n.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", "0/1" if text is None else text)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    _check("shard_of", text, part < parts, "i/n with i from 0 to n - 1, like 0/4")
+    return part, parts
 
 
 def _check(name: str, value: object, valid: bool, wanted: str) -> None:

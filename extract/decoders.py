@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .clips import Source
 from .decord_decoder import DecordFailed, decode_with_decord, why_not_decord
-from .packets import Float64, UInt8, read_index
-from .pyav_decoder import decode_with_pyav
+from .frames_decoder import decode_frames
+from .opened_clip import opened_clip
+from .packets import Float64, UInt8, VideoFile, read_index
+from .pyav_decoder import Draw, decode_with_pyav
 from .sampling import SamplingPolicy, WindowDraw, draw_windows
 from .unusable import UnusableClip
 
 logger = logging.getLogger(__name__)
 
-DecoderName = Literal["decord", "pyav"]
+DecoderName = Literal["decord", "pyav", "frames"]
+"""frames: images read with Pillow."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ def decode_clip(
     *,
     key: str,
     policy: SamplingPolicy,
+    source: Source | None = None,
+    size_bytes: int | None = None,
     use_decord: bool = True,
     threads: int = 1,
     max_bytes: int = 2**32,
@@ -44,6 +50,8 @@ def decode_clip(
     """Draws the clip's windows and decodes their frames.
 
     Args:
+        source: where in `path` the clip lies; None: it is the video.
+        size_bytes: what the clip had when it was planned; another size is another clip.
         use_decord: False after decord hung or crashed on this clip.
         threads: of the decoder.
         max_bytes: RGB bytes the windows' frames may have together.
@@ -65,15 +73,55 @@ def decode_clip(
             )
         return windows
 
+    return decode_drawn(
+        path,
+        draw=draw,
+        source=source,
+        size_bytes=size_bytes,
+        use_decord=use_decord,
+        threads=threads,
+        starting=starting,
+    )
+
+
+def decode_drawn(
+    path: Path,
+    *,
+    draw: Draw,
+    source: Source | None = None,
+    size_bytes: int | None = None,
+    use_decord: bool = True,
+    threads: int = 1,
+    starting: Callable[[DecoderName], None] = lambda name: None,
+) -> DecodedFrames:
+    """As `decode_clip`, with windows from anywhere."""
+    with opened_clip(path, source, size_bytes=size_bytes) as clip:
+        if isinstance(clip, VideoFile):
+            return _decode_video(
+                clip, draw=draw, use_decord=use_decord, threads=threads, starting=starting
+            )
+        starting("frames")
+        windows, frames = decode_frames(clip, draw=draw)
+        return DecodedFrames("frames", windows, frames)
+
+
+def _decode_video(
+    video: VideoFile,
+    *,
+    draw: Draw,
+    use_decord: bool,
+    threads: int,
+    starting: Callable[[DecoderName], None],
+) -> DecodedFrames:
     starting("pyav")  # which reads the container for both
-    index = read_index(path)
+    index = read_index(video)
     if use_decord and why_not_decord(index) is None:
         starting("decord")
         try:
-            windows, frames = decode_with_decord(path, index=index, draw=draw, threads=threads)
+            windows, frames = decode_with_decord(video, index=index, draw=draw, threads=threads)
             return DecodedFrames("decord", windows, frames)
         except DecordFailed as error:
-            logger.info("%s: %s; decoding it with PyAV", path, error)
+            logger.info("%s: %s; decoding it with PyAV", video, error)
         starting("pyav")
-    windows, frames = decode_with_pyav(path, index=index, draw=draw, threads=threads)
+    windows, frames = decode_with_pyav(video, index=index, draw=draw, threads=threads)
     return DecodedFrames("pyav", windows, frames)

@@ -7,12 +7,13 @@ end, so that a frame lost on the way is missed there; and its first frame must b
 PyAV shows. Whatever it stumbles over, PyAV reads instead.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .packets import FileIndex, UInt8, describe
+from .packets import FileIndex, UInt8, VideoFile, describe
 from .pyav_decoder import Draw
 from .sampling import WindowDraw
 
@@ -27,6 +28,10 @@ NO_REPAIRS = 1e-9
 
 TIME_TOLERANCE_S = 1e-4
 """decord's times are float32; its frames must be the packets we know, not equal to the bit."""
+
+
+MAX_SLICE_BYTES = 256 * 2**20
+"""decord takes a video in a tar only whole, in memory, and copies it; a larger one is PyAV's."""
 
 
 class DecordFailed(Exception):
@@ -49,7 +54,7 @@ def why_not_decord(index: FileIndex) -> str | None:
 
 
 def decode_with_decord(
-    path: Path, *, index: FileIndex, draw: Draw, threads: int
+    path: VideoFile, *, index: FileIndex, draw: Draw, threads: int
 ) -> tuple[list[WindowDraw], dict[int, UInt8]]:
     """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
 
@@ -66,16 +71,24 @@ def decode_with_decord(
     except (ImportError, OSError) as error:  # no wheel for this machine, or a library is missing
         raise DecordFailed(f"decord cannot be imported: {describe(error)}") from error
     try:
-        reader = VideoReader(str(path), num_threads=threads, fault_tol=NO_REPAIRS)
+        reader = VideoReader(_decord_input(path), num_threads=threads, fault_tol=NO_REPAIRS)
         _check_times(reader, index)
         height, width = index.first_frame.shape[:2]
         windows = draw(index.times_s, height, width)
         wanted = {frame for window in windows for frame in window.frame_index}
         return windows, _read_in_order(reader, wanted, index)
-    except (DECORDError, DECORDLimitReachedError, RuntimeError, UnicodeError) as error:
+    except (DECORDError, DECORDLimitReachedError, RuntimeError, UnicodeError, OSError) as error:
         raise DecordFailed(f"decord: {describe(error)}") from error
     except StopIteration as error:
         raise DecordFailed("decord: fewer frames than packets") from error
+
+
+def _decord_input(video: VideoFile) -> str | io.BytesIO:
+    if isinstance(video, Path):
+        return str(video)
+    if video.size > MAX_SLICE_BYTES:
+        raise DecordFailed(f"{video.size} bytes in a tar, too many to hold in memory")
+    return io.BytesIO(video.read())
 
 
 def _check_times(reader: Any, index: FileIndex) -> None:

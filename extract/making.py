@@ -15,6 +15,7 @@ import torch
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord, append_timing, read_done
 from .backbone import Backbone
+from .clips import Clip
 from .common import CommonFolder
 from .config import ExtractConfig
 from .devices import choose_num_workers
@@ -24,7 +25,6 @@ from .progress import Progress, StageClock
 from .sampling import SamplingPolicy
 from .shard_rows import ShardMaker
 from .sink import ShardSink, check_room, disk_errors
-from .sources import Clip
 from .stop import StopRequest
 from .tally import Tally
 from .work import SharedWork, TakenShard

@@ -5,7 +5,7 @@ with the file, and checks decord's first frame against the one that PyAV shows.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,11 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from .slices import FileSlice
 from .unusable import UnusableClip
+
+VideoFile = Path | FileSlice
+"""A file, or a video inside a tar."""
 
 UInt8 = NDArray[np.uint8]
 Float64 = NDArray[np.float64]
@@ -31,6 +35,13 @@ that H.264 and HEVC allow. A packet further off has a damaged time."""
 MAX_MEAN_GAP_S = 60.0
 """Frames further apart than this on average are damaged timestamps, not a video (a guess; the
 garbage seen in real files lies at 1e17 s)."""
+
+
+PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "webm_dash_manifest"})
+"""FFmpeg's formats that are lists of other files: what a clip shows must lie in the clip."""
+
+SLICE_BUFFER_BYTES = 2**18
+"""Read at once from a video in a tar: every read goes through Python (a guess)."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +68,38 @@ class FileIndex:
 
 
 @contextmanager
-def open_video(path: Path, *, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(
+    video: VideoFile, *, threads: int = 1
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its best video stream (FFmpeg's choice, which is also decord's).
 
     Raises:
         UnusableClip: the file cannot be opened, or holds no video.
     """
-    try:
-        # Metadata in another encoding than UTF-8 must not stop us; no file may name another one.
-        container = av.open(
-            str(path), metadata_errors="ignore", options={"protocol_whitelist": "file"}
-        )
-    except (av.error.FFmpegError, UnicodeError) as error:
-        empty = path.is_file() and path.stat().st_size == 0
-        reason = "the file is empty" if empty else describe(error)
-        raise UnusableClip(f"cannot be opened: {reason}", stage="open") from error
-    with container:
+    with ExitStack() as opened:
+        try:
+            # Metadata in another encoding than UTF-8 must not stop us; no file may name another.
+            if isinstance(video, Path):
+                container = av.open(
+                    str(video), metadata_errors="ignore", options={"protocol_whitelist": "file"}
+                )
+            else:
+                container = av.open(
+                    opened.enter_context(video.open()),
+                    mode="r",
+                    metadata_errors="ignore",
+                    options={"protocol_whitelist": "none"},
+                    buffer_size=SLICE_BUFFER_BYTES,
+                )
+        except (OSError, av.error.FFmpegError, UnicodeError) as error:
+            raise UnusableClip(
+                f"cannot be opened: {_why_not_opened(video, error)}", stage="open"
+            ) from error
+        opened.enter_context(container)
+        if container.format.name in PLAYLISTS:
+            raise UnusableClip(
+                f"is no video but a playlist of others ({container.format.name})", stage="open"
+            )
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             raise UnusableClip("holds no video stream", stage="open")
@@ -81,6 +108,13 @@ def open_video(path: Path, *, threads: int = 1) -> Iterator[tuple[InputContainer
         except (av.error.FFmpegError, AttributeError) as error:
             raise UnusableClip(f"no decoder: {describe(error)}", stage="open") from error
         yield container, stream
+
+
+def _why_not_opened(video: VideoFile, error: BaseException) -> str:
+    size = video.size if isinstance(video, FileSlice) else None
+    if isinstance(video, Path) and video.is_file():
+        size = video.stat().st_size
+    return "the file is empty" if size == 0 else describe(error)
 
 
 def read_packets(
@@ -109,7 +143,7 @@ def frames_of(
     return [frame for frame in frames if isinstance(frame, VideoFrame)]
 
 
-def read_index(path: Path) -> FileIndex:
+def read_index(path: VideoFile) -> FileIndex:
     """Reads all packet headers and decodes up to the first frame.
 
     Raises:

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..shards.records import Quarantined
+from .clips import Clip, source_to_json
 from .exchange import Exchange, Result
 from .pump import Pump, PumpLimits
 from .sampling import SamplingPolicy, WindowDraw
-from .sources import Clip
 
 CHILD_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.child")
 """-P: the current folder is no place to import from."""
@@ -45,7 +45,7 @@ class DecodedClip:
 
     key: str
     decoder: str
-    """"decord" or "pyav"."""
+    """"decord", "pyav" or "frames"."""
     windows: list[DecodedWindow]
 
 
@@ -148,7 +148,13 @@ class DecodePool:
         """Queues up to `count` more clips; gives their numbers and keys."""
         submitted = []
         for clip in islice(source, count):
-            request = {"key": clip.key, "path": str(clip.path), "use_decord": True}
+            request = {
+                "key": clip.key,
+                "path": str(clip.path),
+                "source": source_to_json(clip.source),
+                "size_bytes": clip.size_bytes,
+                "use_decord": True,
+            }
             submitted.append((exchange.submit(self._request | request), clip.key))
         return submitted
 

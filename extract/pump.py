@@ -32,7 +32,7 @@ MAX_FAILED_STARTS = 3
 TICK_S = 0.5
 """How often deadlines and memory are looked at while processes are busy."""
 
-DECODER_NAMES = {"decord": "decord", "pyav": "PyAV"}
+DECODER_NAMES = {"decord": "decord", "pyav": "PyAV", "frames": "Pillow"}
 STAGES = ("open", "decode", "sample")
 
 

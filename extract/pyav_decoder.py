@@ -5,7 +5,6 @@ what it showed: times and pixels come from the same decoded frame.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from av.video.reformatter import VideoReformatter
 
@@ -13,6 +12,7 @@ from .packets import (
     FileIndex,
     Float64,
     UInt8,
+    VideoFile,
     frames_of,
     open_video,
     read_packets,
@@ -28,7 +28,7 @@ Raises UnusableClip where there are none."""
 
 
 def decode_with_pyav(
-    path: Path, *, index: FileIndex, draw: Draw, threads: int
+    path: VideoFile, *, index: FileIndex, draw: Draw, threads: int
 ) -> tuple[list[WindowDraw], dict[int, UInt8]]:
     """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
 
@@ -62,7 +62,7 @@ def _expected_frames(index: FileIndex, draw: Draw) -> set[int]:
 
 
 def _decode_all(
-    path: Path, wanted: set[int], *, slots_s: Float64 | None, threads: int
+    path: VideoFile, wanted: set[int], *, slots_s: Float64 | None, threads: int
 ) -> tuple[Float64, dict[int, UInt8]]:
     """Seconds of every shown frame, float64 (N,), and RGB of the wanted ones."""
     pts: list[int | None] = []

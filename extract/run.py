@@ -16,7 +16,7 @@ from ..shards.cache import open_cache, read_cache_info
 from ..shards.files import remove_partials
 from .backbone import Backbone
 from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
-from .config import ExtractConfig
+from .config import ExtractConfig, parse_shard_of
 from .describe import describe_patches
 from .devices import load_backbone
 from .leases import Leases
@@ -24,7 +24,7 @@ from .making import Means, Production
 from .progress import StageClock
 from .sampling import SamplingPolicy
 from .sink import disk_errors
-from .sources import find_clips
+from .sources_select import clips_of
 from .stop import stop_on_signals
 from .tally import Tally
 from .work import SharedWork
@@ -72,7 +72,7 @@ def run_extraction(
     always stay.
     """
     start_s = time.monotonic()
-    clips = find_clips(config.videos)
+    clips = clips_of(config)
     with stop_on_signals(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():
             backbone = backbone or load_backbone(config)
@@ -125,8 +125,8 @@ def _run(means: Means, leases: Leases, *, start_s: float) -> ExtractionSummary:
 def _open(means: Means, folder: CommonFolder) -> tuple[Plan, Plan, Tally]:
     """The plan, the part of it that is to be made, and what is done."""
     config, out = means.config, Path(means.config.out)
-    for parts in (out, out / "shards"):
-        remove_partials(parts)
+    for writable in (out, out / "shards"):
+        remove_partials(writable)
     plan = folder.plan(
         list(means.clips.values()),
         clips_per_shard=clips_per_shard(config),
@@ -137,11 +137,15 @@ def _open(means: Means, folder: CommonFolder) -> tuple[Plan, Plan, Tally]:
     # made again, and was not finished by another process just now.
     complete = read_cache_info(out).complete
     tally = Tally.read(out, plan)
+    part, parts = parse_shard_of(config.shard_of)
     pending = {
         shard: entries
         for shard, entries in plan.items()
-        if shard not in tally.shards
-        or (config.retry_quarantined and tally.shards[shard].quarantined > 0)
+        if shard % parts == part
+        and (
+            shard not in tally.shards
+            or (config.retry_quarantined and tally.shards[shard].quarantined > 0)
+        )
     }
     check_sources(out, pending, means.clips)
     if pending and complete:

@@ -1,152 +1,180 @@
 """Paths a user gives -> the clips in them, each under a key that survives moving the videos.
 
+    a video                      the clip itself                  known by its name
+    a folder                     videos, frame folders, archives  known by their path inside it
+    .txt, .csv, .jsonl           what it names                    known by their path in the root
+    .tar                         its videos                       known by their path in it
+    .zip, .zip.part000, ...      its frame folders                known by their path in it
+
 The key is what the plan, the shards and the seeds of the windows know a clip by. It never holds a
-path of the machine: a clip in a folder is known by its path inside that folder, a single file by
-its name, a line of a .txt list by the path written there.
+path of the machine. An archive is like the folder it would unpack to, and gives the same keys.
 """
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from ..shards.errors import UsageError
+from .clips import Clip, FrameFolder
+from .found import Found, is_there, refuse_unreadable, stored_size
+from .frame_names import WANTED_FRAMES, holds_frames
+from .sources_lists import LIST_SUFFIXES, find_in_list
+from .sources_tar import find_in_tar
+from .sources_zip import find_in_zip
+from .suffixes import VIDEO_SUFFIXES
+from .zip_parts import archive_of, find_parts
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
-    ]
-)
-"""What counts as a video in a folder, in any case. A file that is named itself is always taken."""
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One video file."""
+def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -> list[Clip]:
+    """The clips in `paths`, sorted by key.
 
-    key: str
-    """Its name in every cache: a posix path without root, valid Unicode."""
-    path: Path
-    """Absolute."""
-    size_bytes: int
-    """0 for a listed file that is not there (it will be quarantined)."""
+    Folders are searched recursively, through links, without hidden names. With several paths the
+    keys of a folder, an archive or a list start with its name (without .tar, .zip, .txt, ...).
 
-
-def find_clips(paths: Sequence[str | Path]) -> list[Clip]:
-    """The clips in `paths` (files, folders, .txt lists), sorted by key.
-
-    Folders are searched recursively, through links, without hidden names. A list names one file a
-    line, relative to the list's own folder; empty lines and lines that start with # are skipped.
-    With several paths the keys of a folder start with the folder's name, those of a list with the
-    list's name without .txt.
+    Args:
+        root: the folder (or archive) that the paths in lists are relative to and that Kinetics'
+            names are looked up in; by default each list's own folder.
 
     Raises:
-        UsageError: a path that is not there or cannot be read, no video at all, or two files that
-            would get the same key.
+        UsageError: a path that is not there or cannot be read, no video at all, two that would
+            get the same key, or an archive or list that is damaged or leads out of its folder.
     """
     clips: dict[str, Clip] = {}
-    for given in map(Path, paths):
-        path = given.absolute()
-        if path.is_dir():
-            found, prefix = _in_folder(path), path.resolve().name
-        elif not path.is_file():
-            raise UsageError(f"{given}: no such file or folder: check the path of the videos")
-        elif path.suffix.lower() == ".txt":
-            found, prefix = _in_list(path), path.stem
-        else:
-            found, prefix = iter([(path.name, path)]), ""
-        for name, file in found:
-            key = _readable(f"{prefix}/{name}" if prefix and len(paths) > 1 else name)
+    given = list(dict.fromkeys(_whole(Path(path).absolute()) for path in paths))
+    base = None if root is None else Path(os.path.normpath(Path(root).absolute()))
+    if base is not None and not is_there(base) and not find_parts(base):
+        raise UsageError(f"{root}: no such folder: check --root")
+    for path in given:
+        found, prefix = _open(path, root=base)
+        for clip in found:
+            parts = (prefix if len(given) > 1 else "", clip.name)
+            key = _readable("/".join(filter(None, parts)) or path.resolve().name)
             if key in clips:
                 raise UsageError(
-                    f"{file} and {clips[key].path}: both would be clip {key!r}: "
+                    f"{clip.path} and {clips[key].path}: both would be clip {key!r}: "
                     "rename one, or give one folder that holds both"
                 )
-            clips[key] = Clip(key, file, _size(file))
+            clips[key] = _to_clip(key, clip)
     if not clips:
         searched = ", ".join(map(str, paths))
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
-        raise UsageError(f"{searched}: no video found, wanted files that end in {suffixes}")
+        raise UsageError(
+            f"{searched}: no video found, wanted files that end in {suffixes}, {WANTED_FRAMES}, "
+            "or tars or zips of these"
+        )
     _check_missing(clips)
     return [clips[key] for key in sorted(clips)]
 
 
-def _in_folder(root: Path) -> Iterator[tuple[str, Path]]:
-    """(path inside `root`, file) of every video below; a folder reached twice is read once."""
+def _open(path: Path, *, root: Path | None) -> tuple[Iterable[Found], str]:
+    """What is in a path that the user gave, and what keys start with among several paths."""
+    if path.is_dir():
+        return _in_folder(path), path.resolve().name
+    if archive_of(path) == path and find_parts(path):
+        return find_in_zip(path), path.stem
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file or folder: check the path of the videos")
+    if path.suffix.lower() in LIST_SUFFIXES:
+        folder = root or Path(os.path.normpath(path.parent))
+        return find_in_list(path, root=folder, search=_search), path.stem
+    if path.suffix.lower() == ".tar":
+        return find_in_tar(path), path.stem
+    if path.name.lower().endswith(_COMPRESSED):
+        raise UsageError(f"{path}: a compressed tar cannot be read in place: uncompress it")
+    return [Found(path.name, path)], ""
+
+
+def _search(path: Path) -> Iterable[Found]:
+    """What is in a path that a list names, or in its root."""
+    if path.is_file() and path.suffix.lower() != ".tar" and archive_of(path) != path:
+        return [Found("", path)]
+    return _open(path, root=None)[0]
+
+
+def _in_folder(root: Path) -> Iterator[Found]:
+    """Every video, frame folder and archive below; a folder reached twice is read once."""
     seen: set[Path] = set()
-    for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=refuse_unreadable, followlinks=True):
         here = Path(folder)
         if here.resolve() in seen:
             subfolders.clear()
             continue
         seen.add(here.resolve())
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = here.relative_to(root)
+        if holds_frames(names):
+            yield Found("" if here == root else inside.as_posix(), here, FrameFolder())
+        archives = set()
         for name in sorted(names):
             file = here / name
-            hidden = name.startswith(".")
-            if not hidden and file.suffix.lower() in VIDEO_SUFFIXES and not file.is_dir():
-                yield file.relative_to(root).as_posix(), file
+            suffix = file.suffix.lower()
+            if name.startswith(".") or file.is_dir():
+                continue
+            if suffix in VIDEO_SUFFIXES:
+                yield Found((inside / name).as_posix(), file)
+            elif suffix == ".tar":
+                yield from _below((inside / file.stem).as_posix(), find_in_tar(file), file)
+            elif (archive := archive_of(file)) is not None and archive not in archives:
+                archives.add(archive)
+                below = (inside / archive.stem).as_posix()
+                yield from _below(below, find_in_zip(archive), archive)
 
 
-def _in_list(path: Path) -> Iterator[tuple[str, Path]]:
-    """(key, file) of every line of the list."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    except OSError as error:
-        _refuse(error)
-    for line in (line.strip() for line in lines):
-        if not line or line.startswith("#"):
-            continue
-        file = path.parent / line
-        if Path(line).is_absolute():
-            inside = file.is_relative_to(path.parent)
-            yield (file.relative_to(path.parent).as_posix() if inside else file.name), file
-        else:
-            parts = PurePosixPath(os.path.normpath(line)).parts
-            yield "/".join(part for part in parts if part != ".."), file
+def _below(name: str, found: Iterable[Found], archive: Path) -> Iterator[Found]:
+    """What an archive in a folder holds, as if it were a folder called `name`."""
+    empty = True
+    for clip in found:
+        empty = False
+        yield Found(
+            f"{name}/{clip.name}" if clip.name else name,
+            clip.path,
+            clip.source,
+            clip.size_bytes,
+            clip.label,
+            clip.split,
+        )
+    if empty:
+        logger.warning("%s: holds no clips; left out", archive)
+
+
+def _whole(path: Path) -> Path:
+    """The archive that `path` is a part of; `path` itself if it is none."""
+    return archive_of(path) or path
+
+
+def _to_clip(key: str, found: Found) -> Clip:
+    size = found.size_bytes
+    return Clip(
+        key=key,
+        path=found.path,
+        size_bytes=stored_size(found.path, found.source) if size is None else size,
+        source=found.source,
+        label=None if found.label is None else _readable(found.label),
+        split=None if found.split is None else _readable(found.split),
+    )
 
 
 def _check_missing(clips: dict[str, Clip]) -> None:
     """Refuses a list none of whose files is there; a few missing ones are only quarantined."""
-    missing = [clip for clip in clips.values() if not clip.path.exists()]
+    missing = [clip for clip in clips.values() if clip.source is None and not is_there(clip.path)]
     if len(missing) == len(clips):
         raise UsageError(
             f"{missing[0].path}: no such file, nor any other of the {len(clips)} listed: "
-            "lines of a list are relative to the list's own folder"
+            "lines of a list are relative to --root, or without it to the list's own folder"
         )
     if missing:
         first = missing[0].path
         logger.warning("%d of %d clips are not there, first %s", len(missing), len(clips), first)
 
 
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:  # not there, or not ours to read: decoding it will say so
-        return 0
-
-
 def _readable(name: str) -> str:
     """`name` with every byte that is no UTF-8 written as backslash escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _refuse(error: OSError) -> None:
-    raise UsageError(f"{error.filename}: cannot be read ({error.strerror}): check its permissions")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the name {name!r} is no valid text: rename it") from error

@@ -13,6 +13,7 @@ exactly this is a WireError, and the child is replaced.
 
 import json
 import os
+import select
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,11 @@ MAX_HEADER_BYTES = 64 * 2**20
 
 READ_BYTES = 2**20
 """At most this much is read at once, so that the pool turns to its other children."""
+
+SEND_TIMEOUT_S = 5
+"""For an idle process to take a request that is larger than its pipe (4 KiB where a user has many
+pipes): the frames of a clip may be scattered over an archive. It waits for nothing else, so this
+is short."""
 
 
 class WireError(ValueError):
@@ -189,6 +195,13 @@ def _parse_header(text: bytes) -> dict[str, Any]:
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """TimeoutError where a pipe that does not block stays full."""
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view) :]
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            room = select.poll()
+            room.register(descriptor, select.POLLOUT)
+            if not room.poll(1000 * SEND_TIMEOUT_S):
+                raise TimeoutError(f"its pipe is full for {SEND_TIMEOUT_S} s") from None

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..extract.backbone import Backbone
+from ..extract.clips import Clip
 from ..extract.describe import describe_patches
+from ..extract.devices import load_backbone
 from ..extract.pool import default_num_workers
-from ..extract.run import clips_per_shard, load_backbone
+from ..extract.run import clips_per_shard
 from ..extract.sampling import SamplingPolicy
-from ..extract.sources import Clip, find_clips
+from ..extract.sources_select import clips_of
 from ..shards.errors import UsageError
 from ..shards.plan import PlanEntry, clips_by_shard, make_plan
 from .fused import DeltaShardWriter
@@ -96,7 +98,7 @@ def make_extraction_plan(
     """
     if num_probe_clips < 1:
         raise UsageError(f"--probe-clips {num_probe_clips}: wanted 1 or more")
-    clips = find_clips(config.videos)
+    clips = clips_of(config)
     entries = make_plan(clips, clips_per_shard=clips_per_shard(config), seed=config.seed)
     backbone = load_backbone(config)
     policy = SamplingPolicy.from_config(config)

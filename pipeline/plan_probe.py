@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..extract.backbone import Backbone
+from ..extract.clips import Clip
 from ..extract.config import ExtractConfig
 from ..extract.pixels import window_pixels
 from ..extract.pool import DecodedClip, DecodePool
 from ..extract.sampling import SamplingPolicy, WindowDraw
-from ..extract.sources import Clip
 from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.records import Quarantined
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from .cache import CacheInfo, read_cache_info
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import sha256_file
-from .plan import PLAN, num_shards, read_plan
+from .plan import PLAN, PlanEntry, num_shards, read_plan
 from .records import DoneRecord, read_all_done
 
 Verify = Literal["size", "sha256"]
@@ -53,6 +53,18 @@ class OpenedCache:
     def keys(self) -> list[str]:
         """All clips that have windows: the `keys` of the records, one after the other."""
         return [key for record in self.records for key in record.keys]
+
+    def planned(self) -> list[PlanEntry]:
+        """What plan.jsonl says of the clips of `keys()`, in that order; DamagedShard if it lacks
+        one."""
+        entries = {entry.key: entry for entry in read_plan(self.folder)}
+        missing = [key for key in self.keys() if key not in entries]
+        if missing:
+            raise DamagedShard(
+                f"{self.folder / PLAN}: has no clip {missing[0]!r}, of which there are windows: "
+                "restore the file"
+            )
+        return [entries[key] for key in self.keys()]
 
     def first_keys(self) -> NDArray[np.int64]:
         """int64 (len(records),): where each record's keys start in `keys()`."""

@@ -87,6 +87,16 @@ class PatchShards:
         return self._cache.keys()
 
     @property
+    def labels(self) -> list[str | None]:
+        """The class of every clip in `keys`, where a list or an archive named one."""
+        return [entry.label for entry in self._cache.planned()]
+
+    @property
+    def splits(self) -> list[str | None]:
+        """The split of every clip in `keys`, where a list or an archive named one."""
+        return [entry.split for entry in self._cache.planned()]
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the tokens of the whole cache, as `load` gives them."""
         bytes_each = 2 if self.dtype == "float16" else 4

@@ -1,6 +1,7 @@
 """plan.jsonl: which clip goes into which shard, fixed before any work starts.
 
-One JSON object a line: {"key", "source", "size_bytes", "shard"}, in shard order. The order of
+One JSON object a line: {"key", "source", "size_bytes", "shard"}, in shard order; "label" and
+"split" where they are known. The order of
 clips and of windows comes from hashes, not from a random generator, so that it is the same with
 every release of every library and does not depend on the order the clips are found in.
 """
@@ -10,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,19 @@ class PlannedClip(Protocol):
         """The size of that file."""
 
 
+@runtime_checkable
+class LabelledClip(Protocol):
+    """A clip of which more is known; either may be None."""
+
+    @property
+    def label(self) -> str | None:
+        """Its class."""
+
+    @property
+    def split(self) -> str | None:
+        """The part of the data set it belongs to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanEntry:
     """One clip of the plan."""
@@ -48,6 +62,10 @@ class PlanEntry:
     size_bytes: int
     """Size of the source file: another size means another clip."""
     shard: int
+    label: str | None = None
+    """Class of the clip, if known."""
+    split: str | None = None
+    """Part of the data set it belongs to, if known."""
 
 
 def make_plan(clips: Iterable[PlannedClip], *, clips_per_shard: int, seed: int) -> list[PlanEntry]:
@@ -66,16 +84,21 @@ def make_plan(clips: Iterable[PlannedClip], *, clips_per_shard: int, seed: int) 
                 "rename one, or give a common parent folder"
             )
         by_key[clip.key] = clip
-    order = sorted(by_key, key=lambda key: (_digest(f"clip:{seed}:{key}"), key))
     return [
         PlanEntry(
             key=key,
             source=str(by_key[key].path),
             size_bytes=by_key[key].size_bytes,
             shard=position // clips_per_shard,
+            **_metadata(by_key[key]),
         )
-        for position, key in enumerate(order)
+        for position, key in enumerate(plan_order(by_key, seed=seed))
     ]
+
+
+def plan_order(keys: Iterable[str], *, seed: int) -> list[str]:
+    """The keys of clips in the order in which they are dealt into shards."""
+    return sorted(keys, key=lambda key: (_digest(f"clip:{seed}:{key}"), key))
 
 
 def window_order(num_windows: int, *, seed: int, shard: int) -> NDArray[np.intp]:
@@ -153,7 +176,7 @@ def _with_new_sources(
 
 
 def _lines(plan: Iterable[PlanEntry]) -> bytes:
-    return "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in plan).encode()
+    return "".join(f"{json.dumps(_to_json(entry), sort_keys=True)}\n" for entry in plan).encode()
 
 
 def read_plan(folder: Path | str) -> list[PlanEntry]:
@@ -175,6 +198,8 @@ def read_plan(folder: Path | str) -> list[PlanEntry]:
             source=fields.text("source"),
             size_bytes=fields.integer("size_bytes"),
             shard=fields.integer("shard", high=len(lines) - 1),
+            label=fields.optional_text("label"),
+            split=fields.optional_text("split"),
         )
         if entry.key in keys:
             raise DamagedShard(f"{where}: clip {entry.key!r} a second time: restore the file")
@@ -199,6 +224,19 @@ def clips_by_shard(plan: Iterable[PlanEntry]) -> dict[int, list[PlanEntry]]:
 def num_shards(plan: Iterable[PlanEntry]) -> int:
     """How many shards the plan has; shards are numbered from 0 without gaps."""
     return max((entry.shard for entry in plan), default=-1) + 1
+
+
+def _metadata(clip: PlannedClip) -> dict[str, str | None]:
+    if not isinstance(clip, LabelledClip):
+        return {}
+    return {"label": clip.label, "split": clip.split}
+
+
+def _to_json(entry: PlanEntry) -> dict[str, Any]:
+    """Its fields; label and split only where they are known."""
+    optional = ("label", "split")
+    fields = asdict(entry)
+    return {k: v for k, v in fields.items() if k not in optional or v is not None}
 
 
 def _check_key(key: str) -> None:

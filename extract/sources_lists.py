@@ -1,0 +1,224 @@
+"""Lists of videos (.txt, .csv, .jsonl) -> clips. Called by sources.py.
+
+    .txt     a path a line
+    .csv     a header with `path`, or with Kinetics' `youtube_id,time_start,time_end`; `label` and
+             `split` where they are there
+    .jsonl   objects with the same names
+
+Paths are relative to the root, and stay in it whatever a list says. A row of Kinetics means the
+clip of that trimmed name, `<youtube_id>_<start, 6 digits>_<end, 6 digits>`, anywhere in the root.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..shards.errors import UsageError
+from .found import Found, is_there, refuse_unreadable
+from .suffixes import without_suffix
+
+logger = logging.getLogger(__name__)
+
+LIST_SUFFIXES = frozenset([".txt", ".csv", ".jsonl"])
+KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
+_WANTED = (
+    "wanted path, or Kinetics' youtube_id, time_start and time_end; and, if known, label and split"
+)
+_YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+Search = Callable[[Path], Iterable[Found]]
+
+
+def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[Found]:
+    """What the list names, in its order.
+
+    Args:
+        root: what its paths are relative to; absolute.
+        search: gives everything in a path; Kinetics' names are looked up in `search(root)`.
+
+    Raises:
+        UsageError: a list that cannot be read, lacks columns, or names something outside of root.
+    """
+    rows = list(_read_rows(path))
+    if rows and "path" not in rows[0][1] and path.suffix.lower() != ".txt":
+        yield from _kinetics(path, rows, root=root, search=search)
+        return
+    real_root = root.resolve()
+    for where, row in rows:
+        file = _inside(where, _text(row, "path", where=where), root=root, real_root=real_root)
+        yield from _listed(where, row, file, root=root, search=search)
+
+
+def _inside(where: str, text: str, *, root: Path, real_root: Path) -> Path:
+    """The file of that path, as written and behind all links inside of the root: a list from
+    elsewhere reads nothing but the videos."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        text = ""
+    if not text or "\0" in text:
+        raise UsageError(f"{where}: got the path {text!r}, wanted that of a video: correct it")
+    file = Path(os.path.normpath(root / text))
+    real = Path(os.path.realpath(file))  # unlike Path.resolve it takes a loop of links
+    if not file.is_relative_to(root) or not real.is_relative_to(real_root):
+        raise UsageError(
+            f"{where}: {text} leaves {root}, the folder that its paths are relative to: pass "
+            "--root with a folder that holds all of the videos"
+        )
+    return file
+
+
+def _listed(
+    where: str, row: Mapping[str, Any], file: Path, *, root: Path, search: Search
+) -> Iterator[Found]:
+    """The clip of one path, or the clips if it is an archive or a folder."""
+    label, split = (_text(row, name, where=where) or None for name in ("label", "split"))
+    name = file.relative_to(root).as_posix()
+    found = list(search(file)) if is_there(file) else [Found("", file)]
+    if not found:
+        raise UsageError(f"{where}: {file}: no video in it: take the line out, or name a video")
+    for clip in found:
+        yield replace(
+            clip,
+            name=f"{name}/{clip.name}" if clip.name else name,
+            label=label or clip.label,
+            split=split or clip.split,
+        )
+
+
+def _kinetics(
+    path: Path, rows: list[tuple[str, dict[str, Any]]], *, root: Path, search: Search
+) -> Iterator[Found]:
+    """The clips of an annotation file of Kinetics; one that is not there is named all the same."""
+    there: dict[str, list[Found]] = {}
+    for clip in search(root):
+        there.setdefault(without_suffix(PurePosixPath(clip.name).name), []).append(clip)
+    taken: dict[str, str | None] = {}
+    repeated = 0
+    for where, row in rows:
+        name = _trimmed_name(row, where=where)
+        label, split = (_text(row, field, where=where) or None for field in ("label", "split"))
+        if name in taken:
+            repeated += 1
+            if taken[name] != label:
+                logger.warning(
+                    "%s: %s is %s and %s: kept as the first", where, name, taken[name], label
+                )
+            continue
+        taken[name] = label
+        chosen = _choose(there.get(name, []), label=label, split=split, where=where)
+        clip = chosen or Found(f"{name}.mp4", root / f"{name}.mp4")
+        yield replace(clip, label=label or clip.label, split=split or clip.split)
+    if repeated:
+        logger.warning("%s: %d of %d rows name a clip again", path, repeated, len(rows))
+
+
+def _choose(
+    found: list[Found], *, label: str | None, split: str | None, where: str
+) -> Found | None:
+    """The one of several clips of this name that lies in a folder of its class and split."""
+    if len(found) < 2:
+        return found[0] if found else None
+    for wanted in ({label, split}, {label}, {split}):
+        folders = {str(name).replace(" ", "_") for name in wanted if name}
+        inside = [
+            clip
+            for clip in found
+            if folders and folders <= {part.replace(" ", "_") for part in clip.name.split("/")}
+        ]
+        if len(inside) == 1:
+            return inside[0]
+    raise UsageError(
+        f"{where}: {found[0].name} and {found[1].name}: both have its name: move one out of the "
+        "root, or give a root that holds one of them"
+    )
+
+
+def _trimmed_name(row: Mapping[str, Any], *, where: str) -> str:
+    video = _text(row, "youtube_id", where=where)
+    if not _YOUTUBE_ID.fullmatch(video):
+        raise UsageError(
+            f"{where}: youtube_id is {video!r}, wanted letters, digits, - and _: correct the line"
+        )
+    times = []
+    for field in ("time_start", "time_end"):
+        text = _text(row, field, where=where)
+        try:
+            time_s = float(text)
+        except ValueError:
+            time_s = -1.0
+        if not (0 <= time_s < 1e6 and time_s.is_integer()):
+            raise UsageError(
+                f"{where}: {field} is {text!r}, wanted whole seconds, 0 to 999999: correct the line"
+            )
+        times.append(int(time_s))
+    return f"{video}_{times[0]:06d}_{times[1]:06d}"
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, fields) of every line that says something."""
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        refuse_unreadable(error)
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        yield from _read_csv(path, text)
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        line, where = line.strip(), f"{path}: line {number}"
+        if not line or (suffix == ".txt" and line.startswith("#")):
+            continue
+        if suffix == ".txt":
+            yield where, {"path": line}
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where}: no JSON ({error}): wanted one object a line") from error
+        if not isinstance(fields, dict):
+            raise UsageError(f"{where}: got {line[:80]}, wanted a JSON object: correct the line")
+        _check_columns(fields, where=where)
+        yield where, fields
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        columns = [(name or "").strip() for name in reader.fieldnames or []]
+        _check_columns(columns, where=str(path))
+        reader.fieldnames = columns
+        for row in reader:
+            yield f"{path}: line {reader.line_num}", row
+    except csv.Error as error:
+        raise UsageError(f"{path}: line {reader.line_num}: no CSV ({error}): correct it") from error
+
+
+def _check_columns(columns: Iterable[str], *, where: str) -> None:
+    names = list(columns)
+    if "path" in names or set(KINETICS_COLUMNS) <= set(names):
+        return
+    missing = [name for name in KINETICS_COLUMNS if name not in names]
+    lacks = f"lacks {', '.join(missing)}" if len(missing) < 3 else "lacks path"
+    raise UsageError(
+        f"{where}: {lacks}: got the columns {', '.join(names)[:300] or '(none)'}; {_WANTED}"
+    )
+
+
+def _text(row: Mapping[str, Any], name: str, *, where: str) -> str:
+    """A field as text without surrounding spaces; empty where there is none."""
+    value = row.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: {name} is {value!r}, wanted text: correct the line")
+    return value.strip()

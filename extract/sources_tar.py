@@ -1,0 +1,159 @@
+"""Uncompressed tars of videos, as WebDataset has them -> clips. Called by sources.py.
+
+    NAME.mp4      the video; read where it lies in the tar
+    NAME.json     optional: an object with `label` and `split` (texts)
+    NAME.cls      optional: the label
+
+What is lost is named, or the tar is refused: a video that the end of the file cuts off is a clip
+that goes to quarantine; where not even a name is left, nothing of the tar is used.
+"""
+
+import json
+import logging
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from ..shards.errors import UsageError
+from .clips import Stamp, TarMember, Unreadable
+from .found import Found, check_member
+from .suffixes import VIDEO_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+MAX_METADATA_BYTES = 2**20
+_BLOCK_BYTES = 512
+_READ_BYTES = 2**20
+
+
+@dataclass
+class _Metadata:
+    label: str | None = None
+    split: str | None = None
+
+
+def find_in_tar(path: Path) -> Iterator[Found]:
+    """The videos of a tar, with their class and split where it names them.
+
+    Raises UsageError for a tar that is compressed, damaged or cut short within a header, and for
+    a member whose name leads out of it.
+    """
+    videos: list[Found] = []
+    metadata: dict[str, _Metadata] = {}
+    bad_metadata: list[str] = []
+    try:
+        status = path.stat()
+        stamp = (status.st_size, status.st_mtime_ns)
+        with tarfile.open(path, "r:") as tar:
+            for member in _members(tar, path, size=stamp[0]):
+                name = PurePosixPath(member.name)
+                if name.suffix.lower() in VIDEO_SUFFIXES and not member.isdir():
+                    videos.append(_video(path, name.as_posix(), member, stamp))
+                elif name.suffix.lower() in (".json", ".cls") and member.isreg():
+                    known = metadata.setdefault(_base(name), _Metadata())
+                    if not _read_metadata(tar, member, known):
+                        bad_metadata.append(member.name)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}): check it") from error
+    except UsageError:
+        raise
+    except (tarfile.TarError, RecursionError, OverflowError, ValueError) as error:
+        raise UsageError(
+            f"{path}: cannot be read as an uncompressed tar ({error}): get it again; unpack a "
+            "compressed one"
+        ) from error
+    if bad_metadata:
+        first = bad_metadata[0]
+        logger.warning("%s: %d members give no metadata, first %s", path, len(bad_metadata), first)
+    for video in videos:
+        known = metadata.get(_base(PurePosixPath(video.name)), _Metadata())
+        yield replace(video, label=known.label, split=known.split)
+
+
+def _members(tar: tarfile.TarFile, path: Path, *, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members in order, hidden ones left out. A video that the end of the file cuts off is
+    the last one; UsageError where something else is cut off, or the tar does not end there."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
+        check_member(member.name, path)
+        if member.size < 0:  # `tarfile` would go back, and round for ever
+            raise _cut_short(path, member.offset, size)
+        if member.isreg() and member.offset_data + member.size > size:
+            if PurePosixPath(member.name).suffix.lower() not in VIDEO_SUFFIXES:
+                raise _cut_short(path, member.offset, size)
+            yield member
+            return
+        if not PurePosixPath(member.name).name.startswith("."):
+            yield member
+    _check_end(path, tar.offset, size)
+
+
+def _video(path: Path, name: str, member: tarfile.TarInfo, stamp: Stamp) -> Found:
+    reason = None
+    if not member.isreg() or member.issparse():
+        reason = "is no plain file in its tar, but a link or a sparse one"
+    elif member.offset_data + member.size > stamp[0]:
+        there = max(0, stamp[0] - member.offset_data)
+        reason = (
+            f"{path.name} is cut short: {there} of the {member.size} bytes of this member are "
+            "there, and nothing that came after it"
+        )
+        logger.warning("%s: %s", name, reason)
+    if reason is not None:
+        return Found(name, path, Unreadable(reason), size_bytes=member.size)
+    return Found(name, path, TarMember(member.offset_data, stamp), size_bytes=member.size)
+
+
+def _base(name: PurePosixPath) -> str:
+    """What the members of one sample have in common: the name up to its first dot."""
+    return (name.parent / name.name.partition(".")[0]).as_posix()
+
+
+def _read_metadata(tar: tarfile.TarFile, member: tarfile.TarInfo, metadata: _Metadata) -> bool:
+    """Takes label and split from a .json or .cls member; False where there are none to take."""
+    file = tar.extractfile(member) if member.size <= MAX_METADATA_BYTES else None
+    text = file.read() if file is not None else b""
+    try:
+        if member.name.lower().endswith(".cls"):
+            metadata.label = text.decode().strip() or None
+            return metadata.label is not None
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(fields, dict):
+        return False
+    for name in ("label", "split"):
+        value = fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if value is not None and not isinstance(value, str):
+            return False
+        if value:
+            setattr(metadata, name, value)
+    return True
+
+
+def _check_end(path: Path, end: int, size: int) -> None:
+    """Refuses a tar that goes on after the place where `tarfile` takes it to end."""
+    if end >= size:
+        logger.warning("%s: has no end mark; if it was cut short, what came after is lost", path)
+        return
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK_BYTES)
+        if block.strip(b"\0") or len(block) < _BLOCK_BYTES:
+            raise _cut_short(path, end, size)
+        while rest := file.read(_READ_BYTES):
+            if rest.strip(b"\0"):
+                raise UsageError(
+                    f"{path}: has its end mark at byte {end}, but more follows: two tars in one "
+                    "file? take them apart"
+                )
+
+
+def _cut_short(path: Path, position: int, size: int) -> UsageError:
+    return UsageError(
+        f"{path}: damaged or cut short at byte {position} of {size}: which videos came after "
+        "cannot be told: get it again"
+    )

@@ -1,0 +1,109 @@
+"""Whole extractions from archives and lists: the same windows, and class and split in the cache."""
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deltatok.extract.backbone import Backbone
+from deltatok.extract.config import ExtractConfig
+from deltatok.extract.run import run_extraction
+from deltatok.shards import PatchShards, read_done, read_plan
+from deltatok.shards.patch_table import WindowTable
+
+MakeConfig = Callable[..., ExtractConfig]
+
+
+def _table(folder: Path) -> WindowTable:
+    return PatchShards(folder).table()
+
+
+def test_tar_gives_the_cache_that_the_folder_gives(
+    finished: Path, clips: Path, make_config: MakeConfig, backbone: Backbone, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+        for path in sorted(clips.iterdir()):
+            tar.add(path, arcname=path.name)
+    config = make_config(videos=(str(tmp_path / "clips.tar"),))
+    run_extraction(config, backbone=backbone)
+    ours, theirs = PatchShards(config.out), PatchShards(finished)
+    assert ours.keys == theirs.keys
+    assert np.array_equal(ours.load(), theirs.load())
+    assert np.array_equal(_table(Path(config.out)).crop, _table(finished).crop)
+
+
+def test_class_and_split_of_a_list_are_in_the_plan_and_the_reader(
+    clips: Path, make_config: MakeConfig, backbone: Backbone, tmp_path: Path
+) -> None:
+    rows = ["path,label,split", *(f"c{i}.mp4,class {i},train" for i in range(3)), "c3.mp4,,"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    config = make_config(videos=(str(tmp_path / "list.csv"),), root=str(clips))
+    run_extraction(config, backbone=backbone)
+    plan = {entry.key: (entry.label, entry.split) for entry in read_plan(config.out)}
+    assert plan["c1.mp4"] == ("class 1", "train")
+    assert plan["c3.mp4"] == (None, None)
+    lines = (Path(config.out) / "plan.jsonl").read_text().splitlines()
+    (bare,) = (line for line in lines if json.loads(line)["key"] == "c3.mp4")
+    assert "label" not in bare
+    patches = PatchShards(config.out)
+    assert patches.labels == [plan[key][0] for key in patches.keys]
+    assert patches.splits == [plan[key][1] for key in patches.keys]
+
+
+def test_slices_of_shards_together_make_the_whole_cache(
+    finished: Path,
+    make_config: MakeConfig,
+    backbone: Backbone,
+    digests: Callable[[Path], dict[str, str]],
+) -> None:
+    config = make_config(shard_of="0/2")
+    assert run_extraction(config, backbone=backbone).shards_done_now == 2
+    assert read_done(config.out, 1) is None
+    assert run_extraction(make_config(shard_of="1/2"), backbone=backbone).shards_done_now == 1
+    assert digests(Path(config.out)) == digests(finished)
+
+
+def test_first_shards_of_a_limit_are_those_of_the_whole_cache(
+    finished: Path, make_config: MakeConfig, backbone: Backbone
+) -> None:
+    config = make_config(limit=4, max_quarantined=0.5)
+    assert run_extraction(config, backbone=backbone).clips == 4
+    for shard in (0, 1):
+        mine, whole = read_done(config.out, shard), read_done(finished, shard)
+        assert mine is not None
+        assert mine == whole
+
+
+@pytest.mark.parametrize("kind", ["file", "tar"])
+def test_video_that_changes_between_plan_and_run_is_quarantined(
+    clips: Path,
+    make_config: MakeConfig,
+    backbone: Backbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in (0, 1):
+        shutil.copy(clips / f"c{number}.mp4", folder)
+    if kind == "tar":
+        with tarfile.open(folder / "w.tar", "w") as tar:
+            tar.add(clips / "c2.mp4", arcname="c2.mp4")
+    victim = folder / ("w.tar" if kind == "tar" else "c1.mp4")
+    begin = Backbone.black_tokens  # called after the plan is written, before any clip is decoded
+
+    def change(self: Backbone, frame_size: int) -> object:
+        victim.write_bytes(victim.read_bytes()[:-100])
+        return begin(self, frame_size)
+
+    monkeypatch.setattr(Backbone, "black_tokens", change)
+    config = make_config(videos=(str(folder),), max_quarantined=1.0)
+    assert run_extraction(config, backbone=backbone).quarantined == 1
+    (line,) = (Path(config.out) / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["clip"] == ("w/c2.mp4" if kind == "tar" else "c1.mp4")
+    assert "was changed" in json.loads(line)["reason"]
