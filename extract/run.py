@@ -23,6 +23,7 @@ from ..shards.files import remove_partials
 from ..shards.plan import PlanEntry, make_plan, write_plan
 from ..shards.records import DoneRecord, append_timing
 from .backbone import Autocast, Backbone
+from .calibration import patch_writer
 from .config import ExtractConfig
 from .describe import describe_patches
 from .features import WindowFeatures
@@ -35,7 +36,7 @@ from .sink import ShardSink, disk_errors
 from .sources import Clip, find_clips
 from .stop import StopRequest, stop_on_signals
 from .tally import Tally
-from .writer import PatchShardWriter, ShardWriter
+from .writer import ShardWriter
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,8 +82,8 @@ def run_extraction(
     with stop_on_signals() as stop:
         with stop.at_once():
             backbone = backbone or load_backbone(config)
-            writer = writer or PatchShardWriter(dtype=config.dtype, seed=config.seed)
             policy = SamplingPolicy.from_config(config)
+            writer = writer or patch_writer(config, policy, backbone, clips)
             wanted = writer.describe(describe_patches(config, policy, backbone))
         info = open_cache(config.out, wanted)
         with folder_lock(Path(config.out)):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .cache import CHANNEL_SCALE, CacheInfo, read_cache_info
 from .checked import shown
-from .errors import CacheMismatch, DamagedShard, UsageError
+from .errors import CacheMismatch, DamagedShard, DeltatokError
 from .files import write_bytes
 from .npy import npy_bytes, read_npy
 
@@ -72,10 +72,10 @@ def dequantise(
 
 def channel_scale_of(mean_squares: NDArray[np.float64]) -> NDArray[np.float32]:
     """The channel scales float32 (D,) for channels of these mean squares, float64 (D,): their root,
-    but never less than a hundredth of the median. Raises UsageError unless all are finite."""
+    but never less than a hundredth of the median. Raises DeltatokError unless all are finite."""
     root = np.sqrt(mean_squares)
     if not np.isfinite(root).all() or (root > np.finfo(np.float32).max).any():
-        raise UsageError(
+        raise DeltatokError(
             f"{int(np.count_nonzero(~np.isfinite(root)))} of {len(root)} channels are not finite "
             "in the sample that the int8 scales are fitted on: run the backbone in float32"
         )

@@ -74,7 +74,7 @@ def refuse(
     if not touched:
         raise DeltatokError("token scales of int8 codes that are not finite: quantise them again")
     num_not_finite, num_large = (sum(column) for column in zip(*counts, strict=True))
-    others = f" and {len(touched) - 1} other clips" if len(touched) > 1 else ""
+    others = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
     range_of = f" (+-{_LIMITS[dtype]:g})" if dtype in _LIMITS else " with the scales of this cache"
     raise DeltatokError(
         f"clip {touched[0]!r}{others}: {num_not_finite} of the shard's {tokens.size} token values "

@@ -238,7 +238,7 @@ def test_channel_scale_is_the_root_mean_square_with_a_floor() -> None:
     np.testing.assert_allclose(scale, [1.0, 2.0, 3.0, 0.01, 0.01], rtol=1e-6)
     np.testing.assert_array_equal(channel_scale_of(np.zeros(2)), [1.0, 1.0])
     np.testing.assert_array_equal(channel_scale_of(np.array([0.0, 0.0, 4.0])), [2.0, 2.0, 2.0])
-    with pytest.raises(UsageError, match="1 of 2 channels are not finite"):
+    with pytest.raises(DeltatokError, match="1 of 2 channels are not finite"):
         channel_scale_of(np.array([1.0, np.nan]))
 
 
