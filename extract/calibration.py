@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..shards.cache import CHANNEL_SCALE, PATCHES, CacheInfo, read_cache_info
 from ..shards.errors import DeltatokError, TooManyQuarantined
+from ..shards.files import is_partial
 from ..shards.int8 import channel_scale_of, read_channel_scale
 from ..shards.records import DoneRecord, Quarantined
 from .backbone import Backbone
@@ -51,7 +52,7 @@ def patch_writer(
     if config.dtype != "int8":
         return writer
     scale = stored_channel_scale(Path(config.out))
-    if scale is None and _is_of_another_dtype(Path(config.out)):
+    if scale is None and _is_something_else(Path(config.out)):
         return writer  # refused when the cache is opened, with the field that differs
     if scale is None:
         fitted = fit_channel_scale(config, policy, backbone, clips)
@@ -133,9 +134,10 @@ class _MeanSquares:
         raise NotImplementedError("writes no cache")
 
 
-def _is_of_another_dtype(folder: Path) -> bool:
+def _is_something_else(folder: Path) -> bool:
+    """Whether `folder` holds a cache of another dtype, or something that is no cache."""
     if not (folder / "cache.json").is_file():
-        return False
+        return folder.is_dir() and any(not is_partial(child) for child in folder.iterdir())
     storage = read_cache_info(folder, format=PATCHES).identity.get("storage")
     return not isinstance(storage, dict) or storage.get("dtype") != "int8"
 

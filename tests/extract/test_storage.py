@@ -168,6 +168,15 @@ def test_another_dtype_in_the_folder_is_refused_before_scales_are_fitted(
         run_extraction(make_config(dtype="int8", out=str(finished)), backbone=backbone)
 
 
+@pytest.mark.usefixtures("no_fitting")
+def test_a_folder_that_is_no_cache_is_refused_before_scales_are_fitted(
+    make_config: ConfigMaker, backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CacheMismatch, match=r"holds 'notes\.txt'"):
+        run_extraction(make_config(dtype="int8", out=str(tmp_path)), backbone=backbone)
+
+
 def test_a_resumed_run_takes_the_scales_that_are_there(
     make_config: ConfigMaker,
     backbone: Backbone,
