@@ -55,7 +55,7 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
         UsageError: no such model, another class, or another width.
     """
     tokenizer = DeltaTok.from_pretrained(config.tokenizer, device=device)
-    _check_width("tokenizer", config.tokenizer, tokenizer.config.hidden_size, info)
+    check_width("tokenizer", config.tokenizer, tokenizer.config.hidden_size, info)
     tokenizer_sha256 = weights_sha256(tokenizer)
     provenance: dict[str, Any] = {
         "cache": {
@@ -65,7 +65,7 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
             "hidden_size": info.shape.hidden_size,
             "counts": info.counts,
         },
-        "tokenizer": _check_patches("tokenizer", config.tokenizer, info)
+        "tokenizer": check_patches("tokenizer", config.tokenizer, info)
         | {"weights_sha256": tokenizer_sha256},
     }
     worlds: dict[str, WorldModel | None] = {"world": None, "discriminative": None}
@@ -73,18 +73,18 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
         folder: str | None = getattr(config, role)
         if folder is not None:
             world = _load_world(role, folder, device)
-            _check_width(role, folder, world.config.hidden_size, info)
+            check_width(role, folder, world.config.hidden_size, info)
             worlds[role] = world
             if isinstance(world, DeltaWorld):
                 checked = _check_deltas(role, folder, info, tokenizer_sha256)
             else:
-                checked = _check_patches(role, folder, info)
+                checked = check_patches(role, folder, info)
             provenance[role] = checked | {"weights_sha256": weights_sha256(world)}
     head = None
     if config.head is not None:
         head = SegmentationHead.from_pretrained(config.head, device=device)
-        _check_width("head", config.head, head.config.in_size, info)
-        provenance["head"] = _check_patches("head", config.head, info) | {
+        check_width("head", config.head, head.config.in_size, info)
+        provenance["head"] = check_patches("head", config.head, info) | {
             "weights_sha256": weights_sha256(head)
         }
     return ForecastModels(
@@ -109,7 +109,7 @@ def _load_world(role: str, folder: str, device: torch.device) -> WorldModel:
     return world
 
 
-def _check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> None:
+def check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> None:
     if hidden_size != info.shape.hidden_size:
         raise UsageError(
             f"--{role} {folder}: {hidden_size} channels, the cache's tokens have "
@@ -117,7 +117,7 @@ def _check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> N
         )
 
 
-def _check_patches(role: str, folder: str, info: CacheInfo) -> dict[str, Any]:
+def check_patches(role: str, folder: str, info: CacheInfo) -> dict[str, Any]:
     """Compare the cache a tokenizer or head was trained on with the evaluation cache."""
     provenance = read_provenance(folder)
     trained_on = provenance.get("patches")

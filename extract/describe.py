@@ -14,7 +14,7 @@ from .sampling import SamplingPolicy
 
 RESIZE_RULE = "crop, bilinear without antialiasing, uint8 (OpenCV rule)"
 
-_SOFTWARE = ("deltatok", "numpy", "torch", "transformers", "zarr")
+_SOFTWARE = ("deltatok", "numcodecs", "numpy", "torch", "transformers", "zarr")
 _DINOV3_LICENCE = (
     "Features computed with DINOv3, under the DINOv3 License "
     "(https://ai.meta.com/resources/models-and-libraries/dinov3-license/), which goes with them to "

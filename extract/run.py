@@ -15,6 +15,7 @@ from pathlib import Path
 from ..shards.cache import open_cache, read_cache_info
 from ..shards.files import remove_partials
 from .backbone import Backbone
+from .calibration import patch_writer
 from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
 from .config import ExtractConfig, parse_shard_of
 from .describe import describe_patches
@@ -28,7 +29,7 @@ from .sources_select import clips_of
 from .stop import stop_on_signals
 from .tally import Tally
 from .work import SharedWork
-from .writer import PatchShardWriter, ShardWriter
+from .writer import ShardWriter
 
 UNIFORM_WINDOWS = 4
 """Windows that a clip is taken to give when a shard's number of clips is chosen for uniform
@@ -76,8 +77,8 @@ def run_extraction(
     with stop_on_signals(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():
             backbone = backbone or load_backbone(config)
-            writer = writer or PatchShardWriter(dtype=config.dtype, seed=config.seed)
             policy = SamplingPolicy.from_config(config)
+            writer = writer or patch_writer(config, policy, backbone, clips)
             wanted = writer.describe(describe_patches(config, policy, backbone))
         open_cache(config.out, wanted)
         means = Means(

@@ -14,9 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.cache import CacheInfo
+from ..shards.cache import CHANNEL_SCALE, CacheInfo
+from ..shards.dtypes import STORED_DTYPES
+from ..shards.errors import UsageError
+from ..shards.int8 import scale_sha256, write_channel_scale
 from ..shards.patch_writer import PatchRows, write_black, write_patch_shard
 from ..shards.records import DoneRecord, Quarantined
+from .quantise import split_int8, to_bfloat16_bits, to_float16, to_int8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,30 +78,54 @@ class ShardWriter(Protocol):
 class PatchShardWriter:
     """Keeps every patch token: Zarr shards of (W, T, N, D)."""
 
-    dtype: Literal["float16", "bfloat16"] = "float16"
+    dtype: Literal["float16", "bfloat16", "int8"] = "float16"
     """How they are stored."""
     seed: int = 0
     """Decides the order of the windows within a shard."""
+    compression: Literal["none", "zstd"] = "none"
+    """Of the shards; it changes no number."""
+    channel_scale: NDArray[np.float32] | None = None
+    """float32 (D,), what int8 needs: see calibration.py."""
 
     def describe(self, patches: CacheInfo) -> CacheInfo:
-        storage = {"storage": {"dtype": self.dtype}}
-        return replace(patches, identity={**patches.identity, **storage})
+        storage: dict[str, Any] = {"dtype": self.dtype}
+        if self.dtype == "int8":
+            scale = self.channel_scale
+            storage["scale_sha256"] = None if scale is None else scale_sha256(scale)
+        return replace(patches, identity={**patches.identity, "storage": storage})
 
     def begin(self, folder: Path, black_tokens: Tensor) -> None:
+        if self.dtype == "int8" and not (folder / CHANNEL_SCALE).exists():
+            write_channel_scale(folder, self._scale())
         if not (folder / "black.npy").exists():
             write_black(folder, black_tokens.cpu().numpy())
 
     def convert(self, tokens: Tensor) -> Tensor:
-        # Rounded on the device: half the bytes to copy. What does not fit float16 becomes infinite
-        # and is refused by name when the shard is written. bfloat16 bits are made there too.
-        return tokens.to(torch.float16) if self.dtype == "float16" else tokens
+        # Converted on the device: a half or a quarter of the bytes to copy. What cannot be stored
+        # is marked here and refused by name when the shard is written.
+        if self.dtype == "float16":
+            return to_float16(tokens)
+        if self.dtype == "bfloat16":
+            return to_bfloat16_bits(tokens)
+        return to_int8(tokens, torch.tensor(self._scale(), device=tokens.device))
+
+    def _scale(self) -> NDArray[np.float32]:
+        if self.channel_scale is None:
+            raise UsageError("dtype int8 without channel scales: fit them first (calibration.py)")
+        return self.channel_scale
 
     def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
+        tokens, token_scale = rows.values, None
+        if self.dtype == "int8":
+            tokens, token_scale = split_int8(tokens)
+        elif self.dtype == "bfloat16":
+            tokens = tokens.view(STORED_DTYPES[self.dtype])
         return write_patch_shard(
             folder,
             shard,
             PatchRows(
-                tokens=rows.values,
+                tokens=tokens,
+                token_scale=token_scale,
                 timestamps_s=rows.timestamps_s,
                 frame_index=rows.frame_index,
                 crop=rows.crop,
@@ -107,6 +135,7 @@ class PatchShardWriter:
             ),
             dtype=self.dtype,
             seed=self.seed,
+            compression=self.compression,
             decoders=rows.decoders,
             quarantined=rows.quarantined,
         )

@@ -1,4 +1,4 @@
-"""deltatok-evaluate: forecasts scored from caches, with tables and pictures; FLOPs counted."""
+"""deltatok-evaluate: forecasts scored from caches, FLOPs counted, storage types compared."""
 
 import sys
 from collections.abc import Sequence
@@ -6,21 +6,23 @@ from pathlib import Path
 
 from .command import parse_config, run_command, run_subcommand
 
-USAGE = """usage: deltatok-evaluate {forecast,flops} [--help] ...
+USAGE = """usage: deltatok-evaluate {forecast,flops,cache-fidelity} [--help] ...
 
-  forecast   roll the world model out over an evaluation cache: report.json and report.html
-  flops      GFLOPs of every part, counted from the real modules
+  forecast         roll the world model out over an evaluation cache: report.json and report.html
+  flops            GFLOPs of every part, counted from the real modules
+  cache-fidelity   what a storage type costs: one cache held against another of the same windows
 
 examples:
   deltatok-evaluate flops --frame-size 512
   deltatok-evaluate forecast --patches cache/val --labels labels/val --tokenizer runs/tokenizer \\
-      --world runs/world --head runs/head --dataset little-world --out runs/report"""
+      --world runs/world --head runs/head --dataset little-world --out runs/report
+  deltatok-evaluate cache-fidelity --patches cache/int8 --reference cache/float16"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-evaluate`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    kinds = {"forecast": _forecast, "flops": _flops}
+    kinds = {"forecast": _forecast, "flops": _flops, "cache-fidelity": _cache_fidelity}
     return run_command(lambda: run_subcommand("deltatok-evaluate", kinds, USAGE, words))
 
 
@@ -55,3 +57,20 @@ def _flops(words: list[str]) -> None:
     print(markdown_table([(f"{config.frame_size} px", flops_rows(config))]))
     print("\nAs the paper's Table B counts (plain blocks, norms and activations counted too):")
     print(markdown_table([(f"{config.frame_size} px", paper_table_b(config))]))
+
+
+def _cache_fidelity(words: list[str]) -> None:
+    from ..evaluate.cache_fidelity import CacheFidelityConfig, markdown_table, run_cache_fidelity
+
+    config = parse_config(
+        CacheFidelityConfig,
+        words,
+        prog="deltatok-evaluate cache-fidelity",
+        summary="Hold a patch-token cache against another one of the same windows: what its storage"
+        " type costs in error, reconstruction and mIoU, and saves in bytes.",
+        example="deltatok-evaluate cache-fidelity --patches cache/int8 --reference cache/float16 "
+        "--tokenizer runs/tokenizer --out runs/fidelity.json",
+    )
+    print(markdown_table(run_cache_fidelity(config)))
+    if config.out is not None:
+        print(f"cache fidelity: {config.out}")

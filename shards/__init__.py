@@ -28,6 +28,7 @@ from .errors import (
     UsageError,
 )
 from .info import describe_cache
+from .int8 import channel_scale_of, dequantise, quantise, scale_sha256, write_channel_scale
 from .patch_writer import PatchRows, write_black, write_patch_shard
 from .patches import PatchShards
 from .plan import (
@@ -73,9 +74,11 @@ __all__ = [
     "VerifyReport",
     "append_timing",
     "canonical_json",
+    "channel_scale_of",
     "clips_by_shard",
     "clips_of_shard",
     "compare",
+    "dequantise",
     "describe_cache",
     "done_shards",
     "fingerprint",
@@ -83,12 +86,15 @@ __all__ = [
     "make_plan",
     "num_shards",
     "open_cache",
+    "quantise",
     "read_cache_info",
     "read_done",
     "read_plan",
+    "scale_sha256",
     "verify_cache",
     "window_order",
     "write_black",
+    "write_channel_scale",
     "write_delta_shard",
     "write_done",
     "write_patch_shard",

@@ -22,6 +22,7 @@ from .records import read_all_done
 
 __all__ = [
     "BLACK",
+    "CHANNEL_SCALE",
     "DELTAS",
     "FORMAT_VERSION",
     "PATCHES",
@@ -39,12 +40,13 @@ __all__ = [
 PATCHES = "deltatok-patches"
 DELTAS = "deltatok-deltas"
 BLACK = "black.npy"
+CHANNEL_SCALE = "channel_scale.npy"
 FORMAT_VERSION = 1
 
 MAX_AXIS = 2**20
 """No axis of a cache (frames, tokens, channels) is longer: a guard against absurd values."""
 
-FINISHED_FILES = (PLAN, BLACK)
+FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE)
 """Files beside the shards whose size and SHA-256 `finish_cache` records, where they exist."""
 
 
@@ -82,7 +84,7 @@ class CacheInfo:
     counts: dict[str, int] = field(default_factory=dict)
     """Totals, known when the cache is complete."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """{"bytes", "sha256"} of plan.jsonl and black.npy, known when the cache is complete."""
+    """{"bytes", "sha256"} of FINISHED_FILES, known when the cache is complete."""
     complete: bool = False
     format_version: int = FORMAT_VERSION
 
@@ -153,7 +155,7 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
     """Marks the cache complete; gives its new cache.json.
 
     Records `counts`, to which "shards" and "windows" are added from the done-records, and the
-    hashes of plan.jsonl and black.npy. Raises CacheMismatch if a shard of the plan is not done.
+    hashes of the files beside the shards. Raises CacheMismatch if a shard of the plan is not done.
     """
     folder = Path(folder)
     info = read_cache_info(folder)

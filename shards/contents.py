@@ -7,39 +7,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import BLACK, CacheInfo
-from .dtypes import STORED_DTYPES
 from .errors import DamagedShard
+from .int8 import UNSTORABLE, read_channel_scale
 from .opening import ADVICE
 from .patch_table import check_attributes, logical_dtype, read_black, read_shard_table
 from .records import DoneRecord, shard_path
 from .tar_blocks import Block, read_blocks, read_timestamps, read_tokens, read_windows
-from .zarr_map import TokenFile
-
-_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}
-"""All exponent bits set: infinity or NaN."""
+from .token_reader import TokenReader
 
 
 def check_patches(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
     """Reads every frame of a patch-token shard; raises at the first fault."""
     group = shard_path(folder, record.shard, ".zarr")
-    dtype = logical_dtype(info)
     check_attributes(group, record, info)
     table = read_shard_table(group, record, info.shape.num_frames)
     for name in ("timestamps_s", "crop"):
         _check_finite(table[name], f"{group}: {name}")
-    shape = info.shape
-    frame_shape = (shape.num_tokens or 0, shape.hidden_size)
-    tokens = TokenFile(
-        group, shape=(record.rows, shape.num_frames, *frame_shape), dtype=STORED_DTYPES[dtype]
-    )
-    file = tokens.open()
-    frame = np.empty(frame_shape, dtype=np.uint16)
-    frame_bytes = frame.reshape(-1).view(np.uint8)
-    exponent = np.uint16(_EXPONENTS[dtype])
+    tokens = TokenReader(group, info, rows=record.rows)
+    files, stored = tokens.open(), tokens.new_frame()
+    values = np.empty(stored.shape, dtype=np.float32)
     for window in range(record.rows):
-        for index in range(shape.num_frames):
-            tokens.read_frame(file, window, index, out=frame_bytes)
-            if ((frame & exponent) == exponent).any():
+        for index in range(info.shape.num_frames):
+            tokens.read_values(files, window, index, out=values, stored=stored)
+            usable = np.isfinite(values).all()
+            if stored.dtype == np.int8:
+                usable = usable and stored.min() != UNSTORABLE
+            if not usable:
                 raise DamagedShard(
                     f"{tokens.path}: window {window}, frame {index} has values that are not "
                     f"finite: {ADVICE}"
@@ -63,6 +56,12 @@ def check_black(folder: Path, info: CacheInfo) -> None:
     shape = info.shape
     black = read_black(folder / BLACK, info, (shape.num_tokens or 0, shape.hidden_size))
     _check_finite(black, f"{folder / BLACK}")
+
+
+def check_scales(folder: Path, info: CacheInfo) -> None:
+    """Reads channel_scale.npy, where the cache must have one."""
+    if logical_dtype(info) == "int8":
+        read_channel_scale(folder, info)
 
 
 def _check_block(path: Path, block: Block, info: CacheInfo, record: DoneRecord) -> None:

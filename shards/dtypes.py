@@ -1,6 +1,7 @@
 """The storage dtypes of patch tokens, and conversions from and to float32.
 
-NumPy has no bfloat16: its upper 16 bits of a float32 are stored as uint16.
+NumPy has no bfloat16: its upper 16 bits of a float32 are stored as uint16. int8 needs scales
+beside it, see `int8`.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("|i1"),
 }
 """Logical dtype -> dtype of the stored array."""
 
@@ -29,7 +31,10 @@ def to_bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def to_stored(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """float32 or float16 values -> as stored in `dtype`; float16 must be in range already."""
+    """float32 or float16 values -> as stored in float16 or bfloat16; float16 must be in range
+    already. What is stored so already, bits included, stays as it is."""
+    if values.dtype == STORED_DTYPES[dtype]:
+        return values
     if dtype == "bfloat16":
         return to_bfloat16_bits(values.astype(np.float32, copy=False))
     return values.astype(STORED_DTYPES[dtype], copy=False)
@@ -38,7 +43,8 @@ def to_stored(values: NDArray[Any], dtype: str) -> NDArray[Any]:
 def from_stored(
     stored: NDArray[Any], dtype: str, *, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Stored tokens -> float32, exactly; into `out`, of the same shape, where given."""
+    """Stored float16 or bfloat16 tokens -> float32, exactly; into `out`, of the same shape, where
+    given."""
     values = np.empty(stored.shape, dtype=np.float32) if out is None else out
     if dtype == "bfloat16":
         bits = values.view(np.uint32)

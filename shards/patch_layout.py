@@ -5,6 +5,8 @@
       tokens/zarr.json          metadata: shape (W, T, N, D), inner chunks (1, 1, N, D)
       tokens/c/0/0/0/0          the one Zarr shard: W * T chunks, each N * D numbers + crc32c,
                                 then the index: W * T pairs (offset, bytes) of uint64 + crc32c
+      token_scale/              int8 only, laid out as the tokens: (W, T, N), inner chunks (1, 1, N)
+      channel_scale/            int8 only: (D,), one chunk
       timestamps_s/, frame_index/, crop/, flipped/, clip/
                                 one chunk each: the numbers + crc32c
 
@@ -28,8 +30,17 @@ class ArraySpec:
 
 TOKEN_AXES = ("window", "frame", "patch", "channel")
 
-TOKENS_CHUNK = ("c", "0", "0", "0", "0")
-"""Path of the one Zarr shard below `tokens`."""
+CHANNEL_SCALE_SPEC = ArraySpec(
+    np.dtype("<f4"),
+    ("channel",),
+    {"unit": "1", "description": "value = tokens * token_scale * channel_scale; all shards' alike"},
+)
+
+TOKEN_SCALE_SPEC = ArraySpec(
+    np.dtype("<f2"),
+    ("window", "frame", "patch"),
+    {"unit": "1", "description": "value = tokens * token_scale * channel_scale"},
+)
 
 TOKEN_ATTRIBUTES = {
     "description": "patch tokens after the backbone's final norm, without class and register "
@@ -66,6 +77,11 @@ WINDOW_ARRAYS: dict[str, ArraySpec] = {
 }
 
 NUM_CROP_EDGES = 4
+
+
+def only_chunk(num_axes: int) -> tuple[str, ...]:
+    """Path of the one chunk, or the one Zarr shard, below an array."""
+    return ("c", *("0" for _ in range(num_axes)))
 
 
 def array_shapes(num_windows: int, num_frames: int) -> dict[str, tuple[int, ...]]:

@@ -34,13 +34,13 @@ class WindowTable:
 
 
 def logical_dtype(info: CacheInfo) -> str:
-    """The dtype the tokens stand for, "float16" or "bfloat16"; CacheMismatch for another."""
+    """How the tokens are stored, a key of STORED_DTYPES; CacheMismatch for another."""
     storage = info.identity.get("storage")
     dtype = storage.get("dtype") if isinstance(storage, dict) else None
     if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise CacheMismatch(
             f"cache.json: identity.storage.dtype is {dtype!r}, this release reads "
-            f"{' and '.join(STORED_DTYPES)}: update deltatok, or extract again"
+            f"{', '.join(STORED_DTYPES)}: update deltatok, or extract again"
         )
     return dtype
 

@@ -15,12 +15,15 @@ from .cache import BLACK, PATCHES, CacheInfo, read_cache_info
 from .dtypes import STORED_DTYPES
 from .errors import CacheMismatch, DeltatokError, UsageError
 from .files import partial_path, remove, write_bytes
+from .int8 import read_channel_scale
 from .npy import npy_bytes
-from .patch_layout import TOKEN_ATTRIBUTES, TOKEN_AXES, TOKENS_CHUNK, WINDOW_ARRAYS, array_shapes
+from .patch_group import write_group
+from .patch_layout import WINDOW_ARRAYS, array_shapes
 from .plan import window_order
 from .publishing import publish_shard
 from .records import DoneRecord, Quarantined, shard_path
-from .token_encoder import EncodedTokens, encode_tokens
+from .token_encoder import EncodedTokens, TokenStorage, encode_tokens
+from .zstd import check_compression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class PatchRows:
     """The W windows of one shard, in any order; T frames, N patches, D channels."""
 
     tokens: NDArray[Any]
-    """float32 or float16 (W, T, N, D), finite."""
+    """float32 or float16 (W, T, N, D), finite; or as they are to be stored: uint16 bits for
+    bfloat16, int8 codes for int8 (see `int8`)."""
     timestamps_s: NDArray[np.float32]
     """float32 (W, T), seconds since the clip's first shown frame."""
     frame_index: NDArray[np.int32]
@@ -41,6 +45,8 @@ class PatchRows:
     """int32 (W,), index into keys."""
     keys: list[str]
     """The shard's clips that have windows."""
+    token_scale: NDArray[np.float16] | None = None
+    """float16 (W, T, N), with int8 codes only."""
 
 
 def write_patch_shard(
@@ -50,6 +56,7 @@ def write_patch_shard(
     *,
     dtype: str,
     seed: int,
+    compression: str = "none",
     decoders: Mapping[str, str] | None = None,
     quarantined: Sequence[Quarantined] = (),
 ) -> DoneRecord:
@@ -57,12 +64,14 @@ def write_patch_shard(
 
     The windows are stored in the order `window_order(W, seed=seed, shard=shard)`. Whatever an
     earlier run left of this shard is replaced. Without windows only the done-record is written.
+    int8 takes the channel scales from channel_scale.npy.
 
-    Raises DeltatokError, naming the clip, for values that are not finite or do not fit float16;
+    Raises DeltatokError, naming the clip, for values that are not finite or do not fit the dtype;
     CacheMismatch for rows of another shape or dtype than the cache's.
     """
     folder = Path(folder)
     info = read_cache_info(folder, format=PATCHES)
+    check_compression(compression)
     _check_rows(rows, info, dtype=dtype, where=f"{folder}: shard {shard:06d}")
     num_windows = len(rows.tokens)
     partial = partial_path(shard_path(folder, shard, ".zarr"))
@@ -70,9 +79,22 @@ def write_patch_shard(
     encoded: EncodedTokens | None = None
     try:
         if num_windows:
-            encoded = _encode(rows, order, dtype=dtype, shard=shard)
+            storage = TokenStorage(
+                dtype=dtype,
+                compression=compression,
+                channel_scale=read_channel_scale(folder, info) if dtype == "int8" else None,
+            )
+            encoded = _encode(rows, order, storage=storage, shard=shard)
+            columns = {name: getattr(rows, name)[order] for name in WINDOW_ARRAYS}
             attributes = _attributes(info, rows, shard=shard, dtype=dtype)
-            _write_group(partial, encoded, rows, order, attributes=attributes)
+            write_group(
+                partial,
+                encoded,
+                columns,
+                storage=storage,
+                shape=rows.tokens.shape,
+                attributes=attributes,
+            )
     except BaseException:
         remove(partial)
         raise
@@ -110,11 +132,14 @@ def _check_rows(rows: PatchRows, info: CacheInfo, *, dtype: str, where: str) -> 
     shape = info.shape
     num_windows = len(rows.tokens)
     wanted = (num_windows, shape.num_frames, shape.num_tokens, shape.hidden_size)
-    if rows.tokens.shape != wanted or rows.tokens.dtype not in (np.float32, np.float16):
+    dtypes = {np.dtype(np.float32), np.dtype(np.float16), STORED_DTYPES[dtype]}
+    if rows.tokens.shape != wanted or rows.tokens.dtype not in dtypes:
         raise CacheMismatch(
-            f"{where}: tokens {rows.tokens.dtype} {rows.tokens.shape}, wanted float32 or float16 "
-            f"{wanted} as in cache.json: use the backbone and sampling the cache was made with"
+            f"{where}: tokens {rows.tokens.dtype} {rows.tokens.shape}, wanted "
+            f"{' or '.join(sorted(map(str, dtypes)))} {wanted} as in cache.json: use the backbone "
+            "and sampling the cache was made with"
         )
+    _check_token_scale(rows, where=where)
     for name, array_shape in array_shapes(num_windows, shape.num_frames).items():
         array: NDArray[Any] = getattr(rows, name)
         spec = WINDOW_ARRAYS[name]
@@ -139,58 +164,23 @@ def _attributes(info: CacheInfo, rows: PatchRows, *, shard: int, dtype: str) -> 
     }
 
 
-def _encode(rows: PatchRows, order: NDArray[np.intp], *, dtype: str, shard: int) -> EncodedTokens:
+def _check_token_scale(rows: PatchRows, *, where: str) -> None:
+    scale, shape = rows.token_scale, rows.tokens.shape[:3]
+    if (scale is not None) != (rows.tokens.dtype == np.int8):
+        raise CacheMismatch(f"{where}: token_scale goes with int8 codes, and only with them")
+    if scale is not None and (scale.shape != shape or scale.dtype != np.float16):
+        raise CacheMismatch(
+            f"{where}: token_scale is {scale.dtype} {scale.shape}, wanted float16 {shape}"
+        )
+
+
+def _encode(
+    rows: PatchRows, order: NDArray[np.intp], *, storage: TokenStorage, shard: int
+) -> EncodedTokens:
     clips = [rows.keys[clip] for clip in rows.clip]
     try:
-        return encode_tokens(rows.tokens, order, dtype=dtype, clips=clips)
+        return encode_tokens(
+            rows.tokens, order, storage=storage, clips=clips, token_scale=rows.token_scale
+        )
     except DeltatokError as error:
         raise DeltatokError(f"shard {shard:06d}: {error}") from error
-
-
-def _write_group(
-    path: Path,
-    encoded: EncodedTokens,
-    rows: PatchRows,
-    order: NDArray[np.intp],
-    *,
-    attributes: dict[str, Any],
-) -> None:
-    # Imported here: readers do without zarr, and it takes a third of a second.
-    import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec
-
-    group = zarr.create_group(store=str(path), zarr_format=3, attributes=attributes)
-    shape = rows.tokens.shape
-    group.create_array(
-        "tokens",
-        shape=shape,
-        dtype=STORED_DTYPES[attributes["logical_dtype"]],
-        chunks=(1, 1, *shape[2:]),
-        shards=shape,
-        filters=None,
-        serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
-        fill_value=0,
-        attributes={**TOKEN_ATTRIBUTES, "logical_dtype": attributes["logical_dtype"]},
-        dimension_names=TOKEN_AXES,
-    )
-    tokens_path = path.joinpath("tokens", *TOKENS_CHUNK)
-    tokens_path.parent.mkdir(parents=True)
-    with tokens_path.open("xb") as file:
-        file.write(encoded.data.data)
-    for name, spec in WINDOW_ARRAYS.items():
-        values = np.ascontiguousarray(getattr(rows, name)[order], dtype=spec.dtype)
-        array = group.create_array(
-            name,
-            shape=values.shape,
-            dtype=values.dtype,
-            chunks=values.shape,
-            filters=None,
-            serializer=BytesCodec(endian="little" if values.itemsize > 1 else None),
-            compressors=[Crc32cCodec()],
-            fill_value=False if values.dtype == np.bool_ else 0,
-            attributes=spec.attributes,
-            dimension_names=spec.axes,
-            config={"write_empty_chunks": True},
-        )
-        array[...] = values

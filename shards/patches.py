@@ -7,7 +7,6 @@ Windows are numbered through all shards in shard order. Any number of threads ma
 processes forked while a reader is open may go on reading with it.
 """
 
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +16,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .cache import BLACK, PATCHES, CacheInfo
-from .dtypes import STORED_DTYPES, from_stored
+from .dtypes import STORED_DTYPES
+from .errors import UsageError
+from .int8 import read_channel_scale
 from .opening import OpenedCache, Verify, checked_out, checked_windows, open_finished
 from .patch_table import WindowTable, logical_dtype, read_black, read_table
 from .records import shard_path
-from .zarr_map import ReadOnlyFile, TokenFile
+from .token_reader import OpenFiles, TokenReader
 
 MAX_OPEN_FILES = 128
-"""Shards kept open by each thread; a process may open 1,024 files on most machines."""
+"""Shards kept open by each thread, of one file each, of two with int8; a process may open 1,024
+files on most machines."""
 
 
 class PatchShards:
@@ -50,7 +52,7 @@ class PatchShards:
         self.shape: tuple[int, int, int] = (shape.num_frames, shape.num_tokens, shape.hidden_size)
         self.grid: tuple[int, int] = shape.grid
         self.dtype = logical_dtype(self.info)
-        self._token_files: dict[int, TokenFile] = {}
+        self._readers: dict[int, TokenReader] = {}
         self._thread = threading.local()
         self._table: WindowTable | None = None
         self._black: NDArray[np.float32] | None = None
@@ -134,25 +136,39 @@ class PatchShards:
         """
         numbers = checked_windows(windows, self.num_windows)
         filled = checked_out(out, (len(numbers), *self.shape), np.dtype(np.float32))
-        frame: NDArray[Any] = np.empty(self.shape[1:], dtype=STORED_DTYPES[self.dtype])
-        frame_bytes = frame.reshape(-1).view(np.uint8)
-        for position, tokens, file, window in self._in_file_order(numbers):
+        stored: NDArray[Any] = np.empty(self.shape[1:], dtype=STORED_DTYPES[self.dtype])
+        for position, reader, files, window in self._in_file_order(numbers):
             for index in range(self.shape[0]):
-                tokens.read_frame(file, window, index, out=frame_bytes)
-                from_stored(frame, self.dtype, out=filled[position, index])
+                out_frame = filled[position, index]
+                reader.read_values(files, window, index, out=out_frame, stored=stored)
         return filled
 
     def stored_tokens(self, windows: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """As `tokens`, without the conversion: float16, or bfloat16 bits as uint16."""
+        """As `tokens`, without the conversion: float16, bfloat16 bits as uint16, or int8 codes (see
+        `token_scale` and `channel_scale`)."""
         numbers = checked_windows(windows, self.num_windows)
         stored = STORED_DTYPES[self.dtype]
         filled = checked_out(out, (len(numbers), *self.shape), stored)
-        frames = filled.reshape(len(numbers), self.shape[0], math.prod(self.shape[1:]))
-        frames = frames.view(np.uint8)
-        for position, tokens, file, window in self._in_file_order(numbers):
+        for position, reader, files, window in self._in_file_order(numbers):
             for index in range(self.shape[0]):
-                tokens.read_frame(file, window, index, out=frames[position, index])
+                reader.read_stored(files, window, index, out=filled[position, index])
         return filled
+
+    def token_scale(self, windows: ArrayLike) -> NDArray[np.float16]:
+        """float16 (B, T, N): value = int8 * token_scale * channel_scale; UsageError if not int8."""
+        self._check_int8()
+        numbers = checked_windows(windows, self.num_windows)
+        filled = np.empty((len(numbers), *self.shape[:2]), dtype=np.float16)
+        for position, reader, files, window in self._in_file_order(numbers):
+            for index in range(self.shape[0]):
+                reader.read_scale(files, window, index, out=filled[position, index])
+        return filled
+
+    @property
+    def channel_scale(self) -> NDArray[np.float32]:
+        """float32 (D,), the same for the whole cache. UsageError without int8."""
+        self._check_int8()
+        return read_channel_scale(self.folder, self.info)
 
     def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
         """float32 (B, T): seconds since the first shown frame of the window's clip."""
@@ -163,7 +179,7 @@ class PatchShards:
         return self.table().frame_index[checked_windows(windows, self.num_windows)]
 
     def load(self) -> NDArray[Any]:
-        """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for bfloat16.
+        """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for the other dtypes.
 
         See `size_bytes` before asking.
         """
@@ -178,34 +194,34 @@ class PatchShards:
 
     def _in_file_order(
         self, numbers: NDArray[np.int64]
-    ) -> Iterator[tuple[int, TokenFile, ReadOnlyFile, int]]:
-        """(position in `numbers`, the shard's tokens, its open file, window within the shard)."""
+    ) -> Iterator[tuple[int, TokenReader, OpenFiles, int]]:
+        """(position in `numbers`, the shard's reader, its open files, window within the shard)."""
         shards, windows = self._cache.locate(numbers)
         for position in np.argsort(numbers, kind="stable"):
             shard = int(shards[position])
-            tokens = self._token_file(shard)
-            yield int(position), tokens, self._open_file(shard, tokens), int(windows[position])
+            reader = self._reader(shard)
+            yield int(position), reader, self._open_files(shard, reader), int(windows[position])
 
-    def _token_file(self, shard: int) -> TokenFile:
-        tokens = self._token_files.get(shard)
-        if tokens is None:
+    def _reader(self, shard: int) -> TokenReader:
+        reader = self._readers.get(shard)
+        if reader is None:
             record = self._cache.records[shard]
-            tokens = TokenFile(
-                shard_path(self.folder, record.shard, ".zarr"),
-                shape=(record.rows, *self.shape),
-                dtype=STORED_DTYPES[self.dtype],
-            )
-            self._token_files[shard] = tokens
-        return tokens
+            group = shard_path(self.folder, record.shard, ".zarr")
+            reader = self._readers[shard] = TokenReader(group, self.info, rows=record.rows)
+        return reader
 
-    def _open_file(self, shard: int, tokens: TokenFile) -> ReadOnlyFile:
+    def _open_files(self, shard: int, reader: TokenReader) -> OpenFiles:
         # Per thread, so that no lock is needed (a lock held during a fork stays locked).
-        files: dict[int, ReadOnlyFile] = self._thread.__dict__.setdefault("files", {})
-        file = files.pop(shard, None) or tokens.open()
-        files[shard] = file  # the most recently used is last
-        if len(files) > MAX_OPEN_FILES:
-            del files[next(iter(files))]
-        return file
+        opened: dict[int, OpenFiles] = self._thread.__dict__.setdefault("files", {})
+        files = opened.pop(shard, None) or reader.open()
+        opened[shard] = files  # the most recently used is last
+        if len(opened) > MAX_OPEN_FILES:
+            del opened[next(iter(opened))]
+        return files
+
+    def _check_int8(self) -> None:
+        if self.dtype != "int8":
+            raise UsageError(f"{self.folder}: stores {self.dtype}, only int8 has scales")
 
 
 def _reopen(folder: str, verify: Verify, allow_incomplete: bool) -> PatchShards:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from .cache import BLACK, PATCHES, CacheInfo, read_cache_info
-from .contents import check_black, check_deltas, check_patches
+from .cache import BLACK, CHANNEL_SCALE, PATCHES, CacheInfo, read_cache_info
+from .contents import check_black, check_deltas, check_patches, check_scales
 from .errors import DeltatokError
 from .files import is_partial, sha256_file
 from .opening import file_problems
@@ -85,19 +85,22 @@ def _shard_problems(folder: Path, info: CacheInfo, record: DoneRecord) -> Iterat
 
 def _cache_problems(folder: Path, info: CacheInfo) -> Iterator[str]:
     """Of the files beside the shards."""
-    different = False
+    different: set[str] = set()
     for name, entry in info.files.items():
         path = folder / PurePosixPath(name).name
         if not path.is_file():
             continue  # named by those that read it
         if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
-            different = different or name == BLACK
+            different.add(name)
             yield f"{path}: was changed since the cache was finished: restore it from a copy"
-    if info.format == PATCHES and not different:
-        try:
-            check_black(folder, info)
-        except DeltatokError as error:
-            yield str(error)
+    if info.format != PATCHES:
+        return
+    for name, check in ((BLACK, check_black), (CHANNEL_SCALE, check_scales)):
+        if name not in different:
+            try:
+                check(folder, info)
+            except DeltatokError as error:
+                yield str(error)
 
 
 def _count_problems(folder: Path, info: CacheInfo, records: Sequence[DoneRecord]) -> Iterator[str]:

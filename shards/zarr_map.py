@@ -5,6 +5,7 @@ cost a read, starts a thread that does not survive a fork, and takes a missing f
 This one reads exactly the layout in `patch_layout`, checks each checksum, and refuses the rest.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,17 @@ from numpy.typing import NDArray
 from .checked import Fields, shown
 from .errors import DamagedShard
 from .files import read_json
-from .patch_layout import TOKENS_CHUNK
+from .patch_layout import only_chunk
+from .zstd import decompress
 
-_DTYPES = {"<f2": "float16", "<u2": "uint16", "<f4": "float32", "<i4": "int32", "|b1": "bool"}
+_DTYPES = {
+    "<f2": "float16",
+    "<u2": "uint16",
+    "|i1": "int8",
+    "<f4": "float32",
+    "<i4": "int32",
+    "|b1": "bool",
+}
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 
@@ -68,16 +77,17 @@ class ReadOnlyFile:
             raise DamagedShard(f"{self.path}: cannot be read ({error}): {ADVICE}") from error
 
 
-class TokenFile:
-    """The tokens of one shard: stored dtype (W, T, N, D), read frame by frame."""
+class FrameFile:
+    """An array of one shard that is read frame by frame: dtype (W, T, ...)."""
 
-    def __init__(self, group: Path, *, shape: tuple[int, int, int, int], dtype: np.dtype[Any]):
-        num_windows, num_frames, num_tokens, num_channels = shape
-        frame = (num_tokens, num_channels)
-        _check_metadata(group / "tokens", shape=shape, dtype=dtype, inner=(1, 1, *frame))
-        self.path = group.joinpath("tokens", *TOKENS_CHUNK)
-        self._frame_bytes = num_tokens * num_channels * dtype.itemsize
-        self._offsets = self._read_index((num_windows, num_frames))
+    def __init__(
+        self, group: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        inner = (1, 1, *shape[2:])
+        self.compression = _check_metadata(group / name, shape=shape, dtype=dtype, inner=inner)
+        self.path = group.joinpath(name, *only_chunk(len(shape)))
+        self._frame_bytes = math.prod(shape[2:]) * dtype.itemsize
+        self._offsets, self._sizes = self._read_index((shape[0], shape[1]))
 
     def open(self) -> ReadOnlyFile:
         """The data file, to be passed to `read_frame`."""
@@ -88,31 +98,43 @@ class TokenFile:
     ) -> None:
         """Fills `out`, uint8 (frame_bytes,), C-contiguous; DamagedShard on a wrong checksum."""
         crc = np.empty(_CRC_BYTES, dtype=np.uint8)
-        file.read_into([out, crc], int(self._offsets[window, frame]))
-        _check_crc(out, crc, where=f"{self.path}: window {window}, frame {frame}")
+        plain = self.compression == "none"
+        size = int(self._sizes[window, frame]) - _CRC_BYTES
+        stored = out if plain else np.empty(size, dtype=np.uint8)
+        file.read_into([stored, crc], int(self._offsets[window, frame]))
+        where = f"{self.path}: window {window}, frame {frame}"
+        _check_crc(stored, crc, where=where)
+        if not plain:
+            decompress(stored, out=out, where=where)
 
-    def _read_index(self, shape: tuple[int, int]) -> NDArray[np.int64]:
+    def _read_index(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each chunk starts and how long it is, int64 (W, T) each."""
         num_entries = shape[0] * shape[1]
         index = np.empty(num_entries * _INDEX_ENTRY_BYTES, dtype=np.uint8)
         crc = np.empty(_CRC_BYTES, dtype=np.uint8)
         file = self.open()
         end_of_data = file.size() - index.nbytes - _CRC_BYTES
         chunk_bytes = self._frame_bytes + _CRC_BYTES
-        if end_of_data != num_entries * chunk_bytes:
-            raise DamagedShard(
-                f"{self.path}: {file.size()} bytes, wanted "
-                f"{num_entries * (chunk_bytes + _INDEX_ENTRY_BYTES) + _CRC_BYTES}: {ADVICE}"
-            )
+        plain = self.compression == "none"
+        if end_of_data < 0 or (plain and end_of_data != num_entries * chunk_bytes):
+            wanted = num_entries * (chunk_bytes + _INDEX_ENTRY_BYTES) + _CRC_BYTES
+            raise DamagedShard(f"{self.path}: {file.size()} bytes, wanted {wanted}: {ADVICE}")
         file.read_into([index, crc], end_of_data)
         _check_crc(index, crc, where=f"{self.path}: index")
-        entries = index.view("<u8").reshape(*shape, 2)
-        offsets = entries[..., 0]
-        # As many chunks of one size as fill the file, at different multiples of that size.
-        if (entries[..., 1] != chunk_bytes).any() or not np.array_equal(
-            np.sort(offsets, axis=None), np.arange(num_entries, dtype=np.uint64) * chunk_bytes
-        ):
+        entries = index.view("<u8").reshape(num_entries, 2)
+        if not _cover(entries, end_of_data) or (plain and (entries[:, 1] != chunk_bytes).any()):
             raise DamagedShard(f"{self.path}: the index does not cover the file: {ADVICE}")
-        return offsets.astype(np.int64)
+        offsets, sizes = entries.astype(np.int64).reshape(*shape, 2).transpose(2, 0, 1)
+        return offsets, sizes
+
+
+def _cover(entries: NDArray[np.uint64], end: int) -> bool:
+    """Whether the chunks (offset, bytes), uint64 (C, 2), follow one another from 0 to `end`."""
+    if (entries > end).any() or (entries[:, 1] <= _CRC_BYTES).any():
+        return False
+    in_order = entries[np.argsort(entries[:, 0])].astype(np.int64)
+    ends = np.cumsum(in_order[:, 1])
+    return bool(ends[-1] == end and np.array_equal(in_order[:, 0], ends - in_order[:, 1]))
 
 
 def read_array(
@@ -120,7 +142,7 @@ def read_array(
 ) -> NDArray[Any]:
     """A whole array of one chunk; DamagedShard if it is not what is asked for."""
     _check_metadata(group / name, shape=shape, dtype=dtype, inner=None)
-    path = group.joinpath(name, "c", *("0" for _ in shape))
+    path = group.joinpath(name, *only_chunk(len(shape)))
     data = np.empty(shape, dtype=dtype)
     buffer = data.reshape(-1).view(np.uint8)
     crc = np.empty(_CRC_BYTES, dtype=np.uint8)
@@ -144,11 +166,16 @@ def read_attributes(group: Path) -> dict[str, Any]:
 
 def _check_metadata(
     path: Path, *, shape: tuple[int, ...], dtype: np.dtype[Any], inner: tuple[int, ...] | None
-) -> None:
-    """Holds an array's zarr.json against the one layout there is; `inner`: chunks in a shard."""
+) -> str:
+    """Holds an array's zarr.json against the layout there is; gives its compression.
+
+    `inner`: shape of the chunks in a shard, None for an array of one chunk, never compressed."""
     where = str(path / "zarr.json")
     metadata = read_json(path / "zarr.json")
     fields = Fields(metadata, where=where)
+    compression = "none"
+    if inner is not None and _takes_zstd_out(metadata):
+        compression = "zstd"
     codecs = _bytes_and_crc()
     if inner is not None:
         sharding = {
@@ -176,6 +203,20 @@ def _check_metadata(
             )
     if fields.has("storage_transformers") and fields.sequence("storage_transformers"):
         raise DamagedShard(f"{where}: has storage transformers, wanted none; {ADVICE}")
+    return compression
+
+
+def _takes_zstd_out(metadata: Any) -> bool:
+    """Whether the inner codecs are bytes, zstd, crc32c; then zstd, of any level, is taken out."""
+    try:
+        inner = metadata["codecs"][0]["configuration"]["codecs"]
+        is_zstd = len(inner) == 3 and inner[1]["name"] == "zstd"
+    except (TypeError, KeyError, IndexError):
+        return False
+    if is_zstd and isinstance(inner, list):
+        del inner[1]
+        return True
+    return False
 
 
 def _bytes_and_crc() -> list[dict[str, Any]]:

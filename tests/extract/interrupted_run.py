@@ -2,7 +2,8 @@
 
     python interrupted_run.py CONFIG.json MOMENT
 
-Moments: `batch` (between two batches of the second shard), `partial` (the second shard's folder is
+Moments: `batch` (between two batches of the second shard), `scales` (int8: cache.json is there, the
+channel scales it names are not), `partial` (the second shard's folder is
 written but not yet in place), `record` (in place, its done-record is not), `terminate` (SIGTERM to
 itself in the second shard).
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deltatok.extract import features, run
+from deltatok.extract import features, run, writer
 from deltatok.extract.config import ExtractConfig
 from deltatok.shards import DeltatokError, publishing
 
@@ -37,6 +38,7 @@ def at_call(module: Any, name: str, number: int, signal_number: int) -> None:
 
 MOMENTS: dict[str, tuple[Any, str, int, int]] = {
     "batch": (features.WindowFeatures, "_run", 4, signal.SIGKILL),
+    "scales": (writer, "write_channel_scale", 1, signal.SIGKILL),
     "partial": (publishing, "publish", 2, signal.SIGKILL),
     "record": (publishing, "write_done", 2, signal.SIGKILL),
     "terminate": (features.WindowFeatures, "_run", 4, signal.SIGTERM),

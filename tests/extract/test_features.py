@@ -62,11 +62,13 @@ def test_a_window_longer_than_a_batch_makes_a_batch_of_its_own(backbone: Backbon
     assert features.finish().shape == (2, T, N, D)
 
 
-def test_bfloat16_rows_are_not_rounded_to_float16_first(backbone: Backbone) -> None:
+def test_bfloat16_rows_are_bits_made_on_the_device(backbone: Backbone) -> None:
     writer = PatchShardWriter(dtype="bfloat16")
     features = WindowFeatures(backbone, writer, num_frames=T, frame_size=S, batch_frames=4)
     features.add(_windows(1)[0])
-    assert features.finish().dtype == np.float32
+    rows = features.finish()
+    wanted = backbone.tokens(torch.cat([_windows(1)[0], torch.zeros_like(_windows(1)[0])]))[:T]
+    np.testing.assert_array_equal(rows[0], wanted.bfloat16().view(torch.int16).numpy())
 
 
 def test_a_writer_decides_what_is_kept(backbone: Backbone) -> None:

@@ -24,11 +24,13 @@ from deltatok.shards import (
     open_cache,
     window_order,
     write_black,
+    write_channel_scale,
     write_delta_shard,
     write_patch_shard,
     write_plan,
     write_quarantine,
 )
+from deltatok.shards.int8 import scale_sha256
 
 NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
 NUM_TOKENS = GRID[0] * GRID[1]
@@ -55,7 +57,12 @@ class Little:
     """The columns of `rows` for all windows, in the order of the reader's window numbers."""
 
 
+CHANNEL_SCALE = np.array([1.0, 0.5, 2.0, 1.0, 0.75, 10.0], dtype=np.float32)
+"""Of int8 caches; the tokens are standard normal."""
+
+
 def patch_info(dtype: str = "float16", **changes: Any) -> CacheInfo:
+    scales = {"scale_sha256": scale_sha256(CHANNEL_SCALE)} if dtype == "int8" else {}
     return replace(
         CacheInfo(
             format=PATCHES,
@@ -63,7 +70,7 @@ def patch_info(dtype: str = "float16", **changes: Any) -> CacheInfo:
                 "backbone": {"config": {"hidden_size": HIDDEN_SIZE}, "weights_sha256": "ab" * 32},
                 "preprocessing": {"frame_size": 32, "image_mean": [0.5, 0.5, 0.5]},
                 "sampling": {"policy": "windows", "seed": 7, "time_stride_range": [0.04, 1.0]},
-                "storage": {"dtype": dtype},
+                "storage": {"dtype": dtype, **scales},
             },
             shape=CacheShape(
                 num_frames=NUM_FRAMES,
@@ -120,16 +127,20 @@ def delta_rows(num_windows: int, keys: list[str], seed: int) -> DeltaRows:
     return DeltaRows(tokens=tokens, **common_columns(num_windows, keys, rng))
 
 
-def make_patches(folder: Path, *, dtype: str = "float16", finish: bool = True) -> Little:
+def make_patches(
+    folder: Path, *, dtype: str = "float16", compression: str = "none", finish: bool = True
+) -> Little:
     info = open_cache(folder, patch_info(dtype))
     clips = [Clip(f"clip{index}.mp4", Path(f"/videos/{index}"), index) for index in range(6)]
     plan = write_plan(folder, make_plan(clips, clips_per_shard=3, seed=7))
     write_black(folder, np.full((NUM_TOKENS, HIDDEN_SIZE), 0.25, dtype=np.float32))
+    if dtype == "int8":
+        write_channel_scale(folder, CHANNEL_SCALE)
     rows = []
     for shard in range(2):
         keys = [entry.key for entry in clips_of_shard(plan, shard)]
         rows.append(patch_rows(NUM_WINDOWS + shard, keys, seed=shard))
-        write_patch_shard(folder, shard, rows[-1], dtype=dtype, seed=7)
+        write_patch_shard(folder, shard, rows[-1], dtype=dtype, seed=7, compression=compression)
     write_quarantine(folder)
     if finish:
         info = finish_cache(folder, {"clips": 6})

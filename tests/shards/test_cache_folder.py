@@ -171,8 +171,8 @@ def test_a_broken_cache_json_is_refused(patches: Any, data: bytes) -> None:
 
 
 def test_an_unknown_storage_dtype_is_refused(little: Any, tmp_path: Path) -> None:
-    open_cache(tmp_path, little.patch_info("int8"))
-    with pytest.raises(CacheMismatch, match=r"storage.dtype is 'int8', this release reads"):
+    open_cache(tmp_path, little.patch_info("float8"))
+    with pytest.raises(CacheMismatch, match=r"storage.dtype is 'float8', this release reads"):
         PatchShards(tmp_path, allow_incomplete=True)
 
 

@@ -62,7 +62,7 @@ assert "deltatok" not in sys.modules
     )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_shard_reads_with_tensorstore(little: Any, tmp_path: Path, dtype: str) -> None:
     tensorstore = pytest.importorskip("tensorstore", reason="another reader, not a dependency")
     cache = little.make_patches(tmp_path / "cache", dtype=dtype)
@@ -76,3 +76,6 @@ def test_shard_reads_with_tensorstore(little: Any, tmp_path: Path, dtype: str) -
     np.testing.assert_array_equal(read("tokens"), reader.stored_tokens(np.arange(5)))
     np.testing.assert_array_equal(read("timestamps_s"), reader.timestamps_s(np.arange(5)))
     np.testing.assert_array_equal(read("flipped"), reader.flipped[:5])
+    if dtype == "int8":
+        np.testing.assert_array_equal(read("token_scale"), reader.token_scale(np.arange(5)))
+        np.testing.assert_array_equal(read("channel_scale"), reader.channel_scale)

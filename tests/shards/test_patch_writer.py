@@ -73,9 +73,9 @@ def test_writer_refuses_values_float16_cannot_hold_and_names_the_clip(
     key = rows.keys[rows.clip[window]]
     with pytest.raises(DeltatokError, match=f"shard 000000: clip '{key}'") as caught:
         write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
-    counts = "1 of 72 token values are not finite and 0"
+    counts = "1 of the shard's 360 token values are not finite and 0"
     if np.isfinite(value):
-        counts = "0 of 72 token values are not finite and 1"
+        counts = "0 of the shard's 360 token values are not finite and 1"
     assert counts in str(caught.value)
     assert verify_cache(patches.folder).problems == []
 

@@ -1,0 +1,147 @@
+"""The writer of a patch-token extraction; for int8, the channel scales it writes with.
+
+The scales are fitted once, before the cache.json that names their hash: one window of each of up to
+SAMPLE_CLIPS clips goes through the backbone, in an order decided by the seed and the keys alone. A
+run that is resumed, or that joins others, takes the scales that are there. Called by run.py.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..shards.cache import CHANNEL_SCALE, PATCHES, CacheInfo, read_cache_info
+from ..shards.errors import DeltatokError, TooManyQuarantined
+from ..shards.files import is_partial
+from ..shards.int8 import channel_scale_of, read_channel_scale
+from ..shards.records import DoneRecord, Quarantined
+from .backbone import Backbone
+from .clips import Clip
+from .config import ExtractConfig
+from .features import WindowFeatures
+from .pixels import window_pixels
+from .pool import DecodePool, default_num_workers
+from .sampling import SamplingPolicy
+from .writer import PatchShardWriter, ShardRows
+
+_LOGGER = logging.getLogger(__name__)
+
+SAMPLE_CLIPS = 64
+"""Clips the scales are fitted on, one window of each: as much work as one shard of the default size
+(a guess: the scales need one or two digits, and half a million tokens give them)."""
+
+MAX_TRIED = 4 * SAMPLE_CLIPS
+"""Clips looked at to find as many that can be decoded."""
+
+
+def patch_writer(
+    config: ExtractConfig, policy: SamplingPolicy, backbone: Backbone, clips: Sequence[Clip]
+) -> PatchShardWriter:
+    """What stores the patch tokens as `config` says.
+
+    int8: with the scales of the cache `config.out`, or with freshly fitted ones if it has none.
+    Raises CacheMismatch or DamagedShard for another kind of cache or changed scales,
+    TooManyQuarantined if no clip of the sample can be decoded.
+    """
+    writer = PatchShardWriter(dtype=config.dtype, seed=config.seed, compression=config.compression)
+    if config.dtype != "int8":
+        return writer
+    scale = stored_channel_scale(Path(config.out))
+    if scale is None and _is_something_else(Path(config.out)):
+        return writer  # refused when the cache is opened, with the field that differs
+    if scale is None:
+        fitted = fit_channel_scale(config, policy, backbone, clips)
+        # Another run may have begun the cache meanwhile: then its scales are the ones.
+        stored = stored_channel_scale(Path(config.out))
+        scale = fitted if stored is None else stored
+    return replace(writer, channel_scale=scale)
+
+
+def stored_channel_scale(folder: Path) -> NDArray[np.float32] | None:
+    """The scales of the int8 cache in `folder`, float32 (D,); None where there are none yet."""
+    if not (folder / CHANNEL_SCALE).is_file() or not (folder / "cache.json").is_file():
+        return None
+    return read_channel_scale(folder, read_cache_info(folder, format=PATCHES))
+
+
+def fit_channel_scale(
+    config: ExtractConfig, policy: SamplingPolicy, backbone: Backbone, clips: Sequence[Clip]
+) -> NDArray[np.float32]:
+    """The scale of every channel, float32 (D,), from a sample of the clips."""
+    sample = sorted(clips, key=lambda clip: _sample_order(config.seed, clip.key))[:MAX_TRIED]
+    wanted = min(SAMPLE_CLIPS, len(sample))
+    _LOGGER.info("int8: fitting the channel scales on one window of each of %d clips", wanted)
+    features = WindowFeatures(
+        backbone,
+        _MeanSquares(),
+        num_frames=config.num_frames,
+        frame_size=config.frame_size,
+        batch_frames=config.batch_frames,
+    )
+    keys: list[str] = []
+    refused: list[Quarantined] = []
+    with DecodePool(
+        replace(policy, num_windows=1),
+        num_workers=config.workers or default_num_workers(),
+        timeout_s=config.decode_timeout_s,
+        decode_threads=config.decode_threads,
+    ) as pool:
+        for clip in pool.decode(sample):
+            if isinstance(clip, Quarantined):
+                refused.append(clip)
+                continue
+            window = clip.windows[len(clip.windows) // 2]
+            pixels = window_pixels(
+                window.frames, window.draw, frame_size=config.frame_size, device=backbone.device
+            )
+            features.add(pixels)
+            keys.append(clip.key)
+            if len(keys) == wanted:
+                break
+    if not keys:
+        raise TooManyQuarantined(
+            f"int8: none of the {len(refused)} clips that were tried to fit the channel scales "
+            f"gives a window, first {refused[0].clip!r}: {refused[0].reason}: check the videos"
+        )
+    mean_squares: NDArray[np.float64] = features.finish()
+    for key, row in zip(keys, mean_squares, strict=True):
+        if not np.isfinite(row).all():
+            raise DeltatokError(
+                f"clip {key!r}: {int(np.count_nonzero(~np.isfinite(row)))} of {len(row)} channels "
+                "have values that are not finite: run the backbone in float32"
+            )
+    return channel_scale_of(mean_squares.mean(axis=0))
+
+
+class _MeanSquares:
+    """A writer that keeps of every window the mean square of each channel, float64 (D,)."""
+
+    def convert(self, tokens: Tensor) -> Tensor:
+        return tokens.double().square().mean(dim=(1, 2))
+
+    def describe(self, patches: CacheInfo) -> CacheInfo:
+        raise NotImplementedError("writes no cache")
+
+    def begin(self, folder: Path, black_tokens: Tensor) -> None:
+        raise NotImplementedError("writes no cache")
+
+    def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
+        raise NotImplementedError("writes no cache")
+
+
+def _is_something_else(folder: Path) -> bool:
+    """Whether `folder` holds a cache of another dtype, or something that is no cache."""
+    if not (folder / "cache.json").is_file():
+        return folder.is_dir() and any(not is_partial(child) for child in folder.iterdir())
+    storage = read_cache_info(folder, format=PATCHES).identity.get("storage")
+    return not isinstance(storage, dict) or storage.get("dtype") != "int8"
+
+
+def _sample_order(seed: int, key: str) -> tuple[bytes, str]:
+    name = f"calibration:{seed}:{key}".encode()
+    return hashlib.blake2b(name, digest_size=16).digest(), key
