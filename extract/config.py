@@ -63,10 +63,10 @@ class ExtractConfig:
     fps: float | None = None
     """Frames a second to take (sampling uniform; it has no default)."""
     dtype: Literal["float16", "bfloat16", "int8"] = "float16"
-    """How the tokens are stored. int8 takes half the space; a scale a channel is fitted on 64 clips
-    first, a scale a token is stored beside it."""
+    """How the tokens are stored: float16, bfloat16 or int8. int8 takes half the space; a scale a
+    channel is fitted on 64 clips first, a scale a token is stored beside it."""
     compression: Literal["none", "zstd"] = "none"
-    """zstd saves a few per cent of features and makes reading slower; it changes no number."""
+    """none or zstd, which saves a few per cent and makes reading slower; it changes no number."""
     workers: int | None = None
     """Decoding processes; none given: one for every CPU core this process may use."""
     seed: int = 0

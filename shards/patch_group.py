@@ -42,7 +42,7 @@ def write_group(
     group = zarr.create_group(store=str(path), zarr_format=3, attributes=attributes)
     _write_sharded(
         group,
-        "tokens",
+        path / "tokens",
         encoded.data,
         shape=shape,
         spec=ArraySpec(
@@ -55,7 +55,7 @@ def write_group(
     if encoded.token_scale_data is not None and storage.channel_scale is not None:
         _write_sharded(
             group,
-            "token_scale",
+            path / "token_scale",
             encoded.token_scale_data,
             shape=shape[:3],
             spec=TOKEN_SCALE_SPEC,
@@ -68,18 +68,18 @@ def write_group(
 
 def _write_sharded(
     group: Any,
-    name: str,
+    folder: Path,
     data: NDArray[np.uint8],
     *,
     shape: tuple[int, ...],
     spec: ArraySpec,
     compression: str,
 ) -> None:
-    """An array whose one Zarr shard is `data`."""
+    """The array `folder` of the group, whose one Zarr shard is `data`."""
     from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
     group.create_array(
-        name,
+        folder.name,
         shape=shape,
         dtype=spec.dtype,
         chunks=(1, 1, *shape[2:]),
@@ -94,7 +94,7 @@ def _write_sharded(
         attributes=spec.attributes,
         dimension_names=spec.axes,
     )
-    path = group.store.root.joinpath(name, *only_chunk(len(shape)))
+    path = folder.joinpath(*only_chunk(len(shape)))
     path.parent.mkdir(parents=True)
     with path.open("xb") as file:
         file.write(data.data)

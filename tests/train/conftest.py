@@ -19,7 +19,9 @@ from deltatok.shards import (
     PlanEntry,
     finish_cache,
     open_cache,
+    scale_sha256,
     write_black,
+    write_channel_scale,
     write_delta_shard,
     write_patch_shard,
     write_plan,
@@ -64,10 +66,17 @@ class LittleCache:
                 "image_std": [0.25, 0.25, 0.25],
                 "resize": "none",
             },
-            "sampling": {"policy": self.policy, "num_frames": self.num_frames, "seed": 0},
-            "storage": {"dtype": self.dtype},
+            "sampling": {"policy": self.policy, "num_frames": self.num_frames, "seed": 0, "fps": 5},
+            "storage": {"dtype": self.dtype, **self._scales()},
             "autocast_dtype": "float32",
         }
+
+    def channel_scale(self) -> np.ndarray:
+        """float32 (D,), of int8."""
+        return np.ones(self.hidden_size, dtype=np.float32)
+
+    def _scales(self) -> dict[str, str]:
+        return {"scale_sha256": scale_sha256(self.channel_scale())} if self.dtype == "int8" else {}
 
 
 def clip_features(cache: LittleCache, clip: int) -> np.ndarray:
@@ -101,6 +110,8 @@ def write_patches(folder: Path, cache: LittleCache) -> Path:
     )
     black = np.random.default_rng(3).normal(size=(num_tokens, cache.hidden_size))
     write_black(folder, black.astype(np.float32))
+    if cache.dtype == "int8":
+        write_channel_scale(folder, cache.channel_scale())
     for shard in range(cache.num_shards):
         clips = range(shard, cache.num_clips, cache.num_shards)
         tokens = np.concatenate([clip_features(cache, clip) for clip in clips])

@@ -155,7 +155,7 @@ def test_too_short_windows_are_refused() -> None:
         check_frames(2, least=3)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_memory_gives_the_same_batch_as_the_files(
     make_patches: object, tmp_path: Path, dtype: str
 ) -> None:
