@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 
 FRAME_NAME = re.compile(
-    rb"(?:.*_)?([0-9]{1,12}(\.[0-9]{0,15})?)\.(?:jpe?g|png)", re.IGNORECASE | re.DOTALL
+    rb".*_([0-9]{1,12}(\.[0-9]{0,40})?(?:e-[0-9]{1,2})?)\.(?:jpe?g|png)", re.IGNORECASE | re.DOTALL
 )
-"""Group 1: the seconds. Group 2: there is a decimal point."""
+"""Group 1: the seconds, as Python writes a float. Group 2: there is a decimal point."""
 
 WANTED_FRAMES = "folders of images named *_<seconds>.jpg, like 000012_0.48.jpg"
 

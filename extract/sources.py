@@ -161,7 +161,11 @@ def _to_clip(key: str, found: Found) -> Clip:
 
 def _check_missing(clips: dict[str, Clip]) -> None:
     """Refuses a list none of whose files is there; a few missing ones are only quarantined."""
-    missing = [clip for clip in clips.values() if clip.source is None and not is_there(clip.path)]
+    missing = [
+        clip
+        for clip in clips.values()
+        if clip.source is None and clip.size_bytes == 0 and not is_there(clip.path)
+    ]
     if len(missing) == len(clips):
         raise UsageError(
             f"{missing[0].path}: no such file, nor any other of the {len(clips)} listed: "
