@@ -107,7 +107,7 @@ def _in_folder(root: Path) -> Iterator[Found]:
         seen.add(here.resolve())
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         inside = here.relative_to(root)
-        if holds_frames(names):
+        if holds_frames(names, folder=str(here)):
             yield Found("" if here == root else inside.as_posix(), here, FrameFolder())
         archives = set()
         for name in sorted(names):
