@@ -107,7 +107,7 @@ def _in_folder(root: Path) -> Iterator[Found]:
         seen.add(here.resolve())
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         inside = here.relative_to(root)
-        if holds_frames(names):
+        if holds_frames(names, folder=str(here)):
             yield Found("" if here == root else inside.as_posix(), here, FrameFolder())
         archives = set()
         for name in sorted(names):
@@ -161,7 +161,11 @@ def _to_clip(key: str, found: Found) -> Clip:
 
 def _check_missing(clips: dict[str, Clip]) -> None:
     """Refuses a list none of whose files is there; a few missing ones are only quarantined."""
-    missing = [clip for clip in clips.values() if clip.source is None and not is_there(clip.path)]
+    missing = [
+        clip
+        for clip in clips.values()
+        if clip.source is None and clip.size_bytes == 0 and not is_there(clip.path)
+    ]
     if len(missing) == len(clips):
         raise UsageError(
             f"{missing[0].path}: no such file, nor any other of the {len(clips)} listed: "

@@ -51,9 +51,24 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[Found]:
         yield from _kinetics(path, rows, root=root, search=search)
         return
     real_root = root.resolve()
+    archive = None if root.is_dir() else {clip.name: clip for clip in search(root)}
     for where, row in rows:
         file = _inside(where, _text(row, "path", where=where), root=root, real_root=real_root)
-        yield from _listed(where, row, file, root=root, search=search)
+        name = "" if file == root else file.relative_to(root).as_posix()
+        if archive is not None:
+            found = [replace(archive[name], name="")] if name in archive else [Found("", file)]
+        else:
+            found = list(search(file)) if is_there(file) else [Found("", file)]
+        if not found:
+            raise UsageError(f"{where}: {file}: no video in it: take the line out, or name a video")
+        label, split = (_text(row, field, where=where) or None for field in ("label", "split"))
+        for clip in found:
+            yield replace(
+                clip,
+                name="/".join(filter(None, (name, clip.name))),
+                label=label or clip.label,
+                split=split or clip.split,
+            )
 
 
 def _inside(where: str, text: str, *, root: Path, real_root: Path) -> Path:
@@ -73,24 +88,6 @@ def _inside(where: str, text: str, *, root: Path, real_root: Path) -> Path:
             "--root with a folder that holds all of the videos"
         )
     return file
-
-
-def _listed(
-    where: str, row: Mapping[str, Any], file: Path, *, root: Path, search: Search
-) -> Iterator[Found]:
-    """The clip of one path, or the clips if it is an archive or a folder."""
-    label, split = (_text(row, name, where=where) or None for name in ("label", "split"))
-    name = file.relative_to(root).as_posix()
-    found = list(search(file)) if is_there(file) else [Found("", file)]
-    if not found:
-        raise UsageError(f"{where}: {file}: no video in it: take the line out, or name a video")
-    for clip in found:
-        yield replace(
-            clip,
-            name=f"{name}/{clip.name}" if clip.name else name,
-            label=label or clip.label,
-            split=split or clip.split,
-        )
 
 
 def _kinetics(

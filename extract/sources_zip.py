@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from ..shards.errors import UsageError
 from .clips import ZipFolder
 from .found import Found, check_member
-from .frame_names import FRAME_NAME, WANTED_FRAMES
+from .frame_names import FRAME_NAME, WANTED_FRAMES, warn_whole_numbers
 from .suffixes import VIDEO_SUFFIXES
 from .zip_directory import BadZip, entry_name, find_directory, read_entries
 from .zip_parts import ZipParts
@@ -57,11 +57,12 @@ def find_in_zip(archive: Path) -> Iterator[Found]:
             WANTED_FRAMES,
         )
     for raw in sorted(folders):
-        folder = folders[raw]
-        if folder.has_seconds:
-            name = entry_name(raw)
-            source = ZipFolder(folder=name, runs=_joined(folder.runs), stamp=stamp)
-            yield Found(_without_dots(name), archive, source, size_bytes=folder.stored_bytes)
+        folder, name = folders[raw], entry_name(raw)
+        if not folder.has_seconds:
+            warn_whole_numbers(f"{archive}: {name}")
+            continue
+        source = ZipFolder(folder=name, runs=_joined(folder.runs), stamp=stamp)
+        yield Found(_without_dots(name), archive, source, size_bytes=folder.stored_bytes)
 
 
 def _read_folders(parts: ZipParts, archive: Path) -> tuple[dict[bytes, _Folder], int]:

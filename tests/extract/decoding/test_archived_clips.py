@@ -127,6 +127,8 @@ def test_frames_are_ordered_by_time_and_not_by_name() -> None:
     names, times_s = frames_decoder.in_time_order(["f_10.0.jpg", "f_9.5.jpg", "x.jpg", "f_9.jpg"])
     assert names == ["f_9.jpg", "f_9.5.jpg", "f_10.0.jpg"]
     assert times_s.tolist() == [0.0, 0.5, 1.0]
+    long = frames_decoder.in_time_order(["a_0.0.jpg", "b_0.033333333333333333.jpg", "c_1e-05.png"])
+    assert long[1].tolist() == [0.0, 1e-05, 0.033333333333333333]
     tenths = frames_decoder.in_time_order([f"f_{i / 10}.jpg" for i in range(1, 9)])[1]
     assert tenths.tolist() == [i / 10 for i in range(8)]  # 0.8 - 0.1 in floats is not 0.7
 

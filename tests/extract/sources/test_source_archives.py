@@ -293,7 +293,13 @@ def test_videos_in_a_zip_are_said_not_to_be_read(
     assert "1 videos in it are not read" in caplog.text
 
 
-def test_images_numbered_by_frame_are_no_clip(tmp_path: Path) -> None:
+def test_images_numbered_by_frame_are_no_clip_and_said(
+    tmp_path: Path, write_zip: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        find_clips([write_zip("frames.zip", FRAMES | {"n/x_1.jpg": b"", "n/x_2.jpg": b""})])
+    assert "frames.zip: n: left out: its images have whole numbers only" in caplog.text
+    (tmp_path / "frames.zip").unlink()
     (tmp_path / "c").mkdir()
     for i in range(3):
         (tmp_path / "c" / f"img_{i:05d}.jpg").write_bytes(b"")

@@ -1,11 +1,12 @@
 """Lists name clips of their root, with class and split, and reach nothing outside of it."""
 
 import logging
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from deltatok.extract.clips import FrameFolder
+from deltatok.extract.clips import FrameFolder, TarMember
 from deltatok.extract.sources import find_clips
 from deltatok.shards.errors import UsageError
 
@@ -66,6 +67,23 @@ def test_root_is_where_the_paths_of_a_list_start(root: Path, tmp_path: Path) -> 
     (tmp_path / "lists" / "all.txt").write_text(f"a/one.mp4\n{root}/two.mp4\n")
     clips = find_clips([tmp_path / "lists" / "all.txt"], root=root)
     assert [clip.key for clip in clips] == ["a/one.mp4", "two.mp4"]
+
+
+def test_root_may_be_an_archive(tmp_path: Path, kinetics: Path) -> None:
+    with tarfile.open(tmp_path / "k.tar", "w") as tar:
+        tar.add(kinetics, arcname=".")
+    (tmp_path / "k.csv").write_text(HEADER + ROWS)
+    (tmp_path / "p.txt").write_text("val/zumba/-c_ccccccccc_000007_000017.mp4\n")
+    rows = find_clips([tmp_path / "k.csv"], root=tmp_path / "k.tar")
+    (line,) = find_clips([tmp_path / "p.txt"], root=tmp_path / "k.tar")
+    assert [clip.key for clip in rows] == [clip.key for clip in find_clips([kinetics])]
+    assert all(isinstance(clip.source, TarMember) for clip in (*rows, line))
+    assert line.key == rows[-1].key
+
+
+def test_line_that_is_the_root_gives_all_of_it(root: Path) -> None:
+    (root / "list.txt").write_text(".\n")
+    assert [c.key for c in find_clips([root / "list.txt"])] == [c.key for c in find_clips([root])]
 
 
 def test_list_names_a_frame_folder(root: Path) -> None:
