@@ -23,6 +23,7 @@ from ..extract.pool import default_num_workers
 from ..extract.run import clips_per_shard
 from ..extract.sampling import SamplingPolicy
 from ..extract.sources_select import clips_of
+from ..shards.cache import CacheInfo
 from ..shards.errors import UsageError
 from ..shards.plan import PlanEntry, clips_by_shard, make_plan
 from .fused import DeltaShardWriter
@@ -53,7 +54,8 @@ class CacheCost:
     """GB/s that have to be written to keep the device busy."""
     break_even_epochs: int | None
     """Passes over the windows from which on storing them takes less time than to decode and
-    compute them in every pass; None: never, the disk is slower than computing."""
+    compute them in every pass (the tokenizer only where one is given); None: never, the disk is
+    slower than computing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +118,32 @@ def make_extraction_plan(
         decode.pixels,
         batch_windows=batch_windows,
     )
-    shards = _shards(entries, decode)
     sizes = Sizes(
         info=patches,
         tokens=_two_windows(backbone, decode.pixels),
         black=black.numpy(),
         draws=decode.draws,
         plan=entries,
-        shards=shards,
+        shards=_shards(entries, decode),
     )
-    return _worked_out(config, clips, backbone.device, decode, forward, disk, sizes)
+    probes = _Probes(device=backbone.device, decode=decode, forward=forward, disk=disk)
+    return _worked_out(config, clips, probes, sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probes:
+    """All that was measured."""
+
+    device: torch.device
+    decode: DecodeProbe
+    forward: ForwardProbe
+    disk: DiskProbe
 
 
 def _worked_out(
-    config: VideosConfig,
-    clips: Sequence[Clip],
-    device: torch.device,
-    decode: DecodeProbe,
-    forward: ForwardProbe,
-    disk: DiskProbe,
-    sizes: Sizes,
+    config: VideosConfig, clips: Sequence[Clip], probes: _Probes, sizes: Sizes
 ) -> ExtractionPlan:
+    decode, forward, disk = probes.decode, probes.forward, probes.disk
     windows = round(sum(shard.num_windows for shard in sizes.shards))
     frames = windows * config.num_frames
     caches = sizes.of_patches() | {"deltas": sizes.of_deltas()}
@@ -146,7 +153,7 @@ def _worked_out(
     device_s = frames / forward.frames_per_s
     decode_s = len(clips) * decode.core_s_per_clip
     stages = _stage_seconds(
-        device,
+        probes.device,
         device_s=device_s,
         pixels_s=frames * decode.pixels_s_per_frame,
         decode_s=decode_s,
@@ -165,7 +172,7 @@ def _worked_out(
         windows=windows,
         frames=frames,
         shards=len(sizes.shards),
-        device=_device_name(device),
+        device=_device_name(probes.device),
         frame_size=config.frame_size,
         caches={
             name: CacheCost(
@@ -186,7 +193,7 @@ def _worked_out(
         decode_core_hours=decode_s / 3600,
         clock_hours=stages[slowest] / 3600,
         slowest_stage=slowest,
-        host_peak_bytes=_host_bytes(config, decode, forward, chosen, device, workers),
+        host_peak_bytes=_host_bytes(config, probes, chosen, workers=workers),
     )
 
 
@@ -238,7 +245,7 @@ def _shards(entries: Sequence[PlanEntry], decode: DecodeProbe) -> list[ShardPlan
     return shards
 
 
-def _convert(config: VideosConfig, patches: Any, black: Tensor) -> Callable[[Tensor], Tensor]:
+def _convert(config: VideosConfig, patches: CacheInfo, black: Tensor) -> Callable[[Tensor], Tensor]:
     """What is done to a batch of patch tokens on the device."""
     if config.tokenizer is None:
         return Tensor.half
@@ -255,19 +262,17 @@ def _two_windows(backbone: Backbone, pixels: Sequence[Tensor]) -> "np.ndarray[An
     return np.stack([tokens[0], tokens[-1]])
 
 
-def _host_bytes(
-    config: VideosConfig,
-    decode: DecodeProbe,
-    forward: ForwardProbe,
-    size: CacheSize,
-    device: torch.device,
-    workers: int,
-) -> int:
+def _host_bytes(config: VideosConfig, probes: _Probes, size: CacheSize, *, workers: int) -> int:
     """Upper estimate: what the probe took, shards under way, decoded clips that wait."""
-    own = forward.peak_bytes if device.type != "cuda" else 4 * 2**30
+    decode = probes.decode
     shard = size.bytes_per_frame * max(config.frames_per_shard, config.num_frames)
     waiting = min(WAITING_BYTES, 2 * workers * decode.frames_bytes_per_clip)
-    return round(own + SHARD_COPIES * shard + waiting + workers * decode.child_bytes)
+    return round(
+        probes.forward.host_peak_bytes
+        + SHARD_COPIES * shard
+        + waiting
+        + workers * decode.child_bytes
+    )
 
 
 def _device_name(device: torch.device) -> str:

@@ -113,7 +113,7 @@ class Sizes:
 
     def of_deltas(self) -> CacheSize:
         """Of the delta-token cache."""
-        kinds = Counter((len(s.keys), round(s.num_windows)) for s in self.shards if s.keys)
+        kinds = Counter(_kind(shard) for shard in self.shards if shard.keys)
         sizes: dict[tuple[int, int], int] = {}
         with TemporaryDirectory() as folder:
             info = CacheInfo(
@@ -136,8 +136,7 @@ class Sizes:
         common, common_size = next(iter(sizes.items()))
 
         def size_of(shard: ShardPlan) -> float:
-            windows = round(shard.num_windows)
-            return sizes.get((len(shard.keys), windows), common_size * windows / common[1])
+            return sizes.get(_kind(shard), common_size * shard.num_windows / common[1])
 
         beside += FINISHED_BYTES + TOKENIZER_BYTES
         return self._total(size_of, beside=beside, files_a_shard=1, files=4)
@@ -213,6 +212,11 @@ class Sizes:
         """Made-up keys, each as long as the clips' keys are on average."""
         length = round(sum(len(json.dumps(e.key)) - 2 for e in self.plan) / len(self.plan))
         return [f"{number}".rjust(length, "k") for number in range(count)]
+
+
+def _kind(shard: ShardPlan) -> tuple[int, int]:
+    """Clips and windows: delta shards that agree in them are of one size."""
+    return len(shard.keys), max(1, round(shard.num_windows))
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,10 @@ class ForwardProbe:
     """Frames in the batches that were timed; fewer than the real ones on a slow device."""
     batches: int
     """Batches that were timed."""
-    peak_bytes: int
-    """cuda: most memory allocated on the device; cpu: peak memory of this process."""
+    device_peak_bytes: int | None
+    """Most memory allocated on a cuda device; None: the backbone runs in main memory."""
+    host_peak_bytes: int
+    """Peak memory of this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +130,13 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
             f"none of the {len(clips)} probed clips gives a window, first {quarantined[0].clip}: "
             f"{quarantined[0].reason}: check the videos, or probe more clips (--probe-clips)"
         )
-    unit = 1 if sys.platform == "darwin" else 1024
     return DecodeProbe(
         windows=windows,
         quarantined=quarantined,
         core_s_per_clip=decode_s / len(clips),
         pixels_s_per_frame=pixels_s / num_pixel_frames,
         frames_bytes_per_clip=num_bytes / (len(clips) - len(quarantined)),
-        child_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit,
+        child_bytes=_peak_bytes(resource.RUSAGE_CHILDREN),
         draws=draws,
         pixels=pixels,
     )
@@ -177,16 +178,14 @@ def probe_forward(
     spent = [seconds(batch)]
     while sum(spent) < min_s and sum(spent) + spent[0] < budget_s:
         spent.append(seconds(batch))
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+    on_cuda = device.type == "cuda"
     num_frames = batch.shape[0] * batch.shape[1]
     return ForwardProbe(
         frames_per_s=num_frames * len(spent) / sum(spent),
         batch_frames=num_frames,
         batches=len(spent),
-        peak_bytes=peak,
+        device_peak_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
+        host_peak_bytes=_peak_bytes(resource.RUSAGE_SELF),
     )
 
 
@@ -230,6 +229,11 @@ def synchronise(device: torch.device) -> None:
     """Waits until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _peak_bytes(who: int) -> int:
+    """Peak resident memory; macOS counts in bytes, Linux in units of 1024."""
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _folder_above(out: Path) -> Path:

@@ -20,6 +20,7 @@ def plan_text(plan: ExtractionPlan) -> str:
         f"{'storing beats':>22}",
         f"{'':<12}{'':>10}{'':>10}{'':>9}{'the device busy':>16}{'recomputing':>21}",
         *(_row(name, cost, chosen=_is(plan, name)) for name, cost in plan.caches.items()),
+        f"(recomputing: decoding and {_networks(plan)} in every epoch)",
         "",
         f"device     {plan.device}: {plan.forward.frames_per_s:.3g} frames/s "
         f"({plan.forward.batches} batches of {plan.forward.batch_frames} frames timed), "
@@ -57,10 +58,14 @@ def _row(name: str, cost: CacheCost, *, chosen: bool) -> str:
     )
 
 
+def _networks(plan: ExtractionPlan) -> str:
+    return "the backbone and the tokenizer" if plan.kind == "deltas" else "the backbone"
+
+
 def _device_memory(plan: ExtractionPlan) -> str:
-    if plan.device.startswith("cuda"):
-        return f"{_bytes(plan.forward.peak_bytes)} of the device, "
-    return ""
+    if plan.forward.device_peak_bytes is None:
+        return ""
+    return f"{_bytes(plan.forward.device_peak_bytes)} of the device, "
 
 
 def _bytes(count: float) -> str:

@@ -43,15 +43,20 @@ def fused_words(tiny_run: Path, tmp_path: Path, videos_words: list[str]) -> list
     return [*videos_words, *words]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_fused_cache_is_that_of_float16_patch_shards(
-    tiny_run: Path, tmp_path: Path, videos_words: list[str], fused_words: list[str]
+    tiny_run: Path,
+    tmp_path: Path,
+    videos_words: list[str],
+    fused_words: list[str],
+    precision: str,
 ) -> None:
     patches, deltas = tmp_path / "patches", tmp_path / "deltas"
     assert extract([*videos_words, "--out", str(patches)]) == 0
     tokenizer = str(tiny_run / "tokenizer")
     words = ["--patches", str(patches), "--tokenizer", tokenizer, "--out", str(deltas)]
-    assert extract(words) == 0
-    assert extract(fused_words) == 0
+    assert extract([*words, "--autocast", precision]) == 0
+    assert extract([*fused_words, "--tokenizer-autocast", precision]) == 0
     assert len(done_shards(tmp_path / "fused")) == 3
     assert digests(tmp_path / "fused") == digests(deltas)
     assert not list((tmp_path / "fused").rglob("*.zarr"))

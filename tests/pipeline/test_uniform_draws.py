@@ -1,6 +1,7 @@
 """Training windows from a `uniform` patch cache: drawn among the stored frames, and said so."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +24,16 @@ Fails = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def uniform(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training clips of 3 s at 10 frames a second: seven or eight windows of 4 frames each."""
-    out = tmp_path_factory.mktemp("uniform") / "patches"
-    words = ["--videos", str(tiny_inputs / "world" / "train"), "--frame-size", "32"]
+    """The training clips of 3 s at 10 frames a second: seven windows of 4 frames each. A shard
+    for every clip, and one for a broken file, that has no windows."""
+    clips = tmp_path_factory.mktemp("uniform") / "clips"
+    shutil.copytree(tiny_inputs / "world" / "train", clips)
+    (clips / "broken.mp4").write_bytes(b"no video")
+    out = clips.with_name("patches")
+    words = ["--videos", str(clips), "--frame-size", "32", "--max-quarantined", "0.5"]
     words += ["--backbone", str(tiny_inputs / "backbone"), "--workers", "1", "--out", str(out)]
     words += ["--sampling", "uniform", "--fps", "10", "--num-frames", "4"]
-    assert extract([*words, "--frames-per-shard", "32"]) == 0
+    assert extract([*words, "--frames-per-shard", "16"]) == 0
     return out
 
 
@@ -60,6 +65,7 @@ def test_windows_are_drawn_among_all_stored_frames_of_the_clip(
     cache = PatchShards(uniform)
     assert drawn.shape == (6, cache.shape[2])
     assert len(drawn) == 3 * len(cache.keys)
+    assert drawn.info.counts["quarantined"] == 1
     spans = []
     for number in range(len(drawn)):
         window = drawn.window(number)
