@@ -5,4 +5,6 @@ sampling.py    clip times -> windows           decoders.py  a clip's frames, in 
 child.py       runs decoders in a process      pool.py      keeps those processes alive and honest
 pixels.py      crop, resize, flip              backbone.py  the frozen DINOv3
 writer.py      features -> shards              run.py       all of it, resumable
+leases.py      who works on which shard       work.py      the next shard that is free
+making.py      shard after shard              common.py    what one process at a time may do
 """
