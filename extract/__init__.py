@@ -6,4 +6,6 @@ child.py       runs decoders in a process      pool.py      keeps those processe
 pixels.py      crop, resize, flip              backbone.py  the frozen DINOv3
 quantise.py    float16, bfloat16, int8         calibration.py  the scales of int8
 writer.py      features -> shards              run.py       all of it, resumable
+leases.py      who works on which shard       work.py      the next shard that is free
+making.py      shard after shard              common.py    what one process at a time may do
 """

@@ -90,9 +90,7 @@ class CommonFolder:
         Waits for those that still write to the folder, although nothing is left to do.
         """
         tally = self._tally()
-        info = read_cache_info(self._folder)
-        counts = tally.counts(num_frames=num_frames)
-        if not changed and info.complete and info.counts == counts:
+        if not changed and not self._leases.names() and self._is_finished(tally, num_frames):
             return tally
         self._wait_for_others()
         with self._alone():
@@ -100,11 +98,15 @@ class CommonFolder:
             planned = clips_by_shard(read_plan(self._folder))
             if tally.shards.keys() != planned.keys():
                 _LOGGER.info("%s: another run is adding shards, and will finish it", self._folder)
-                return tally
-            self._remove_partials()
-            tally.list_quarantined(now=True)
-            finish_cache(self._folder, tally.counts(num_frames=num_frames))
+            elif changed or not self._is_finished(tally, num_frames):
+                self._remove_partials()
+                tally.list_quarantined(now=True)
+                finish_cache(self._folder, tally.counts(num_frames=num_frames))
         return tally
+
+    def _is_finished(self, tally: Tally, num_frames: int) -> bool:
+        info = read_cache_info(self._folder)
+        return info.complete and info.counts == tally.counts(num_frames=num_frames)
 
     def _append(self, clips: Sequence[Clip], *, clips_per_shard: int, seed: int) -> Plan:
         with self._alone():

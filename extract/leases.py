@@ -3,15 +3,14 @@
     leases/000003.json      taken first; while it is there nobody else makes shard 3
     leases/000003.1.json    taken over from a holder of 000003.json that was found dead; and so on
 
-A file is made with O_EXCL, so of several takers one wins; a takeover makes the next number instead
-of removing anything, so a dead taker is in nobody's way. Each file tells host, process and a
-heartbeat, which its holder rewrites in place through the open file: if it was taken over meanwhile,
-that hurts nobody.
+A file is written under a partial name and then linked, which fails if the name is taken: of several
+takers one wins. A takeover makes the next number instead of removing anything, so a dead taker is
+in nobody's way. Each file tells host, process and a heartbeat, which its holder rewrites in place
+through the open file: if it was taken over meanwhile, that hurts nobody.
 
 A holder is dead if its process is gone (on the same machine), or if its file did not change for
 `timeout_s` while somebody watched: clocks of different machines are never compared. A holder that
-only slept finds out with `Lease.is_held`. The file system has to have O_EXCL and names that all
-machines see at once: local ones and NFS from version 3 on do. Called by work.py and common.py.
+only slept finds out with `Lease.is_held`. Called by work.py and common.py.
 """
 
 import json
@@ -27,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ..shards.files import NO_LINKS, partial_path, remove_partials
 from .holder import Holder
 
 FOLDER = "leases"
@@ -88,12 +88,7 @@ class Lease:
                 self._descriptor = None
 
     def _is_ours(self) -> bool:
-        if self._descriptor is None:
-            return False
-        try:
-            return os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
-        except OSError:  # removed, or a stale handle
-            return False
+        return self._descriptor is not None and _is_file(self._path, self._descriptor)
 
 
 class Leases:
@@ -172,23 +167,23 @@ class Leases:
 
     def _create(self, name: str, number: int) -> Lease | None:
         path = self._path(name, number)
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+        path.parent.mkdir(exist_ok=True)  # gone where all others were just released
+        partial = partial_path(path)
         try:
-            descriptor = os.open(path, flags, 0o644)
-        except FileExistsError:
+            descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except FileNotFoundError:  # gone again
             return None
-        except FileNotFoundError:  # the first lease, or all others were just tidied away
-            path.parent.mkdir(exist_ok=True)
-            try:
-                descriptor = os.open(path, flags, 0o644)
-            except (FileExistsError, FileNotFoundError):
-                return None
         lease = Lease(path, self._path(name, number + 1), descriptor, self._holder)
         try:
             lease.beat()
+            if not _link(partial, path, descriptor):
+                lease.release()
+                return None
         except OSError:
             lease.release()
             raise
+        finally:
+            partial.unlink(missing_ok=True)
         return lease
 
     def _is_dead(self, name: str, number: int, content: bytes) -> bool:
@@ -234,5 +229,38 @@ class Leases:
                     _LOGGER.warning("%s: no heartbeat (%s)", self._folder, error.strerror)
 
     def _tidy(self) -> None:
+        remove_partials(self._folder)
         with suppress(OSError):  # not empty: others are at work
             self._folder.rmdir()
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    """Whether `descriptor` is open on the file that is at `path` now."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:  # removed, or a stale handle
+        return False
+
+
+def _link(partial: Path, path: Path, descriptor: int) -> bool:
+    """Gives `partial`, open as `descriptor`, the name `path` unless there is such a file."""
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        # On NFS the answer to a link that was made can get lost, and the question be put again.
+        return _is_file(path, descriptor)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _rename(partial, path)
+    return True
+
+
+def _rename(partial: Path, path: Path) -> bool:
+    """The same where the file system has no hard links: the name is reserved, then replaced."""
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return False
+    partial.replace(path)
+    return True

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
+  deltatok-extract --videos more_clips/ --append --frame-size 256 --windows 4 --out cache/patches
+  accelerate launch --num_processes 8 -m deltatok.pipeline.extract_command --videos clips/ ...
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan
@@ -25,7 +27,7 @@ EXAMPLE = """examples:
 once. --patches (see --patches x --help) reads patch-token shards: delta-token shards come out.
 
 exit codes: 0 done; 2 bad usage; 3 finished, but too many clips are quarantined; 4 the cache does
-not match; 75 stopped by SIGTERM, run again to go on; 1 anything else"""
+not match; 75 stopped by SIGTERM or --time-limit, run again to go on; 1 anything else"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,3 +146,7 @@ def _run_tokenize(words: list[str]) -> None:
 
     write_deltas(config, draws=UniformDraws.from_config(config))
     print(f"delta-token shards: {config.out}")
+
+
+if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.extract_command
+    sys.exit(main())

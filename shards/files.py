@@ -24,7 +24,7 @@ PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
 STALE_AFTER_S = 86_400.0
 """Partials of another machine are taken for dead after a day without a change (a guess)."""
 
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links say."""
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -91,7 +91,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         if path.exists():
             return False

@@ -138,7 +138,7 @@ def extend_plan(
 
     The stored lines stay as they are, those of clips that are not among `clips` too. Nothing is
     written if there is no new clip. Only one process at a time may do this. Raises CacheMismatch
-    for a clip that the plan has with another size.
+    for a clip that the plan has with another size, or under another name.
     """
     folder = Path(folder)
     stored = read_plan(folder)
@@ -147,6 +147,7 @@ def extend_plan(
     stored = _with_new_sources(folder, stored, asked)
     first = num_shards(stored)
     new = [clip for clip in clips if clip.key not in known]
+    _refuse_other_names(folder, stored, new)
     added = [
         replace(entry, shard=first + entry.shard)
         for entry in make_plan(new, clips_per_shard=clips_per_shard, seed=seed)
@@ -156,6 +157,20 @@ def extend_plan(
         newline = b"" if before.endswith(b"\n") or not before else b"\n"
         write_bytes(folder / PLAN, before + newline + _lines(added))
     return stored + added
+
+
+def _refuse_other_names(
+    folder: Path, stored: Sequence[PlanEntry], new: Sequence[PlannedClip]
+) -> None:
+    """A clip's key depends on the folders given: with another set of them, old clips look new."""
+    known = {(entry.source, entry.size_bytes, Path(entry.key).name): entry for entry in stored}
+    for clip in new:
+        entry = known.get((str(clip.path), clip.size_bytes, Path(clip.key).name))
+        if entry is not None:
+            raise CacheMismatch(
+                f"{folder}: {clip.path} is in this cache as {entry.key!r}, and would be added as "
+                f"{clip.key!r}: give the new videos alone"
+            )
 
 
 def _with_new_sources(

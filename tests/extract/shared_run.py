@@ -11,11 +11,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from deltatok.extract import making
 from deltatok.extract.backbone import Backbone
@@ -36,6 +38,7 @@ def start(config: ExtractConfig, backbone: Backbone, *, to_be_killed: bool, log:
     if child:
         return child
     signal.alarm(LIMIT_S)
+    tqdm.set_lock(threading.RLock())  # a fork would share its lock with the killed one
     if to_be_killed:
         publishing.publish = die
     append_timing = making.append_timing

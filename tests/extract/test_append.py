@@ -54,8 +54,7 @@ def test_new_clips_become_new_shards_and_old_ones_are_not_touched(
 ) -> None:
     shards, plan = _times(old / "shards"), (old / "plan.jsonl").read_bytes()
     info, tokens = read_cache_info(old), PatchShards(old).load()
-    summary = run_extraction(appending, backbone=backbone)
-    assert summary.shards_done_now == 2
+    assert run_extraction(appending, backbone=backbone).shards_done_now == 2
     assert shards.items() <= _times(old / "shards").items()
     assert (old / "plan.jsonl").read_bytes().startswith(plan)
     assert [entry.shard for entry in read_plan(old)[6:]] == [3, 3, 4]
@@ -144,3 +143,12 @@ def test_clip_that_changed_its_size_is_refused(
     with pytest.raises(CacheMismatch, match=r"clip 'c0\.mp4' had .* bytes"):
         run_extraction(config, backbone=backbone)
     assert _times(old).keys() == before.keys()
+
+
+def test_old_clip_under_another_name_is_refused(
+    old: Path, make_config: ConfigMaker, backbone: Backbone, clips: Path, more: Path
+) -> None:
+    """Two folders instead of one, and all names get the folder's in front."""
+    config = make_config(videos=(str(clips), str(more)), append=True)
+    with pytest.raises(CacheMismatch, match=r"is in this cache as .* give the new videos alone"):
+        run_extraction(config, backbone=backbone)
