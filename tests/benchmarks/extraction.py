@@ -22,7 +22,8 @@ import torch
 
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.run import load_backbone, run_extraction
+from deltatok.extract.devices import load_backbone
+from deltatok.extract.run import run_extraction
 from deltatok.extract.sources import find_clips
 from deltatok.pipeline.plan_probe import FORWARD_MIN_S, probe_forward
 from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
