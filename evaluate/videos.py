@@ -45,7 +45,7 @@ def read_frames(clip: Clip, indices: Sequence[int]) -> list[NDArray[np.uint8]] |
             draw=draw,
             source=clip.source,
             size_bytes=clip.size_bytes,
-            use_decord=False,
+            decoder="pyav",
         ).frames
     except UnusableClip as error:
         logger.warning("%s: its pictures have no frames: %s", clip.key, error)

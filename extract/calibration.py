@@ -90,6 +90,7 @@ def fit_channel_scale(
         num_workers=config.workers or default_num_workers(),
         timeout_s=config.decode_timeout_s,
         decode_threads=config.decode_threads,
+        decoder=config.decoder,
     ) as pool:
         for clip in pool.decode(sample):
             if isinstance(clip, Quarantined):

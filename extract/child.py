@@ -36,7 +36,7 @@ def decode_request(
         policy=SamplingPolicy.from_json(request["policy"]),
         source=source_from_json(request["source"]),
         size_bytes=request["size_bytes"],
-        use_decord=request["use_decord"],
+        decoder=request["decoder"],
         threads=request["threads"],
         max_bytes=request["max_bytes"],
         starting=starting,

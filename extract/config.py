@@ -7,10 +7,13 @@ help text. Whatever cannot be meant is refused here, before a clip is opened.
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..shards.errors import UsageError
 from .quantities import parse_duration_s, parse_size_bytes
+
+DecoderChoice = Literal["auto", "decord", "torchcodec", "pyav"]
+"""Who tries a video first; PyAV reads what the others cannot be trusted with."""
 
 KINETICS_STRIDE_RANGE_S = (1 / 25, 1 / 3)
 """The paper's gaps between the frames of a training window, in seconds."""
@@ -92,6 +95,10 @@ class ExtractConfig:
     decode_threads: int = 1
     """Threads in one decoding process; 1 is best as long as there are workers for every core.
     What a decoder makes up for damaged parts of a frame can differ with this number."""
+    decoder: DecoderChoice = "auto"
+    """Who decodes: decord (passes through every frame), torchcodec (an extra; seeks, faster on
+    long videos), pyav (slowest). The pixels are the same; PyAV takes what the others are not exact
+    on. auto: decord where it is installed, else torchcodec, else pyav."""
     append: bool = False
     """Add the videos that a cache in `out` does not have yet as new shards. What it has stays,
     whether its videos are still given or not."""
@@ -154,6 +161,7 @@ class ExtractConfig:
             ("dtype", ("float16", "bfloat16", "int8")),
             ("compression", ("none", "zstd")),
             ("autocast", ("auto", "float32", "bfloat16")),
+            ("decoder", get_args(DecoderChoice)),
         ):
             value = getattr(self, name)
             _check(name, value, value in allowed, f"one of {', '.join(allowed)}")

@@ -1,28 +1,40 @@
 """One clip in, its windows and the frames they use out; which decoder, and when to use the other.
 
 Runs inside a child process (`child.py`), because a decoder can hang, crash or leak. A window is
-drawn from the times of the frames the clip shows, so both decoders give the same windows.
+drawn from the times of the frames the clip shows, so all decoders give the same windows. To add a
+decoder: a function like those in FAST_DECODERS, and its name in `DecoderName`.
 """
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from ..shards.errors import UsageError
 from .clips import Source
-from .decord_decoder import DecordFailed, decode_with_decord, why_not_decord
+from .config import DecoderChoice
+from .decord_decoder import decode_with_decord
 from .frames_decoder import decode_frames
 from .opened_clip import opened_clip
 from .packets import Float64, UInt8, VideoFile, read_index
 from .pyav_decoder import Draw, decode_with_pyav
 from .sampling import SamplingPolicy, WindowDraw, draw_windows
+from .torchcodec_decoder import decode_with_torchcodec
+from .trust import DecoderFailed
 from .unusable import UnusableClip
 
 logger = logging.getLogger(__name__)
 
-DecoderName = Literal["decord", "pyav", "frames"]
+DecoderName = Literal["decord", "torchcodec", "pyav", "frames"]
 """frames: images read with Pillow."""
+
+FAST_DECODERS: dict[DecoderName, Callable[..., tuple[list[WindowDraw], dict[int, UInt8]]]] = {
+    "decord": decode_with_decord,
+    "torchcodec": decode_with_torchcodec,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ def decode_clip(
     policy: SamplingPolicy,
     source: Source | None = None,
     size_bytes: int | None = None,
-    use_decord: bool = True,
+    decoder: DecoderChoice = "auto",
     threads: int = 1,
     max_bytes: int = 2**32,
     starting: Callable[[DecoderName], None] = lambda name: None,
@@ -52,7 +64,7 @@ def decode_clip(
     Args:
         source: where in `path` the clip lies; None: it is the video.
         size_bytes: what the clip had when it was planned; another size is another clip.
-        use_decord: False after decord hung or crashed on this clip.
+        decoder: pyav after another one hung or crashed on this clip.
         threads: of the decoder.
         max_bytes: RGB bytes the windows' frames may have together.
         starting: called with the name of a decoder before it starts on the clip.
@@ -78,7 +90,7 @@ def decode_clip(
         draw=draw,
         source=source,
         size_bytes=size_bytes,
-        use_decord=use_decord,
+        decoder=decoder,
         threads=threads,
         starting=starting,
     )
@@ -90,7 +102,7 @@ def decode_drawn(
     draw: Draw,
     source: Source | None = None,
     size_bytes: int | None = None,
-    use_decord: bool = True,
+    decoder: DecoderChoice = "auto",
     threads: int = 1,
     starting: Callable[[DecoderName], None] = lambda name: None,
 ) -> DecodedFrames:
@@ -98,7 +110,7 @@ def decode_drawn(
     with opened_clip(path, source, size_bytes=size_bytes) as clip:
         if isinstance(clip, VideoFile):
             return _decode_video(
-                clip, draw=draw, use_decord=use_decord, threads=threads, starting=starting
+                clip, draw=draw, decoder=decoder, threads=threads, starting=starting
             )
         starting("frames")
         windows, frames = decode_frames(clip, draw=draw)
@@ -109,19 +121,37 @@ def _decode_video(
     video: VideoFile,
     *,
     draw: Draw,
-    use_decord: bool,
+    decoder: DecoderChoice,
     threads: int,
     starting: Callable[[DecoderName], None],
 ) -> DecodedFrames:
     starting("pyav")  # which reads the container for both
     index = read_index(video)
-    if use_decord and why_not_decord(index) is None:
-        starting("decord")
+    name = _first_installed() if decoder == "auto" else decoder
+    if name in FAST_DECODERS:
+        starting(name)
         try:
-            windows, frames = decode_with_decord(video, index=index, draw=draw, threads=threads)
-            return DecodedFrames("decord", windows, frames)
-        except DecordFailed as error:
+            windows, frames = FAST_DECODERS[name](video, index=index, draw=draw, threads=threads)
+            return DecodedFrames(name, windows, frames)
+        except DecoderFailed as error:
             logger.info("%s: %s; decoding it with PyAV", video, error)
         starting("pyav")
     windows, frames = decode_with_pyav(video, index=index, draw=draw, threads=threads)
     return DecodedFrames("pyav", windows, frames)
+
+
+def check_installed(choice: DecoderChoice) -> None:
+    """Raises UsageError if the decoder asked for is not there."""
+    if choice in FAST_DECODERS and importlib.util.find_spec(choice) is None:
+        raise UsageError(
+            f"decoder: got {choice}, which is not installed: run `pip install {choice}` "
+            "(torchcodec also needs FFmpeg's libraries), or leave --decoder out"
+        )
+
+
+@cache
+def _first_installed() -> DecoderName:
+    for name in FAST_DECODERS:
+        if importlib.util.find_spec(name) is not None:
+            return name
+    return "pyav"

@@ -2,7 +2,7 @@
 
 decord is fast, and silently wrong in known ways: a seek can land on another frame, a frame that
 cannot be decoded is replaced by a copy of its neighbour, an edit list is ignored. So it reads only
-files it can be held to (`why_not_decord`), in order, with every repaired frame an error, to the
+files it can be held to (trust.py), in order, with every repaired frame an error, to the
 end, so that a frame lost on the way is missed there; and its first frame must be the one that
 PyAV shows. Whatever it stumbles over, PyAV reads instead.
 """
@@ -16,12 +16,10 @@ import numpy as np
 from .packets import FileIndex, UInt8, VideoFile, describe
 from .pyav_decoder import Draw
 from .sampling import WindowDraw
+from .trust import DecoderFailed, check_trusted
 
-CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 CODECS = frozenset({"h264", "hevc", "vp9"})
-"""One packet is one frame in these (VP8 hides frames; MPEG-4 packs two frames in a packet)."""
-PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-"""Where its conversion to RGB equals that of newer FFmpeg versions."""
+"""It is too old for AV1."""
 
 NO_REPAIRS = 1e-9
 """decord's fault_tol: it raises above this share of frames replaced by copies, so at the first."""
@@ -34,42 +32,21 @@ MAX_SLICE_BYTES = 256 * 2**20
 """decord takes a video in a tar only whole, in memory, and copies it; a larger one is PyAV's."""
 
 
-class DecordFailed(Exception):
-    """decord cannot be used for this file; the text says why."""
-
-
-def why_not_decord(index: FileIndex) -> str | None:
-    """Why decord is not to be trusted with this file, or None where it is."""
-    if index.container not in CONTAINERS:
-        return f"container {index.container}"
-    if index.codec not in CODECS:
-        return f"codec {index.codec}"
-    if index.pixel_format not in PIXEL_FORMATS:
-        return f"pixel format {index.pixel_format}"
-    if index.interlaced:
-        return "interlaced"
-    if not index.regular:
-        return "packets hidden, damaged, without times or before the first key frame"
-    return None
-
-
 def decode_with_decord(
     path: VideoFile, *, index: FileIndex, draw: Draw, threads: int
 ) -> tuple[list[WindowDraw], dict[int, UInt8]]:
     """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
 
     Raises:
-        DecordFailed: decord is missing, cannot read the file, or disagrees with `index`.
+        DecoderFailed: decord is missing, cannot read the file, or disagrees with `index`.
         UnusableClip: no window can be drawn.
     """
-    reason = why_not_decord(index)
-    if reason is not None:
-        raise DecordFailed(reason)
+    check_trusted(index, codecs=CODECS)
     try:
         from decord import DECORDError, VideoReader
         from decord._ffi.base import DECORDLimitReachedError
     except (ImportError, OSError) as error:  # no wheel for this machine, or a library is missing
-        raise DecordFailed(f"decord cannot be imported: {describe(error)}") from error
+        raise DecoderFailed(f"decord cannot be imported: {describe(error)}") from error
     try:
         reader = VideoReader(_decord_input(path), num_threads=threads, fault_tol=NO_REPAIRS)
         _check_times(reader, index)
@@ -78,16 +55,16 @@ def decode_with_decord(
         wanted = {frame for window in windows for frame in window.frame_index}
         return windows, _read_in_order(reader, wanted, index)
     except (DECORDError, DECORDLimitReachedError, RuntimeError, UnicodeError, OSError) as error:
-        raise DecordFailed(f"decord: {describe(error)}") from error
+        raise DecoderFailed(f"decord: {describe(error)}") from error
     except StopIteration as error:
-        raise DecordFailed("decord: fewer frames than packets") from error
+        raise DecoderFailed("decord: fewer frames than packets") from error
 
 
 def _decord_input(video: VideoFile) -> str | io.BytesIO:
     if isinstance(video, Path):
         return str(video)
     if video.size > MAX_SLICE_BYTES:
-        raise DecordFailed(f"{video.size} bytes in a tar, too many to hold in memory")
+        raise DecoderFailed(f"{video.size} bytes in a tar, too many to hold in memory")
     return io.BytesIO(video.read())
 
 
@@ -95,10 +72,10 @@ def _check_times(reader: Any, index: FileIndex) -> None:
     num_frames = len(reader)
     times_s = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
     if num_frames != index.num_packets or not np.isfinite(times_s).all() or times_s[0] < 0:
-        raise DecordFailed(f"decord sees {num_frames} frames, the container {index.num_packets}")
+        raise DecoderFailed(f"decord sees {num_frames} frames, the container {index.num_packets}")
     tolerance_s = TIME_TOLERANCE_S + 1e-6 * float(index.times_s[-1])
     if np.abs(times_s - times_s[0] - index.times_s).max() > tolerance_s:
-        raise DecordFailed("decord sees other timestamps than the container")
+        raise DecoderFailed("decord sees other timestamps than the container")
 
 
 def _read_in_order(reader: Any, wanted: set[int], index: FileIndex) -> dict[int, UInt8]:
@@ -113,7 +90,7 @@ def _read_in_order(reader: Any, wanted: set[int], index: FileIndex) -> dict[int,
             reader.skip_frames(frame - position)
         pixels: UInt8 = reader.next().asnumpy()
         if frame == 0 and not np.array_equal(pixels, index.first_frame):
-            raise DecordFailed("decord shows another first frame")
+            raise DecoderFailed("decord shows another first frame")
         if frame in wanted:
             kept[frame] = pixels
         position = frame + 1

@@ -82,6 +82,7 @@ class Production:
             num_workers=choose_num_workers(config),
             timeout_s=config.decode_timeout_s,
             decode_threads=config.decode_threads,
+            decoder=config.decoder,
         )
         sink = ShardSink(
             means.writer,

@@ -2,7 +2,7 @@
 
 decord can spin for ever holding the GIL, crash, or leak, so no clip is decoded in this process.
 One bad clip costs one clip: its decoder is killed after a wall-clock deadline and replaced, the
-clip is tried once more (without decord), and then quarantined with what happened.
+clip is tried once more (with PyAV), and then quarantined with what happened.
 
 `DecodePool` is what `run.py` sees; the thread that moves the bytes is in `pump.py`.
 """
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..shards.records import Quarantined
 from .clips import Clip, source_to_json
+from .config import DecoderChoice
 from .exchange import Exchange, Result
 from .pump import Pump, PumpLimits
 from .sampling import SamplingPolicy, WindowDraw
@@ -45,7 +46,7 @@ class DecodedClip:
 
     key: str
     decoder: str
-    """"decord", "pyav" or "frames"."""
+    """"decord", "torchcodec", "pyav" or "frames"."""
     windows: list[DecodedWindow]
 
 
@@ -62,6 +63,7 @@ class DecodePool:
         max_waiting_bytes: bytes of decoded clips to keep ahead; no more clips are begun above it.
         look_ahead: clips decoded ahead of the one asked for; by default two for every process.
         decode_threads: threads in a process.
+        decoder: who tries a video first.
         child_command: what to start; the pipes' numbers and this process's id are appended.
     """
 
@@ -77,11 +79,13 @@ class DecodePool:
         max_waiting_bytes: int = 2 * 2**30,
         look_ahead: int | None = None,
         decode_threads: int = 1,
+        decoder: DecoderChoice = "auto",
         child_command: Sequence[str] = CHILD_COMMAND,
     ) -> None:
         self._request = {
             "policy": policy.to_json(),
             "threads": decode_threads,
+            "decoder": decoder,
             "max_bytes": max_clip_bytes,
         }
         self._limits = PumpLimits(
@@ -153,7 +157,6 @@ class DecodePool:
                 "path": str(clip.path),
                 "source": source_to_json(clip.source),
                 "size_bytes": clip.size_bytes,
-                "use_decord": True,
             }
             submitted.append((exchange.submit(self._request | request), clip.key))
         return submitted

@@ -21,7 +21,7 @@ from .wire import Message, WireError, read_windows
 logger = logging.getLogger(__name__)
 
 TRIES = 2
-"""The second try is made without decord: of the two it is the one that hangs."""
+"""The second try is made with PyAV: decord is the one that hangs."""
 
 START_TIMEOUT_S = 120.0
 """For a process to import what it needs; minutes happen on a network disk (a guess)."""
@@ -32,7 +32,7 @@ MAX_FAILED_STARTS = 3
 TICK_S = 0.5
 """How often deadlines and memory are looked at while processes are busy."""
 
-DECODER_NAMES = {"decord": "decord", "pyav": "PyAV", "frames": "Pillow"}
+DECODER_NAMES = {"decord": "decord", "torchcodec": "torchcodec", "pyav": "PyAV", "frames": "Pillow"}
 STAGES = ("open", "decode", "sample")
 
 
@@ -198,7 +198,7 @@ class Pump(threading.Thread):
             logger.info("%s: %s", job.request["key"], reason)
             job.failures.append(reason)
             if len(job.failures) < TRIES:
-                job.request["use_decord"] = False
+                job.request["decoder"] = "pyav"
                 self.exchange.put_back(job)
             else:
                 self.exchange.deliver(job, _quarantined(job, job.failures.pop(), stage="decode"))

@@ -18,6 +18,7 @@ from .backbone import Backbone
 from .calibration import patch_writer
 from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
 from .config import ExtractConfig, parse_shard_of
+from .decoders import check_installed
 from .describe import describe_patches
 from .devices import load_backbone
 from .leases import Leases
@@ -73,6 +74,7 @@ def run_extraction(
     always stay.
     """
     start_s = time.monotonic()
+    check_installed(config.decoder)
     clips = clips_of(config)
     with stop_on_signals(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():

@@ -101,6 +101,7 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
         num_workers=1,
         timeout_s=config.decode_timeout_s,
         decode_threads=config.decode_threads,
+        decoder=config.decoder,
     ) as pool:
         list(pool.decode([clips[0]]))  # starts the process, which takes longer than a clip
         for clip in clips:

@@ -81,3 +81,14 @@ def test_features_beyond_float16_name_the_clip(
     with pytest.raises(DeltatokError, match=r"clip 'c\d\.mp4'.* 0 of .* not finite and \d+ beyond"):
         run_extraction(config, backbone=large)
     assert not list((Path(config.out) / "shards").iterdir())
+
+
+@pytest.mark.parametrize("name", ["decord", "torchcodec"])
+def test_decoder_that_is_not_installed_is_refused_before_anything_is_written(
+    make_config: Callable[..., ExtractConfig], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    config = make_config(decoder=name)
+    with pytest.raises(UsageError, match=f"got {name}, which is not installed"):
+        run_extraction(config)
+    assert not Path(config.out).exists()

@@ -93,7 +93,7 @@ def test_video_in_a_tar_decodes_as_the_file(
         inside = decode(clip)
         assert inside.decoder == plain.decoder == decoder
         assert _same(inside, plain)
-        assert _same(decode(clip, use_decord=False), decode(clip))
+        assert _same(decode(clip, decoder="pyav"), decode(clip))
 
 
 def test_playlist_is_no_video(videos: Any, decode: Decode, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ UNEVEN = [4 * i + (0, 1, 3, 1)[i % 4] for i in range(40)]
 @pytest.fixture
 def decode(make_policy: MakePolicy) -> Callable[..., DecodedFrames]:
     def call(path: Path, **changes: Any) -> DecodedFrames:
-        options = {k: changes.pop(k) for k in ("use_decord", "max_bytes") if k in changes}
+        options = {k: changes.pop(k) for k in ("decoder", "max_bytes") if k in changes}
         return decode_clip(path, key="k", policy=make_policy(**changes), **options)
 
     return call
@@ -59,30 +59,28 @@ CODECS = [
 
 
 @pytest.mark.parametrize(("name", "codec", "options", "decoder"), CODECS)
-@pytest.mark.parametrize("use_decord", [True, False])
+@pytest.mark.parametrize("choice", ["auto", "pyav"])
 def test_every_codec_gives_the_numbered_frames(
-    videos: Any, decode: Any, name: str, codec: str, options: dict, decoder: str, use_decord: bool
+    videos: Any, decode: Any, name: str, codec: str, options: dict, decoder: str, choice: str
 ) -> None:
     path = videos.folder / name
     if not path.exists():
         videos.write(name, codec=codec, options=options)
-    decoded = decode(path, use_decord=use_decord)
-    assert decoded.decoder == (decoder if use_decord else "pyav")
+    decoded = decode(path, decoder=choice)
+    assert decoded.decoder == (decoder if choice == "auto" else "pyav")
     _check_numbers(videos, decoded, [i / 25 for i in range(40)])
 
 
-@pytest.mark.parametrize("use_decord", [True, False])
-def test_variable_frame_rate_keeps_its_true_times(
-    videos: Any, decode: Any, use_decord: bool
-) -> None:
+@pytest.mark.parametrize("choice", ["auto", "pyav"])
+def test_variable_frame_rate_keeps_its_true_times(videos: Any, decode: Any, choice: str) -> None:
     path = videos.write("uneven.mkv", ticks=UNEVEN)
-    decoded = decode(path, use_decord=use_decord)
+    decoded = decode(path, decoder=choice)
     _check_numbers(videos, decoded, [tick / 100 for tick in UNEVEN])
 
 
 def test_decoders_agree_to_the_bit(videos: Any, decode: Any) -> None:
     path = videos.write("agree.mp4", options=OPEN_GOP)
-    fast, plain = decode(path), decode(path, use_decord=False)
+    fast, plain = decode(path), decode(path, decoder="pyav")
     assert (fast.decoder, plain.decoder) == ("decord", "pyav")
     assert fast.windows == plain.windows
     assert all(np.array_equal(fast.frames[i], plain.frames[i]) for i in fast.frames)
@@ -144,14 +142,14 @@ def test_damaged_packet_costs_its_frame_only(videos: Any, decode: Any) -> None:
         assert window.timestamps_s == pytest.approx(true_times_s)
 
 
-@pytest.mark.parametrize("use_decord", [True, False])
+@pytest.mark.parametrize("choice", ["auto", "pyav"])
 @pytest.mark.parametrize(
     ("matrix", "quarters"),
     [((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)],
     ids=["90", "180", "270"],
 )
 def test_rotation_is_applied(
-    videos: Any, decode: Any, matrix: tuple, quarters: int, use_decord: bool
+    videos: Any, decode: Any, matrix: tuple, quarters: int, choice: str
 ) -> None:
     path = videos.write(f"rotated{quarters}.mp4", options={"g": "12"}, tall=64)
     plain = decode(path)
@@ -159,8 +157,8 @@ def test_rotation_is_applied(
     a, b, c, d = (value << 16 for value in matrix)
     struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    turned = decode(path, use_decord=use_decord)
-    assert turned.decoder == ("decord" if use_decord else "pyav")
+    turned = decode(path, decoder=choice)
+    assert turned.decoder == ("decord" if choice == "auto" else "pyav")
     for index, rgb in plain.frames.items():
         clockwise = np.rot90(rgb, -quarters)
         if index in turned.frames:

@@ -35,7 +35,7 @@ from deltatok.extract.sampling import WindowDraw
 from deltatok.extract.unusable import UnusableClip
 
 def decode(request, starting):
-    key, again = request["key"], not request["use_decord"]
+    key, again = request["key"], request["decoder"] == "pyav"
     with open(Path(request["path"]).parent / "pids", "a") as file:
         file.write(f"{os.getpid()}\\n")
     starting("pyav" if again else "decord")

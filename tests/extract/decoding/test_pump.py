@@ -50,7 +50,7 @@ def busy(clock: SimpleNamespace) -> Iterator[tuple[Pump, Any]]:
     )
     pump, child = Pump(["unused"], limits), _IdleChild()
     worker = pump_module._Worker(child, clock.now_s + TIMEOUT_S, ready=True)  # type: ignore[arg-type]
-    worker.job = Job(0, {"key": "clip", "use_decord": True})
+    worker.job = Job(0, {"key": "clip", "decoder": "auto"})
     pump._workers.append(worker)
     yield pump, child
     pump.exchange.close(RuntimeError("the test is over"))

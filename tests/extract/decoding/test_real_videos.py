@@ -58,7 +58,7 @@ WITHOUT_DECORD = """
 import sys
 from deltatok.extract import child
 def decode(request, starting):
-    return child.decode_request(request | {"use_decord": False}, starting)
+    return child.decode_request(request | {"decoder": "pyav"}, starting)
 sys.exit(child.main(sys.argv[1:], decode=decode))
 """
 
