@@ -32,14 +32,14 @@ class BadFrames(ValueError):
 def share_frames(frames: Sequence[UInt8]) -> int | None:
     """The descriptor of a sealed memory file with the arrays one after the other.
 
-    frames: contiguous, not empty together. None where the system has no such files; OSError where
-    memory is short.
+    frames: contiguous, not empty together. None where the system has no such files, or none of
+    that size for this process (a sandbox, a limit on the size of files).
     """
     if not hasattr(os, "memfd_create"):
         return None
     try:
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except PermissionError:  # some sandboxes refuse the call
+    except OSError:
         return None
     try:
         for frame in frames:
@@ -47,9 +47,9 @@ def share_frames(frames: Sequence[UInt8]) -> int | None:
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _seals())
-    except BaseException:
+    except OSError:
         os.close(descriptor)
-        raise
+        return None
     return descriptor
 
 
