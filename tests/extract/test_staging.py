@@ -20,7 +20,7 @@ def _clip(key: str, num_windows: int, *, crop: int = 12) -> DecodedClip:
     rng = np.random.default_rng(num_windows)
     draw = WindowDraw((0, 1), (0.0, 0.04), (1, 2, crop, 13), True)
     frames = rng.integers(0, 256, (num_windows, 2, 20, 24, 3), dtype=np.uint8)
-    return DecodedClip(key, "pyav", [DecodedWindow(window, draw) for window in frames])
+    return DecodedClip(key, "pyav", [DecodedWindow(window, [0, 1], draw) for window in frames])
 
 
 CLIPS: list[DecodedClip | Quarantined] = [
