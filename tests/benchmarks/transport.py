@@ -6,7 +6,9 @@ A process that decodes nothing sends a clip of random frames again and again, th
 own code: in sealed memory files, and through the socket as on systems without them. The pool's
 side copies every clip once, as cropping does. A copy within this process is timed beside them.
 
-JSON: shared_bytes_per_s, socket_bytes_per_s, copy_bytes_per_s, shared_over_socket, clip_bytes.
+JSON: shared_bytes_per_s, socket_bytes_per_s, copy_bytes_per_s, shared_over_socket (medians over
+the clips), clip_bytes; and what counts where many processes share one pool: CPU seconds that a GB
+costs this process, its copy included: shared_cpu_s_per_gb, socket_cpu_s_per_gb.
 """
 
 import argparse
@@ -69,10 +71,12 @@ def main() -> None:
         space[...] = source
     copied = arguments.clips * space.nbytes / (time.perf_counter() - start_s)
     result = {
-        "shared_bytes_per_s": rates["shared"],
-        "socket_bytes_per_s": rates["socket"],
+        "shared_bytes_per_s": rates["shared"][0],
+        "socket_bytes_per_s": rates["socket"][0],
         "copy_bytes_per_s": copied,
-        "shared_over_socket": rates["shared"] / rates["socket"],
+        "shared_over_socket": rates["shared"][0] / rates["socket"][0],
+        "shared_cpu_s_per_gb": rates["shared"][1],
+        "socket_cpu_s_per_gb": rates["socket"][1],
         "clip_bytes": space.nbytes,
     }
     text = json.dumps(result, indent=1)
@@ -80,19 +84,22 @@ def main() -> None:
     print(text)
 
 
-def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> float:
-    """Bytes/s from the second clip on; every clip is copied to `space`."""
+def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple[float, float]:
+    """Bytes/s (median) and CPU seconds a GB of this process, from the second clip on; every clip
+    is copied to `space`."""
     policy = SamplingPolicy.from_config(ExtractConfig(videos=("unused",), out="unused"))
     clips = [Clip(str(number), Path("unused"), 1) for number in range(num_clips + 1)]
     with DecodePool(policy, num_workers=1, timeout_s=60, child_command=command) as pool:
         decoded = pool.decode(clips)
         next(decoded)
-        start_s = time.perf_counter()
+        times_s, cpu_s = [time.perf_counter()], time.process_time()
         for clip in decoded:
             if not isinstance(clip, DecodedClip):
                 raise SystemExit(f"the decoding process failed: {clip.reason}")
             space[...] = clip.windows[0].frames
-        return num_clips * space.nbytes / (time.perf_counter() - start_s)
+            times_s.append(time.perf_counter())
+        cpu_s_per_gb = (time.process_time() - cpu_s) / (num_clips * space.nbytes / 1e9)
+        return space.nbytes / float(np.median(np.diff(times_s))), cpu_s_per_gb
 
 
 if __name__ == "__main__":
