@@ -132,8 +132,7 @@ class Backbone:
 
     def normalise(self, frames: Tensor) -> Tensor:
         """float32 (B, 3, H, W): uint8 frames * (1/255), minus mean, over standard deviation."""
-        mean = torch.tensor(self.image_mean, device=frames.device)[:, None, None]
-        std = torch.tensor(self.image_std, device=frames.device)[:, None, None]
+        mean, std = (constant.to(frames.device) for constant in self._mean_and_std)
         return frames.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
 
     def black_tokens(self, frame_size: int) -> Tensor:
@@ -153,6 +152,12 @@ class Backbone:
             if hasattr(self.config, field)
         }
         return {"config": config, "weights_sha256": self._weights_sha256}
+
+    @cached_property
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Taken to the device once: a GPU would have to be waited for at every batch."""
+        mean, std = (torch.tensor(v, device=self.device) for v in (self.image_mean, self.image_std))
+        return mean[:, None, None], std[:, None, None]
 
     @cached_property
     def _weights_sha256(self) -> str:

@@ -81,7 +81,7 @@ def fit_channel_scale(
         _MeanSquares(),
         num_frames=config.num_frames,
         frame_size=config.frame_size,
-        batch_frames=config.batch_frames,
+        batch_frames=config.frames_per_batch(backbone.device.type),
     )
     keys: list[str] = []
     refused: list[Quarantined] = []

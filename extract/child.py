@@ -1,4 +1,4 @@
-"""A decoding process: takes clips from a pipe, gives windows and pixels back.
+"""A decoding process: takes clips from a pipe, gives windows and pixels back through a socket.
 
 Started by `pool.py` as `python -m deltatok.extract.child REQUEST_FD RESPONSE_FD PARENT_PID`. It
 imports no torch, so that it starts in a fraction of a second. It dies with its parent, and it
@@ -9,6 +9,7 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from .clips import source_from_json
 from .decoders import DecodedFrames, DecoderName, decode_clip
 from .sampling import SamplingPolicy
 from .unusable import UnusableClip
-from .wire import Message, MessageReader, send, windows_message
+from .wire import Message, MessageReader, send, send_frames, windows_message
 
 PR_SET_PDEATHSIG = 1
 """Linux: the signal a process gets when its parent dies."""
@@ -50,23 +51,26 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a decoder that crashes leaves no core file
     _die_with(parent_pid)
+    response = socket.socket(fileno=response_fd)
     send(response_fd, {"event": "ready"})
     reader = MessageReader(request_fd, max_payload_bytes=0)
     while (request := _next_request(reader)) is not None:
-        _answer(request.header, response_fd, decode)
+        _answer(request.header, response, decode)
     return 0
 
 
-def _answer(request: dict[str, Any], response_fd: int, decode: Decode) -> None:
+def _answer(request: dict[str, Any], response: socket.socket, decode: Decode) -> None:
     def starting(decoder: DecoderName) -> None:
-        send(response_fd, {"event": "decoding", "decoder": decoder})
+        send(response.fileno(), {"event": "decoding", "decoder": decoder})
 
     try:
         decoded = decode(request, starting)
         header, frames = windows_message(decoded.decoder, decoded.windows, decoded.frames)
     except UnusableClip as error:
-        header, frames = {"event": "unusable", "stage": error.stage, "reason": str(error)}, []
-    send(response_fd, header, frames)
+        reason = {"event": "unusable", "stage": error.stage, "reason": str(error)}
+        send(response.fileno(), reason)
+        return
+    send_frames(response, header, frames)
 
 
 def _next_request(reader: MessageReader) -> Message | None:

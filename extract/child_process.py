@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ from .wire import Message, MessageReader, WireError, send
 OUTPUT_BYTES = 4096
 """How much of the end of what a child prints is kept, to say why it died."""
 
-PIPE_BYTES = 2**20
-"""Wanted capacity of the pixel pipe: fewer switches between child and pool. Linux allows it to
-every user; where it does not, the pipe stays as it is."""
+SOCKET_BYTES = 2**20
+"""Wanted capacity of the socket: fewer switches between child and pool where pixels go through it.
+Where the system does not allow as much, it is less."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """A decoding process multiplies no matrices: it needs none of the thread pools of numpy."""
@@ -30,20 +31,25 @@ class ChildFailed(Exception):
 
 
 class ChildProcess:
-    """A child and its three pipes: requests in, messages out, and what it prints."""
+    """A child and what leads to it: a pipe for requests, a socket for its messages, and a pipe for
+    what it prints."""
 
     def __init__(self, command: Sequence[str], *, max_payload_bytes: int) -> None:
         request_read, self.request_fd = os.pipe()
-        self.response_fd, response_write = os.pipe()
+        self._response, response_write = socket.socketpair()
+        self.response_fd = self._response.fileno()
         self.output_fd, output_write = os.pipe()
+        for end in (self._response, response_write):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        self._reader = MessageReader(self._response, max_payload_bytes=max_payload_bytes)
         try:
-            words = [str(request_read), str(response_write), str(os.getpid())]
+            words = [str(request_read), str(response_write.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
                 [*command, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=output_write,
                 stderr=output_write,
-                pass_fds=(request_read, response_write),
+                pass_fds=(request_read, response_write.fileno()),
                 env=os.environ | ONE_THREAD,
                 process_group=0,  # Ctrl-C is for the parent
             )
@@ -51,12 +57,11 @@ class ChildProcess:
             self._close_pipes()
             raise
         finally:
-            for descriptor in (request_read, response_write, output_write):
+            response_write.close()
+            for descriptor in (request_read, output_write):
                 os.close(descriptor)
         for descriptor in (self.request_fd, self.response_fd, self.output_fd):
             os.set_blocking(descriptor, False)
-        _widen(self.response_fd)
-        self._reader = MessageReader(self.response_fd, max_payload_bytes=max_payload_bytes)
         self._printed = b""
         self.decoder = "decoder"
         """Which decoder it last said it was starting."""
@@ -141,7 +146,9 @@ class ChildProcess:
         return f" ({spoken[-1][:200]})" if spoken else ""
 
     def _close_pipes(self) -> None:
-        for descriptor in (self.request_fd, self.response_fd, self.output_fd):
+        self._reader.close()
+        self._response.close()
+        for descriptor in (self.request_fd, self.output_fd):
             os.close(descriptor)
 
 
@@ -150,12 +157,3 @@ def _signal_name(number: int) -> str:
         return f" ({signal.Signals(number).name})"
     except ValueError:
         return ""
-
-
-def _widen(descriptor: int) -> None:
-    try:
-        import fcntl
-
-        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    except (ImportError, AttributeError, OSError):
-        return

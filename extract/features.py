@@ -6,6 +6,9 @@ a shard's bytes depend on its own clips only, whenever and after whichever kill 
 Called by making.py.
 """
 
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,12 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .writer import ShardWriter
+
+MAX_ON_THE_WAY = 2
+"""Batches whose rows are being copied from the device while the next one is begun."""
+
+Rows = Callable[[], NDArray[Any]]
+"""Gives the rows of a shard, once, from any thread; waits for them."""
 
 
 class WindowFeatures:
@@ -38,8 +47,8 @@ class WindowFeatures:
         shape = (batch_windows, num_frames, 3, frame_size, frame_size)
         self._batch = torch.zeros(shape, dtype=torch.uint8, device=backbone.device)
         self._filled = 0
-        self._on_the_way: _OnTheWay | None = None
-        self._arrived: list[NDArray[Any]] = []
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._parts: deque[Future[NDArray[Any]]] = deque()
 
     def add(self, pixels: Tensor) -> None:
         """Takes the next window of the shard, uint8 (T, 3, S, S) on the backbone's device."""
@@ -50,39 +59,38 @@ class WindowFeatures:
 
     def finish(self) -> NDArray[Any]:
         """The rows (W, ...) of all windows since the last call, in the order they were added."""
-        nothing_yet = self._on_the_way is None and not self._arrived
-        if self._filled or nothing_yet:  # without any windows: empty rows of the right shape
-            self._run()
-        self._collect()
-        parts, self._arrived = self._arrived[::-1], []
-        rows = np.empty((sum(map(len, parts)), *parts[-1].shape[1:]), dtype=parts[-1].dtype)
-        start = 0
-        while parts:  # each part is let go of once it is copied: a shard is a gigabyte
-            part = parts.pop()
-            rows[start : start + len(part)] = part
-            start += len(part)
-        return rows
+        return self.finish_later()()
 
-    def discard(self) -> None:
-        """Forgets the windows since the last `finish`."""
-        self._filled, self._on_the_way, self._arrived = 0, None, []
+    def finish_later(self) -> Rows:
+        """As `finish`, without waiting for the device: the next shard can be begun meanwhile."""
+        if self._filled or not self._parts:  # without any windows: empty rows of the right shape
+            self._run()
+        parts, self._parts = self._parts, deque()
+        return lambda: _join(parts)
 
     @torch.inference_mode()
     def _run(self) -> None:
-        """Starts the batch; the rows of the one before are fetched meanwhile."""
+        """Starts the batch; the rows of those before are fetched meanwhile, only so many."""
         self._batch[self._filled :] = 0
         tokens = self._backbone.tokens(self._batch.flatten(0, 1))
         windows = tokens.reshape(len(self._batch), self._num_frames, *tokens.shape[1:])
         rows = self._writer.convert(windows)[: self._filled]
         self._filled = 0
-        before, self._on_the_way = self._on_the_way, _OnTheWay(rows)
-        if before is not None:
-            self._arrived.append(before.fetch())
+        self._parts.append(self._fetcher.submit(_OnTheWay(rows).fetch))
+        if len(self._parts) > MAX_ON_THE_WAY:
+            self._parts[-1 - MAX_ON_THE_WAY].result()
 
-    def _collect(self) -> None:
-        if self._on_the_way is not None:
-            self._arrived.append(self._on_the_way.fetch())
-            self._on_the_way = None
+
+def _join(parts: deque[Future[NDArray[Any]]]) -> NDArray[Any]:
+    first = parts[0].result()
+    rows = np.empty((sum(len(part.result()) for part in parts), *first.shape[1:]), first.dtype)
+    start = 0
+    del first
+    while parts:  # each part is let go of once it is copied: a shard is a gigabyte
+        part = parts.popleft().result()
+        rows[start : start + len(part)] = part
+        start += len(part)
+    return rows
 
 
 class _OnTheWay:
@@ -90,6 +98,7 @@ class _OnTheWay:
     has the next batch to work on meanwhile."""
 
     def __init__(self, rows: Tensor) -> None:
+        # From a GPU this goes to pinned memory, which torch keeps for the next copy of that size.
         self._rows = rows.to("cpu", non_blocking=True)
         self._copied: torch.cuda.Event | None = None
         if rows.device.type == "cuda":

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from .progress import Progress, StageClock
 from .sampling import SamplingPolicy
 from .shard_rows import ShardMaker
 from .sink import ShardSink, check_room, disk_errors
+from .staging import PixelStage
 from .stop import StopRequest
 from .tally import Tally
 from .work import SharedWork, TakenShard
@@ -88,21 +90,28 @@ class Production:
             means.writer,
             self._out,
             min_free_bytes=config.min_free_bytes,
-            when_done=self._when_done,
+            when_done=partial(self._when_done, progress),
         )
+        batch_frames = config.frames_per_batch(backbone.device.type)
         features = WindowFeatures(
             backbone,
             means.writer,
             num_frames=config.num_frames,
             frame_size=config.frame_size,
-            batch_frames=config.batch_frames,
+            batch_frames=batch_frames,
         )
-        with progress, sink, pool:
+        on_cpu = backbone.device.type == "cpu"
+        stage = PixelStage(
+            frame_size=config.frame_size,
+            device=backbone.device,
+            num_ahead=0 if on_cpu else max(1, batch_frames // config.num_frames),
+        )
+        with progress, sink, pool, stage:
             while True:
                 first = self._take()
                 self._see_others(progress)
                 if first is not None:
-                    self._make_free(first, pool, sink, features, progress)
+                    self._make_free(first, pool, stage, sink, features, progress)
                     continue
                 with self._means.clock.at("write"):
                     sink.finish()
@@ -114,6 +123,7 @@ class Production:
         self,
         first: TakenShard,
         pool: DecodePool,
+        stage: PixelStage,
         sink: ShardSink,
         features: WindowFeatures,
         progress: Progress,
@@ -133,13 +143,11 @@ class Production:
                 if newest is not None:
                     taken.append(newest)
 
-        decoded = pool.decode(clips())
+        staged = stage.clips(pool.decode(clips()))
         maker = ShardMaker(
-            backbone=means.backbone,
             features=features,
-            frame_size=config.frame_size,
             num_frames=config.num_frames,
-            decoded=decoded,
+            clips=staged,
             stop=means.stop,
             clock=self._means.clock,
             progress=progress,
@@ -159,11 +167,12 @@ class Production:
                     sink.put(shard, rows)
                 self._see_others(progress)
         except torch.OutOfMemoryError as error:
+            batch_frames = config.frames_per_batch(means.backbone.device.type)
             raise DeltatokError(
-                f"the backbone ran out of memory with batches of {config.batch_frames} frames "
+                f"the backbone ran out of memory with batches of {batch_frames} frames "
                 f"of {config.frame_size} pixels: lower batch_frames and run again"
             ) from error
-        assert next(decoded, None) is None
+        assert next(staged, None) is None
 
     def _take(self) -> TakenShard | None:
         with disk_errors(self._out):
@@ -177,13 +186,14 @@ class Production:
                 self._tally.add(record)
                 progress.add_elsewhere(len(record.keys) + len(record.quarantined))
 
-    def _when_done(self, taken: TakenShard, record: DoneRecord | None) -> None:
+    def _when_done(self, progress: Progress, taken: TakenShard, record: DoneRecord | None) -> None:
         self._work.give_back(taken, done=record is not None)
         if record is None:
             _LOGGER.warning("shard %06d: another process took it over", taken.shard)
             return
         self.num_done += 1
         self._tally.add(record)
+        progress.add_written(sum(file["bytes"] for file in record.files.values()))
         with disk_errors(self._out):
             append_timing(
                 self._out,

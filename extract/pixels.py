@@ -2,7 +2,7 @@
 
 Crops and flips happen here, on pixels: the mirrored features of an image are not the features of
 the mirrored image. The order is the paper's: crop, bilinear resize on uint8, flip. Integers only,
-so that the device changes nothing. Called by run.py.
+so that the device changes nothing. Called by staging.py.
 """
 
 import numpy as np
@@ -29,10 +29,11 @@ def window_pixels(
             f"crop of rows {top}-{bottom} and columns {left}-{right} leaves the frame of "
             f"{frames.shape[1]}x{frames.shape[2]} pixels: it was drawn for other frames"
         )
-    # A copy: decoded frames lie in a read-only buffer, and only the crop should travel.
-    cropped = torch.from_numpy(np.array(frames[:, top:bottom, left:right]))
-    if device.type == "cuda":  # only from pinned memory does a copy not wait for the backbone
-        cropped = cropped.pin_memory()
+    # A copy: decoded frames lie in a read-only buffer, and only the crop should travel. Only from
+    # pinned memory does it travel without waiting for the backbone; torch keeps that for reuse.
+    shape = (len(frames), height, width, 3)
+    cropped = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    cropped.numpy()[...] = frames[:, top:bottom, left:right]
     planes = cropped.to(device, non_blocking=True).permute(0, 3, 1, 2)
     pixels = resize_bilinear(planes, (frame_size, frame_size))
     return pixels.flip(-1) if draw.flipped else pixels

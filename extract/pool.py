@@ -34,10 +34,20 @@ CHILD_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.child")
 class DecodedWindow:
     """One window before its crop and flip are made."""
 
-    frames: NDArray[np.uint8]
-    """uint8 (T, H, W, 3) RGB: the full frames as they are shown. Windows of one clip may share
-    memory: do not write to it."""
+    clip_frames: NDArray[np.uint8]
+    """uint8 (F, H, W, 3) RGB, read-only: every frame that some window of the clip uses."""
+    rows: list[int]
+    """The rows of `clip_frames` that make the window, T of them."""
     draw: WindowDraw
+
+    @property
+    def frames(self) -> NDArray[np.uint8]:
+        """uint8 (T, H, W, 3) RGB: the full frames as they are shown, not to be written to. A copy
+        unless the rows follow one another."""
+        first = self.rows[0]
+        if self.rows == list(range(first, first + len(self.rows))):
+            return self.clip_frames[first : first + len(self.rows)]
+        return self.clip_frames[self.rows]
 
 
 @dataclass(frozen=True)
@@ -172,13 +182,5 @@ def default_num_workers() -> int:
 def _result(key: str, delivery: Result) -> DecodedClip | Quarantined:
     if isinstance(delivery, Quarantined):
         return delivery
-    windows = [DecodedWindow(_rows(delivery.frames, rows), draw) for draw, rows in delivery.windows]
+    windows = [DecodedWindow(delivery.frames, rows, draw) for draw, rows in delivery.windows]
     return DecodedClip(key=key, decoder=delivery.decoder, windows=windows)
-
-
-def _rows(frames: NDArray[np.uint8], rows: list[int]) -> NDArray[np.uint8]:
-    """`frames[rows]`, without a copy where the rows follow one another."""
-    first = rows[0]
-    if rows == list(range(first, first + len(rows))):
-        return frames[first : first + len(rows)]
-    return frames[rows]

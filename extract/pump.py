@@ -1,4 +1,4 @@
-"""The thread behind `DecodePool`: hands clips to decoding processes, moves pixels, keeps time.
+"""The thread behind `DecodePool`: hands clips to decoding processes, takes results, keeps time.
 
 It waits for nobody in particular: all pipes are non-blocking under one selector, and a process
 that is late, dead or talks nonsense is killed and replaced. It never blames a process for its own

@@ -4,7 +4,7 @@ Called by making.py for one shard after the other.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 
 from ..shards.plan import PlanEntry
 from ..shards.records import Quarantined
-from .backbone import Backbone
 from .features import WindowFeatures
-from .pixels import window_pixels
-from .pool import DecodedClip
 from .progress import Progress, StageClock
 from .sampling import WindowDraw
+from .staging import StagedClip
 from .stop import StopRequest
 from .writer import ShardRows
 
@@ -29,25 +27,25 @@ _LOGGER = logging.getLogger(__name__)
 class ShardMaker:
     """What the shards of a run have in common."""
 
-    backbone: Backbone
     features: WindowFeatures
-    frame_size: int
     num_frames: int
-    decoded: Iterator[DecodedClip | Quarantined]
+    clips: Iterator[StagedClip | Quarantined]
     """The clips of all shards to make, in order."""
     stop: StopRequest
     clock: StageClock
     progress: Progress
 
-    def make(self, entries: Sequence[PlanEntry]) -> ShardRows:
-        """The rows of the shard with these clips, the next ones of `decoded`.
+    def make(self, entries: Sequence[PlanEntry]) -> Callable[[], ShardRows]:
+        """The rows of the shard with these clips, the next ones of `clips`.
 
+        They are to be asked for once, by the thread that writes them: it waits for the device then,
+        and this one can go on to the next shard.
         Raises Stopped when a stop is asked for: the shard is abandoned, nothing of it is stored.
         """
         windows = _Windows()
         for entry in entries:
             with self.clock.at("decode"), self.stop.at_once():
-                clip = next(self.decoded)
+                clip = next(self.clips)
             if isinstance(clip, Quarantined):
                 assert clip.clip == entry.key
                 _LOGGER.warning("quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason)
@@ -58,22 +56,17 @@ class ShardMaker:
                 windows.add(clip)
                 self._run(clip)
         with self.clock.at("backbone"):
-            values = self.features.finish()
-        return windows.to_rows(values, num_frames=self.num_frames)
+            values = self.features.finish_later()
+        return lambda: windows.to_rows(values(), num_frames=self.num_frames)
 
-    def _run(self, clip: DecodedClip) -> None:
-        for window in clip.windows:
+    def _run(self, clip: StagedClip) -> None:
+        while clip.pixels:
             self.stop.check()
             with self.clock.at("pixels"):
-                pixels = window_pixels(
-                    window.frames,
-                    window.draw,
-                    frame_size=self.frame_size,
-                    device=self.backbone.device,
-                )
+                pixels = clip.pixels.popleft()()  # and its decoded frames are let go of
             with self.clock.at("backbone"):
                 self.features.add(pixels)
-        self.progress.add_clip(num_frames=len(clip.windows) * self.num_frames)
+        self.progress.add_clip(num_frames=len(clip.draws) * self.num_frames)
 
 
 @dataclass
@@ -85,10 +78,10 @@ class _Windows:
     decoders: dict[str, str] = field(default_factory=dict)
     quarantined: list[Quarantined] = field(default_factory=list)
 
-    def add(self, clip: DecodedClip) -> None:
-        self.clips += [len(self.decoders)] * len(clip.windows)
+    def add(self, clip: StagedClip) -> None:
+        self.clips += [len(self.decoders)] * len(clip.draws)
         self.decoders[clip.key] = clip.decoder
-        self.draws += [window.draw for window in clip.windows]
+        self.draws += clip.draws
 
     def to_rows(self, values: NDArray[Any], *, num_frames: int) -> ShardRows:
         times = [draw.timestamps_s for draw in self.draws]

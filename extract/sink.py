@@ -72,9 +72,10 @@ class ShardSink:
         finally:
             self._threads.shutdown()
 
-    def put(self, taken: TakenShard, rows: ShardRows) -> None:
+    def put(self, taken: TakenShard, rows: Callable[[], ShardRows]) -> None:
         """Has the shard written; waits first while as many as there are threads are under way.
 
+        rows: asked for once, by the thread that writes them.
         Raises DeltatokError if one of these could not be written.
         """
         while len(self._waiting) >= self._num_threads:
@@ -90,7 +91,8 @@ class ShardSink:
         taken, future = self._waiting.popleft()
         self._when_done(taken, future.result())
 
-    def _write(self, taken: TakenShard, rows: ShardRows) -> DoneRecord | None:
+    def _write(self, taken: TakenShard, make_rows: Callable[[], ShardRows]) -> DoneRecord | None:
+        rows = make_rows()
         if not taken.lease.is_held():
             return None
         try:

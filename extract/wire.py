@@ -5,15 +5,19 @@
     +--------+---------------------+--------------+-----------------------+
                                     header["payload_bytes"] says how many
 
-Requests (pool to child) have no payload. A child answers `ready` once, then for every request any
-number of `decoding` messages (which decoder has started) and one `windows` or `unusable`. The
-payload of `windows` is uint8 (frames, height, width, 3). A child is not trusted: whatever is not
-exactly this is a WireError, and the child is replaced.
+Requests (pool to child, a pipe) have no payload. A child answers (a socket) `ready` once, then for
+every request any number of `decoding` messages (which decoder has started) and one `windows` or
+`unusable`. The payload of `windows` is uint8 (frames, height, width, 3). Where the system can, it
+does not follow the header: the header says "shared": true, and the descriptor of a memory file
+(`shared_frames.py`) travels along with the message. A child is not trusted: whatever is not exactly
+this is a WireError, and the child is replaced.
 """
 
+import array
 import json
 import os
 import select
+import socket
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .sampling import WindowDraw
+from .shared_frames import BadFrames, map_frames, share_frames
 
 UInt8 = NDArray[np.uint8]
 
@@ -52,12 +57,19 @@ class Message:
 
 
 class MessageReader:
-    """Takes messages off a file descriptor piece by piece; never reads past a message's end."""
+    """Takes messages off a pipe or socket piece by piece; never reads past a message's end."""
 
-    def __init__(self, descriptor: int, *, max_payload_bytes: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, source: int | socket.socket, *, max_payload_bytes: int) -> None:
+        """source: the descriptor of a pipe; only a socket can bring shared payloads."""
+        self._source = source
         self._max_payload_bytes = max_payload_bytes
+        self._received: list[int] = []
         self._start()
+
+    def close(self) -> None:
+        """Closes what has come with an unfinished message; not the source itself."""
+        while self._received:
+            os.close(self._received.pop())
 
     def read(self) -> Message | None:
         """Reads once; gives a message if that completed it.
@@ -68,7 +80,7 @@ class MessageReader:
             BlockingIOError: nothing to read now (non-blocking descriptors only).
         """
         wanted = self._buffer[self._filled : self._filled + READ_BYTES]
-        count = os.readv(self._descriptor, [wanted.data])
+        count = self._read_into(wanted.data)
         if count == 0:
             raise EOFError
         self._filled += count
@@ -79,7 +91,18 @@ class MessageReader:
                 return message
         return None
 
+    def _read_into(self, wanted: memoryview) -> int:
+        if isinstance(self._source, int):
+            return os.readv(self._source, [wanted])
+        space = socket.CMSG_SPACE(array.array("i").itemsize)  # the kernel drops what is more
+        count, extras, _, _ = self._source.recvmsg_into([wanted], space)
+        for level, kind, data in extras:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._received += array.array("i", data)
+        return count
+
     def _start(self) -> None:
+        self.close()
         self._part = "prefix"
         self._header: dict[str, Any] = {}
         self._expect(PREFIX_BYTES)
@@ -103,10 +126,40 @@ class MessageReader:
             size = self._header["payload_bytes"]
             if size > self._max_payload_bytes:
                 raise WireError(f"announced {size} bytes, more than {self._max_payload_bytes}")
+            if self._header.get("shared") is True:
+                return Message(self._header, self._map(size))
             self._part = "payload"
             self._expect(size)
             return None
         return Message(self._header, data)
+
+    def _map(self, size: int) -> UInt8:
+        if size == 0 or not self._received:
+            raise WireError("announced shared frames and shares none")
+        if len(self._received) > 1:
+            raise WireError("shares more than one file of frames")
+        try:
+            return map_frames(self._received[0], size)
+        except BadFrames as error:
+            raise WireError(str(error)) from error
+
+
+def send_frames(channel: socket.socket, header: dict[str, Any], frames: list[UInt8]) -> None:
+    """Writes one message with a payload, shared where the system can; blocks like `send`.
+
+    frames: the payload, contiguous uint8 arrays.
+    """
+    descriptor = share_frames(frames)
+    if descriptor is None:
+        send(channel.fileno(), header, frames)
+        return
+    size = sum(frame.nbytes for frame in frames)
+    data = _encode(header | {"shared": True, "payload_bytes": size})
+    try:
+        sent = socket.send_fds(channel, [data], [descriptor])
+    finally:
+        os.close(descriptor)
+    _write_all(channel.fileno(), data[sent:])
 
 
 def send(descriptor: int, header: dict[str, Any], frames: list[UInt8] | None = None) -> None:
@@ -117,10 +170,14 @@ def send(descriptor: int, header: dict[str, Any], frames: list[UInt8] | None = N
     """
     frames = frames or []
     size = sum(frame.nbytes for frame in frames)
-    text = json.dumps(header | {"payload_bytes": size}).encode()
-    _write_all(descriptor, MAGIC + len(text).to_bytes(4, "little") + text)
+    _write_all(descriptor, _encode(header | {"payload_bytes": size}))
     for frame in frames:
         _write_all(descriptor, frame.data.cast("B"))
+
+
+def _encode(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header).encode()
+    return MAGIC + len(text).to_bytes(4, "little") + text
 
 
 def windows_message(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..extract.devices import choose_device
 from ..extract.run import ExtractionSummary, run_extraction
 from ..extract.writer import ShardRows
 from ..shards.cache import CacheInfo
@@ -59,14 +60,12 @@ class DeltaShardWriter:
     def from_config(cls, config: VideosConfig) -> "DeltaShardWriter":
         """With the tokenizer of `config`, still on the CPU."""
         folder = config.tokenizer or ""
-        on_cuda = config.device.startswith("cuda") or (
-            config.device == "auto" and torch.cuda.is_available()
-        )
-        device = torch.device("cuda" if on_cuda else "cpu")
         return cls(
             DeltaTok.from_pretrained(folder),
             folder,
-            autocast_dtype=precision_name(config.tokenizer_autocast or "auto", device),
+            autocast_dtype=precision_name(
+                config.tokenizer_autocast or "auto", choose_device(config.device)
+            ),
             seed=config.seed,
         )
 

@@ -110,7 +110,8 @@ def make_extraction_plan(
     by_key = {clip.key: clip for clip in clips}
     # The plan's order is a seeded shuffle of the clips.
     decode = probe_clips(config, [by_key[e.key] for e in entries[:num_probe_clips]], backbone)
-    batch_windows = max(1, config.batch_frames // config.num_frames)
+    batch_frames = config.frames_per_batch(backbone.device.type)
+    batch_windows = max(1, batch_frames // config.num_frames)
     black = backbone.black_tokens(config.frame_size)
     forward = probe_forward(
         backbone,

@@ -88,7 +88,8 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
 
     Raises TooManyQuarantined if none of them gives a window.
     """
-    batch_windows = max(1, config.batch_frames // config.num_frames)
+    batch_frames = config.frames_per_batch(backbone.device.type)
+    batch_windows = max(1, batch_frames // config.num_frames)
     windows: dict[str, int] = {}
     quarantined: list[Quarantined] = []
     draws: list[WindowDraw] = []

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=BACKBONES, default="vit-b", help="size [vit-b]")
     parser.add_argument("--frame-size", type=int, default=256, help="pixels a side [256]")
     parser.add_argument("--windows", type=int, default=4, help="windows a clip [4]")
-    parser.add_argument("--batch-frames", type=int, default=64, help="frames in a batch [64]")
+    parser.add_argument("--batch-frames", type=int, help="frames in a batch [32 on a CPU]")
     parser.add_argument("--workers", type=int, help="decoding processes [one a core]")
     parser.add_argument("--limit", type=int, help="only the first so many clips [all]")
     parser.add_argument(
@@ -97,7 +97,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "frame_size": config.frame_size,
         "forward_tflop_per_s": forward * _flop_per_frame(backbone, config.frame_size) / 1e12,
         "backbone": arguments.backbone,
-        "batch_frames": config.batch_frames,
+        "batch_frames": config.frames_per_batch(backbone.device.type),
         "workers": config.workers,
         "clips": summary.clips,
         "quarantined": summary.quarantined,
@@ -112,7 +112,8 @@ def _forward(backbone: Backbone, config: ExtractConfig, *, min_s: float) -> floa
     side = config.frame_size
     shape = (config.num_frames, 3, side, side)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8).to(backbone.device)
-    batch_windows = max(1, config.batch_frames // config.num_frames)
+    batch_frames = config.frames_per_batch(backbone.device.type)
+    batch_windows = max(1, batch_frames // config.num_frames)
     probe = probe_forward(
         backbone,
         torch.Tensor.half,

@@ -13,6 +13,7 @@ from deltatok.shards.errors import UsageError
         ({"videos": ()}, "videos: none given"),
         ({"out": ""}, "out: empty"),
         ({"num_frames": 0}, "num_frames: got 0, wanted 1 or more"),
+        ({"batch_frames": 0}, "batch_frames: got 0, wanted 1 or more"),
         ({"workers": 0}, "workers: got 0, wanted 1 or more"),
         ({"decode_timeout_s": 0.0}, "decode_timeout_s: got 0.0, wanted > 0"),
         ({"decode_timeout_s": float("nan")}, "decode_timeout_s: got nan"),
@@ -57,3 +58,14 @@ def test_uniform_identity_knows_the_rate_and_no_crop() -> None:
         "seed": 0,
         "fps": 5.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("batch_frames", "device_type", "wanted"),
+    [(None, "cpu", 32), (None, "cuda", 64), (7, "cpu", 7)],
+)
+def test_batch_suits_the_device_unless_it_is_given(
+    batch_frames: int | None, device_type: str, wanted: int
+) -> None:
+    config = ExtractConfig(videos=("clips",), out="cache", batch_frames=batch_frames)
+    assert config.frames_per_batch(device_type) == wanted

@@ -4,16 +4,18 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from deltatok.extract import tally
+from deltatok.extract import making, tally
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.resize import resize_bilinear
 from deltatok.extract.run import ExtractionSummary, clips_per_shard, run_extraction
+from deltatok.extract.staging import PixelStage
 from deltatok.shards import (
     PatchShards,
     TooManyQuarantined,
@@ -140,6 +142,32 @@ def test_uniform_sampling_takes_whole_frames_at_a_fixed_rate(
     assert np.array_equal(np.unique(patches.crop, axis=0), [[0, 0, 48, 80]])
     order = np.lexsort((patches.frame_index(range(10))[:, 0], patches.clip_index))
     assert np.array_equal(patches.frame_index(order[:2]), [[0, 5, 10], [15, 20, 25]])
+
+
+def test_pixels_made_ahead_change_no_byte(
+    finished: Path,
+    make_config: Callable[..., ExtractConfig],
+    backbone: Backbone,
+    digests: Callable[[Path], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: a thread makes them, five windows ahead, across the ends of shards."""
+
+    def make_stage(**options: Any) -> PixelStage:
+        return PixelStage(**(options | {"num_ahead": 5}))
+
+    monkeypatch.setattr(making, "PixelStage", make_stage)
+    config = make_config()
+    run_extraction(config, backbone=backbone)
+    assert digests(Path(config.out)) == digests(finished)
+
+
+def test_batch_size_is_no_part_of_the_identity(
+    finished: Path, make_config: Callable[..., ExtractConfig], backbone: Backbone
+) -> None:
+    config = make_config(batch_frames=None)
+    run_extraction(config, backbone=backbone)
+    assert read_cache_info(config.out).fingerprint == read_cache_info(finished).fingerprint
 
 
 def test_bfloat16_is_stored_rounded(

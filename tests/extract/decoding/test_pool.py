@@ -26,7 +26,7 @@ from deltatok.shards.records import Quarantined
 TIMEOUT_S = 2.0
 
 CHILD = """
-import os, signal, sys
+import ctypes, os, signal, socket, sys
 import numpy as np
 from pathlib import Path
 from deltatok.extract import child
@@ -41,7 +41,7 @@ def decode(request, starting):
     starting("pyav" if again else "decord")
     if "hang" in key and ("always" in key or not again):
         while True:
-            pass
+            ctypes.PyDLL(None).pause()  # native code that keeps the GIL
     if "segfault" in key:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "exit" in key:
@@ -54,6 +54,17 @@ def decode(request, starting):
     if "huge" in key:
         text = b'{"event": "windows", "payload_bytes": 1000000000000}'
         os.write(int(sys.argv[2]), b"DTOK" + len(text).to_bytes(4, "little") + text)
+    if "unsealed" in key:
+        text = b'{"event": "windows", "shared": true, "payload_bytes": 1000000}'
+        file = os.memfd_create("test")
+        os.truncate(file, 1000000)
+        message = b"DTOK" + len(text).to_bytes(4, "little") + text
+        with socket.socket(fileno=os.dup(int(sys.argv[2]))) as channel:
+            socket.send_fds(channel, [message], [file])
+        os.truncate(file, 0)
+        signal.pause()
+    if "pipe" in key:
+        del os.memfd_create
     if "talk" in key:
         for _ in range(2000):
             print("x" * 1000)
@@ -136,8 +147,17 @@ def test_results_come_in_the_order_of_the_clips(run: Run) -> None:
     assert _names(results) == keys
 
 
-def test_windows_and_pixels_arrive(run: Run) -> None:
-    (clip,) = run("clip")
+@pytest.mark.parametrize(
+    "key",
+    [
+        "clip",
+        pytest.param(
+            "pipe", marks=pytest.mark.skipif(sys.platform != "linux", reason="the only way there")
+        ),
+    ],
+)
+def test_windows_and_pixels_arrive(run: Run, key: str) -> None:
+    (clip,) = run(key)
     assert isinstance(clip, DecodedClip)
     first, second = clip.windows
     assert first.frames.shape == (2, 64, 64, 3)
@@ -162,6 +182,8 @@ BAD = [
     ("garbage", r"decord sent something that is no message; second try: PyAV sent something .*"),
     ("huge", r"decord announced 1000000000000 bytes, more than \d+; second try: .*"),
 ]
+if sys.platform == "linux":
+    BAD += [("unsealed", r"decord sent frames that it can still change; second try: .*")]
 
 
 @pytest.mark.parametrize(("key", "reason"), BAD)
@@ -216,6 +238,13 @@ def test_process_is_replaced_after_its_share_of_clips(
 ) -> None:
     run(*"abcdef", num_workers=1, max_clips_per_child=2)
     assert len(set(pids())) == 3
+
+
+def test_frames_outlive_the_process_they_came_from(run: Run, pids: Callable[[], list[int]]) -> None:
+    (clip,) = run("clip", max_clips_per_child=1)
+    _check_gone(pids())
+    assert isinstance(clip, DecodedClip)
+    assert [int(frame.max()) for frame in clip.windows[0].frames] == [0, 1]
 
 
 def test_only_so_many_clips_are_read_ahead(

@@ -1,0 +1,106 @@
+"""How fast decoded frames get from a decoding process to the pool: shared memory against a socket.
+
+    python tests/benchmarks/transport.py --json FILE
+
+A process that decodes nothing sends a clip of random frames again and again, through the pool's
+own code: in sealed memory files, and through the socket as on systems without them. The pool's
+side copies every clip once, as cropping does. A copy within this process is timed beside them.
+
+JSON: shared_bytes_per_s, socket_bytes_per_s, copy_bytes_per_s, shared_over_socket (medians over
+the clips), clip_bytes; and what counts where many processes share one pool: CPU seconds that a GB
+costs this process, its copy included: shared_cpu_s_per_gb, socket_cpu_s_per_gb.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltatok.extract.clips import Clip
+from deltatok.extract.config import ExtractConfig
+from deltatok.extract.pool import DecodedClip, DecodePool
+from deltatok.extract.sampling import SamplingPolicy
+
+CHILD = """
+import os, sys
+import numpy as np
+from deltatok.extract import child
+from deltatok.extract.decoders import DecodedFrames
+from deltatok.extract.sampling import WindowDraw
+
+num_frames, height, width, shared = map(int, sys.argv[1:5])
+if not shared:
+    del os.memfd_create
+pixels = np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), np.uint8)
+frames = dict(enumerate(pixels))
+draw = WindowDraw(tuple(frames), tuple(map(float, frames)), (0, 0, height, width), False)
+
+def decode(request, starting):
+    return DecodedFrames("pyav", [draw], frames)
+
+sys.exit(child.main(sys.argv[5:], decode=decode))
+"""
+
+
+def main() -> None:
+    """Runs the benchmark; prints the result and writes it to --json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    parser.add_argument("--clips", type=int, default=20, help="clips each way [20]")
+    parser.add_argument("--frames", type=int, default=32, help="frames in a clip [32]")
+    parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), help="[720 1280]")
+    arguments = parser.parse_args()
+    size = (arguments.frames, *arguments.size)
+    space = np.zeros((*size, 3), np.uint8)
+    with TemporaryDirectory() as folder:
+        script = Path(folder) / "child.py"
+        script.write_text(CHILD)
+        words = [sys.executable, "-P", str(script), *map(str, size)]
+        rates = {
+            name: _rate([*words, str(shared)], arguments.clips, space)
+            for name, shared in (("shared", 1), ("socket", 0))
+        }
+    source = np.ones_like(space)
+    start_s = time.perf_counter()
+    for _ in range(arguments.clips):
+        space[...] = source
+    copied = arguments.clips * space.nbytes / (time.perf_counter() - start_s)
+    result = {
+        "shared_bytes_per_s": rates["shared"][0],
+        "socket_bytes_per_s": rates["socket"][0],
+        "copy_bytes_per_s": copied,
+        "shared_over_socket": rates["shared"][0] / rates["socket"][0],
+        "shared_cpu_s_per_gb": rates["shared"][1],
+        "socket_cpu_s_per_gb": rates["socket"][1],
+        "clip_bytes": space.nbytes,
+    }
+    text = json.dumps(result, indent=1)
+    arguments.json.write_text(f"{text}\n")
+    print(text)
+
+
+def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple[float, float]:
+    """Bytes/s (median) and CPU seconds a GB of this process, from the second clip on; every clip
+    is copied to `space`."""
+    policy = SamplingPolicy.from_config(ExtractConfig(videos=("unused",), out="unused"))
+    clips = [Clip(str(number), Path("unused"), 1) for number in range(num_clips + 1)]
+    with DecodePool(policy, num_workers=1, timeout_s=60, child_command=command) as pool:
+        decoded = pool.decode(clips)
+        next(decoded)
+        times_s, cpu_s = [time.perf_counter()], time.process_time()
+        for clip in decoded:
+            if not isinstance(clip, DecodedClip):
+                raise SystemExit(f"the decoding process failed: {clip.reason}")
+            space[...] = clip.windows[0].frames
+            times_s.append(time.perf_counter())
+        cpu_s_per_gb = (time.process_time() - cpu_s) / (num_clips * space.nbytes / 1e9)
+        return space.nbytes / float(np.median(np.diff(times_s))), cpu_s_per_gb
+
+
+if __name__ == "__main__":
+    main()
