@@ -7,16 +7,17 @@ after the final LayerNorm, without the class token and the register tokens. Call
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..shards.errors import UsageError
+from ..shards.errors import DeltatokError, UsageError
 from .backbone_files import find_folder, load_frozen_model, read_preprocessor
 
 Autocast = Literal["float32", "bfloat16"]
@@ -57,14 +58,21 @@ class Backbone:
     image_std: tuple[float, float, float]
     device: torch.device
     autocast: Autocast
+    compile: bool = False
 
     @classmethod
     def load(
-        cls, name: str, *, device: str | torch.device = "cpu", autocast: Autocast = "float32"
+        cls,
+        name: str,
+        *,
+        device: str | torch.device = "cpu",
+        autocast: Autocast = "float32",
+        compile: bool = False,
     ) -> "Backbone":
         """The backbone of a local folder or a hub id, float32 weights, frozen, on `device`.
 
         autocast: precision of the products; `bfloat16` keeps norms and softmax in float32.
+        compile: batches go through torch.compile, once for every shape; equal but for rounding.
         No network for a local folder. Raises UsageError if it cannot be had or is of another kind.
         """
         folder = find_folder(name)
@@ -79,6 +87,7 @@ class Backbone:
             image_std=image_std,
             device=place,
             autocast=autocast,
+            compile=compile,
         )
 
     @property
@@ -120,7 +129,7 @@ class Backbone:
                 )
             if self.autocast == "bfloat16":
                 precision.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-            hidden: Tensor = self.model(pixel_values=pixels).last_hidden_state
+            hidden = self._hidden(pixels)
         num_special = 1 + self.num_register_tokens
         if hidden.shape[1:] != (num_special + num_patches, self.hidden_size):
             raise UsageError(
@@ -129,6 +138,22 @@ class Backbone:
                 f"{self.hidden_size}: use a DINOv3 ViT"
             )
         return hidden[:, num_special:].float()
+
+    def _hidden(self, pixels: Tensor) -> Tensor:
+        if not self.compile or len(pixels) == 1:  # the black frame is not worth a compilation
+            return cast(Tensor, self.model(pixel_values=pixels).last_hidden_state)
+        try:
+            return cast(Tensor, self._compiled(pixel_values=pixels).last_hidden_state)
+        except RuntimeError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise DeltatokError(
+                f"compile: the compiled backbone failed ({' '.join(lines[:2])}): "
+                "leave --compile out, or install a C++ compiler (CPU) or Triton (GPU)"
+            ) from error
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return torch.compile(self.model, dynamic=False)
 
     def normalise(self, frames: Tensor) -> Tensor:
         """float32 (B, 3, H, W): uint8 frames * (1/255), minus mean, over standard deviation."""

@@ -85,6 +85,9 @@ class ExtractConfig:
     """Where the backbone runs: auto, cpu, cuda or cuda:N."""
     autocast: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the backbone; auto: bfloat16 on cuda, float32 on the CPU."""
+    compile: bool = False
+    """Compile the backbone (torch.compile): pays on GPUs after a minute or so. Tokens change by
+    rounding, so keep to one setting within a cache."""
     frames_per_shard: int = 512
     """Frames in a shard, about: a shard holds whole clips."""
     batch_frames: int | None = None

@@ -19,7 +19,7 @@ def load_backbone(config: ExtractConfig) -> Backbone:
     device = choose_device(config.device)
     default: Autocast = "bfloat16" if device.type == "cuda" else "float32"
     autocast = default if config.autocast == "auto" else config.autocast
-    return Backbone.load(config.backbone, device=device, autocast=autocast)
+    return Backbone.load(config.backbone, device=device, autocast=autocast, compile=config.compile)
 
 
 def choose_device(name: str) -> torch.device:

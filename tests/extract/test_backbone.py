@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load, save_file
 
 from deltatok.extract.backbone import Backbone
-from deltatok.shards.errors import UsageError
+from deltatok.shards.errors import DeltatokError, UsageError
 
 
 @pytest.fixture
@@ -44,6 +44,30 @@ def test_bfloat16_stays_near_float32(backbone: Backbone, folder: Path) -> None:
     exact, rounded = backbone.tokens(frames), low.tokens(frames)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a CPU takes a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_compiled_equals_plain_but_for_rounding(backbone: Backbone, folder: Path) -> None:
+    compiled = Backbone.load(str(folder), compile=True)
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    plain = backbone.tokens(frames)
+    assert (compiled.tokens(frames) - plain).abs().max() <= 1e-4 * plain.abs().max()
+    assert compiled.identity() == backbone.identity()
+    assert torch.equal(compiled.black_tokens(64), backbone.black_tokens(64))
+
+
+def test_a_compiler_that_fails_says_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: fail)
+    compiled = Backbone.load(str(folder), compile=True)
+    with pytest.raises(DeltatokError, match=r"no compiler found.*leave --compile out"):
+        compiled.tokens(torch.zeros((2, 3, 64, 64), dtype=torch.uint8))
 
 
 def test_identity_is_the_same_under_the_hub_s_tensor_names(
