@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Backbone
-from .writer import ShardWriter
+from .writer import Converter
 
 
 class WindowFeatures:
@@ -23,7 +23,7 @@ class WindowFeatures:
     def __init__(
         self,
         backbone: Backbone,
-        writer: ShardWriter,
+        writer: Converter,
         *,
         num_frames: int,
         frame_size: int,
