@@ -1,8 +1,9 @@
 """The writer of a patch-token extraction; for int8, the channel scales it writes with.
 
 The scales are fitted once, before the cache.json that names their hash: one window of each of up to
-SAMPLE_CLIPS clips goes through the backbone, in an order decided by the seed and the keys alone. A
-run that is resumed, or that joins others, takes the scales that are there. Called by run.py.
+SAMPLE_CLIPS clips goes through the backbone, in an order decided by the seed and the keys alone.
+channel_scale.npy is created exclusively, and what stands there is used: a run that is resumed, that
+joins others or that began with them, on whatever device, has the same scales. Called by run.py.
 """
 
 import hashlib
@@ -15,11 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.cache import CHANNEL_SCALE, PATCHES, CacheInfo, read_cache_info
-from ..shards.errors import DeltatokError, TooManyQuarantined
+from ..shards.cache import CHANNEL_SCALE, PATCHES, read_cache_info
+from ..shards.errors import DeltatokError, TooManyQuarantined, UsageError
 from ..shards.files import is_partial
-from ..shards.int8 import channel_scale_of, read_channel_scale
-from ..shards.records import DoneRecord, Quarantined
+from ..shards.int8 import (
+    agree_on_channel_scale,
+    channel_scale_of,
+    read_agreed_scale,
+    read_channel_scale,
+)
+from ..shards.records import Quarantined
 from .backbone import Backbone
 from .clips import Clip
 from .config import ExtractConfig
@@ -27,7 +33,7 @@ from .features import WindowFeatures
 from .pixels import window_pixels
 from .pool import DecodePool, default_num_workers
 from .sampling import SamplingPolicy
-from .writer import PatchShardWriter, ShardRows
+from .writer import PatchShardWriter
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,22 +57,42 @@ def patch_writer(
     writer = PatchShardWriter(dtype=config.dtype, seed=config.seed, compression=config.compression)
     if config.dtype != "int8":
         return writer
-    scale = stored_channel_scale(Path(config.out))
-    if scale is None and _is_something_else(Path(config.out)):
+    out = Path(config.out)
+    scale = stored_channel_scale(out, hidden_size=backbone.hidden_size)
+    if scale is None and _is_something_else(out):
         return writer  # refused when the cache is opened, with the field that differs
     if scale is None:
-        fitted = fit_channel_scale(config, policy, backbone, clips)
-        # Another run may have begun the cache meanwhile: then its scales are the ones.
-        stored = stored_channel_scale(Path(config.out))
-        scale = fitted if stored is None else stored
+        scale = fit_channel_scale(config, policy, backbone, clips)
+        if not (out / "cache.json").is_file():
+            scale = _agree(out, scale)
+        else:  # it names the hash: others began meanwhile, or somebody deleted the scales
+            stored = stored_channel_scale(out, hidden_size=backbone.hidden_size)
+            scale = scale if stored is None else stored
     return replace(writer, channel_scale=scale)
 
 
-def stored_channel_scale(folder: Path) -> NDArray[np.float32] | None:
-    """The scales of the int8 cache in `folder`, float32 (D,); None where there are none yet."""
-    if not (folder / CHANNEL_SCALE).is_file() or not (folder / "cache.json").is_file():
+def stored_channel_scale(folder: Path, *, hidden_size: int) -> NDArray[np.float32] | None:
+    """The scales of the int8 cache in `folder`, or of one about to be begun there, float32 (D,);
+    None where there are none yet."""
+    if not (folder / CHANNEL_SCALE).is_file():
         return None
+    if not (folder / "cache.json").is_file():
+        return (
+            None
+            if _is_something_else(folder)
+            else read_agreed_scale(folder, hidden_size=hidden_size)
+        )
     return read_channel_scale(folder, read_cache_info(folder, format=PATCHES))
+
+
+def _agree(out: Path, fitted: NDArray[np.float32]) -> NDArray[np.float32]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return agree_on_channel_scale(out, fitted)
+    except OSError as error:
+        raise UsageError(
+            f"{out}: cannot be written ({error.strerror or error}): give another folder"
+        ) from error
 
 
 def fit_channel_scale(
@@ -120,25 +146,18 @@ def fit_channel_scale(
 
 
 class _MeanSquares:
-    """A writer that keeps of every window the mean square of each channel, float64 (D,)."""
+    """Keeps of every window the mean square of each channel, float64 (D,)."""
 
     def convert(self, tokens: Tensor) -> Tensor:
         return tokens.double().square().mean(dim=(1, 2))
-
-    def describe(self, patches: CacheInfo) -> CacheInfo:
-        raise NotImplementedError("writes no cache")
-
-    def begin(self, folder: Path, black_tokens: Tensor) -> None:
-        raise NotImplementedError("writes no cache")
-
-    def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
-        raise NotImplementedError("writes no cache")
 
 
 def _is_something_else(folder: Path) -> bool:
     """Whether `folder` holds a cache of another dtype, or something that is no cache."""
     if not (folder / "cache.json").is_file():
-        return folder.is_dir() and any(not is_partial(child) for child in folder.iterdir())
+        return folder.is_dir() and any(
+            not is_partial(child) and child.name != CHANNEL_SCALE for child in folder.iterdir()
+        )
     storage = read_cache_info(folder, format=PATCHES).identity.get("storage")
     return not isinstance(storage, dict) or storage.get("dtype") != "int8"
 

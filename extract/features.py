@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Backbone
-from .writer import ShardWriter
+from .writer import Converter
 
 MAX_ON_THE_WAY = 2
 """Batches whose rows are being copied from the device while the next one is begun."""
@@ -32,7 +32,7 @@ class WindowFeatures:
     def __init__(
         self,
         backbone: Backbone,
-        writer: ShardWriter,
+        writer: Converter,
         *,
         num_frames: int,
         frame_size: int,

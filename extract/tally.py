@@ -11,7 +11,13 @@ from pathlib import Path
 
 from ..shards.errors import DamagedShard, TooManyQuarantined
 from ..shards.plan import PlanEntry
-from ..shards.records import DoneRecord, done_shards, read_done, write_quarantine
+from ..shards.records import (
+    DoneRecord,
+    Quarantined,
+    done_shards,
+    read_done,
+    write_quarantine,
+)
 
 EARLY_STOP_CLIPS = 100
 """With this many clips in quarantine, and more than allowed whatever follows, a run stops before
@@ -19,7 +25,7 @@ its end: something is wrong with all of them. With fewer it finishes, so that th
 small set are all there (a guess)."""
 
 _REWRITE_SHARE = 20
-"""quarantine.jsonl is rebuilt from all done-records, so at most 1/20 of the time goes to that."""
+"""quarantine.jsonl is written whole, so at most 1/20 of the time goes to that."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,11 @@ class ShardTally:
 
     windows: int
     size_bytes: int
-    quarantined: int
+    in_quarantine: tuple[Quarantined, ...]
+
+    @property
+    def quarantined(self) -> int:
+        return len(self.in_quarantine)
 
 
 @dataclass
@@ -60,7 +70,7 @@ class Tally:
         self.shards[record.shard] = ShardTally(
             windows=record.rows,
             size_bytes=sum(int(entry["bytes"]) for entry in record.files.values()),
-            quarantined=len(record.quarantined),
+            in_quarantine=tuple(record.quarantined),
         )
 
     @property
@@ -86,10 +96,15 @@ class Tally:
         }
 
     def list_quarantined(self, *, now: bool) -> None:
-        """Rebuilds quarantine.jsonl; without `now` not if that was done a moment ago."""
+        """Writes quarantine.jsonl anew; without `now` not if that was done a moment ago.
+
+        From the shards counted here, so that no done-record is read again: with `now`, at the end
+        of a run, the tally has just been read from all of them.
+        """
         start_s = time.monotonic()
         if now or start_s >= self._next_rewrite_s:
-            write_quarantine(self.folder)
+            entries = [e for shard in self.shards.values() for e in shard.in_quarantine]
+            write_quarantine(self.folder, entries)
             end_s = time.monotonic()
             self._next_rewrite_s = end_s + _REWRITE_SHARE * (end_s - start_s)
 

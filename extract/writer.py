@@ -47,8 +47,20 @@ class ShardRows:
     """The shard's clips that have none, in plan order."""
 
 
-class ShardWriter(Protocol):
-    """What becomes of the patch tokens. Methods are called in the order they stand here."""
+class Converter(Protocol):
+    """What is kept of the patch tokens of a window."""
+
+    def convert(self, tokens: Tensor) -> Tensor:
+        """What to keep of a batch of windows, (B, ...), on the device the tokens are on.
+
+        tokens: float32 (B, T, N, D); B is the same in every call, and the last windows of a
+        shard's last batch may be padding that is dropped afterwards. Rows must not mix.
+        """
+
+
+class ShardWriter(Converter, Protocol):
+    """What becomes of the patch tokens: `describe` is called, `begin`, then `convert` and `write`
+    for every shard."""
 
     def describe(self, patches: CacheInfo) -> CacheInfo:
         """The cache.json of the cache to write.
@@ -60,13 +72,6 @@ class ShardWriter(Protocol):
         """Called once, before the first shard that this run makes.
 
         black_tokens: float32 (N, D) on the backbone's device, a black frame's patch tokens.
-        """
-
-    def convert(self, tokens: Tensor) -> Tensor:
-        """What to keep of a batch of windows, (B, ...), on the device the tokens are on.
-
-        tokens: float32 (B, T, N, D); B is the same in every call, and the last windows of a
-        shard's last batch may be padding that is dropped afterwards. Rows must not mix.
         """
 
     def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:

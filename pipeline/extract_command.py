@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..shards.errors import UsageError
 from .command import Parser, add_config_flags, config_from_arguments, run_command
@@ -104,22 +104,28 @@ def _run_videos(words: list[str]) -> None:
     print(f"{kind} shards: {config.out}")
 
 
-def _add_plan_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("plan")
-    group.add_argument(
-        "--plan",
-        action="store_true",
-        help="say what it would take and exit: bytes, files, hours, memory; writes nothing to OUT",
-    )
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
-    group.add_argument(
-        "--probe-clips", type=int, metavar="N", help="clips to decode and time for the plan [8]"
-    )
+def _add_plan_flags(parser: Parser, *, hidden: bool = False) -> None:
+    """hidden: they are understood, so that they can be refused by name, and not in the help."""
+    flags: dict[str, tuple[str, dict[str, Any]]] = {
+        "--plan": (
+            "say what it would take and exit: bytes, files, hours, memory; writes nothing to OUT",
+            {"action": "store_true"},
+        ),
+        "--json": ("write the plan there, too", {"type": Path, "metavar": "FILE"}),
+        "--probe-clips": (
+            "clips to decode and time for the plan [8]; up to 1000 are looked at",
+            {"type": int, "metavar": "N"},
+        ),
+    }
+    group = parser.add_argument_group(None if hidden else "plan")
+    for flag, (summary, options) in flags.items():
+        group.add_argument(flag, help=argparse.SUPPRESS if hidden else summary, **options)
 
 
 def _print_plan(config: "VideosConfig", arguments: argparse.Namespace) -> None:
     from ..shards.files import write_json
-    from .plan import DEFAULT_PROBE_CLIPS, as_json, make_extraction_plan
+    from .plan import DEFAULT_PROBE_CLIPS, make_extraction_plan
+    from .plan_result import as_json
     from .plan_text import plan_text
 
     count = DEFAULT_PROBE_CLIPS if arguments.probe_clips is None else arguments.probe_clips
@@ -140,7 +146,15 @@ def _run_tokenize(words: list[str]) -> None:
 
     summary = "Encode patch-token shards with a tokenizer and write delta-token shards."
     parser = _parser(summary, TokenizeConfig)
-    config = config_from_arguments(TokenizeConfig, parser.parse_args(words))
+    _add_plan_flags(parser, hidden=True)
+    arguments = parser.parse_args(words)
+    if arguments.plan or arguments.json is not None or arguments.probe_clips is not None:
+        raise UsageError(
+            "--plan, --json and --probe-clips with --patches: wanted --videos, what is planned is "
+            "an extraction; `--videos ... --tokenizer DIR --plan` says what delta tokens take, or "
+            "leave them out"
+        )
+    config = config_from_arguments(TokenizeConfig, arguments)
     from ..train.tokenize import write_deltas
     from .uniform_draws import UniformDraws
 

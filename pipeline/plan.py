@@ -5,8 +5,8 @@ shards that the real writers write elsewhere. Nothing is written into the output
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..extract.backbone import Backbone
+from ..extract.calibration import SAMPLE_CLIPS
 from ..extract.clips import Clip
 from ..extract.describe import describe_patches
 from ..extract.devices import load_backbone
@@ -25,9 +26,10 @@ from ..extract.sampling import SamplingPolicy
 from ..extract.sources_select import clips_of
 from ..shards.cache import CacheInfo
 from ..shards.errors import UsageError
-from ..shards.plan import PlanEntry, clips_by_shard, make_plan
+from ..shards.plan import make_plan
 from .fused import DeltaShardWriter
 from .plan_bytes import CacheSize, ShardPlan, Sizes
+from .plan_clips import MAX_COUNTED, ClipSample, sample_clips, with_probed
 from .plan_probe import (
     DecodeProbe,
     DiskProbe,
@@ -36,65 +38,26 @@ from .plan_probe import (
     probe_disk,
     probe_forward,
 )
+from .plan_result import CacheCost, ExtractionPlan
 from .videos_config import VideosConfig
 
 DEFAULT_PROBE_CLIPS = 8
 WAITING_BYTES = 2 * 2**30
 """Decoded clips that the decoding pool keeps ahead, at most (extract/pool.py)."""
+ZSTD_WINDOWS = 16
+"""Windows whose compressed size is measured, at most."""
 SHARD_COPIES = 3
 """A shard is in memory as it is made, as the one before is encoded, and as its encoded bytes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheCost:
-    """One kind of cache: float16, int8 or deltas."""
-
-    size: CacheSize
-    busy_gb_per_s: float
-    """GB/s that have to be written to keep the device busy."""
-    break_even_epochs: int | None
-    """Passes over the windows from which on storing them takes less time than to decode and
-    compute them in every pass (the tokenizer only where one is given); None: never, the disk is
-    slower than computing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractionPlan:
-    """All that `--plan` says. Seconds and hours are estimates for this machine."""
-
-    out: str
-    kind: str
-    """Which of `caches` the settings ask for: float16, bfloat16, int8 or deltas."""
-    clips: int
-    source_bytes: int
-    probed: int
-    quarantined: dict[str, str]
-    """Probed clip that would go to quarantine -> why."""
-    windows: int
-    """Expected; exact if all clips were probed or, with sampling windows, none fails."""
-    frames: int
-    shards: int
-    device: str
-    frame_size: int
-    caches: dict[str, CacheCost]
-    forward: ForwardProbe
-    """Backbone (and tokenizer, if one is given) on frames in memory."""
-    disk: DiskProbe
-    workers: int
-    """Decoding processes."""
-    device_hours: float
-    decode_core_hours: float
-    clock_hours: float
-    """All stages overlapped, on this machine."""
-    slowest_stage: str
-    host_peak_bytes: int
-    """Main process and decoding processes together, at most."""
-
-
 def make_extraction_plan(
-    config: VideosConfig, *, num_probe_clips: int = DEFAULT_PROBE_CLIPS
+    config: VideosConfig,
+    *,
+    num_probe_clips: int = DEFAULT_PROBE_CLIPS,
+    max_counted: int = MAX_COUNTED,
 ) -> ExtractionPlan:
-    """Probes `num_probe_clips` clips, chosen by the seed, and works out the rest.
+    """Counts up to `max_counted` clips, times `num_probe_clips`, chosen by the seed, and works
+    out the rest.
 
     Raises UsageError as an extraction would, and TooManyQuarantined if no probed clip is of use.
     """
@@ -109,9 +72,11 @@ def make_extraction_plan(
     disk = probe_disk(Path(config.out))
     by_key = {clip.key: clip for clip in clips}
     # The plan's order is a seeded shuffle of the clips.
-    decode = probe_clips(config, [by_key[e.key] for e in entries[:num_probe_clips]], backbone)
-    batch_frames = config.frames_per_batch(backbone.device.type)
-    batch_windows = max(1, batch_frames // config.num_frames)
+    shuffled = [by_key[entry.key] for entry in entries]
+    sample = sample_clips(config, shuffled, max_counted=max_counted)
+    decode = probe_clips(config, shuffled[:num_probe_clips], backbone)
+    sample = with_probed(sample, decode.windows, decode.quarantined)
+    batch_windows = max(1, config.frames_per_batch(backbone.device.type) // config.num_frames)
     black = backbone.black_tokens(config.frame_size)
     forward = probe_forward(
         backbone,
@@ -121,13 +86,17 @@ def make_extraction_plan(
     )
     sizes = Sizes(
         info=patches,
-        tokens=_two_windows(backbone, decode.pixels),
+        tokens=_some_windows(backbone, decode.pixels, compression=config.compression),
         black=black.numpy(),
         draws=decode.draws,
         plan=entries,
-        shards=_shards(entries, decode),
+        shards=sample.shards(entries),
+        compression=config.compression,
+        quarantine_bytes=sample.quarantine_bytes(),
     )
-    probes = _Probes(device=backbone.device, decode=decode, forward=forward, disk=disk)
+    probes = _Probes(
+        device=backbone.device, sample=sample, decode=decode, forward=forward, disk=disk
+    )
     return _worked_out(config, clips, probes, sizes)
 
 
@@ -136,6 +105,7 @@ class _Probes:
     """All that was measured."""
 
     device: torch.device
+    sample: ClipSample
     decode: DecodeProbe
     forward: ForwardProbe
     disk: DiskProbe
@@ -144,14 +114,16 @@ class _Probes:
 def _worked_out(
     config: VideosConfig, clips: Sequence[Clip], probes: _Probes, sizes: Sizes
 ) -> ExtractionPlan:
-    decode, forward, disk = probes.decode, probes.forward, probes.disk
+    sample, decode, forward, disk = probes.sample, probes.decode, probes.forward, probes.disk
     windows = round(sum(shard.num_windows for shard in sizes.shards))
     frames = windows * config.num_frames
     caches = sizes.of_patches() | {"deltas": sizes.of_deltas()}
     kind = "deltas" if config.tokenizer else config.dtype
     chosen = caches["float16" if kind == "bfloat16" else kind]
     workers = config.workers or default_num_workers()
-    device_s = frames / forward.frames_per_s
+    batch_windows = max(1, config.frames_per_batch(probes.device.type) // config.num_frames)
+    frames_made = _frames_in_batches(sizes.shards, batch_windows, config.num_frames)
+    device_s = frames_made / forward.frames_per_s
     decode_s = len(clips) * decode.core_s_per_clip
     stages = _stage_seconds(
         probes.device,
@@ -162,15 +134,23 @@ def _worked_out(
         workers=workers,
     )
     slowest = max(stages, key=lambda stage: stages[stage])
+    # The scales of int8 are fitted before the first shard, on a window each of some clips.
+    fitted = min(SAMPLE_CLIPS, len(clips)) if config.dtype == "int8" else 0
+    fit_device_s = fitted * config.num_frames / forward.frames_per_s
+    fit_s = max(fit_device_s, fitted * decode.core_s_per_clip / workers)
     recompute_s = max(device_s, decode_s / workers)
     return ExtractionPlan(
         out=config.out,
         kind=kind,
         clips=len(clips),
         source_bytes=sum(clip.size_bytes for clip in clips),
+        counted=len(sample.windows),
         probed=len(decode.windows),
-        quarantined={entry.clip: entry.reason for entry in decode.quarantined},
+        quarantined={entry.clip: entry.reason for entry in sample.quarantined.values()},
+        quarantined_share=sample.share_quarantined,
+        quarantined_share_error=sample.share_error,
         windows=windows,
+        windows_error=sample.windows_error,
         frames=frames,
         shards=len(sizes.shards),
         device=_device_name(probes.device),
@@ -192,7 +172,7 @@ def _worked_out(
         workers=workers,
         device_hours=device_s / 3600,
         decode_core_hours=decode_s / 3600,
-        clock_hours=stages[slowest] / 3600,
+        clock_hours=(stages[slowest] + fit_s) / 3600,
         slowest_stage=slowest,
         host_peak_bytes=_host_bytes(config, probes, chosen, workers=workers),
     )
@@ -228,22 +208,10 @@ def _break_even(*, once_s: float, stored_s: float, recompute_s: float) -> int | 
     return math.floor(once_s / (recompute_s - stored_s)) + 1
 
 
-def _shards(entries: Sequence[PlanEntry], decode: DecodeProbe) -> list[ShardPlan]:
-    """The shards to be: probed clips as they were, all others as these on average."""
-    share = sum(count > 0 for count in decode.windows.values()) / len(decode.windows)
-    expected = sum(decode.windows.values()) / len(decode.windows)
-    shards = []
-    for part in clips_by_shard(entries).values():
-        unknown = [entry.key for entry in part if entry.key not in decode.windows]
-        known = {entry.key: decode.windows.get(entry.key, 0) for entry in part}
-        keys = [key for key, count in known.items() if count]
-        shards.append(
-            ShardPlan(
-                keys=keys + unknown[: max(1, round(share * len(unknown)))] if unknown else keys,
-                num_windows=sum(known.values()) + expected * len(unknown),
-            )
-        )
-    return shards
+def _frames_in_batches(shards: Sequence[ShardPlan], batch_windows: int, num_frames: int) -> int:
+    """Frames that go through the backbone: the last batch of a shard is filled up."""
+    batches = sum(math.ceil(shard.num_windows / batch_windows) for shard in shards)
+    return batches * batch_windows * num_frames
 
 
 def _convert(config: VideosConfig, patches: CacheInfo, black: Tensor) -> Callable[[Tensor], Tensor]:
@@ -257,10 +225,16 @@ def _convert(config: VideosConfig, patches: CacheInfo, black: Tensor) -> Callabl
     return writer.convert
 
 
-def _two_windows(backbone: Backbone, pixels: Sequence[Tensor]) -> "np.ndarray[Any, Any]":
-    """float16 (2, T, N, D): the patch tokens of two probed windows, or of one twice."""
-    tokens = [backbone.tokens(window).half().cpu().numpy() for window in pixels[:2]]
-    return np.stack([tokens[0], tokens[-1]])
+def _some_windows(
+    backbone: Backbone, pixels: Sequence[Tensor], *, compression: str
+) -> "np.ndarray[Any, Any]":
+    """float16 (2 or more, T, N, D): the patch tokens of probed windows, or of one twice.
+
+    Two give all sizes that don't depend on the numbers; zstd's do, so more are tried.
+    """
+    chosen = pixels[:ZSTD_WINDOWS] if compression == "zstd" else pixels[:2]
+    tokens = [backbone.tokens(window).half().cpu().numpy() for window in chosen]
+    return np.stack(tokens if len(tokens) > 1 else tokens * 2)
 
 
 def _host_bytes(config: VideosConfig, probes: _Probes, size: CacheSize, *, workers: int) -> int:
@@ -280,8 +254,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({torch.get_num_threads()} threads)"
-
-
-def as_json(plan: ExtractionPlan) -> Mapping[str, Any]:
-    """The plan as plain JSON values."""
-    return asdict(plan)

@@ -1,17 +1,17 @@
 """How many bytes and files a cache will have, from little shards that the real writers write.
 
-A patch shard is F + C * clips + B * windows bytes, whatever the tokens: three little ones, in a
-temporary folder, give F, C and B. The padding of a tar is no such sum, so a delta shard is written
-as large as it will be. int8 is worked out from float16: another D bytes a token, and its scales.
-Called by plan.py.
+A patch shard is F + C * clips + B * windows bytes: three little ones of each storage type, in a
+temporary folder, give F, C and B (B with zstd: as the probed windows were compressed). The padding
+of a tar is no such sum, so a delta shard is written as large as it will be. Called by plan.py.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..extract.sampling import WindowDraw
 from ..shards.cache import DELTAS, CacheInfo, CacheShape, open_cache
 from ..shards.delta_writer import DeltaRows, write_delta_shard
+from ..shards.int8 import channel_scale_of, quantise, scale_sha256, write_channel_scale
 from ..shards.patch_writer import PatchRows, write_black, write_patch_shard
 from ..shards.plan import PlanEntry
 from ..shards.records import DoneRecord, shard_path
@@ -31,12 +32,10 @@ BLACK_ENTRY_BYTES = 120
 """What it gains with the hash of black.npy, about."""
 TOKENIZER_BYTES = 640
 """What the tokenizer's config and hash add to the cache.json of a delta cache, about."""
+OTHER_FILES = 3
+"""plan.jsonl, quarantine.jsonl and timings.jsonl."""
 MAX_KINDS = 6
 """Delta shards of so many different sizes are written; more are taken for the commonest one."""
-INDEX_BYTES = 4 + 16
-"""Of a chunk of a Zarr shard: its checksum and its place (shards/FORMAT.md)."""
-ARRAY_METADATA_BYTES = 1000
-"""zarr.json of an array in a Zarr shard, about (measured: 620 to 1,450)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,48 +67,51 @@ class Sizes:
     info: CacheInfo
     """cache.json of the float16 patch cache."""
     tokens: NDArray[np.float16]
-    """float16 (2, T, N, D): two real windows."""
+    """float16 (2 or more, T, N, D): real windows."""
     black: NDArray[np.float32]
     """float32 (N, D)"""
     draws: Sequence[WindowDraw]
     """Some windows; their frames and crops are written as text, so their digits count."""
     plan: Sequence[PlanEntry]
     shards: Sequence[ShardPlan]
+    compression: Literal["none", "zstd"] = "none"
+    """Of the patch shards."""
+    quarantine_bytes: float = 0.0
+    """Of quarantine.jsonl; the done-records hold the same once more."""
 
     def of_patches(self) -> dict[str, CacheSize]:
-        """Of the patch caches that store `float16` (bfloat16: the same) and `int8`."""
-        shape = self.info.shape
-        num_frames, num_tokens = shape.num_frames, shape.num_tokens or 0
+        """Of the patch caches that store `float16` (bfloat16: the same but for zstd) and `int8`."""
+        scale = channel_scale_of(np.square(self.tokens, dtype=np.float64).mean(axis=(0, 1, 2)))
+        int8 = {"dtype": "int8", "scale_sha256": scale_sha256(scale)}
         with TemporaryDirectory() as folder:
-            one = self._patch_shard(Path(folder, "a"), num_clips=1, num_windows=1)
-            two = self._patch_shard(Path(folder, "b"), num_clips=1, num_windows=2)
-            three = self._patch_shard(Path(folder, "c"), num_clips=2, num_windows=2)
-            beside = (Path(folder, "a", "cache.json").stat().st_size) + (
-                Path(folder, "a", "black.npy").stat().st_size
-            )
-        a_window, a_clip = two.bytes - one.bytes, three.bytes - two.bytes
+            return {
+                "float16": self._of_patches(Path(folder, "float16"), {"dtype": "float16"}, None),
+                "int8": self._of_patches(Path(folder, "int8"), int8, scale),
+            }
+
+    def _of_patches(
+        self, folder: Path, storage: dict[str, str], scale: NDArray[np.float32] | None
+    ) -> CacheSize:
+        """Of the patch cache with this `storage` in its identity; `scale`: of int8."""
+        info = replace(self.info, identity=self.info.identity | {"storage": storage})
+        open_cache(folder, info)
+        write_black(folder, self.black)
+        if scale is not None:
+            write_channel_scale(folder, scale)
+        beside = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
+        many = len(self.tokens)
+        one, full, other = (
+            self._patch_shard(folder, shard, num_clips, num_windows, scale=scale)
+            for shard, (num_clips, num_windows) in enumerate(((1, 1), (1, many), (2, many)))
+        )
+        a_window, a_clip = (full.bytes - one.bytes) / (many - 1), other.bytes - full.bytes
         a_shard = one.bytes - a_window - a_clip
-
-        def size_of(shard: ShardPlan) -> float:
-            return a_shard + a_clip * len(shard.keys) + a_window * shard.num_windows
-
-        saved = num_frames * (
-            num_tokens * shape.hidden_size - 2 * num_tokens - INDEX_BYTES
-        )  # by a window: two bytes a number become one, but every token has a float16 scale
-        scales = 4 * shape.hidden_size  # float32, in every shard and once beside them
-
-        def int8_size_of(shard: ShardPlan) -> float:
-            return (
-                size_of(shard) - saved * shard.num_windows + scales + 2 * ARRAY_METADATA_BYTES + 300
-            )  # 300: the four files more in the done-record
-
-        beside += FINISHED_BYTES + BLACK_ENTRY_BYTES
-        return {
-            "float16": self._total(size_of, beside=beside, files_a_shard=one.files, files=5),
-            "int8": self._total(
-                int8_size_of, beside=beside + scales, files_a_shard=one.files + 4, files=6
-            ),
-        }
+        return self._total(
+            lambda shard: a_shard + a_clip * len(shard.keys) + a_window * shard.num_windows,
+            beside=sum(beside) + FINISHED_BYTES + BLACK_ENTRY_BYTES,
+            files_a_shard=one.files,
+            files=len(beside) + OTHER_FILES,
+        )
 
     def of_deltas(self) -> CacheSize:
         """Of the delta-token cache."""
@@ -139,7 +141,7 @@ class Sizes:
             return sizes.get(_kind(shard), common_size * shard.num_windows / common[1])
 
         beside += FINISHED_BYTES + TOKENIZER_BYTES
-        return self._total(size_of, beside=beside, files_a_shard=1, files=4)
+        return self._total(size_of, beside=beside, files_a_shard=1, files=1 + OTHER_FILES)
 
     def _total(
         self,
@@ -155,6 +157,7 @@ class Sizes:
             len(json.dumps(asdict(entry), sort_keys=True).encode()) + 1 for entry in self.plan
         )
         total = beside + plan_bytes + TIMING_BYTES * len(self.shards) + sum(map(size_of, full))
+        total += 2 * self.quarantine_bytes
         num_frames = sum(shard.num_windows for shard in full) * self.info.shape.num_frames
         return CacheSize(
             bytes=round(total),
@@ -163,15 +166,26 @@ class Sizes:
             shards=len(full),
         )
 
-    def _patch_shard(self, folder: Path, *, num_clips: int, num_windows: int) -> "_Written":
-        open_cache(folder, self.info)
-        write_black(folder, self.black)
+    def _patch_shard(
+        self,
+        folder: Path,
+        shard: int,
+        num_clips: int,
+        num_windows: int,
+        *,
+        scale: NDArray[np.float32] | None,
+    ) -> "_Written":
         shape = (num_windows, self.info.shape.num_frames)
+        tokens: NDArray[Any] = self.tokens[:num_windows]
+        token_scale = None
+        if scale is not None:
+            tokens, token_scale = quantise(tokens.astype(np.float32), scale)
         record = write_patch_shard(
             folder,
-            0,
+            shard,
             PatchRows(
-                tokens=self.tokens[:num_windows],
+                tokens=tokens,
+                token_scale=token_scale,
                 timestamps_s=np.zeros(shape, dtype=np.float32),
                 frame_index=np.zeros(shape, dtype=np.int32),
                 crop=np.zeros((num_windows, 4), dtype=np.float32),
@@ -179,8 +193,9 @@ class Sizes:
                 clip=np.arange(num_windows, dtype=np.int32) % num_clips,
                 keys=(keys := self._usual_keys(num_clips)),
             ),
-            dtype="float16",
+            dtype="float16" if scale is None else "int8",
             seed=0,
+            compression=self.compression,
             decoders=dict.fromkeys(keys, "decord"),
         )
         return _written(folder, record)

@@ -54,7 +54,8 @@ class DecodeProbe:
     draws: list[WindowDraw]
     """All windows of the probed clips."""
     pixels: list[Tensor]
-    """The first of them, uint8 (T, 3, S, S) on the backbone's device; one batch."""
+    """Some of them, uint8 (T, 3, S, S) on the backbone's device: one batch, of as many clips as
+    there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,8 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
     windows: dict[str, int] = {}
     quarantined: list[Quarantined] = []
     draws: list[WindowDraw] = []
-    pixels: list[Tensor] = []
+    firsts: list[Tensor] = []
+    others: list[Tensor] = []
     decode_s = pixels_s = num_bytes = 0.0
     num_pixel_frames = 0
     policy = SamplingPolicy.from_config(config)
@@ -116,7 +118,7 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
             draws += [window.draw for window in result.windows]
             num_bytes += sum(window.frames.nbytes for window in result.windows)
             start_s = time.monotonic()
-            for window in result.windows:
+            for number, window in enumerate(result.windows):
                 made = window_pixels(
                     window.frames,
                     window.draw,
@@ -124,9 +126,11 @@ def probe_clips(config: ExtractConfig, clips: Sequence[Clip], backbone: Backbone
                     device=backbone.device,
                 )
                 num_pixel_frames += len(made)
-                pixels += [made] if len(pixels) < batch_windows else []
+                part = others if number else firsts
+                part += [made] if len(part) < batch_windows else []
             synchronise(backbone.device)
             pixels_s += time.monotonic() - start_s
+    pixels = (firsts + others)[:batch_windows]
     if not pixels:
         raise TooManyQuarantined(
             f"none of the {len(clips)} probed clips gives a window, first {quarantined[0].clip}: "

@@ -1,20 +1,19 @@
 """The text that `deltatok-extract --plan` prints of an ExtractionPlan."""
 
-from .plan import CacheCost, ExtractionPlan
+from .plan_result import CacheCost, ExtractionPlan
 
 UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def plan_text(plan: ExtractionPlan) -> str:
     """Some twenty lines, without a newline at the end."""
-    full = plan.quarantined and f"; {len(plan.quarantined)} of them would be quarantined"
     lines = [
         "nothing has been written yet; this is what the extraction would take",
-        f"clips      {plan.clips} ({_bytes(plan.source_bytes)} of video), {plan.probed} probed"
-        f"{full or ''}",
+        f"clips      {plan.clips} ({_bytes(plan.source_bytes)} of video), {plan.probed} timed",
+        f"quarantine {_quarantine(plan)}",
         *(f"           {clip}: {reason}" for clip, reason in list(plan.quarantined.items())[:3]),
         f"windows    {plan.windows} of {plan.frames // max(plan.windows, 1)} frames: "
-        f"{plan.frames} frames of {plan.frame_size} px in {plan.shards} shards",
+        f"{plan.frames} frames of {plan.frame_size} px in {plan.shards} shards{_error(plan)}",
         "",
         f"{'cache':<12}{'bytes':>10}{'a frame':>10}{'files':>9}{'GB/s to keep':>15}"
         f"{'storing beats':>22}",
@@ -45,6 +44,21 @@ def plan_text(plan: ExtractionPlan) -> str:
 
 def _is(plan: ExtractionPlan, name: str) -> bool:
     return name == ("float16" if plan.kind == "bfloat16" else plan.kind)
+
+
+def _quarantine(plan: ExtractionPlan) -> str:
+    found = f"({len(plan.quarantined)} of {plan.counted} looked at)"
+    if plan.counted == plan.clips:
+        return f"{100 * plan.quarantined_share:.3g} % {found}"
+    error = 200 * plan.quarantined_share_error
+    return f"about {100 * plan.quarantined_share:.3g} % {found}, give or take {error:.2g} %"
+
+
+def _error(plan: ExtractionPlan) -> str:
+    """Two standard errors of the number of windows, and so of bytes and hours."""
+    if plan.counted == plan.clips:
+        return ""
+    return f", give or take {200 * plan.windows_error / max(plan.windows, 1):.2g} %"
 
 
 def _row(name: str, cost: CacheCost, *, chosen: bool) -> str:

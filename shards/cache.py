@@ -123,7 +123,7 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            strangers = [child for child in sorted(folder.iterdir()) if not is_partial(child)]
+            strangers = [child for child in sorted(folder.iterdir()) if not _ours(child, info)]
             # cache.json comes first: what another process has just begun is no stranger.
             if strangers and not path.exists():
                 raise CacheMismatch(
@@ -175,6 +175,14 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
     finished = replace(info, counts={**counts, **totals}, files=files, complete=True)
     write_json(folder / "cache.json", _to_json(finished))
     return finished
+
+
+def _ours(child: Path, info: CacheInfo) -> bool:
+    """Whether a writer of this cache leaves it in the folder before cache.json: int8 scales are
+    agreed on first, because cache.json names their hash."""
+    storage = info.identity.get("storage")
+    int8 = isinstance(storage, dict) and storage.get("dtype") == "int8"
+    return is_partial(child) or (int8 and child.name == CHANNEL_SCALE)
 
 
 def _compared(info: CacheInfo) -> dict[str, Any]:

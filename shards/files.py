@@ -27,6 +27,9 @@ STALE_AFTER_S = 86_400.0
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links say."""
 
+REMOVE_TRIES = 100
+"""Every failed one has seen another process remove a part of the same folder (a guess)."""
+
 MAX_JSON_BYTES = 256 * 2**20
 """No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
 
@@ -149,11 +152,16 @@ def sha256_file(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a whole folder; a missing one is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=False)
-    else:
-        path.unlink(missing_ok=True)
+    """Removes a file or a whole folder; a missing one is fine, also one that others remove too."""
+    for attempt in range(REMOVE_TRIES):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # another process was quicker with some file of it
+            if attempt == REMOVE_TRIES - 1:
+                raise
 
 
 def is_partial(path: Path) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .cache import CHANNEL_SCALE, CacheInfo, read_cache_info
 from .checked import shown
 from .errors import CacheMismatch, DamagedShard, DeltatokError
-from .files import write_bytes
+from .files import create_bytes, write_bytes
 from .npy import npy_bytes, read_npy
 
 MAX_CODE = 127
@@ -97,18 +97,47 @@ def write_channel_scale(folder: Path | str, channel_scale: NDArray[np.float32]) 
     write_bytes(Path(folder) / CHANNEL_SCALE, npy_bytes(channel_scale.astype("<f4")))
 
 
+def agree_on_channel_scale(
+    folder: Path | str, channel_scale: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Writes channel_scale.npy into a folder that has no cache.json yet, unless it is there; gives
+    the scales that are. So of several processes that fitted scales at once, on devices that round
+    differently, all use those of the first."""
+    path = Path(folder) / CHANNEL_SCALE
+    create_bytes(path, npy_bytes(channel_scale.astype("<f4")))
+    return read_agreed_scale(folder, hidden_size=len(channel_scale))
+
+
+def read_agreed_scale(folder: Path | str, *, hidden_size: int) -> NDArray[np.float32]:
+    """The scales of a cache that is about to be begun, float32 (D,) (no cache.json names their hash
+    yet); DamagedShard unless they are D positive numbers."""
+    path = Path(folder) / CHANNEL_SCALE
+    scale = _read_scale(path)
+    if scale.shape != (hidden_size,) or not (np.isfinite(scale) & (scale > 0)).all():
+        raise DamagedShard(
+            f"{path}: channel scales {scale.shape}, wanted ({hidden_size},) positive ones: they "
+            "are of another backbone: delete the file"
+        )
+    return scale
+
+
 def read_channel_scale(folder: Path | str, info: CacheInfo) -> NDArray[np.float32]:
     """The scales in channel_scale.npy, float32 (D,); DamagedShard unless they are those of
     cache.json."""
     path = Path(folder) / CHANNEL_SCALE
+    scale = _read_scale(path)
+    check_channel_scale(scale, info, where=str(path))
+    return scale
+
+
+def _read_scale(path: Path) -> NDArray[np.float32]:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DamagedShard(
             f"{path}: cannot be read ({error.strerror}): extract again, it is written first"
         ) from error
-    scale = read_npy(data, dtype=np.dtype("<f4"), num_axes=1, where=str(path))
-    check_channel_scale(scale, info, where=str(path))
+    scale: NDArray[np.float32] = read_npy(data, dtype=np.dtype("<f4"), num_axes=1, where=str(path))
     return scale
 
 

@@ -159,6 +159,22 @@ def extend_plan(
     return stored + added
 
 
+def is_begun(folder: Path | str, plan: Sequence[PlanEntry]) -> bool:
+    """Whether the stored plan is the beginning of `plan`, which is longer."""
+    if not (Path(folder) / PLAN).exists():
+        return False
+    stored = read_plan(folder)
+    begun = [(entry.key, entry.size_bytes, entry.shard) for entry in plan[: len(stored)]]
+    same = begun == [(entry.key, entry.size_bytes, entry.shard) for entry in stored]
+    return same and len(stored) < len(plan)
+
+
+def continue_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> None:
+    """Adds the rest of `plan`, which `is_begun`: one process at a time."""
+    path = Path(folder) / PLAN
+    write_bytes(path, path.read_bytes() + _lines(plan[len(read_plan(folder)) :]))
+
+
 def _refuse_other_names(
     folder: Path, stored: Sequence[PlanEntry], new: Sequence[PlannedClip]
 ) -> None:

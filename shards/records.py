@@ -10,7 +10,7 @@ differs from run to run (times, worker counts) is in here: those go to timings.j
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -129,10 +129,17 @@ def read_all_done(folder: Path | str) -> list[DoneRecord]:
     return [record for record in records if record is not None]
 
 
-def write_quarantine(folder: Path | str) -> list[Quarantined]:
-    """Rebuilds quarantine.jsonl from all done-records, sorted by clip; gives its entries."""
-    entries = [entry for record in read_all_done(folder) for entry in record.quarantined]
-    entries.sort(key=lambda entry: (entry.clip, entry.stage))
+def write_quarantine(
+    folder: Path | str, entries: Iterable[Quarantined] | None = None
+) -> list[Quarantined]:
+    """Writes quarantine.jsonl, sorted by clip; gives its entries.
+
+    entries: those of the done-records, from a caller that knows them; None: they are all read,
+    which with many shards takes long.
+    """
+    if entries is None:
+        entries = (entry for record in read_all_done(folder) for entry in record.quarantined)
+    entries = sorted(entries, key=lambda entry: (entry.clip, entry.stage))
     lines = "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in entries)
     write_bytes(Path(folder) / "quarantine.jsonl", lines.encode())
     return entries

@@ -26,12 +26,13 @@ from ..shards.cache import (
     finish_cache,
     open_cache,
     read_cache_info,
+    reopen_cache,
 )
 from ..shards.delta_writer import DeltaRows, write_delta_shard
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove_partials
 from ..shards.patches import PatchShards
-from ..shards.plan import read_plan, write_plan
+from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
 from ..shards.records import append_timing, read_done, write_quarantine
 from .config import TokenizeConfig
 from .devices import Accelerator, make_accelerator, precision_name
@@ -66,6 +67,7 @@ logger = logging.getLogger(__name__)
 def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) -> CacheInfo:
     """Write the delta-token cache, or what is missing of it; gives its cache.json.
 
+    A patch cache that was appended to gives new shards to its delta cache; nothing old is touched.
     Ranks share the shards. draws: how windows are drawn among the frames of a `uniform` cache;
     not used for any other. Raises CacheMismatch, naming the field, where the tokenizer was trained
     on tokens of another kind, or config.out holds another cache; UsageError for draws that the
@@ -86,6 +88,9 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     plan = read_plan(config.patches)
     if accelerator.is_main_process:
         open_cache(out, info)
+        if is_begun(out, plan):
+            reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
+            continue_plan(out, plan)
         write_plan(out, plan)
         remove_partials(out)
         remove_partials(out / "shards")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deltatok.extract import features, run, writer
+from deltatok.extract import calibration, features, run
 from deltatok.extract.config import ExtractConfig
 from deltatok.shards import DeltatokError, publishing
 
@@ -38,7 +38,8 @@ def at_call(module: Any, name: str, number: int, signal_number: int) -> None:
 
 MOMENTS: dict[str, tuple[Any, str, int, int]] = {
     "batch": (features.WindowFeatures, "_run", 4, signal.SIGKILL),
-    "scales": (writer, "write_channel_scale", 1, signal.SIGKILL),
+    "scales": (calibration, "agree_on_channel_scale", 1, signal.SIGKILL),
+    "agreed": (run, "open_cache", 1, signal.SIGKILL),
     "partial": (publishing, "publish", 2, signal.SIGKILL),
     "record": (publishing, "write_done", 2, signal.SIGKILL),
     "terminate": (features.WindowFeatures, "_run", 4, signal.SIGTERM),

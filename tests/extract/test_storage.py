@@ -35,6 +35,7 @@ from deltatok.shards import (
     verify_cache,
 )
 from deltatok.shards.dtypes import to_bfloat16_bits as bits_on_the_host
+from deltatok.shards.int8 import agree_on_channel_scale
 
 PROGRAM = Path(__file__).with_name("interrupted_run.py")
 
@@ -128,7 +129,7 @@ def test_scales_do_not_depend_on_the_order_of_clips_or_the_number_of_workers(
     np.testing.assert_array_equal(scale, np.load(int8_cache / "channel_scale.npy"))
 
 
-@pytest.mark.parametrize("moment", ["scales", "record"])
+@pytest.mark.parametrize("moment", ["scales", "agreed", "record"])
 def test_killed_int8_run_goes_on_to_the_same_bytes(
     make_config: ConfigMaker,
     backbone: Backbone,
@@ -189,6 +190,39 @@ def test_a_resumed_run_takes_the_scales_that_are_there(
     monkeypatch.setattr(calibration, "fit_channel_scale", None)
     run_extraction(make_config(dtype="int8"), backbone=backbone)
     assert digests(int8_cache) == before
+
+
+def test_scales_that_another_rank_fitted_meanwhile_are_the_ones(
+    make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(dtype="int8")
+    fit = calibration.fit_channel_scale
+    theirs: list[np.ndarray] = []
+
+    def overtaken(*arguments: Any) -> Any:
+        mine = fit(*arguments)
+        theirs.append(agree_on_channel_scale(config.out, np.nextafter(mine, np.float32(np.inf))))
+        return mine
+
+    Path(config.out).mkdir()
+    monkeypatch.setattr(calibration, "fit_channel_scale", overtaken)
+    run_extraction(config, backbone=backbone)
+    stored = np.load(Path(config.out) / "channel_scale.npy")
+    np.testing.assert_array_equal(stored, theirs[0])
+    named = PatchShards(config.out).info.identity["storage"]["scale_sha256"]
+    assert named == scale_sha256(theirs[0])
+
+
+def test_scales_of_a_run_killed_before_its_cache_json_are_taken(
+    make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(dtype="int8")
+    Path(config.out).mkdir()
+    scale = np.full(backbone.hidden_size, 0.5, dtype=np.float32)
+    agree_on_channel_scale(config.out, scale)
+    monkeypatch.setattr(calibration, "fit_channel_scale", None)
+    run_extraction(config, backbone=backbone)
+    np.testing.assert_array_equal(np.load(Path(config.out) / "channel_scale.npy"), scale)
 
 
 def test_changed_scales_stop_a_resumed_run(

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from deltatok.extract.sources import find_clips
 from deltatok.pipeline import plan as plan_module
 from deltatok.pipeline import plan_probe
 from deltatok.pipeline.extract_command import main as extract
 from deltatok.pipeline.plan import make_extraction_plan
 from deltatok.pipeline.plan_probe import probe_disk, probe_forward
+from deltatok.pipeline.plan_text import plan_text
 from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.videos_config import VideosConfig
 from deltatok.shards import UsageError, read_cache_info
+from deltatok.shards.plan import plan_order
 from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
 
 Fails = Callable[..., None]
@@ -127,11 +130,43 @@ def test_plan_of_a_fused_run_is_what_is_then_written(folder: Path, tmp_path: Pat
     assert plan.caches["deltas"].size.bytes == pytest.approx(num_bytes, rel=0.02)
 
 
-def test_few_probed_clips_stand_for_all(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{"dtype": "int8"}, {"compression": "zstd"}])
+def test_plan_of_each_storage_is_what_is_then_written(
+    folder: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    config = config_of(folder, tmp_path / "out", **changed)
+    plan = make_extraction_plan(config, num_probe_clips=5)
+    ((name, value),) = changed.items()
+    assert extract([*words_of(config), f"--{name}", value]) == 0
+    num_bytes, num_files = written(tmp_path / "out")
+    size = plan.caches[config.dtype].size
+    assert size.files == num_files
+    assert size.bytes == pytest.approx(num_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("changed", [{}, {"sampling": "uniform", "fps": 10.0, "num_frames": 4}])
+def test_windows_are_counted_where_one_clip_is_timed(
+    folder: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    config = config_of(folder, tmp_path / "out", **changed)
+    order = plan_order([clip.key for clip in find_clips(config.videos)], seed=0)
+    assert order[0] != "broken.mp4"
+    plan = make_extraction_plan(config, num_probe_clips=1)
+    assert (plan.counted, plan.probed) == (6, 1)
+    assert list(plan.quarantined) == ["broken.mp4"]
+    assert (plan.quarantined_share, plan.quarantined_share_error) == (1 / 6, 0.0)
+    assert plan.windows_error == 0
+    assert extract(words_of(config)) == 0
+    assert plan.windows == read_cache_info(tmp_path / "out").counts["windows"]
+
+
+def test_few_counted_clips_stand_for_all(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, tmp_path / "out")
-    plan = make_extraction_plan(config, num_probe_clips=2)
-    assert plan.probed == 2
+    plan = make_extraction_plan(config, num_probe_clips=2, max_counted=2)
+    assert (plan.counted, plan.probed) == (2, 2)
     assert plan.windows == (9 if plan.quarantined else 18)
+    assert plan.windows_error > 0
+    assert "give or take" in plan_text(plan)
     assert plan.device_hours > 0
     assert plan.decode_core_hours > 0
     assert plan.clock_hours >= plan.device_hours
@@ -176,6 +211,13 @@ def test_flags_of_the_plan_alone_are_refused(
     folder: Path, tmp_path: Path, flag: list[str], fails: Fails
 ) -> None:
     fails(extract, [*words_of(config_of(folder, tmp_path / "out")), *flag], 2, flag[0], "--plan")
+
+
+@pytest.mark.parametrize("flag", [["--plan"], ["--json", "x"], ["--probe-clips", "3"]])
+def test_plan_of_patches_is_refused(tmp_path: Path, flag: list[str], fails: Fails) -> None:
+    words = ["--patches", "cache", "--tokenizer", "model", "--out", str(tmp_path / "out"), *flag]
+    fails(extract, words, 2, flag[0], "--patches", "--videos")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_but_broken_clips_is_said(folder: Path, tmp_path: Path, fails: Fails) -> None:

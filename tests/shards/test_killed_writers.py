@@ -1,6 +1,7 @@
 """Killed anywhere: a shard is whole and promised, or it is not there and is made again."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -157,6 +158,26 @@ def test_partials_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_path
     assert sorted(remove_partials(tmp_path)) == sorted([mine, dead, huge])
     assert sorted(tmp_path.iterdir()) == sorted([living, *others])
     assert remove_partials(tmp_path / "missing") == []
+
+
+def test_two_processes_may_remove_the_same_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "000000.zarr.partial-1-00000000"
+    partial.mkdir()
+    (partial / "zarr.json").touch()
+    (partial / "other").touch()
+    rmtree = shutil.rmtree
+
+    def interrupted(path: Path) -> None:
+        """As rmtree does where another one unlinks a file that it has listed."""
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        (path / "zarr.json").unlink()
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    remove(partial)
+    assert not partial.exists()
 
 
 def test_partials_of_other_machines_are_kept_for_a_day(tmp_path: Path) -> None:

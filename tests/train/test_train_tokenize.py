@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ import pytest
 import torch
 
 from deltatok.shards import CacheMismatch, DeltaShards, PatchShards, read_done, verify_cache
+from deltatok.shards.cache import finish_cache, reopen_cache
 from deltatok.shards.files import sha256_file
+from deltatok.shards.patch_writer import PatchRows, write_patch_shard
+from deltatok.shards.plan import extend_plan, num_shards, read_plan
 from deltatok.train import tokenize
 from deltatok.train.config import TokenizeConfig
 from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
@@ -93,6 +98,58 @@ def test_second_run_writes_nothing(
     assert bytes_of(tmp_path / "deltas") == before
 
 
+def append_clip(folder: Path) -> None:
+    """A new clip with two windows, in a shard of its own."""
+    source = PatchShards(folder)
+    windows = np.arange(2)
+    rows = PatchRows(
+        tokens=source.tokens(windows),
+        timestamps_s=source.timestamps_s(windows),
+        frame_index=source.frame_index(windows),
+        crop=source.crop[windows],
+        flipped=source.flipped[windows],
+        clip=np.zeros(2, dtype=np.int32),
+        keys=["new.mp4"],
+    )
+    shard = num_shards(read_plan(folder))
+    counts = reopen_cache(folder).counts
+    clip = SimpleNamespace(key="new.mp4", path=Path("/videos/new.mp4"), size_bytes=1)
+    extend_plan(folder, [clip], clips_per_shard=1, seed=0)
+    write_patch_shard(folder, shard, rows, dtype="float16", seed=0)
+    finish_cache(folder, counts)
+
+
+def test_clips_appended_to_the_patches_join_the_deltas(
+    patches: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    grown = Path(shutil.copytree(patches, tmp_path / "patches"))
+    config = config_of(grown, tokenizer, tmp_path / "deltas")
+    write_deltas(config)
+    before, num_windows = bytes_of(tmp_path / "deltas"), len(DeltaShards(config.out))
+    append_clip(grown)
+    assert write_deltas(config).complete
+    after, deltas = bytes_of(tmp_path / "deltas"), DeltaShards(config.out)
+    old = {name: sha for name, sha in before.items() if name.startswith("shards/")}
+    assert {name: after[name] for name in old} == old
+    assert len(deltas) == num_windows + 2
+    assert deltas.keys[-1] == "new.mp4"
+    assert verify_cache(config.out).problems == []
+    write_deltas(config_of(grown, tokenizer, tmp_path / "at-once"))
+    assert bytes_of(tmp_path / "at-once") == after
+
+
+def test_patches_of_other_clips_do_not_join_the_deltas(
+    patches: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    grown = Path(shutil.copytree(patches, tmp_path / "patches"))
+    append_clip(grown)
+    write_deltas(config_of(grown, tokenizer, tmp_path / "deltas"))
+    before = bytes_of(tmp_path / "deltas")
+    with pytest.raises(CacheMismatch, match=r"new\.mp4"):
+        write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
+    assert bytes_of(tmp_path / "deltas") == before
+
+
 def test_interrupted_run_ends_byte_identical(
     patches: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +171,20 @@ def test_interrupted_run_ends_byte_identical(
         DeltaShards(config.out)
     write_deltas(config)
     assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+def test_longer_plan_that_begins_otherwise_leaves_the_deltas_finished(
+    patches: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
+    before = bytes_of(tmp_path / "deltas")
+    other = Path(shutil.copytree(patches, tmp_path / "patches"))
+    append_clip(other)
+    lines = (other / "plan.jsonl").read_text().replace("clip00.mp4", "other.mp4")
+    (other / "plan.jsonl").write_text(lines)
+    with pytest.raises(CacheMismatch, match=r"mp4"):
+        write_deltas(config_of(other, tokenizer, tmp_path / "deltas"))
+    assert bytes_of(tmp_path / "deltas") == before
 
 
 @pytest.mark.parametrize(
