@@ -123,6 +123,8 @@ def _in_folder(root: Path) -> Iterator[Found]:
                 archives.add(archive)
                 below = (inside / archive.stem).as_posix()
                 yield from _below(below, find_in_zip(archive), archive)
+            elif name.lower().endswith(_COMPRESSED):
+                logger.warning("%s: a compressed tar cannot be read in place; left out", file)
 
 
 def _below(name: str, found: Iterable[Found], archive: Path) -> Iterator[Found]:

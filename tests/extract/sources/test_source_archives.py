@@ -188,6 +188,23 @@ def test_compressed_tar_is_refused(tmp_path: Path, name: str) -> None:
         find_clips([tmp_path / name])
 
 
+def test_compressed_tar_in_a_folder_is_said_to_be_left_out(
+    write_tar: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar("w.tar", VIDEOS)
+    (tmp_path / "x.tar.gz").write_bytes(b"1")
+    with caplog.at_level(logging.WARNING):
+        clips = find_clips([tmp_path])
+    assert len(clips) == 2
+    assert "x.tar.gz: a compressed tar cannot be read in place; left out" in caplog.text
+
+
+def test_tar_of_frames_alone_is_refused(write_tar: Write) -> None:
+    path = write_tar("w.tar", {"a/0_0.0.jpg": b"x", "a/1_0.04.jpg": b"x"})
+    with pytest.raises(UsageError, match="no video"):
+        find_clips([path])
+
+
 def test_zip_gives_its_frame_folders(write_zip: Write) -> None:
     path = write_zip("frames.zip", FRAMES | {"train/run/notes.txt": b"", "train/thumb_1.jpg": b""})
     clips = find_clips([path])
