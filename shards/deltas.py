@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import DELTAS, CacheInfo
+from .cache import DELTAS
 from .errors import DamagedShard
 from .opening import ADVICE, OpenedCache, Verify, checked_out, checked_windows, open_finished
+from .reader import CacheReader
 from .records import shard_path
 from .tar_blocks import Block, read_blocks, read_timestamps, read_windows
 
@@ -45,7 +46,7 @@ class _Layout:
     """Per shard: a number of bytes that divides all its offsets."""
 
 
-class DeltaShards:
+class DeltaShards(CacheReader[np.float16]):
     """A finished delta-token cache, opened for reading.
 
     Opening hashes every tar and holds it against its done-record (a tar has no checksums of its
@@ -59,8 +60,8 @@ class DeltaShards:
     def __init__(
         self, folder: Path | str, *, verify: Verify = "sha256", allow_incomplete: bool = False
     ) -> None:
-        self._cache: OpenedCache = open_finished(
-            folder, format=DELTAS, verify=verify, allow_incomplete=allow_incomplete
+        super().__init__(
+            open_finished(folder, format=DELTAS, verify=verify, allow_incomplete=allow_incomplete)
         )
         self._arguments = (str(folder), allow_incomplete)
         shape = self.info.shape
@@ -75,44 +76,6 @@ class DeltaShards:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, self._arguments
-
-    def __len__(self) -> int:
-        return self.num_windows
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the cache."""
-        return self._cache.folder
-
-    @property
-    def info(self) -> CacheInfo:
-        """The cache.json."""
-        return self._cache.info
-
-    @property
-    def fingerprint(self) -> str:
-        """What the cache is, see `CacheInfo.fingerprint`."""
-        return self.info.fingerprint
-
-    @property
-    def num_windows(self) -> int:
-        """W, the windows of all shards."""
-        return self._cache.num_windows
-
-    @property
-    def keys(self) -> list[str]:
-        """All clips that have windows; `clip_index` indexes into this list."""
-        return self._cache.keys()
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The class of every clip in `keys`, where a list or an archive named one."""
-        return [entry.label for entry in self._cache.planned()]
-
-    @property
-    def splits(self) -> list[str | None]:
-        """The split of every clip in `keys`, where a list or an archive named one."""
-        return [entry.split for entry in self._cache.planned()]
 
     @property
     def size_bytes(self) -> int:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import BLACK, PATCHES, CacheInfo
+from .cache import BLACK, PATCHES
 from .dtypes import STORED_DTYPES
 from .errors import UsageError
 from .int8 import read_channel_scale
-from .opening import OpenedCache, Verify, checked_out, checked_windows, open_finished
+from .opening import Verify, checked_out, checked_windows, open_finished
 from .patch_table import WindowTable, logical_dtype, read_black, read_table
+from .reader import CacheReader
 from .records import shard_path
 from .token_reader import OpenFiles, TokenReader
 
@@ -29,7 +30,7 @@ MAX_OPEN_FILES = 128
 files on most machines."""
 
 
-class PatchShards:
+class PatchShards(CacheReader[np.float32]):
     """A finished patch-token cache, opened for reading.
 
     Opening checks that every file is there with the size its done-record says; with
@@ -42,8 +43,8 @@ class PatchShards:
     def __init__(
         self, folder: Path | str, *, verify: Verify = "size", allow_incomplete: bool = False
     ) -> None:
-        self._cache: OpenedCache = open_finished(
-            folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete
+        super().__init__(
+            open_finished(folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete)
         )
         self._arguments = (str(folder), verify, allow_incomplete)
         shape = self.info.shape
@@ -60,44 +61,6 @@ class PatchShards:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, self._arguments
 
-    def __len__(self) -> int:
-        return self.num_windows
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the cache."""
-        return self._cache.folder
-
-    @property
-    def info(self) -> CacheInfo:
-        """The cache.json."""
-        return self._cache.info
-
-    @property
-    def fingerprint(self) -> str:
-        """What the cache is, see `CacheInfo.fingerprint`."""
-        return self.info.fingerprint
-
-    @property
-    def num_windows(self) -> int:
-        """W, the windows of all shards."""
-        return self._cache.num_windows
-
-    @property
-    def keys(self) -> list[str]:
-        """All clips that have windows; `clip_index` indexes into this list."""
-        return self._cache.keys()
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The class of every clip in `keys`, where a list or an archive named one."""
-        return [entry.label for entry in self._cache.planned()]
-
-    @property
-    def splits(self) -> list[str | None]:
-        """The split of every clip in `keys`, where a list or an archive named one."""
-        return [entry.split for entry in self._cache.planned()]
-
     @property
     def size_bytes(self) -> int:
         """Bytes of the tokens of the whole cache, as `load` gives them."""
@@ -106,7 +69,7 @@ class PatchShards:
 
     @property
     def clip_index(self) -> NDArray[np.int64]:
-        """int64 (W,): the clip of every window, index into `keys`."""
+        """int64 (W,): the clip of every window, index into `keys`; read on first use."""
         return self.table().clip
 
     @property
@@ -144,8 +107,8 @@ class PatchShards:
         return filled
 
     def stored_tokens(self, windows: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """As `tokens`, without the conversion: float16, bfloat16 bits as uint16, or int8 codes (see
-        `token_scale` and `channel_scale`)."""
+        """As `tokens`, raw: float16, the bits of bfloat16 as uint16, or int8 codes, whose scales
+        `token_scale` and `channel_scale` give (FORMAT.md has the formulas)."""
         numbers = checked_windows(windows, self.num_windows)
         stored = STORED_DTYPES[self.dtype]
         filled = checked_out(out, (len(numbers), *self.shape), stored)
@@ -177,6 +140,17 @@ class PatchShards:
     def frame_index(self, windows: ArrayLike) -> NDArray[np.int32]:
         """int32 (B, T): index of the frames in presentation order."""
         return self.table().frame_index[checked_windows(windows, self.num_windows)]
+
+    def window(self, index: int) -> dict[str, Any]:
+        """What is known of one window: clip (key), frames (T indices), crop, flipped."""
+        number = int(checked_windows([index], self.num_windows)[0])
+        table = self.table()
+        return {
+            "clip": self.keys[int(table.clip[number])],
+            "frames": table.frame_index[number].tolist(),
+            "crop": table.crop[number].tolist(),
+            "flipped": bool(table.flipped[number]),
+        }
 
     def load(self) -> NDArray[Any]:
         """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for the other dtypes.
