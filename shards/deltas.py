@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from .cache import DELTAS
 from .errors import DamagedShard
 from .opening import ADVICE, OpenedCache, Verify, checked_out, checked_windows, open_finished
+from .patch_table import WindowTable
 from .reader import CacheReader
 from .records import shard_path
 from .tar_blocks import Block, read_blocks, read_timestamps, read_windows
@@ -72,6 +73,7 @@ class DeltaShards(CacheReader[np.float16]):
         self._rows: dict[int, NDArray[np.void]] = {}
         self._timestamps: NDArray[np.float32] | None = None
         self._clip_index: NDArray[np.int64] | None = None
+        self._table: WindowTable | None = None
         self._windows: dict[int, list[dict[str, Any]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,7 +88,8 @@ class DeltaShards(CacheReader[np.float16]):
     def clip_index(self) -> NDArray[np.int64]:
         """int64 (W,): the clip of every window, index into `keys`; read on first use."""
         if self._clip_index is None:
-            self._clip_index = self._read_clip_index()
+            windows = self._all_windows()
+            self._clip_index = np.fromiter((clip for clip, _ in windows), dtype=np.int64)
         return self._clip_index
 
     def tokens(
@@ -113,6 +116,30 @@ class DeltaShards(CacheReader[np.float16]):
     def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
         """float32 (B, T): seconds from the window's first frame."""
         return self._all_timestamps()[checked_windows(windows, self.num_windows)]
+
+    def table(self) -> WindowTable:
+        """Everything but the tokens of all windows, read on first use; times from the window's
+        first frame."""
+        if self._table is None:
+            count = self.num_windows
+            frame_index = np.empty((count, self.shape[0]), dtype=np.int32)
+            crop = np.empty((count, 4), dtype=np.float32)
+            flipped = np.empty(count, dtype=np.bool_)
+            clip = np.empty(count, dtype=np.int64)
+            for number, (position, window) in enumerate(self._all_windows()):
+                frame_index[number] = window["frames"]
+                crop[number] = window["crop"]
+                flipped[number] = window["flipped"]
+                clip[number] = position
+            self._clip_index = clip
+            self._table = WindowTable(
+                timestamps_s=self._all_timestamps(),
+                frame_index=frame_index,
+                crop=crop,
+                flipped=flipped,
+                clip=clip,
+            )
+        return self._table
 
     def window(self, index: int) -> dict[str, Any]:
         """What is known of one window: clip (key), frames (T indices), crop, flipped."""
@@ -166,8 +193,8 @@ class DeltaShards(CacheReader[np.float16]):
         chosen = self._layout.blocks[shard][block - int(counts[shard])]
         return read_windows(path, chosen, num_frames=self.shape[0])
 
-    def _read_clip_index(self) -> NDArray[np.int64]:
-        clips: list[int] = []
+    def _all_windows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Of every window its clip, index into `keys`, and what `window` gives; parsed anew."""
         records = self._cache.records
         for shard, first_key in enumerate(self._cache.first_keys().tolist()):
             path = shard_path(self.folder, records[shard].shard, ".tar")
@@ -179,8 +206,7 @@ class DeltaShards(CacheReader[np.float16]):
                             f"{path}: a window of clip {window['clip']!r}, which the done-record "
                             f"does not name: {ADVICE}"
                         )
-                    clips.append(position[window["clip"]])
-        return np.array(clips, dtype=np.int64)
+                    yield position[window["clip"]], window
 
 
 def _reopen(folder: str, allow_incomplete: bool) -> DeltaShards:

@@ -73,16 +73,6 @@ class PatchShards(CacheReader[np.float32]):
         return self.table().clip
 
     @property
-    def crop(self) -> NDArray[np.float32]:
-        """float32 (W, 4): top, left, height, width in source pixels of every window."""
-        return self.table().crop
-
-    @property
-    def flipped(self) -> NDArray[np.bool_]:
-        """bool (W,): whether the window was mirrored."""
-        return self.table().flipped
-
-    @property
     def black(self) -> NDArray[np.float32]:
         """float32 (N, D): the tokens of a black frame, what precedes a window's first frame."""
         if self._black is None:
@@ -136,10 +126,6 @@ class PatchShards(CacheReader[np.float32]):
     def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
         """float32 (B, T): seconds since the first shown frame of the window's clip."""
         return self.table().timestamps_s[checked_windows(windows, self.num_windows)]
-
-    def frame_index(self, windows: ArrayLike) -> NDArray[np.int32]:
-        """int32 (B, T): index of the frames in presentation order."""
-        return self.table().frame_index[checked_windows(windows, self.num_windows)]
 
     def window(self, index: int) -> dict[str, Any]:
         """What is known of one window: clip (key), frames (T indices), crop, flipped."""

@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .cache import CacheInfo
 from .errors import UsageError
-from .opening import OpenedCache
+from .opening import OpenedCache, checked_windows
+from .patch_table import WindowTable
 from .plan import PlanEntry, read_plan
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -44,6 +45,10 @@ class CacheReader(ABC, Generic[Scalar]):
     @abstractmethod
     def clip_index(self) -> NDArray[np.int64]:
         """int64 (W,): the clip of every window, index into `keys`; read on first use."""
+
+    @abstractmethod
+    def table(self) -> WindowTable:
+        """Everything but the tokens of all windows, read on first use."""
 
     @abstractmethod
     def window(self, index: int) -> dict[str, Any]:
@@ -101,6 +106,20 @@ class CacheReader(ABC, Generic[Scalar]):
     def splits(self) -> list[str | None]:
         """The split of every clip in `keys`, where a list or an archive named one."""
         return [entry.split for entry in self._planned]
+
+    @property
+    def crop(self) -> NDArray[np.float32]:
+        """float32 (W, 4): top, left, height, width in source pixels of every window."""
+        return self.table().crop
+
+    @property
+    def flipped(self) -> NDArray[np.bool_]:
+        """bool (W,): whether the window was mirrored."""
+        return self.table().flipped
+
+    def frame_index(self, windows: ArrayLike) -> NDArray[np.int32]:
+        """int32 (B, T): index of the frames in presentation order."""
+        return self.table().frame_index[checked_windows(windows, self.num_windows)]
 
     def select(
         self,

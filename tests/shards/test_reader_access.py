@@ -1,6 +1,7 @@
 """Both readers as sequences of windows: indexing, selection, metadata, other processes."""
 
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import DeltaShards, PatchShards, UsageError, read_plan
+from deltatok.shards import DamagedShard, DeltaShards, PatchShards, UsageError, read_plan
 from deltatok.shards.files import write_bytes
 from deltatok.shards.plan import _lines
 
@@ -186,3 +187,27 @@ print(len({name for name in new if not name.startswith("deltatok")}))
         patches.folder,
     )
     assert int(counts) < 60
+
+
+def test_the_table_of_both_kinds_holds_every_column(little: Any, tmp_path: Path) -> None:
+    for kind in ("patches", "deltas"):
+        made = getattr(little, f"make_{kind}")(tmp_path / kind)
+        reader = (PatchShards if kind == "patches" else DeltaShards)(made.folder)
+        table = reader.table()
+        for name in ("timestamps_s", "frame_index", "crop", "flipped"):
+            np.testing.assert_array_equal(getattr(table, name), made.expected[name], strict=True)
+        assert [reader.keys[clip] for clip in table.clip] == made.expected["key"].tolist()
+        np.testing.assert_array_equal(reader.frame_index([9, 0]), table.frame_index[[9, 0]])
+        assert reader.crop is table.crop
+        assert reader.flipped is table.flipped
+
+
+def test_numbers_that_no_column_holds_are_refused(deltas: Any) -> None:
+    path = deltas.folder / "shards/000000.tar"
+    data = path.read_bytes()
+    edge = re.search(rb'"crop":\[([0-9.]{6,})', data)
+    assert edge is not None
+    start, end = edge.span(1)
+    path.write_bytes(data[:start] + b"1e300".ljust(end - start) + data[end:])
+    with pytest.raises(DamagedShard, match="wanted 3 indices and 4 numbers"):
+        DeltaShards(deltas.folder, verify="size").table()
