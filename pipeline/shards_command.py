@@ -1,4 +1,4 @@
-"""deltatok-shards: what a cache holds (info) and whether it is whole (verify)."""
+"""deltatok-shards: what a cache holds (info), is it whole (verify), parts of it (export)."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from ..shards.errors import DamagedShard
 from ..shards.info import describe_cache
 from ..shards.verify import verify_cache
 from .command import Parser, run_command
+from .export_command import add_export, run_export
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,8 @@ def _parser() -> Parser:
         prog="deltatok-shards",
         description="Look at a cache of patch-token or delta-token shards.",
         epilog="examples:\n  deltatok-shards info cache/patches\n"
-        "  deltatok-shards verify cache/patches",
+        "  deltatok-shards verify cache/patches\n"
+        "  deltatok-shards export cache/patches --split val --out cache/val",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
@@ -32,6 +34,7 @@ def _parser() -> Parser:
     for kind in (info, verify):
         kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
         kind.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_export(kinds)
     return parser
 
 
@@ -39,6 +42,8 @@ def _run(words: list[str]) -> None:
     arguments = _parser().parse_args(words)
     if arguments.kind == "info":
         _info(arguments.dir, as_json=arguments.json)
+    elif arguments.kind == "export":
+        run_export(arguments)
     else:
         _verify(arguments.dir, as_json=arguments.json)
 

@@ -85,6 +85,8 @@ class CacheInfo:
     """Totals, known when the cache is complete."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{"bytes", "sha256"} of FINISHED_FILES, known when the cache is complete."""
+    exported_from: dict[str, Any] = field(default_factory=dict)
+    """Caches made by `export`: the caches and the selection that its windows come from."""
     complete: bool = False
     format_version: int = FORMAT_VERSION
 
@@ -203,6 +205,7 @@ def _to_json(info: CacheInfo) -> dict[str, Any]:
         "software": info.software,
         "counts": info.counts,
         "files": info.files,
+        **({"exported_from": info.exported_from} if info.exported_from else {}),
         "complete": info.complete,
     }
 
@@ -231,6 +234,7 @@ def _parse(value: object, *, where: str) -> CacheInfo:
         software=fields.text_mapping("software"),
         counts=fields.count_mapping("counts"),
         files=_parse_files(fields.mapping("files"), where=where),
+        exported_from=fields.mapping("exported_from") if fields.has("exported_from") else {},
         complete=fields.boolean("complete"),
     )
     stored = fields.text("fingerprint")

@@ -161,8 +161,9 @@ def is_partial(path: Path) -> bool:
     return PARTIAL.search(path.name) is not None
 
 
-def remove_partials(folder: Path) -> list[Path]:
-    """Removes what killed writers left directly in `folder`; gives what was removed.
+def remove_partials(folder: Path, *, prefix: str = "") -> list[Path]:
+    """Removes what killed writers left directly in `folder`, under names with this `prefix`; gives
+    what was removed.
 
     Kept: the partials of other living processes, and those of other machines that changed within
     the last day. Call it before this process starts to write there, since its own are removed.
@@ -170,7 +171,11 @@ def remove_partials(folder: Path) -> list[Path]:
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = PARTIAL.search(path.name)
-        if match is None or _may_be_alive(path, int(match[1]), match[2]):
+        if (
+            match is None
+            or not path.name.startswith(prefix)
+            or _may_be_alive(path, int(match[1]), match[2])
+        ):
             continue
         remove(path)
         removed.append(path)

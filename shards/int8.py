@@ -29,6 +29,10 @@ MIN_TOKEN_SCALE = 2.0**-14
 MAX_NORMALISED = MAX_CODE * 65504.0
 """The largest |value / channel_scale| that a float16 token scale reaches."""
 
+SAMPLE_CLIPS = 64
+"""Clips the scales are fitted on, one window of each: as much work as one shard of the default size
+(a guess: the scales need one or two digits, and half a million tokens give them)."""
+
 _SMALLEST_SHARE = 0.01
 """Of the median channel scale: a channel that hardly moved in the sample (or not at all) must not
 take the precision of all others when it does (a guess)."""
@@ -82,6 +86,13 @@ def channel_scale_of(mean_squares: NDArray[np.float64]) -> NDArray[np.float32]:
     floor = _SMALLEST_SHARE * float(np.median(root)) or float(root.max()) or 1.0
     scale: NDArray[np.float32] = np.maximum(root, floor).astype(np.float32)
     return np.maximum(scale, np.finfo(np.float32).tiny)
+
+
+def sample_order(seed: int, key: str) -> tuple[bytes, str]:
+    """Sorts clips by it: the first SAMPLE_CLIPS that have windows are those the scales are fitted
+    on, by their first window."""
+    name = f"calibration:{seed}:{key}".encode()
+    return hashlib.blake2b(name, digest_size=16).digest(), key
 
 
 def scale_sha256(channel_scale: NDArray[np.float32]) -> str:

@@ -135,14 +135,18 @@ class CacheReader(ABC, Generic[Scalar]):
         clip that is not in the plan, and for a label or split that no clip has.
         """
         chosen = np.ones(len(self.keys), dtype=np.bool_)
+        where = str(self.folder)
         if clips is not None:
-            names = self._known(clips, {entry.key for entry in read_plan(self.folder)}, "clip")
+            planned = {entry.key for entry in read_plan(self.folder)}
+            names = known_names(clips, planned, what="clip", where=where)
             chosen &= np.array([key in names for key in self.keys], dtype=np.bool_)
-        for wanted, column, what in ((labels, "label", "label"), (splits, "split", "split")):
+        for wanted, column, what in (
+            (labels, self.labels if labels is not None else [], "label"),
+            (splits, self.splits if splits is not None else [], "split"),
+        ):
             if wanted is not None:
-                values = [getattr(entry, column) for entry in self._planned]
-                names = self._known(wanted, {value for value in values if value}, what)
-                chosen &= np.array([value in names for value in values], dtype=np.bool_)
+                names = known_names(wanted, set(filter(None, column)), what=what, where=where)
+                chosen &= np.array([value in names for value in column], dtype=np.bool_)
         return np.flatnonzero(chosen[self.clip_index]).astype(np.int64)
 
     @cached_property
@@ -159,14 +163,18 @@ class CacheReader(ABC, Generic[Scalar]):
             )
         return shifted
 
-    def _known(self, wanted: str | Iterable[str], known: Collection[str], what: str) -> set[str]:
-        names = {wanted} if isinstance(wanted, str) else set(wanted)
-        unknown = sorted(names - set(known))
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)
-            hint = ", ".join(map(repr, near[:MAX_NAMES_SHOWN])) or "none"
-            raise UsageError(
-                f"{self.folder}: has no {what} {unknown[0]!r} ({len(unknown)} of {len(names)} "
-                f"asked for); known {what}s: {hint}{', ...' if len(near) > MAX_NAMES_SHOWN else ''}"
-            )
-        return names
+
+def known_names(
+    wanted: str | Iterable[str], known: Collection[str], *, what: str, where: str
+) -> set[str]:
+    """`wanted` as a set; UsageError naming the first that is not among `known`, and its nearest."""
+    names = {wanted} if isinstance(wanted, str) else set(wanted)
+    unknown = sorted(names - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)
+        hint = ", ".join(map(repr, near[:MAX_NAMES_SHOWN])) or "none"
+        raise UsageError(
+            f"{where}: has no {what} {unknown[0]!r} ({len(unknown)} of {len(names)} "
+            f"asked for); known {what}s: {hint}{', ...' if len(near) > MAX_NAMES_SHOWN else ''}"
+        )
+    return names

@@ -7,6 +7,7 @@ This one reads exactly the layout in `patch_layout`, checks each checksum, and r
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ class ReadOnlyFile:
         except OSError as error:
             raise DamagedShard(f"{path}: cannot be opened ({error.strerror}): {ADVICE}") from error
 
-    def __del__(self) -> None:
+    # `close` is bound here: of a reader that lives to the end, `os` is taken apart first.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def size(self) -> int:
         """Bytes in the file now."""
