@@ -1,4 +1,4 @@
-"""deltatok-shards: what a cache holds (info), is it whole (verify), parts of it (export)."""
+"""deltatok-shards: info, verify, preview and export of a cache."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from ..shards.info import describe_cache
 from ..shards.verify import verify_cache
 from .command import Parser, run_command
 from .export_command import add_export, run_export
+from .preview_command import add_preview, run_preview
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def _parser() -> Parser:
         description="Look at a cache of patch-token or delta-token shards.",
         epilog="examples:\n  deltatok-shards info cache/patches\n"
         "  deltatok-shards verify cache/patches\n"
+        "  deltatok-shards preview cache/patches --out preview.html\n"
         "  deltatok-shards export cache/patches --split val --out cache/val",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,6 +36,7 @@ def _parser() -> Parser:
     for kind in (info, verify):
         kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
         kind.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_preview(kinds)
     add_export(kinds)
     return parser
 
@@ -44,6 +47,8 @@ def _run(words: list[str]) -> None:
         _info(arguments.dir, as_json=arguments.json)
     elif arguments.kind == "export":
         run_export(arguments)
+    elif arguments.kind == "preview":
+        run_preview(arguments)
     else:
         _verify(arguments.dir, as_json=arguments.json)
 
