@@ -206,7 +206,8 @@ def _new_scale(
     logger.info("int8: fitting the channel scales on one window of each of %d clips", len(sample))
     squares = np.zeros(reader.shape[2], dtype=np.float64)
     for key in sample:
-        window = clips[key].reader.tokens(clips[key].windows_of(key)[:1]).astype(np.float64)
+        chosen = in_order_of_content(clips[key].reader, clips[key].windows_of(key))[:1]
+        window = clips[key].reader.tokens(chosen).astype(np.float64)
         squares += np.square(window).mean(axis=(0, 1, 2))
     return channel_scale_of(squares / len(sample))
 
