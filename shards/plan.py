@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from .checked import Fields
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .files import create_bytes, parse_json, write_bytes
+from .files import create_bytes, write_bytes
+from .strict_json import parse_json, read_file
 
 PLAN = "plan.jsonl"
+MAX_PLAN_BYTES = 4 * 2**30
+"""More than twenty million clips (a guess)."""
 
 
 class PlannedClip(Protocol):
@@ -197,12 +200,7 @@ def _lines(plan: Iterable[PlanEntry]) -> bytes:
 def read_plan(folder: Path | str) -> list[PlanEntry]:
     """The stored plan; DamagedShard if it is missing or malformed."""
     path = Path(folder) / PLAN
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DamagedShard(
-            f"{path}: cannot be read ({error.strerror}): restore it, or make the cache again"
-        ) from error
+    lines = read_file(path, max_bytes=MAX_PLAN_BYTES).splitlines()
     plan = []
     keys = set()
     for number, line in enumerate(lines, start=1):
