@@ -8,6 +8,7 @@
 hash. Called by every writer (`open_cache`, `finish_cache`) and every reader (`read_cache_info`).
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,38 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
     finished = replace(info, counts={**counts, **totals}, files=files, complete=True)
     write_json(folder / "cache.json", _to_json(finished))
     return finished
+
+
+def refresh_derived(folder: Path | str) -> list[str]:
+    """Writes NOTICE.txt and, in a finished cache, index.jsonl again where they are missing or not
+    what they were; gives their names.
+
+    A finished cache whose done-records no longer give the index that cache.json tells of is
+    finished no more: `complete` is taken back.
+    """
+    folder = Path(folder)
+    info = read_cache_info(folder)
+    written = []
+    wanted = notice_bytes(info.licence, info.backbone)
+    if not _is_same(folder / NOTICE, info, wanted):
+        write_bytes(folder / NOTICE, wanted)
+        written.append(NOTICE)
+    if info.complete and INDEX in info.files:
+        index = index_bytes(folder, read_all_done(folder))
+        if hashlib.sha256(index).hexdigest() != info.files[INDEX]["sha256"]:
+            reopen_cache(folder)
+        elif not _is_same(folder / INDEX, info, index):
+            write_bytes(folder / INDEX, index)
+            written.append(INDEX)
+    return written
+
+
+def _is_same(path: Path, info: CacheInfo, wanted: bytes) -> bool:
+    """Whether the file is as `wanted`, or at least as it was when the cache was finished."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    known = info.files.get(path.name, {}).get("sha256")
+    return sha256_file(path) in (known, hashlib.sha256(wanted).hexdigest())
 
 
 def _compared(info: CacheInfo) -> dict[str, Any]:

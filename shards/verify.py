@@ -4,14 +4,14 @@ Readers stop at the first thing that is wrong; this one goes on, for `deltatok-s
 lies beside the shards is checked by `verify_beside`, what is in them by `contents`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import PATCHES, CacheInfo, read_cache_info
 from .contents import check_deltas, check_patches
-from .errors import DeltatokError
+from .errors import CacheMismatch, DeltatokError
 from .file_checks import check_threads, record_problems
 from .records import DoneRecord, done_shards, read_done
 from .verify_beside import (
@@ -70,17 +70,17 @@ def verify_cache(
             records.append(record)
     total, done = sum(map(_size, records)), 0
     with ThreadPoolExecutor(max_workers=check_threads()) as pool:
-        found = pool.map(lambda record: list(_shard_problems(folder, info, record, deep)), records)
-        for record, wrong in zip(records, found, strict=True):
+        found = pool.map(lambda record: _shard_problems(folder, info, record, deep), records)
+        for record, (wrong, is_damaged) in zip(records, found, strict=True):
             problems += wrong
-            damaged.update([record.shard] * bool(wrong))
+            damaged.update([record.shard] * is_damaged)
             done += _size(record)
             if progress is not None:
                 progress(done, total)
     problems += cache_problems(folder, info)
-    for shard, problem in plan_problems(folder, info, records):
+    for doubted, problem in plan_problems(folder, info, records):
         problems.append(problem)
-        damaged.add(shard)
+        damaged.update([] if doubted is None else [doubted])
     for shard, problem in index_problems(folder, info, records, set(damaged)):
         problems.append(problem)
         damaged.add(shard)
@@ -99,25 +99,30 @@ def verify_cache(
     )
 
 
-def _shard_problems(folder: Path, info: CacheInfo, record: DoneRecord, deep: bool) -> Iterator[str]:
+def _shard_problems(
+    folder: Path, info: CacheInfo, record: DoneRecord, deep: bool
+) -> tuple[list[str], bool]:
+    """What is wrong with a shard, and whether making it again is what mends it."""
     different = [str(error) for error in record_problems(folder, record, depth="sha256")]
-    yield from different
     if different:
-        return  # what is in changed files is no second problem
+        return different, True  # what is in changed files is no second problem
     suffix = ".zarr" if info.format == PATCHES else ".tar"
     own = f"shards/{record.shard:06d}{suffix}"
     strangers = [name for name in record.files if not f"{name}/".startswith(f"{own}/")]
     if strangers or bool(record.files) != bool(record.rows):
-        yield (
+        problem = (
             f"shard {record.shard:06d}: {record.rows} windows in {len(record.files)} files, "
             f"{len(strangers)} of them not its own: remove its done-record and make it again"
         )
-    elif record.rows and deep:
+        return [problem], True
+    if record.rows and deep:
         check = check_patches if info.format == PATCHES else check_deltas
         try:
             check(folder, info, record)
         except DeltatokError as error:
-            yield f"shard {record.shard:06d}: {error}"
+            # Files as they were written that are not of this cache speak against cache.json.
+            return [f"shard {record.shard:06d}: {error}"], not isinstance(error, CacheMismatch)
+    return [], False
 
 
 def _size(record: DoneRecord) -> int:

@@ -80,8 +80,7 @@ def find_leftovers(folder: Path, records: Sequence[DoneRecord]) -> Leftovers:
 
 def cache_problems(folder: Path, info: CacheInfo) -> Iterator[str]:
     """Of cache.json and the files whose hashes it tells."""
-    value = read_json(folder / "cache.json")
-    if "checksum" in value and value["checksum"] != checksum(value):
+    if not is_untouched(folder):
         yield f"{folder / 'cache.json'}: was changed by hand or damaged: restore it from a copy"
     root = os.path.realpath(folder)
     different: set[str] = set()
@@ -112,6 +111,12 @@ def cache_problems(folder: Path, info: CacheInfo) -> Iterator[str]:
                 yield str(error)
 
 
+def is_untouched(folder: Path) -> bool:
+    """Whether cache.json is as it was written; caches of before cannot tell."""
+    value = read_json(folder / "cache.json")
+    return "checksum" not in value or bool(value["checksum"] == checksum(value))
+
+
 def count_problems(folder: Path, info: CacheInfo, records: Sequence[DoneRecord]) -> Iterator[str]:
     """Of the shards there are against those there should be."""
     try:
@@ -140,8 +145,8 @@ def count_problems(folder: Path, info: CacheInfo, records: Sequence[DoneRecord])
 
 def plan_problems(
     folder: Path, info: CacheInfo, records: Sequence[DoneRecord]
-) -> Iterator[tuple[int, str]]:
-    """Shards whose clips are not those of the plan."""
+) -> Iterator[tuple[int | None, str]]:
+    """Shards whose clips are not those of the plan; None while nobody can tell which is wrong."""
     try:
         plan = read_plan(folder)
     except DeltatokError:
@@ -157,7 +162,7 @@ def plan_problems(
         differing = accounted ^ planned.get(record.shard, set())
         if record.shard in planned and differing:
             yield (
-                record.shard,
+                None if known is None else record.shard,
                 f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} more "
                 f"are in {PLAN} or in its done-record, not in both: remove its done-record and "
                 "make it again",
