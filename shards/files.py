@@ -133,26 +133,29 @@ def is_partial(path: Path) -> bool:
     return PARTIAL.search(path.name) is not None
 
 
-def remove_partials(folder: Path) -> list[Path]:
+def remove_partials(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> list[Path]:
     """Removes what killed writers left directly in `folder`; gives what was removed.
 
     Kept: the partials of other living processes, and those of other machines that changed within
-    the last day. Call it before this process starts to write there, since its own are removed.
+    the last `stale_after_s` seconds. Call it before this process starts to write there, since its
+    own are removed.
     """
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = PARTIAL.search(path.name)
-        if match is None or _may_be_alive(path, int(match[1]), match[2]):
+        if match is None or _may_be_alive(
+            path, int(match[1]), match[2], stale_after_s=stale_after_s
+        ):
             continue
         remove(path)
         removed.append(path)
     return removed
 
 
-def _may_be_alive(path: Path, pid: int, machine: str) -> bool:
+def _may_be_alive(path: Path, pid: int, machine: str, *, stale_after_s: float) -> bool:
     if machine != _machine():
         try:
-            return time.time() - path.stat().st_mtime < STALE_AFTER_S
+            return time.time() - path.lstat().st_mtime < stale_after_s
         except FileNotFoundError:
             return False
     if pid == os.getpid():

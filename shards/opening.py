@@ -100,7 +100,8 @@ class OpenedCache:
     def planned(self) -> list[PlanEntry]:
         """What plan.jsonl says of the clips of `keys()`, in that order; DamagedShard if it lacks
         one."""
-        entries = {entry.key: entry for entry in read_plan(self.folder)}
+        sha256 = self.info.files.get(PLAN, {}).get("sha256")
+        entries = {entry.key: entry for entry in read_plan(self.folder, sha256=sha256)}
         missing = [key for key in self.keys() if key not in entries]
         if missing:
             raise DamagedShard(

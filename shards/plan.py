@@ -197,10 +197,13 @@ def _lines(plan: Iterable[PlanEntry]) -> bytes:
     return "".join(f"{json.dumps(_to_json(entry), sort_keys=True)}\n" for entry in plan).encode()
 
 
-def read_plan(folder: Path | str) -> list[PlanEntry]:
-    """The stored plan; DamagedShard if it is missing or malformed."""
+def read_plan(folder: Path | str, *, sha256: str | None = None) -> list[PlanEntry]:
+    """The stored plan; DamagedShard if it is missing, malformed, or has another hash than given."""
     path = Path(folder) / PLAN
-    lines = read_file(path, max_bytes=MAX_PLAN_BYTES).splitlines()
+    data = read_file(path, max_bytes=MAX_PLAN_BYTES)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedShard(f"{path}: was changed since the cache was finished: restore the file")
+    lines = data.splitlines()
     plan = []
     keys = set()
     for number, line in enumerate(lines, start=1):

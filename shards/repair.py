@@ -47,9 +47,9 @@ def repair_cache(folder: Path | str, report: VerifyReport) -> Repaired:
             f"{shards}: is a link: nothing was removed; put the folder in its place first"
         )
     places = (folder, shards)
-    partials = [path for place in places for path in remove_partials(place)]
+    partials = [path for place in places for path in remove_partials(place, stale_after_s=0.0)]
     removed = [path.relative_to(folder).as_posix() for path in partials]
-    if report.damaged and read_cache_info(folder).complete:
+    if (report.damaged or report.missing) and read_cache_info(folder).complete:
         reopen_cache(folder)  # first: a finished cache has all its shards
     for shard in report.damaged:
         removed += _remove_shard(folder, shard)
@@ -58,7 +58,8 @@ def repair_cache(folder: Path | str, report: VerifyReport) -> Repaired:
     write_quarantine(folder)
     if _bytes(folder / "quarantine.jsonl") != before:
         rewritten.append("quarantine.jsonl")
-    return Repaired(removed=removed, shards=list(report.damaged), rewritten=rewritten)
+    to_make = sorted({*report.damaged, *report.missing})
+    return Repaired(removed=removed, shards=to_make, rewritten=rewritten)
 
 
 def _remove_shard(folder: Path, shard: int) -> list[str]:

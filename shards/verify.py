@@ -20,6 +20,7 @@ from .verify_beside import (
     count_problems,
     find_leftovers,
     index_problems,
+    missing_shards,
     plan_problems,
     quarantine_problems,
 )
@@ -38,6 +39,8 @@ class VerifyReport:
     """Bytes of the shards' files, by their done-records."""
     damaged: list[int]
     """Shards to be made again."""
+    missing: list[int]
+    """Shards of the plan that are not done."""
     leftovers: Leftovers
     """Files that belong to no shard."""
     is_deep: bool
@@ -94,6 +97,7 @@ def verify_cache(
         windows=sum(record.rows for record in records),
         bytes=total,
         damaged=sorted(damaged),
+        missing=missing_shards(folder, records),
         leftovers=leftovers,
         is_deep=deep,
     )

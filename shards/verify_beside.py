@@ -117,6 +117,15 @@ def is_untouched(folder: Path) -> bool:
     return "checksum" not in value or bool(value["checksum"] == checksum(value))
 
 
+def missing_shards(folder: Path, records: Sequence[DoneRecord]) -> list[int]:
+    """The shards of the plan that are not done; none where there is no plan to tell."""
+    try:
+        wanted = num_shards(read_plan(folder))
+    except DeltatokError:
+        return []
+    return sorted(set(range(wanted)) - {record.shard for record in records})
+
+
 def count_problems(folder: Path, info: CacheInfo, records: Sequence[DoneRecord]) -> Iterator[str]:
     """Of the shards there are against those there should be."""
     try:
@@ -125,7 +134,7 @@ def count_problems(folder: Path, info: CacheInfo, records: Sequence[DoneRecord])
         yield str(error)
         return
     done = {record.shard for record in records}
-    if missing := sorted(set(range(wanted)) - done):
+    if missing := missing_shards(folder, records):
         state = "marked complete, but" if info.complete else "not finished:"
         yield (
             f"{folder}: {state} {len(missing)} of {wanted} shards are not done, first "
