@@ -84,9 +84,9 @@ def verify_cache(
     for doubted, problem in plan_problems(folder, info, records):
         problems.append(problem)
         damaged.update([] if doubted is None else [doubted])
-    for shard, problem in index_problems(folder, info, records, set(damaged)):
+    for doubted, problem in index_problems(folder, info, records, set(damaged)):
         problems.append(problem)
-        damaged.add(shard)
+        damaged.update([] if doubted is None else [doubted])
     problems += count_problems(folder, info, records)
     problems += quarantine_problems(folder, records)
     leftovers = find_leftovers(folder, records)

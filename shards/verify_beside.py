@@ -180,17 +180,23 @@ def plan_problems(
 
 def index_problems(
     folder: Path, info: CacheInfo, records: Sequence[DoneRecord], known: set[int]
-) -> Iterator[tuple[int, str]]:
-    """Done-records that were changed since the cache was finished, but not those of `known`."""
-    entry = info.files.get(INDEX)
-    if not info.complete or entry is None:
+) -> Iterator[tuple[int | None, str]]:
+    """Done-records that were changed since the cache was finished, but not those of `known`; None
+    where it is the index that is wrong."""
+    entry, path = info.files.get(INDEX), folder / INDEX
+    if not info.complete or entry is None or not path.is_file():
         return
+    if sha256_file(path) != entry["sha256"]:
+        return  # named by cache_problems
     try:
-        index = read_index(folder, sha256=entry["sha256"])
-    except DeltatokError:
-        return  # cache_problems named it
+        index = read_index(folder, sha256=entry["sha256"]) or []
+    except DeltatokError as error:
+        yield None, str(error)
+        return
     done = {record.shard for record in records}
-    for line in index or []:
+    if missing := sorted(done - {line.shard for line in index}):
+        yield None, f"{path}: does not tell of shard {missing[0]:06d}: delete it, and repair"
+    for line in index:
         if line.shard in done - known:
             try:
                 read_indexed(folder, line)

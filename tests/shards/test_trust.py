@@ -1,5 +1,6 @@
 """What a reader takes for the shard it was promised: missing, empty, swapped, linked, stale."""
 
+import io
 import json
 import os
 import shutil
@@ -111,13 +112,20 @@ def test_a_large_cache_opens_by_its_index_alone(
 ) -> None:
     cache = request.getfixturevalue(kind)
     opened = []
-    real = os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
+    for module in (os, io):  # pathlib opens by io.open
+        real = module.open
+
+        def counting(path: Any, *rest: Any, real: Any = real, **named: Any) -> Any:
+            opened.append(path)
+            return real(path, *rest, **named)
+
+        monkeypatch.setattr(module, "open", counting)
     reader: Any = (PatchShards if kind == "patches" else DeltaShards)(cache.folder, verify="size")
     assert sorted(Path(path).name for path in opened) == ["cache.json", INDEX]
     assert reader.num_windows == 11
     assert sorted(reader.keys) == sorted(entry.key for entry in cache.plan)
     assert len(opened) == 2
+    monkeypatch.undo()
     wanted = cache.expected["tokens"].astype(np.float16)
     np.testing.assert_array_equal(reader.tokens([7, 2, 10]).astype(np.float16), wanted[[7, 2, 10]])
     names = [reader.keys[clip] for clip in reader.clip_index]
