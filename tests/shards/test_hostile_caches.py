@@ -8,6 +8,7 @@ import json
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,10 @@ def is_refused(folder: Path, kind: str = "patches") -> None:
     """By the reader, and named by verify, with errors of ours only."""
     with pytest.raises(DeltatokError):
         use(folder, kind)
-    try:
+    with suppress(DeltatokError):
         assert verify_cache(folder, deep=True).problems
-    except DeltatokError:
-        pass
-    try:
+    with suppress(DeltatokError):
         json.dumps(describe_cache(folder))
-    except DeltatokError:
-        pass
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
