@@ -19,6 +19,7 @@ from .checked import shown
 from .errors import CacheMismatch, DamagedShard, DeltatokError
 from .files import write_bytes
 from .npy import npy_bytes, read_npy
+from .strict_json import read_file
 
 MAX_CODE = 127
 """Codes are -127..127."""
@@ -112,12 +113,7 @@ def read_channel_scale(folder: Path | str, info: CacheInfo) -> NDArray[np.float3
     """The scales in channel_scale.npy, float32 (D,); DamagedShard unless they are those of
     cache.json."""
     path = Path(folder) / CHANNEL_SCALE
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedShard(
-            f"{path}: cannot be read ({error.strerror}): extract again, it is written first"
-        ) from error
+    data = read_file(path, advice="extract again, it is written first")
     scale = read_npy(data, dtype=np.dtype("<f4"), num_axes=1, where=str(path))
     check_channel_scale(scale, info, where=str(path))
     return scale

@@ -87,7 +87,7 @@ class PatchShards(CacheReader[np.float32]):
         `out`: a float32 array of that shape to fill and return. Raises DamagedShard for a frame
         whose checksum is wrong, IndexError for a window that is not there.
         """
-        numbers = checked_windows(windows, self.num_windows)
+        numbers = self._opened(windows)
         filled = checked_out(out, (len(numbers), *self.shape), np.dtype(np.float32))
         stored: NDArray[Any] = np.empty(self.shape[1:], dtype=STORED_DTYPES[self.dtype])
         for position, reader, files, window in self._in_file_order(numbers):
@@ -99,7 +99,7 @@ class PatchShards(CacheReader[np.float32]):
     def stored_tokens(self, windows: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """As `tokens`, raw: float16, the bits of bfloat16 as uint16, or int8 codes, whose scales
         `token_scale` and `channel_scale` give (FORMAT.md has the formulas)."""
-        numbers = checked_windows(windows, self.num_windows)
+        numbers = self._opened(windows)
         stored = STORED_DTYPES[self.dtype]
         filled = checked_out(out, (len(numbers), *self.shape), stored)
         for position, reader, files, window in self._in_file_order(numbers):
@@ -110,7 +110,7 @@ class PatchShards(CacheReader[np.float32]):
     def token_scale(self, windows: ArrayLike) -> NDArray[np.float16]:
         """float16 (B, T, N): value = int8 * token_scale * channel_scale; UsageError if not int8."""
         self._check_int8()
-        numbers = checked_windows(windows, self.num_windows)
+        numbers = self._opened(windows)
         filled = np.empty((len(numbers), *self.shape[:2]), dtype=np.float16)
         for position, reader, files, window in self._in_file_order(numbers):
             for index in range(self.shape[0]):
@@ -151,6 +151,14 @@ class PatchShards(CacheReader[np.float32]):
         if self._table is None:
             self._table = read_table(self._cache)
         return self._table
+
+    def _opened(self, windows: ArrayLike) -> NDArray[np.int64]:
+        """Window numbers, int64 (B,), their shards opened: before room is made for what a made-up
+        shape says."""
+        numbers = checked_windows(windows, self.num_windows)
+        for shard in np.unique(self._cache.locate(numbers)[0]).tolist():
+            self._reader(shard)
+        return numbers
 
     def _in_file_order(
         self, numbers: NDArray[np.int64]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from .checked import Fields, is_number, shown
 from .errors import DamagedShard
-from .files import MAX_JSON_BYTES, parse_json
 from .npy import MAX_PREFIX_BYTES, NpyHeader, parse_npy, read_npy
 from .opening import ADVICE
+from .strict_json import MAX_JSON_BYTES, parse_json
 from .tar_map import MEMBER_NAME, TarMember, read_members
 
 _PARTS = ("timestamps.npy", "tokens.npy", "windows.json")
