@@ -21,6 +21,7 @@ from deltatok.shards import (
     PatchShards,
     Quarantined,
     UsageError,
+    describe_cache,
     finish_cache,
     read_cache_info,
     read_plan,
@@ -133,6 +134,7 @@ def test_a_subset_by_split_label_key_and_limit(source: Path, tmp_path: Path) -> 
     first = [entry.key for entry in read_plan(source)][:2]  # it is in the order of the hashes
     assert opened(tmp_path / "limit").keys == first
     assert info.exported_from["limit"] == 2
+    assert describe_cache(tmp_path / "limit")["exported_from"] == info.exported_from
     assert info.exported_from["caches"][0]["fingerprint"] == opened(source).fingerprint
 
 

@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +222,15 @@ def test_numbers_that_no_column_holds_are_refused(deltas: Any) -> None:
     path.write_bytes(data[:start] + b"1e300".ljust(end - start) + data[end:])
     with pytest.raises(DamagedShard, match="wanted 3 indices and 4 numbers"):
         read_windows(path, read_blocks(path, num_frames=3, hidden_size=6)[0], num_frames=3)
+
+
+@pytest.mark.parametrize("kind", ["PatchShards", "DeltaShards"])
+def test_a_reader_that_lives_to_the_end_of_the_program_ends_quietly(
+    patches: Any, deltas: Any, kind: str
+) -> None:
+    folder = (patches if kind == "PatchShards" else deltas).folder
+    code = f"from deltatok.shards import {kind}; reader = {kind}({str(folder)!r}); reader[0]"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ended.stderr == ""
