@@ -1,7 +1,8 @@
 """Caches that someone made to do harm: refused with one of our errors, nothing run, nothing huge.
 
 The forger's done-records, index and cache.json agree with the files, so that nothing but the check
-of the contents stands in the way. Every case runs within a gigabyte more of address space and a few seconds.
+of the contents stands in the way. Every case runs within a few seconds, and within a gigabyte more
+of address space.
 """
 
 import importlib
