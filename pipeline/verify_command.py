@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ from ..shards.verify import VerifyReport, verify_cache
 
 if TYPE_CHECKING:
     from .audit import AuditReport
+
+LEASE_TIMEOUT_S = 60.0
 
 EXAMPLE = """examples:
   deltatok-shards verify cache/patches                     every byte, against its SHA-256
@@ -39,8 +43,8 @@ def add_verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="remove partial work and damaged shards, so that they are made again; run it while "
-        "nobody writes to DIR",
+        help="remove partial work and damaged shards, so that they are made again; refused while a "
+        "process writes to DIR",
     )
     parser.add_argument(
         "--audit", type=int, metavar="N", help="make N random windows again and compare them"
@@ -78,7 +82,8 @@ def run_verify(arguments: argparse.Namespace) -> None:
     found = _as_json(report)
     error: DeltatokError | None = None
     if arguments.repair:
-        repaired = repair_cache(folder, report)
+        with _nobody_writes(folder):
+            repaired = repair_cache(folder, report)
         error = _after_repair(folder, report, repaired)
         found["repair"] = {
             "removed": repaired.removed,
@@ -112,13 +117,32 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 def _verify(folder: Path, *, deep: bool) -> VerifyReport:
     # disable=None: no bar where nobody looks at a terminal.
-    with tqdm(desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(desc="verify", unit="shard", disable=None, leave=False) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int, num_bytes: int) -> None:
             bar.total = total
+            bar.set_postfix_str(f"{num_bytes / 1e9:.2f} GB", refresh=False)
             bar.update(done - bar.n)
 
         return verify_cache(folder, deep=deep, progress=progress)
+
+
+@contextmanager
+def _nobody_writes(folder: Path) -> Iterator[None]:
+    """Holds what a writer needs to finish; UsageError while one is at work."""
+    from ..extract.common import CACHE_LEASE
+    from ..extract.leases import FOLDER, Leases
+
+    if (folder / FOLDER).is_symlink():
+        raise UsageError(f"{folder / FOLDER}: is a link: remove it first")
+    with Leases(folder, timeout_s=LEASE_TIMEOUT_S) as leases:
+        for name in sorted({*leases.names(), CACHE_LEASE}):
+            if leases.take(name) is None:
+                raise UsageError(
+                    f"{folder}: a process is writing to it (lease {name!r}): wait for it or stop "
+                    "it, then repair; leases of a dead machine are to be deleted by hand"
+                )
+        yield
 
 
 def _after_repair(folder: Path, before: VerifyReport, done: Repaired) -> DeltatokError | None:

@@ -38,7 +38,7 @@ from .identity import canonical_json, checksum, compare, fingerprint, plain
 from .index import INDEX, index_bytes
 from .notice import NOTICE, notice_bytes
 from .plan import PLAN, num_shards, read_plan
-from .records import read_all_done
+from .records import read_all_clips
 from .strict_json import read_json
 
 __all__ = [
@@ -130,7 +130,7 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
     """
     folder = Path(folder)
     info = read_cache_info(folder)
-    records = read_all_done(folder)
+    records = read_all_clips(folder)
     wanted = num_shards(read_plan(folder)) if (folder / PLAN).is_file() else len(records)
     if [record.shard for record in records] != list(range(wanted)):
         raise CacheMismatch(
@@ -165,7 +165,7 @@ def refresh_derived(folder: Path | str) -> list[str]:
         write_bytes(folder / NOTICE, wanted)
         written.append(NOTICE)
     if info.complete and INDEX in info.files:
-        index = index_bytes(folder, read_all_done(folder))
+        index = index_bytes(folder, read_all_clips(folder))
         if hashlib.sha256(index).hexdigest() != info.files[INDEX]["sha256"]:
             reopen_cache(folder)
         elif not _is_same(folder / INDEX, info, index):

@@ -6,7 +6,7 @@ lies beside the shards is checked by `verify_beside`, what is in them by `conten
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .cache import PATCHES, CacheInfo, read_cache_info
@@ -48,38 +48,34 @@ class VerifyReport:
 
 
 def verify_cache(
-    folder: Path | str, *, deep: bool = False, progress: Callable[[int, int], None] | None = None
+    folder: Path | str,
+    *,
+    deep: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> VerifyReport:
     """Checks presence, sizes, SHA-256, counts and leftovers; with `deep` also decodes every chunk
     and looks at checksums, dtypes, shapes, values, times, crops and statistics.
 
-    progress: called with (bytes done, bytes in all) after every shard. Raises UsageError,
-    CacheMismatch or DamagedShard only where nothing can be checked: no such folder, no cache, no
-    readable cache.json.
+    progress: called with (shards done, shards in all, bytes done) after every shard. Raises
+    UsageError, CacheMismatch or DamagedShard only where nothing can be checked: no such folder, no
+    cache, no readable cache.json.
     """
     folder = Path(folder)
     info = read_cache_info(folder)
     problems: list[str] = []
     damaged: set[int] = set()
     records: list[DoneRecord] = []
-    for shard in done_shards(folder):
-        try:
-            record = read_done(folder, shard)
-        except DeltatokError as error:
-            problems.append(str(error))
-            damaged.add(shard)
-            continue
-        if record is not None:
-            records.append(record)
-    total, done = sum(map(_size, records)), 0
+    shards, num_bytes = done_shards(folder), 0
     with ThreadPoolExecutor(max_workers=check_threads()) as pool:
-        found = pool.map(lambda record: _shard_problems(folder, info, record, deep), records)
-        for record, (wrong, is_damaged) in zip(records, found, strict=True):
-            problems += wrong
-            damaged.update([record.shard] * is_damaged)
-            done += _size(record)
+        found = pool.map(lambda shard: _check_shard(folder, info, shard, deep), shards)
+        for number, (shard, result) in enumerate(zip(shards, found, strict=True), start=1):
+            problems += result.problems
+            damaged.update([shard] * result.is_damaged)
+            if result.record is not None:
+                records.append(result.record)
+                num_bytes += _size(result.record)
             if progress is not None:
-                progress(done, total)
+                progress(number, len(shards), num_bytes)
     problems += cache_problems(folder, info)
     for doubted, problem in plan_problems(folder, info, records):
         problems.append(problem)
@@ -95,12 +91,32 @@ def verify_cache(
         problems=problems,
         shards=len(records),
         windows=sum(record.rows for record in records),
-        bytes=total,
+        bytes=num_bytes,
         damaged=sorted(damaged),
         missing=missing_shards(folder, records),
         leftovers=leftovers,
         is_deep=deep,
     )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    record: DoneRecord | None
+    """Without what takes room and is not needed again; None if it cannot be read."""
+    problems: list[str]
+    is_damaged: bool
+    """Whether making the shard again is what mends it."""
+
+
+def _check_shard(folder: Path, info: CacheInfo, shard: int, deep: bool) -> _Checked:
+    try:
+        record = read_done(folder, shard)
+    except DeltatokError as error:
+        return _Checked(None, [str(error)], True)
+    if record is None:  # taken back just now
+        return _Checked(None, [], False)
+    problems, is_damaged = _shard_problems(folder, info, record, deep)
+    return _Checked(replace(record, statistics={}, decoders={}), problems, is_damaged)
 
 
 def _shard_problems(

@@ -86,3 +86,17 @@ def test_a_whole_cache_says_how_deep_it_was_looked_at(
     for flags, words in ([], "every byte"), (["--deep"], "every value"):
         assert shards(["verify", str(cache), *flags]) == 0
         assert f"{words} checked: ok" in capsys.readouterr().out
+
+
+def test_nothing_is_repaired_while_somebody_writes(cache: Path, fails: Fails) -> None:
+    from deltatok.extract.leases import Leases
+
+    path = cache / "shards/000001.zarr/tokens/c/0/0/0/0"
+    path.write_bytes(b"")
+    with Leases(cache, timeout_s=60.0) as leases:
+        assert leases.take("000000") is not None
+        fails(shards, ["verify", str(cache), "--repair"], 2, "a process is writing to it")
+        assert path.exists()
+    assert shards(["verify", str(cache), "--repair"]) == 0
+    assert not path.exists()
+    assert not (cache / "leases").exists()

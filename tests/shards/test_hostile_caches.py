@@ -1,9 +1,11 @@
 """Caches that someone made to do harm: refused with one of our errors, nothing run, nothing huge.
 
 The forger's done-records, index and cache.json agree with the files, so that nothing but the check
-of the contents stands in the way. Every case runs within 256 MiB and a few seconds.
+of the contents stands in the way. Every case runs within a few seconds, and within a gigabyte more
+of address space.
 """
 
+import importlib
 import json
 import resource
 import signal
@@ -25,15 +27,16 @@ from deltatok.shards import (
 )
 from deltatok.shards.files import sha256_file
 from deltatok.shards.identity import checksum, fingerprint
-from deltatok.shards.strict_json import parse_json
 
 TOKENS = "shards/000000.zarr/tokens/zarr.json"
-EXTRA_BYTES = 256 * 2**20
+EXTRA_BYTES = 2**30  # threads reserve most of it
 
 
 @pytest.fixture(autouse=True)
 def little_room_and_time() -> Iterator[None]:
     """A big allocation is a MemoryError, a hang an alarm: neither is an error of ours."""
+    for writer in ("zarr", "numcodecs", "webdataset"):  # they take room, and are no readers
+        importlib.import_module(writer)
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + EXTRA_BYTES
@@ -82,55 +85,6 @@ def is_refused(folder: Path, kind: str = "patches") -> None:
         assert verify_cache(folder, deep=True).problems
     with suppress(DeltatokError):
         json.dumps(describe_cache(folder))
-
-
-DEEP = "[" * 100_000 + "]" * 100_000
-BAD_JSON = {
-    "nested 100,000 deep": DEEP,
-    "objects nested 100,000 deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
-    "nested 900 deep": "[" * 900 + "]" * 900,
-    "an integer of 5,000 digits": "1" * 5_000,
-    "an integer of 100 digits": "1" * 100,
-    "NaN": "NaN",
-    "an infinity": "1e999",
-    "half a character": '"\\ud800"',
-    "three million lists": "[" + "[]," * 3_000_000 + "0]",
-}
-
-
-@pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON)
-@pytest.mark.parametrize(
-    "name",
-    ["cache.json", "plan.jsonl", "shards/000000.json", "shards/000000.zarr/zarr.json", TOKENS],
-)
-def test_json_that_is_made_to_harm_is_refused_everywhere(
-    patches: Any, name: str, text: str
-) -> None:
-    path = patches.folder / name
-    line, *rest = path.read_text().splitlines(keepends=True) if "plan" in name else ["", ""]
-    before = line.strip() if "plan" in name else path.read_text().strip()
-    path.write_text('{"aaa": ' + text + ", " + before[1:] + "\n" + "".join(rest))
-    if ".zarr" in name:
-        reseal(patches.folder)
-    is_refused(patches.folder)
-
-
-@pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON)
-def test_windows_json_that_is_made_to_harm_is_refused(text: str) -> None:
-    with pytest.raises(DeltatokError, match=r"000000\.windows\.json: not valid JSON"):
-        parse_json(text.encode(), where="x.tar: 000000.windows.json")
-
-
-def test_a_key_twice_is_refused_as_two_readers_may_differ() -> None:
-    with pytest.raises(DeltatokError, match="'rows' twice in one object"):
-        parse_json(b'{"rows": 1, "shard": 0, "rows": 2}', where="x")
-    many = b",".join(b'"k%d":0' % index for index in range(300_000))
-    with pytest.raises(DeltatokError, match="twice"):
-        parse_json(b"{" + many + b',"k299999":1}', where="x")
-
-
-def test_characters_in_two_halves_are_fine() -> None:
-    assert parse_json(b'"\\ud83d\\ude00"', where="x") == "\U0001f600"
 
 
 @pytest.mark.parametrize(
