@@ -11,8 +11,8 @@ from typing import Any
 from ..shards.dtypes import STORED_DTYPES
 from ..shards.errors import UsageError
 from ..shards.export import export_cache
-from ..shards.export_npy import VALUE_DTYPES, export_npy
 from ..shards.export_plan import Selection
+from ..shards.npy_folder import VALUE_DTYPES, export_npy
 from ..shards.zstd import COMPRESSIONS
 
 logger = logging.getLogger(__name__)

@@ -28,10 +28,10 @@ from .errors import (
     UsageError,
 )
 from .export import export_cache
-from .export_npy import export_npy
 from .export_plan import Selection
 from .info import describe_cache
 from .int8 import channel_scale_of, dequantise, quantise, scale_sha256, write_channel_scale
+from .npy_folder import export_npy
 from .patch_writer import PatchRows, write_black, write_patch_shard
 from .patches import PatchShards
 from .plan import (

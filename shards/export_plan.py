@@ -4,7 +4,7 @@
     clips = select_clips(sources, Selection(splits=("train",)))
     plan = deal(sources, clips, clips_per_shard=64)
 
-Called by `export` and `export_npy`. Clips are taken whole, those in quarantine too, so that the new
+Called by `export` and `npy_folder`. Clips are taken whole, those in quarantine too, so that the new
 cache says what its videos did not give.
 """
 
