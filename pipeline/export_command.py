@@ -49,7 +49,12 @@ def add_export(kinds: Any) -> None:
     add("--label", metavar="NAME", nargs="+", default=(), help="take only clips of these classes")
     add("--limit", metavar="N", type=int, help="take the first N clips in the plan's seeded order")
     add("--clips-per-shard", metavar="N", type=int, help="default: as in the largest shard given")
-    add("--windows-per-shard", metavar="N", type=int, help="at most, instead of clips; whole clips")
+    add(
+        "--windows-per-shard",
+        metavar="N",
+        type=int,
+        help="at most, instead of clips; whole clips. A shard is held in memory",
+    )
     dtypes = sorted({*STORED_DTYPES, *VALUE_DTYPES})
     add(
         "--dtype",

@@ -69,7 +69,7 @@ def assert_same_windows(out: Path, *sources: Path, dtype: str = "stored") -> int
         np.testing.assert_array_equal(reader.timestamps_s([number]), other.timestamps_s([old]))
         if dtype == "stored":
             np.testing.assert_array_equal(reader[number], other[old], strict=True)
-    assert verify_cache(out).problems == []
+    assert verify_cache(out, deep=True).problems == []
     return len(reader)
 
 
