@@ -142,19 +142,23 @@ def panel_image(panel: Panel) -> Image.Image:
     font = ImageFont.load_default(14)
     images = [strip_image(strip) for strip in panel.strips]
     margin = 12 + max(int(font.getlength(strip.label)) for strip in panel.strips)
-    column_width, height = images[0].width // len(panel.strips[0].tiles), images[0].height
+    column_width = images[0].width // len(panel.strips[0].tiles)
     right = margin + column_width * len(panel.columns)
     line = 22
-    bottom = line + len(images) * height
+    bottom = line + sum(image.height for image in images)
     picture = Image.new("RGB", (right, bottom + line * bool(panel.legend)), "white")
     draw = ImageDraw.Draw(picture)
     for column, text in enumerate(panel.columns):
         middle = margin + column_width * (column + 0.5)
         draw.text((middle, line / 2), text, fill="black", font=font, anchor="mm")
-    for i, (strip, image) in enumerate(zip(panel.strips, images, strict=True)):
-        top, left = line + i * height, right - image.width
-        draw.text((left - 6, top + height / 2), strip.label, fill="black", font=font, anchor="rm")
+    top = line
+    for strip, image in zip(panel.strips, images, strict=True):
+        left = right - image.width
+        draw.text(
+            (left - 6, top + image.height / 2), strip.label, fill="black", font=font, anchor="rm"
+        )
         picture.paste(image, (left, top), image)
+        top += image.height
     _draw_legend(draw, panel.legend, font=font, at=(margin, bottom))
     return picture
 

@@ -86,7 +86,7 @@ def _add_losses(losses: dict[str, tuple[list[int], list[float]]], entry: Any) ->
 def plot_curves(curves: Sequence[Curve]) -> list[Plot]:
     """One plot for each curve: loss by step, logarithmic where all losses are positive."""
     return [
-        _plot(functools.partial(_draw_curve, curve=curve), alt=_curve_alt(curve))
+        draw_plot(functools.partial(_draw_curve, curve=curve), alt=_curve_alt(curve))
         for curve in curves
     ]
 
@@ -105,10 +105,11 @@ def plot_best_of_k(
         )
     alt = "Feature loss of the best of k samples, falling with k. " + "; ".join(lines) + "."
     draw = functools.partial(_draw_best_of_k, curve=curve, rows=rows)
-    return _plot(draw, alt=alt)
+    return draw_plot(draw, alt=alt)
 
 
-def _plot(draw: Callable[[Figure, dict[str, str]], None], *, alt: str) -> Plot:
+def draw_plot(draw: Callable[[Figure, dict[str, str]], None], *, alt: str) -> Plot:
+    """`draw(figure, ink)` twice: with the inks ("ink", "faint") of light and of dark pages."""
     return Plot(alt=alt, light=_render(draw, _LIGHT), dark=_render(draw, _DARK))
 
 

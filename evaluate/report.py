@@ -8,16 +8,15 @@
 report.json is written last: where it is, the report is whole.
 """
 
-import base64
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..shards.files import write_bytes, write_json
-from .pictures import Panel, panel_image, png_bytes, strip_image
+from .page import facts_html, flatten, panels_html, plot_html, table_html, value_text
+from .pictures import Panel, panel_image, png_bytes
 from .plots import Plot, plot_best_of_k
 from .rows import ROW_LABELS, ReportRow, expected_order, markdown_table, table
 from .template import PAGE, STYLE
@@ -93,8 +92,8 @@ def report_page(report: Report, pictures: Pictures) -> str:
         _scores(report),
         _probes(report),
         _best_of_k(report),
-        _panels("Features", FEATURES_TEXT, pictures.features),
-        _panels("Segmentation", CLASSES_TEXT, pictures.classes),
+        panels_html("Features", FEATURES_TEXT, pictures.features),
+        panels_html("Segmentation", CLASSES_TEXT, pictures.classes),
         _curves(pictures.curves),
         _origin(report),
     ]
@@ -124,7 +123,7 @@ def _scores(report: Report) -> str:
     header, body = table(report.rows)
     return f"""<h2>Scores</h2>
 <p class="order{mood}">{escape(order.text)}</p>
-<div class="wide">{_table(header, body)}</div>
+<div class="wide">{table_html(header, body)}</div>
 <p class="soft">{escape(SCORES_TEXT)}</p>
 <details><summary>As Markdown</summary><pre>{escape(markdown_table(report.rows))}</pre></details>"""
 
@@ -132,21 +131,22 @@ def _scores(report: Report) -> str:
 def _probes(report: Report) -> str:
     hidden_size = str(report.provenance["cache"].get("hidden_size", "D"))
     lines = "\n".join(
-        f"<tr><td>{escape(name.replace('_', ' '))}</td><td>{escape(_value(report.probes[name]))}"
-        f"</td><td>{escape(text.replace('{hidden_size}', hidden_size))}</td></tr>"
+        f"<tr><td>{escape(name.replace('_', ' '))}</td>"
+        f"<td>{escape(value_text(report.probes[name]))}</td>"
+        f"<td>{escape(text.replace('{hidden_size}', hidden_size))}</td></tr>"
         for name, text in PROBE_TEXTS.items()
         if name in report.probes
     )
     by_step = report.probes.get("feature_loss_by_step", {})
     steps = max(map(len, by_step.values()), default=0)
     header = ["row", *(f"step {step + 1}" for step in range(steps))]
-    body = [[ROW_LABELS[name], *map(_value, losses)] for name, losses in by_step.items()]
+    body = [[ROW_LABELS[name], *map(value_text, losses)] for name, losses in by_step.items()]
     return f"""<h2>Probes</h2>
 <table class="facts probes"><tbody>
 {lines}
 </tbody></table>
 <details><summary>Feature loss at each step of the mid horizon</summary>
-<div class="wide">{_table(header, body)}</div></details>"""
+<div class="wide">{table_html(header, body)}</div></details>"""
 
 
 def _best_of_k(report: Report) -> str:
@@ -155,107 +155,24 @@ def _best_of_k(report: Report) -> str:
     plot = plot_best_of_k(report.best_of_k, report.rows)
     return f"""<h2>Best of k samples</h2>
 <p>Expected feature loss of the best of k samples at the target frame.</p>
-{_plot(plot)}"""
-
-
-def _panels(title: str, text: str, panels: Sequence[Panel]) -> str:
-    if not panels:
-        return ""
-    parts = [f"<h2>{title}</h2>", f"<p>{escape(text)}</p>", *map(_panel, panels)]
-    return "\n".join(parts)
-
-
-def _panel(panel: Panel) -> str:
-    """A grid of names and strips; names of forecasts stand where context tiles would."""
-    num_columns = len(panel.columns)
-    times = "".join(f"<span>{escape(text)}</span>" for text in panel.columns)
-    rows = []
-    for strip in panel.strips:
-        kind = "name" if len(strip.tiles) == num_columns else "name late"
-        rows.append(
-            f'<div class="{kind}" style="--free: {num_columns - len(strip.tiles)}">'
-            f"{escape(strip.label)}</div>"
-            f'<img style="--tiles: {len(strip.tiles)}" alt="{escape(strip.alt)}" '
-            f'src="{_data_uri(png_bytes(strip_image(strip)))}">'
-        )
-    legend = "".join(
-        f'<li><i style="background: rgb({red} {green} {blue})"></i>{escape(name)}</li>'
-        for name, (red, green, blue) in panel.legend
-    )
-    return f"""<h3>{escape(panel.title)}</h3>
-<div class="panel" style="--columns: {num_columns}">
-<div class="times">{times}</div>
-{"".join(rows)}
-</div>
-{f'<ul class="legend">{legend}</ul>' if legend else ""}"""
+{plot_html(plot)}"""
 
 
 def _curves(plots: Sequence[Plot]) -> str:
     if not plots:
         return ""
-    return "\n".join(["<h2>Training curves</h2>", *map(_plot, plots)])
-
-
-def _plot(plot: Plot) -> str:
-    """The dark version where the reader's page is dark, the light one elsewhere."""
-    return f"""<figure><picture>
-<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(plot.dark)}">
-<img src="{_data_uri(plot.light)}" alt="{escape(plot.alt)}" width="640">
-</picture></figure>"""
+    return "\n".join(["<h2>Training curves</h2>", *map(plot_html, plots)])
 
 
 def _origin(report: Report) -> str:
     seconds = {name: f"{value:.2f} s" for name, value in report.seconds.items()}
     parts = [
         ("Time", seconds),
-        ("Provenance", _flat(report.provenance)),
-        ("Settings", _flat(report.config)),
+        ("Provenance", flatten(report.provenance)),
+        ("Settings", flatten(report.config)),
     ]
     blocks = [
-        f"<details><summary>{title}</summary>{_facts(facts)}</details>" for title, facts in parts
+        f"<details><summary>{title}</summary>{facts_html(facts)}</details>"
+        for title, facts in parts
     ]
     return "\n".join(["<h2>Where this comes from</h2>", *blocks])
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    lines = "\n".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(_value(value))}</td></tr>"
-        for name, value in facts.items()
-    )
-    return f'<table class="facts"><tbody>\n{lines}\n</tbody></table>'
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, names joined with dots."""
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = item
-    return flat
-
-
-def _value(value: Any) -> str:
-    """A JSON value as people read it."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name.replace('_', ' ')} {_value(item)}" for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value) or "-"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in body
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table>"
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

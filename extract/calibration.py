@@ -6,7 +6,6 @@ channel_scale.npy is created exclusively, and what stands there is used: a run t
 joins others or that began with them, on whatever device, has the same scales. Called by run.py.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,10 +19,12 @@ from ..shards.cache import CHANNEL_SCALE, PATCHES, read_cache_info
 from ..shards.errors import DeltatokError, TooManyQuarantined, UsageError
 from ..shards.files import is_partial
 from ..shards.int8 import (
+    SAMPLE_CLIPS,
     agree_on_channel_scale,
     channel_scale_of,
     read_agreed_scale,
     read_channel_scale,
+    sample_order,
 )
 from ..shards.records import Quarantined
 from .backbone import Backbone
@@ -36,10 +37,6 @@ from .sampling import SamplingPolicy
 from .writer import PatchShardWriter
 
 _LOGGER = logging.getLogger(__name__)
-
-SAMPLE_CLIPS = 64
-"""Clips the scales are fitted on, one window of each: as much work as one shard of the default size
-(a guess: the scales need one or two digits, and half a million tokens give them)."""
 
 MAX_TRIED = 4 * SAMPLE_CLIPS
 """Clips looked at to find as many that can be decoded."""
@@ -99,7 +96,7 @@ def fit_channel_scale(
     config: ExtractConfig, policy: SamplingPolicy, backbone: Backbone, clips: Sequence[Clip]
 ) -> NDArray[np.float32]:
     """The scale of every channel, float32 (D,), from a sample of the clips."""
-    sample = sorted(clips, key=lambda clip: _sample_order(config.seed, clip.key))[:MAX_TRIED]
+    sample = sorted(clips, key=lambda clip: sample_order(config.seed, clip.key))[:MAX_TRIED]
     wanted = min(SAMPLE_CLIPS, len(sample))
     _LOGGER.info("int8: fitting the channel scales on one window of each of %d clips", wanted)
     features = WindowFeatures(
@@ -160,8 +157,3 @@ def _is_something_else(folder: Path) -> bool:
         )
     storage = read_cache_info(folder, format=PATCHES).identity.get("storage")
     return not isinstance(storage, dict) or storage.get("dtype") != "int8"
-
-
-def _sample_order(seed: int, key: str) -> tuple[bytes, str]:
-    name = f"calibration:{seed}:{key}".encode()
-    return hashlib.blake2b(name, digest_size=16).digest(), key

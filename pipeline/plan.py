@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..extract.backbone import Backbone
-from ..extract.calibration import SAMPLE_CLIPS
 from ..extract.clips import Clip
 from ..extract.describe import describe_patches
 from ..extract.devices import load_backbone
@@ -26,6 +25,7 @@ from ..extract.sampling import SamplingPolicy
 from ..extract.sources_select import clips_of
 from ..shards.cache import CacheInfo
 from ..shards.errors import UsageError
+from ..shards.int8 import SAMPLE_CLIPS
 from ..shards.plan import make_plan
 from .fused import DeltaShardWriter
 from .plan_bytes import CacheSize, ShardPlan, Sizes

@@ -1,4 +1,4 @@
-"""deltatok-shards: what a cache holds (info) and whether it is whole (verify)."""
+"""deltatok-shards: info, verify, preview and export of a cache."""
 
 import argparse
 import json
@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shards.errors import DamagedShard
 from ..shards.info import describe_cache
-from ..shards.verify import verify_cache
 from .command import Parser, run_command
+from .export_command import add_export, run_export
+from .preview_command import add_preview, run_preview
+from .verify_command import add_verify_flags, run_verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,15 +24,20 @@ def _parser() -> Parser:
         prog="deltatok-shards",
         description="Look at a cache of patch-token or delta-token shards.",
         epilog="examples:\n  deltatok-shards info cache/patches\n"
-        "  deltatok-shards verify cache/patches",
+        "  deltatok-shards verify cache/patches\n"
+        "  deltatok-shards preview cache/patches --out preview.html\n"
+        "  deltatok-shards export cache/patches --split val --out cache/val",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
     info = kinds.add_parser("info", help="format, shape, size, provenance, quarantine")
-    verify = kinds.add_parser("verify", help="presence, sizes, checksums, shapes, finite values")
+    verify = kinds.add_parser("verify", help="is it whole; --repair; --audit")
     for kind in (info, verify):
         kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
-        kind.add_argument("--json", action="store_true", help="print JSON instead of text")
+    info.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_verify_flags(verify)
+    add_preview(kinds)
+    add_export(kinds)
     return parser
 
 
@@ -39,8 +45,12 @@ def _run(words: list[str]) -> None:
     arguments = _parser().parse_args(words)
     if arguments.kind == "info":
         _info(arguments.dir, as_json=arguments.json)
+    elif arguments.kind == "export":
+        run_export(arguments)
+    elif arguments.kind == "preview":
+        run_preview(arguments)
     else:
-        _verify(arguments.dir, as_json=arguments.json)
+        run_verify(arguments)
 
 
 def _info(folder: Path, *, as_json: bool) -> None:
@@ -50,22 +60,3 @@ def _info(folder: Path, *, as_json: bool) -> None:
         return
     for key, value in found.items():
         print(f"{key:<20} {value if not isinstance(value, dict | list) else json.dumps(value)}")
-
-
-def _verify(folder: Path, *, as_json: bool) -> None:
-    report = verify_cache(folder)
-    if as_json:
-        counts = {"shards": report.shards, "windows": report.windows, "bytes": report.bytes}
-        print(json.dumps({"problems": list(report.problems), **counts}, indent=1))
-    else:
-        for problem in report.problems:
-            print(problem)
-    if report.problems:
-        raise DamagedShard(
-            f"{folder}: {report.problems[0]} ({len(report.problems)} problems in all); remove the "
-            "done-records (shards/NNNNNN.json) of the shards named and extract again"
-        )
-    if not as_json:
-        print(
-            f"{folder}: {report.shards} shards, {report.windows} windows, {report.bytes} bytes: ok"
-        )

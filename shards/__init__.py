@@ -27,8 +27,11 @@ from .errors import (
     TooManyQuarantined,
     UsageError,
 )
+from .export import export_cache
+from .export_plan import Selection
 from .info import describe_cache
 from .int8 import channel_scale_of, dequantise, quantise, scale_sha256, write_channel_scale
+from .npy_folder import export_npy
 from .patch_writer import PatchRows, write_black, write_patch_shard
 from .patches import PatchShards
 from .plan import (
@@ -68,6 +71,7 @@ __all__ = [
     "PatchShards",
     "PlanEntry",
     "Quarantined",
+    "Selection",
     "Stopped",
     "TooManyQuarantined",
     "UsageError",
@@ -81,6 +85,8 @@ __all__ = [
     "dequantise",
     "describe_cache",
     "done_shards",
+    "export_cache",
+    "export_npy",
     "fingerprint",
     "finish_cache",
     "make_plan",

@@ -8,23 +8,45 @@
 hash. Called by every writer (`open_cache`, `finish_cache`) and every reader (`read_cache_info`).
 """
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checked import Fields, shown
-from .errors import CacheMismatch, DamagedShard, UsageError
-from .files import create_bytes, is_partial, json_bytes, read_json, sha256_file, write_json
-from .identity import canonical_json, compare, fingerprint, plain
+from .cache_info import (
+    BLACK,
+    CHANNEL_SCALE,
+    DELTAS,
+    FORMAT_VERSION,
+    MAX_AXIS,
+    PATCHES,
+    CacheInfo,
+    CacheShape,
+    parse_cache_info,
+)
+from .errors import CacheMismatch, UsageError
+from .files import (
+    create_bytes,
+    is_partial,
+    json_bytes,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
+from .identity import canonical_json, checksum, compare, fingerprint, plain
+from .index import INDEX, index_bytes
+from .notice import NOTICE, notice_bytes
 from .plan import PLAN, num_shards, read_plan
-from .records import read_all_done
+from .records import read_all_clips
+from .strict_json import read_json
 
 __all__ = [
     "BLACK",
     "CHANNEL_SCALE",
     "DELTAS",
     "FORMAT_VERSION",
+    "MAX_AXIS",
     "PATCHES",
     "CacheInfo",
     "CacheShape",
@@ -37,61 +59,8 @@ __all__ = [
     "reopen_cache",
 ]
 
-PATCHES = "deltatok-patches"
-DELTAS = "deltatok-deltas"
-BLACK = "black.npy"
-CHANNEL_SCALE = "channel_scale.npy"
-FORMAT_VERSION = 1
-
-MAX_AXIS = 2**20
-"""No axis of a cache (frames, tokens, channels) is longer: a guard against absurd values."""
-
-FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE)
+FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE, NOTICE, INDEX)
 """Files beside the shards whose size and SHA-256 `finish_cache` records, where they exist."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheShape:
-    """The axes that all windows of a cache share."""
-
-    num_frames: int
-    """T, frames a window; delta caches: T delta tokens a window."""
-    num_tokens: int | None
-    """N, patch tokens a frame; None in delta caches."""
-    grid: tuple[int, int] | None
-    """(h, w) of the patches, N = h * w; None in delta caches."""
-    hidden_size: int
-    """D, channels a token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheInfo:
-    """The contents of a cache.json."""
-
-    format: str
-    """`deltatok-patches` or `deltatok-deltas`."""
-    identity: dict[str, Any]
-    """All that determines the stored numbers, as plain JSON values (see FORMAT.md)."""
-    shape: CacheShape
-    parent_fingerprint: str | None = None
-    """Delta caches: the fingerprint of the patch cache they were made from."""
-    backbone: dict[str, Any] = field(default_factory=dict)
-    """Name and licence notice of the backbone, for people; not part of the identity."""
-    licence: str = ""
-    """The licence that the stored features are under."""
-    software: dict[str, str] = field(default_factory=dict)
-    """Versions of what made the cache; not part of the identity."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """Totals, known when the cache is complete."""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """{"bytes", "sha256"} of FINISHED_FILES, known when the cache is complete."""
-    complete: bool = False
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def fingerprint(self) -> str:
-        """ "sha256:" + hash of the canonical JSON of [format, format_version, identity]."""
-        return fingerprint(self.format, self.format_version, self.identity)
 
 
 def read_cache_info(folder: Path | str, *, format: str | None = None) -> CacheInfo:
@@ -106,7 +75,7 @@ def read_cache_info(folder: Path | str, *, format: str | None = None) -> CacheIn
         raise UsageError(f"{folder}: no such folder: give the folder of a cache")
     if not path.is_file():
         raise CacheMismatch(f"{folder}: not a deltatok cache (it has no cache.json)")
-    info = _parse(read_json(path), where=str(path))
+    info = parse_cache_info(read_json(path), where=str(path))
     if format is not None and info.format != format:
         raise CacheMismatch(f"{folder}: is a {info.format} cache, wanted a {format} cache")
     return info
@@ -132,6 +101,7 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
                 )
             create_bytes(path, json_bytes(_to_json(info)))
         (folder / "shards").mkdir(exist_ok=True)
+        _write_notice(folder)
     except OSError as error:
         raise UsageError(
             f"{folder}: cannot be written ({error.strerror or error}): give another folder"
@@ -154,18 +124,21 @@ def reopen_cache(folder: Path | str) -> CacheInfo:
 def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
     """Marks the cache complete; gives its new cache.json.
 
-    Records `counts`, to which "shards" and "windows" are added from the done-records, and the
-    hashes of the files beside the shards. Raises CacheMismatch if a shard of the plan is not done.
+    Writes index.jsonl. Records `counts`, to which "shards" and "windows" are added from the
+    done-records, and the hashes of the files beside the shards. Raises CacheMismatch if a shard of
+    the plan is not done.
     """
     folder = Path(folder)
     info = read_cache_info(folder)
-    records = read_all_done(folder)
+    records = read_all_clips(folder)
     wanted = num_shards(read_plan(folder)) if (folder / PLAN).is_file() else len(records)
     if [record.shard for record in records] != list(range(wanted)):
         raise CacheMismatch(
             f"{folder}: {len(records)} shards are done, wanted the {wanted} of the plan: "
             "run the command that makes this cache again"
         )
+    _write_notice(folder)
+    write_bytes(folder / INDEX, index_bytes(folder, records))
     totals = {"shards": len(records), "windows": sum(record.rows for record in records)}
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
@@ -185,6 +158,38 @@ def _ours(child: Path, info: CacheInfo) -> bool:
     return is_partial(child) or (int8 and child.name == CHANNEL_SCALE)
 
 
+def refresh_derived(folder: Path | str) -> list[str]:
+    """Writes NOTICE.txt and, in a finished cache, index.jsonl again where they are missing or not
+    what they were; gives their names.
+
+    A finished cache whose done-records no longer give the index that cache.json tells of is
+    finished no more: `complete` is taken back.
+    """
+    folder = Path(folder)
+    info = read_cache_info(folder)
+    written = []
+    wanted = notice_bytes(info.licence, info.backbone)
+    if not _is_same(folder / NOTICE, info, wanted):
+        write_bytes(folder / NOTICE, wanted)
+        written.append(NOTICE)
+    if info.complete and INDEX in info.files:
+        index = index_bytes(folder, read_all_clips(folder))
+        if hashlib.sha256(index).hexdigest() != info.files[INDEX]["sha256"]:
+            reopen_cache(folder)
+        elif not _is_same(folder / INDEX, info, index):
+            write_bytes(folder / INDEX, index)
+            written.append(INDEX)
+    return written
+
+
+def _is_same(path: Path, info: CacheInfo, wanted: bytes) -> bool:
+    """Whether the file is as `wanted`, or at least as it was when the cache was finished."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    known = info.files.get(path.name, {}).get("sha256")
+    return sha256_file(path) in (known, hashlib.sha256(wanted).hexdigest())
+
+
 def _compared(info: CacheInfo) -> dict[str, Any]:
     shape = info.shape
     return {
@@ -201,8 +206,14 @@ def _compared(info: CacheInfo) -> dict[str, Any]:
     }
 
 
+def _write_notice(folder: Path) -> None:
+    if not (folder / NOTICE).exists():
+        info = read_cache_info(folder)
+        create_bytes(folder / NOTICE, notice_bytes(info.licence, info.backbone))
+
+
 def _to_json(info: CacheInfo) -> dict[str, Any]:
-    return {
+    value = {
         **_compared(info),
         "identity": plain(info.identity),
         "fingerprint": info.fingerprint,
@@ -211,71 +222,7 @@ def _to_json(info: CacheInfo) -> dict[str, Any]:
         "software": info.software,
         "counts": info.counts,
         "files": info.files,
+        **({"exported_from": info.exported_from} if info.exported_from else {}),
         "complete": info.complete,
     }
-
-
-def _parse(value: object, *, where: str) -> CacheInfo:
-    fields = Fields(value, where=where)
-    name = fields.text("format")
-    if name not in (PATCHES, DELTAS):
-        raise CacheMismatch(
-            f"{where}: not a deltatok cache (format {shown(name)}, known: {PATCHES}, {DELTAS})"
-        )
-    version = fields.integer("format_version", low=1)
-    if version > FORMAT_VERSION:
-        raise CacheMismatch(
-            f"{where}: format_version {version}, this release reads up to {FORMAT_VERSION}: "
-            "update deltatok"
-        )
-    info = CacheInfo(
-        format=name,
-        format_version=version,
-        identity=fields.mapping("identity"),
-        shape=_parse_shape(fields.mapping("shape"), patches=name == PATCHES, where=where),
-        parent_fingerprint=fields.optional_text("parent_fingerprint"),
-        backbone=fields.mapping("backbone"),
-        licence=fields.text("licence"),
-        software=fields.text_mapping("software"),
-        counts=fields.count_mapping("counts"),
-        files=_parse_files(fields.mapping("files"), where=where),
-        complete=fields.boolean("complete"),
-    )
-    stored = fields.text("fingerprint")
-    if stored != info.fingerprint:
-        raise DamagedShard(
-            f"{where}: its identity hashes to {info.fingerprint}, but it says {shown(stored)}: "
-            "the file was edited; restore it, or make the cache again in another folder"
-        )
-    return info
-
-
-def _parse_shape(value: dict[str, Any], *, patches: bool, where: str) -> CacheShape:
-    fields = Fields(value, where=f"{where}: shape")
-    num_frames = fields.integer("num_frames", low=1, high=MAX_AXIS)
-    hidden_size = fields.integer("hidden_size", low=1, high=MAX_AXIS)
-    if not patches:
-        return CacheShape(
-            num_frames=num_frames, num_tokens=None, grid=None, hidden_size=hidden_size
-        )
-    num_tokens = fields.integer("num_tokens", low=1, high=MAX_AXIS)
-    grid = fields.integers("grid", high=MAX_AXIS)
-    if len(grid) != 2 or grid[0] * grid[1] != num_tokens:
-        raise DamagedShard(
-            f"{where}: shape.grid is {shown(list(grid))}, wanted two numbers whose product is "
-            f"num_tokens = {num_tokens}: make the cache again"
-        )
-    return CacheShape(
-        num_frames=num_frames,
-        num_tokens=num_tokens,
-        grid=(grid[0], grid[1]),
-        hidden_size=hidden_size,
-    )
-
-
-def _parse_files(value: dict[str, Any], *, where: str) -> dict[str, dict[str, Any]]:
-    files = {}
-    for name, entry in value.items():
-        fields = Fields(entry, where=f"{where}: files.{name}")
-        files[name] = {"bytes": fields.integer("bytes"), "sha256": fields.text("sha256")}
-    return files
+    return {**value, "checksum": checksum(value)}

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import DELTAS, CacheInfo
+from .cache import DELTAS
 from .errors import DamagedShard
 from .opening import ADVICE, OpenedCache, Verify, checked_out, checked_windows, open_finished
+from .patch_table import WindowTable
+from .reader import CacheReader
 from .records import shard_path
 from .tar_blocks import Block, read_blocks, read_timestamps, read_windows
 
@@ -33,19 +35,18 @@ KEPT_BLOCKS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """Where everything is in the tars of a cache."""
+    """Where everything is in the tar of a shard of W windows."""
 
-    blocks: list[list[Block]]
-    """Per shard."""
-    block_starts: NDArray[np.int64]
-    """int64 (blocks + 1,): the number of the first window of every block of the cache."""
+    blocks: list[Block]
+    starts: NDArray[np.int64]
+    """int64 (blocks + 1,): the number within the shard of the first window of every block."""
     offsets: NDArray[np.int64]
-    """int64 (W,): byte of its shard's tar at which the tokens of a window start."""
-    strides: list[int]
-    """Per shard: a number of bytes that divides all its offsets."""
+    """int64 (W,): byte of the tar at which the tokens of a window start."""
+    stride: int
+    """A number of bytes that divides all offsets."""
 
 
-class DeltaShards:
+class DeltaShards(CacheReader[np.float16]):
     """A finished delta-token cache, opened for reading.
 
     Opening hashes every tar and holds it against its done-record (a tar has no checksums of its
@@ -59,60 +60,25 @@ class DeltaShards:
     def __init__(
         self, folder: Path | str, *, verify: Verify = "sha256", allow_incomplete: bool = False
     ) -> None:
-        self._cache: OpenedCache = open_finished(
-            folder, format=DELTAS, verify=verify, allow_incomplete=allow_incomplete
+        super().__init__(
+            open_finished(folder, format=DELTAS, verify=verify, allow_incomplete=allow_incomplete)
         )
         self._arguments = (str(folder), allow_incomplete)
         shape = self.info.shape
         self.shape: tuple[int, int] = (shape.num_frames, shape.hidden_size)
-        self._layout = _read_layout(self._cache)
+        self._layouts: dict[int, _Layout] = {}
+        for shard in range(len(self._cache.records)) if self._cache.is_eager else ():
+            self._layout(shard)
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_mapped = max(1, min(MAX_MAPPED_SHARDS, soft_limit // 4))
         self._rows: dict[int, NDArray[np.void]] = {}
         self._timestamps: NDArray[np.float32] | None = None
         self._clip_index: NDArray[np.int64] | None = None
-        self._windows: dict[int, list[dict[str, Any]]] = {}
+        self._table: WindowTable | None = None
+        self._windows: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, self._arguments
-
-    def __len__(self) -> int:
-        return self.num_windows
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the cache."""
-        return self._cache.folder
-
-    @property
-    def info(self) -> CacheInfo:
-        """The cache.json."""
-        return self._cache.info
-
-    @property
-    def fingerprint(self) -> str:
-        """What the cache is, see `CacheInfo.fingerprint`."""
-        return self.info.fingerprint
-
-    @property
-    def num_windows(self) -> int:
-        """W, the windows of all shards."""
-        return self._cache.num_windows
-
-    @property
-    def keys(self) -> list[str]:
-        """All clips that have windows; `clip_index` indexes into this list."""
-        return self._cache.keys()
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The class of every clip in `keys`, where a list or an archive named one."""
-        return [entry.label for entry in self._cache.planned()]
-
-    @property
-    def splits(self) -> list[str | None]:
-        """The split of every clip in `keys`, where a list or an archive named one."""
-        return [entry.split for entry in self._cache.planned()]
 
     @property
     def size_bytes(self) -> int:
@@ -123,7 +89,8 @@ class DeltaShards:
     def clip_index(self) -> NDArray[np.int64]:
         """int64 (W,): the clip of every window, index into `keys`; read on first use."""
         if self._clip_index is None:
-            self._clip_index = self._read_clip_index()
+            windows = self._all_windows()
+            self._clip_index = np.fromiter((clip for clip, _ in windows), dtype=np.int64)
         return self._clip_index
 
     def tokens(
@@ -140,10 +107,10 @@ class DeltaShards:
         flat = filled.reshape(len(numbers), math.prod(self.shape))
         items = flat.view(f"V{self._row_bytes}")[:, 0]
         order = np.argsort(numbers)
-        shards, _ = self._cache.locate(numbers[order])
-        offsets = self._layout.offsets[numbers[order]]
+        shards, windows = self._cache.locate(numbers[order])
         for shard, begin, end in _runs(shards):
-            chosen = offsets[begin:end] // self._layout.strides[shard]
+            layout = self._layout(shard)
+            chosen = layout.offsets[windows[begin:end]] // layout.stride
             items[order[begin:end]] = self._mapped(shard)[chosen]
         return filled
 
@@ -151,17 +118,43 @@ class DeltaShards:
         """float32 (B, T): seconds from the window's first frame."""
         return self._all_timestamps()[checked_windows(windows, self.num_windows)]
 
+    def table(self) -> WindowTable:
+        """Everything but the tokens of all windows, read on first use; times from the window's
+        first frame."""
+        if self._table is None:
+            count = self.num_windows
+            frame_index = np.empty((count, self.shape[0]), dtype=np.int32)
+            crop = np.empty((count, 4), dtype=np.float32)
+            flipped = np.empty(count, dtype=np.bool_)
+            clip = np.empty(count, dtype=np.int64)
+            for number, (position, window) in enumerate(self._all_windows()):
+                frame_index[number] = window["frames"]
+                crop[number] = window["crop"]
+                flipped[number] = window["flipped"]
+                clip[number] = position
+            self._clip_index = clip
+            self._table = WindowTable(
+                timestamps_s=self._all_timestamps(),
+                frame_index=frame_index,
+                crop=crop,
+                flipped=flipped,
+                clip=clip,
+            )
+        return self._table
+
     def window(self, index: int) -> dict[str, Any]:
         """What is known of one window: clip (key), frames (T indices), crop, flipped."""
-        number = int(checked_windows([index], self.num_windows)[0])
-        block = int(np.searchsorted(self._layout.block_starts, number, side="right")) - 1
-        windows = self._windows.get(block)
+        numbers = checked_windows([index], self.num_windows)
+        shard, number = (int(place[0]) for place in self._cache.locate(numbers))
+        starts = self._layout(shard).starts
+        block = int(np.searchsorted(starts, number, side="right")) - 1
+        windows = self._windows.get((shard, block))
         if windows is None:
-            windows = self._read_block_windows(block)
+            windows = self._read_windows(shard, self._layout(shard).blocks[block])
             if len(self._windows) >= KEPT_BLOCKS:
                 self._windows.clear()
-            self._windows[block] = windows
-        return dict(windows[number - int(self._layout.block_starts[block])])
+            self._windows[shard, block] = windows
+        return dict(windows[number - int(starts[block])])
 
     def load(self) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         """All tokens, float16 (W, T, D), and timestamps, float32 (W, T), in memory."""
@@ -180,7 +173,7 @@ class DeltaShards:
                 shard_path(self.folder, record.shard, ".tar"),
                 size=sum(entry["bytes"] for entry in record.files.values()),
                 row_bytes=self._row_bytes,
-                stride=self._layout.strides[shard],
+                stride=self._layout(shard).stride,
             )
             while len(self._rows) >= self._max_mapped:
                 self._rows.pop(next(iter(self._rows)), None)
@@ -190,34 +183,37 @@ class DeltaShards:
     def _all_timestamps(self) -> NDArray[np.float32]:
         if self._timestamps is None:
             parts = [np.empty((0, self.shape[0]), dtype=np.float32)]
-            for record, blocks in zip(self._cache.records, self._layout.blocks, strict=True):
-                path = shard_path(self.folder, record.shard, ".tar")
-                parts += [read_timestamps(path, block) for block in blocks]
+            for shard in range(len(self._cache.records)):
+                path = self._path(shard)
+                parts += [read_timestamps(path, block) for block in self._layout(shard).blocks]
             self._timestamps = np.concatenate(parts)
         return self._timestamps
 
-    def _read_block_windows(self, block: int) -> list[dict[str, Any]]:
-        counts = np.cumsum([0, *(len(blocks) for blocks in self._layout.blocks)])
-        shard = int(np.searchsorted(counts, block, side="right")) - 1
-        path = shard_path(self.folder, self._cache.records[shard].shard, ".tar")
-        chosen = self._layout.blocks[shard][block - int(counts[shard])]
-        return read_windows(path, chosen, num_frames=self.shape[0])
+    def _path(self, shard: int) -> Path:
+        return shard_path(self.folder, self._cache.records[shard].shard, ".tar")
 
-    def _read_clip_index(self) -> NDArray[np.int64]:
-        clips: list[int] = []
-        records = self._cache.records
+    def _layout(self, shard: int) -> _Layout:
+        layout = self._layouts.get(shard)
+        if layout is None:
+            layout = self._layouts[shard] = _read_layout(self._cache, shard)
+        return layout
+
+    def _read_windows(self, shard: int, block: Block) -> list[dict[str, Any]]:
+        return read_windows(self._path(shard), block, num_frames=self.shape[0])
+
+    def _all_windows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Of every window its clip, index into `keys`, and what `window` gives; parsed anew."""
         for shard, first_key in enumerate(self._cache.first_keys().tolist()):
-            path = shard_path(self.folder, records[shard].shard, ".tar")
-            position = {key: first_key + index for index, key in enumerate(records[shard].keys)}
-            for block in self._layout.blocks[shard]:
-                for window in read_windows(path, block, num_frames=self.shape[0]):
+            keys = self._cache.records[shard].keys
+            position = {key: first_key + index for index, key in enumerate(keys)}
+            for block in self._layout(shard).blocks:
+                for window in self._read_windows(shard, block):
                     if window["clip"] not in position:
                         raise DamagedShard(
-                            f"{path}: a window of clip {window['clip']!r}, which the done-record "
-                            f"does not name: {ADVICE}"
+                            f"{self._path(shard)}: a window of clip {window['clip']!r}, which the "
+                            f"done-record does not name: {ADVICE}"
                         )
-                    clips.append(position[window["clip"]])
-        return np.array(clips, dtype=np.int64)
+                    yield position[window["clip"]], window
 
 
 def _reopen(folder: str, allow_incomplete: bool) -> DeltaShards:
@@ -225,36 +221,26 @@ def _reopen(folder: str, allow_incomplete: bool) -> DeltaShards:
     return DeltaShards(folder, verify="size", allow_incomplete=allow_incomplete)
 
 
-def _read_layout(cache: OpenedCache) -> _Layout:
-    shape = cache.info.shape
+def _read_layout(cache: OpenedCache, shard: int) -> _Layout:
+    shape, record = cache.info.shape, cache.records[shard]
     row_bytes = shape.num_frames * shape.hidden_size * 2
-    blocks: list[list[Block]] = []
-    sizes: list[int] = [0]
-    offsets: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    strides: list[int] = []
-    for record in cache.records:
-        path = shard_path(cache.folder, record.shard, ".tar")
-        if list(record.files) != [path.relative_to(cache.folder).as_posix()]:
-            raise DamagedShard(f"{path}: the done-record names other files than this one: {ADVICE}")
-        found = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
-        rows = sum(block.num_windows for block in found)
-        if rows != record.rows:
-            raise DamagedShard(
-                f"{path}: {rows} windows, the done-record says {record.rows}: {ADVICE}"
-            )
-        starts = [
+    path = shard_path(cache.folder, record.shard, ".tar")
+    if list(record.files) != [path.relative_to(cache.folder).as_posix()]:
+        raise DamagedShard(f"{path}: the done-record names other files than this one: {ADVICE}")
+    blocks = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
+    starts = np.cumsum([0, *(block.num_windows for block in blocks)], dtype=np.int64)
+    if starts[-1] != record.rows:
+        raise DamagedShard(
+            f"{path}: {starts[-1]} windows, the done-record says {record.rows}: {ADVICE}"
+        )
+    offsets = np.concatenate(
+        [
             block.tokens_offset + row_bytes * np.arange(block.num_windows, dtype=np.int64)
-            for block in found
+            for block in blocks
         ]
-        blocks.append(found)
-        sizes += [block.num_windows for block in found]
-        offsets += starts
-        strides.append(int(np.gcd.reduce(np.concatenate(starts))))
+    )
     return _Layout(
-        blocks=blocks,
-        block_starts=np.cumsum(sizes, dtype=np.int64),
-        offsets=np.concatenate(offsets),
-        strides=strides,
+        blocks=blocks, starts=starts, offsets=offsets, stride=int(np.gcd.reduce(offsets))
     )
 
 

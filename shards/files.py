@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import DamagedShard
+from .strict_json import MAX_JSON_BYTES as MAX_JSON_BYTES
+from .strict_json import parse_json as parse_json
+from .strict_json import read_json as read_json
 
 PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
 
@@ -29,9 +31,6 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 REMOVE_TRIES = 100
 """Every failed one has seen another process remove a part of the same folder (a guess)."""
-
-MAX_JSON_BYTES = 256 * 2**20
-"""No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
 
 
 def partial_path(path: Path) -> Path:
@@ -118,33 +117,6 @@ def json_bytes(value: Any) -> bytes:
     return f"{json.dumps(value, indent=1, sort_keys=True, allow_nan=False)}\n".encode()
 
 
-def read_json(path: Path) -> Any:
-    """The value in the JSON file `path`; DamagedShard where it is missing or no JSON."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise DamagedShard(
-                f"{path}: {size} bytes, a file of a cache has at most {MAX_JSON_BYTES}: "
-                "restore it from a copy or make the cache again"
-            )
-        return parse_json(path.read_bytes(), where=str(path))
-    except OSError as error:
-        raise DamagedShard(
-            f"{path}: cannot be read ({error.strerror}): restore it from a copy "
-            "or make the cache again"
-        ) from error
-
-
-def parse_json(data: bytes, *, where: str) -> Any:
-    """The value in `data`; DamagedShard naming `where` if it is not strict JSON in UTF-8."""
-    try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise DamagedShard(
-            f"{where}: not valid JSON ({error}): restore it from a copy or make the cache again"
-        ) from error
-
-
 def sha256_file(path: Path) -> str:
     """The SHA-256 of the file's bytes, 64 hex digits."""
     with path.open("rb") as file:
@@ -169,26 +141,34 @@ def is_partial(path: Path) -> bool:
     return PARTIAL.search(path.name) is not None
 
 
-def remove_partials(folder: Path) -> list[Path]:
-    """Removes what killed writers left directly in `folder`; gives what was removed.
+def remove_partials(
+    folder: Path, *, prefix: str = "", stale_after_s: float = STALE_AFTER_S
+) -> list[Path]:
+    """Removes what killed writers left directly in `folder`, under names with this `prefix`; gives
+    what was removed.
 
     Kept: the partials of other living processes, and those of other machines that changed within
-    the last day. Call it before this process starts to write there, since its own are removed.
+    the last `stale_after_s` seconds. Call it before this process starts to write there, since its
+    own are removed.
     """
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = PARTIAL.search(path.name)
-        if match is None or _may_be_alive(path, int(match[1]), match[2]):
+        if (
+            match is None
+            or not path.name.startswith(prefix)
+            or _may_be_alive(path, int(match[1]), match[2], stale_after_s=stale_after_s)
+        ):
             continue
         remove(path)
         removed.append(path)
     return removed
 
 
-def _may_be_alive(path: Path, pid: int, machine: str) -> bool:
+def _may_be_alive(path: Path, pid: int, machine: str, *, stale_after_s: float) -> bool:
     if machine != _machine():
         try:
-            return time.time() - path.stat().st_mtime < STALE_AFTER_S
+            return time.time() - path.lstat().st_mtime < stale_after_s
         except FileNotFoundError:
             return False
     if pid == os.getpid():
@@ -212,7 +192,3 @@ def _flush_tree(path: Path) -> None:
         for child in path.iterdir():
             _flush_tree(child)
     flush(path)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

@@ -18,6 +18,12 @@ def fingerprint(format_name: str, format_version: int, identity: Mapping[str, An
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def checksum(value: Mapping[str, Any]) -> str:
+    """ "sha256:" + the hash of a JSON object as `canonical_json`, without its field `checksum`."""
+    text = canonical_json({name: item for name, item in value.items() if name != "checksum"})
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def canonical_json(value: Any) -> str:
     """`value` as JSON with sorted keys and no spaces, ASCII only; a float that is a whole number
     is written as an integer, so that 1 and 1.0 are the same setting."""

@@ -42,6 +42,7 @@ def describe_cache(folder: Path | str) -> dict[str, Any]:
         "licence": info.licence,
         "software": info.software,
         "counts": info.counts,
+        **({"exported_from": info.exported_from} if info.exported_from else {}),
     }
 
 

@@ -19,6 +19,7 @@ from .checked import shown
 from .errors import CacheMismatch, DamagedShard, DeltatokError
 from .files import create_bytes, write_bytes
 from .npy import npy_bytes, read_npy
+from .strict_json import read_file
 
 MAX_CODE = 127
 """Codes are -127..127."""
@@ -28,6 +29,10 @@ MIN_TOKEN_SCALE = 2.0**-14
 """The smallest normal float16: scales below it would have fewer digits than the others."""
 MAX_NORMALISED = MAX_CODE * 65504.0
 """The largest |value / channel_scale| that a float16 token scale reaches."""
+
+SAMPLE_CLIPS = 64
+"""Clips the scales are fitted on, one window of each: as much work as one shard of the default size
+(a guess: the scales need one or two digits, and half a million tokens give them)."""
 
 _SMALLEST_SHARE = 0.01
 """Of the median channel scale: a channel that hardly moved in the sample (or not at all) must not
@@ -84,6 +89,13 @@ def channel_scale_of(mean_squares: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.maximum(scale, np.finfo(np.float32).tiny)
 
 
+def sample_order(seed: int, key: str) -> tuple[bytes, str]:
+    """Sorts clips by it: the first SAMPLE_CLIPS that have windows are those the scales are fitted
+    on, by their first window."""
+    name = f"calibration:{seed}:{key}".encode()
+    return hashlib.blake2b(name, digest_size=16).digest(), key
+
+
 def scale_sha256(channel_scale: NDArray[np.float32]) -> str:
     """What the identity of a cache says of its scales: the SHA-256 of the D little-endian float32
     numbers, 64 hex digits."""
@@ -131,12 +143,7 @@ def read_channel_scale(folder: Path | str, info: CacheInfo) -> NDArray[np.float3
 
 
 def _read_scale(path: Path) -> NDArray[np.float32]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedShard(
-            f"{path}: cannot be read ({error.strerror}): extract again, it is written first"
-        ) from error
+    data = read_file(path, advice="extract again, it is written first")
     scale: NDArray[np.float32] = read_npy(data, dtype=np.dtype("<f4"), num_axes=1, where=str(path))
     return scale
 

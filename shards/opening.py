@@ -1,32 +1,70 @@
 """What both readers do before the first number is read: is the cache whole, is it the right one.
 
 Zarr and memory maps notice a missing or short file late or never, so every file is held against
-its done-record first.
+its done-record first. Of a large cache only `index.jsonl` is read when it is opened, and each
+shard's record and files when the shard is first read.
 """
 
 import contextlib
-import os
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import CacheInfo, read_cache_info
+from .cache import PATCHES, CacheInfo, read_cache_info
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .files import sha256_file
+from .file_checks import ADVICE, Verify, check_files, file_problems
+from .index import INDEX, IndexEntry, read_index, read_indexed
 from .plan import PLAN, PlanEntry, num_shards, read_plan
 from .records import DoneRecord, read_all_done
 
-Verify = Literal["size", "sha256"]
+__all__ = [
+    "ADVICE",
+    "OpenedCache",
+    "Verify",
+    "checked_out",
+    "checked_windows",
+    "open_finished",
+]
 
-ADVICE = (
-    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
-    "(shards/NNNNNN.json) and make the shard again"
-)
+EAGER_SHARDS = 500
+"""All files of a cache of up to so many shards are looked at when it is opened, so that a run does
+not die of one on its last day; it takes a second at most (a guess)."""
+
+
+class ShardRecords(Sequence[DoneRecord]):
+    """The done-records of the shards that have windows. Each shard's files are held against its
+    record when it is first asked for: DamagedShard names the one that is not as promised."""
+
+    def __init__(
+        self, folder: Path, told: Sequence[DoneRecord | IndexEntry], *, checked: bool
+    ) -> None:
+        """told: the records, or what the index says of them. checked: every byte was hashed."""
+        self._folder = folder
+        self._told = list(told)
+        self._checked = checked
+        self._records: dict[int, DoneRecord] = {}
+
+    def __len__(self) -> int:
+        return len(self._told)
+
+    @overload
+    def __getitem__(self, index: int) -> DoneRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[DoneRecord]: ...
+    def __getitem__(self, index: int | slice) -> DoneRecord | list[DoneRecord]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index not in self._records:
+            told = self._told[index]
+            record = told if isinstance(told, DoneRecord) else read_indexed(self._folder, told)
+            if not self._checked:
+                check_files(self._folder, record, depth="sample")
+            self._records[index] = record
+        return self._records[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +73,15 @@ class OpenedCache:
 
     folder: Path
     info: CacheInfo
-    records: list[DoneRecord]
-    """The done-records of the shards that have windows, in shard order."""
+    records: ShardRecords
+    """The done-records of the shards that have windows, in shard order, each read and checked when
+    it is first asked for."""
     starts: NDArray[np.int64]
     """int64 (len(records) + 1,): the number of the first window of each, and the total."""
+    shard_keys: list[list[str]]
+    """The `keys` of each."""
+    is_eager: bool
+    """Whether all that can be checked cheaply should be on opening: the cache is small."""
 
     @property
     def num_windows(self) -> int:
@@ -52,12 +95,13 @@ class OpenedCache:
 
     def keys(self) -> list[str]:
         """All clips that have windows: the `keys` of the records, one after the other."""
-        return [key for record in self.records for key in record.keys]
+        return [key for keys in self.shard_keys for key in keys]
 
     def planned(self) -> list[PlanEntry]:
         """What plan.jsonl says of the clips of `keys()`, in that order; DamagedShard if it lacks
         one."""
-        entries = {entry.key: entry for entry in read_plan(self.folder)}
+        sha256 = self.info.files.get(PLAN, {}).get("sha256")
+        entries = {entry.key: entry for entry in read_plan(self.folder, sha256=sha256)}
         missing = [key for key in self.keys() if key not in entries]
         if missing:
             raise DamagedShard(
@@ -68,7 +112,7 @@ class OpenedCache:
 
     def first_keys(self) -> NDArray[np.int64]:
         """int64 (len(records),): where each record's keys start in `keys()`."""
-        counts = [len(record.keys) for record in self.records]
+        counts = [len(keys) for keys in self.shard_keys]
         return np.cumsum([0, *counts], dtype=np.int64)[:-1]
 
 
@@ -84,39 +128,54 @@ def open_finished(
         raise UsageError(f"verify is {verify!r}, wanted 'size' or 'sha256'")
     folder = Path(folder)
     info = read_cache_info(folder, format=format)
-    records = read_all_done(folder)
+    told = _index(folder, info, verify=verify)
+    records = read_all_done(folder) if told is None else []
+    entries: Sequence[DoneRecord | IndexEntry] = records if told is None else told
     if info.complete:
-        _check_totals(folder, info, records)
+        _check_totals(folder, info, entries)
     elif not allow_incomplete:
         wanted = num_shards(read_plan(folder)) if (folder / PLAN).is_file() else "?"
         raise CacheMismatch(
-            f"{folder}: extraction has not finished, {len(records)} of {wanted} shards: "
+            f"{folder}: extraction has not finished, {len(entries)} of {wanted} shards: "
             "run deltatok-extract again"
         )
-    with contextlib.closing(file_problems(folder, records, verify=verify)) as problems:
-        for problem in problems:
-            raise problem
-    records = [record for record in records if record.rows]
-    starts = np.cumsum([0, *(record.rows for record in records)], dtype=np.int64)
-    return OpenedCache(folder=folder, info=info, records=records, starts=starts)
+    if told is None:
+        with contextlib.closing(file_problems(folder, records, verify=verify)) as problems:
+            for problem in problems:
+                raise problem
+    else:
+        _check_names(folder, info, told)
+    entries = [entry for entry in entries if entry.rows]
+    starts = np.cumsum([0, *(entry.rows for entry in entries)], dtype=np.int64)
+    return OpenedCache(
+        folder=folder,
+        info=info,
+        records=ShardRecords(folder, entries, checked=verify == "sha256"),
+        starts=starts,
+        shard_keys=[entry.keys for entry in entries],
+        is_eager=told is None,
+    )
 
 
-def file_problems(
-    folder: Path, records: Sequence[DoneRecord], *, verify: Verify
-) -> Generator[DamagedShard, None, None]:
-    """Every file that is missing or differs from its done-record, in shard order."""
-    checks = [
-        (record.shard, folder / name, entry)
-        for record in records
-        for name, entry in record.files.items()
-    ]
+def _index(folder: Path, info: CacheInfo, *, verify: Verify) -> list[IndexEntry] | None:
+    """The index of a large finished cache; None where all done-records are to be read."""
+    known = info.files.get(INDEX)
+    many = info.counts.get("shards", 0) > EAGER_SHARDS
+    if verify == "sha256" or not info.complete or not many or known is None:
+        return None
+    return read_index(folder, sha256=known["sha256"])
 
-    def check(item: tuple[int, Path, dict[str, Any]]) -> DamagedShard | None:
-        return _file_problem(*item, verify=verify)
 
-    # Hashing leaves the interpreter lock, waiting for a network file system does too.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        yield from (problem for problem in pool.map(check, checks) if problem is not None)
+def _check_names(folder: Path, info: CacheInfo, entries: Sequence[IndexEntry]) -> None:
+    """Raises DamagedShard for a shard whose record or data is not there, by one listing."""
+    shards = folder / "shards"
+    suffix = ".zarr" if info.format == PATCHES else ".tar"
+    names = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
+    for entry in entries:
+        for ending in (".json", suffix) if entry.rows else (".json",):
+            name = f"{entry.shard:06d}{ending}"
+            if name not in names:
+                raise DamagedShard(f"shard {entry.shard:06d}: {shards / name}: missing: {ADVICE}")
 
 
 def checked_windows(windows: ArrayLike, num_windows: int) -> NDArray[np.int64]:
@@ -150,40 +209,22 @@ def checked_out(
     return out
 
 
-def _check_totals(folder: Path, info: CacheInfo, records: Sequence[DoneRecord]) -> None:
-    wanted = info.counts.get("shards", len(records))
-    missing = sorted(set(range(wanted)) - {record.shard for record in records})
-    if missing:
+def _check_totals(
+    folder: Path, info: CacheInfo, entries: Sequence[DoneRecord | IndexEntry]
+) -> None:
+    wanted = info.counts.get("shards", len(entries))
+    done = {entry.shard for entry in entries}
+    # The first gap: not all numbers below `wanted`, which a made-up cache.json may make huge.
+    missing = next(number for number in range(len(done) + 1) if number not in done)
+    if missing < wanted:
         raise DamagedShard(
-            f"{folder}: shard {missing[0]:06d} has no done-record ({len(missing)} of {wanted} "
-            "shards missing), but the cache is marked complete: make the missing shards again, "
+            f"{folder}: shard {missing:06d} has no done-record ({len(done)} of {wanted} "
+            "shards have one), but the cache is marked complete: make the missing shards again, "
             "by the command that made the cache"
         )
-    rows = sum(record.rows for record in records)
-    if len(records) != wanted or rows != info.counts.get("windows", rows):
+    rows = sum(entry.rows for entry in entries)
+    if len(entries) != wanted or rows != info.counts.get("windows", rows):
         raise DamagedShard(
-            f"{folder}: {len(records)} shards with {rows} windows, cache.json says {wanted} with "
+            f"{folder}: {len(entries)} shards with {rows} windows, cache.json says {wanted} with "
             f"{info.counts.get('windows', rows)}: run the command that made the cache again"
         )
-
-
-def _file_problem(
-    shard: int, path: Path, entry: dict[str, Any], *, verify: Verify
-) -> DamagedShard | None:
-    where = f"shard {shard:06d}: {path}"
-    try:
-        size = path.stat().st_size
-        if not path.is_file():
-            return DamagedShard(f"{where}: is no file: {ADVICE}")
-        if size != entry["bytes"]:
-            return DamagedShard(
-                f"{where}: {size} bytes, the done-record says {entry['bytes']}: {ADVICE}"
-            )
-        if verify == "sha256" and sha256_file(path) != entry["sha256"]:
-            return DamagedShard(
-                f"{where}: its SHA-256 is not that of the done-record, "
-                f"the file was changed or damaged: {ADVICE}"
-            )
-    except OSError as error:
-        return DamagedShard(f"{where}: cannot be read ({error.strerror}): {ADVICE}")
-    return None

@@ -18,7 +18,11 @@ from .npy import read_npy
 from .opening import OpenedCache
 from .patch_layout import WINDOW_ARRAYS, array_shapes
 from .records import DoneRecord, shard_path
+from .strict_json import read_file
 from .zarr_map import ADVICE, read_array, read_attributes
+
+MAX_BLACK_BYTES = 2**30
+"""Of black.npy: one frame in float32 (a guess)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +93,7 @@ def check_attributes(group: Path, record: DoneRecord, info: CacheInfo) -> None:
 def read_black(path: Path, info: CacheInfo, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """black.npy, float32 `shape`; DamagedShard if it is not that."""
     advice = "extract again, it is written first"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedShard(f"{path}: cannot be read ({error.strerror}): {advice}") from error
+    data = read_file(path, max_bytes=MAX_BLACK_BYTES, advice=advice)
     entry = info.files.get(path.name)
     if entry is not None and hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise DamagedShard(f"{path}: was changed since the cache was finished: {advice}")

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import BLACK, PATCHES, CacheInfo
+from .cache import BLACK, PATCHES
 from .dtypes import STORED_DTYPES
 from .errors import UsageError
 from .int8 import read_channel_scale
-from .opening import OpenedCache, Verify, checked_out, checked_windows, open_finished
+from .opening import Verify, checked_out, checked_windows, open_finished
 from .patch_table import WindowTable, logical_dtype, read_black, read_table
+from .reader import CacheReader
 from .records import shard_path
 from .token_reader import OpenFiles, TokenReader
 
@@ -29,7 +30,7 @@ MAX_OPEN_FILES = 128
 files on most machines."""
 
 
-class PatchShards:
+class PatchShards(CacheReader[np.float32]):
     """A finished patch-token cache, opened for reading.
 
     Opening checks that every file is there with the size its done-record says; with
@@ -42,8 +43,8 @@ class PatchShards:
     def __init__(
         self, folder: Path | str, *, verify: Verify = "size", allow_incomplete: bool = False
     ) -> None:
-        self._cache: OpenedCache = open_finished(
-            folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete
+        super().__init__(
+            open_finished(folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete)
         )
         self._arguments = (str(folder), verify, allow_incomplete)
         shape = self.info.shape
@@ -60,44 +61,6 @@ class PatchShards:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, self._arguments
 
-    def __len__(self) -> int:
-        return self.num_windows
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the cache."""
-        return self._cache.folder
-
-    @property
-    def info(self) -> CacheInfo:
-        """The cache.json."""
-        return self._cache.info
-
-    @property
-    def fingerprint(self) -> str:
-        """What the cache is, see `CacheInfo.fingerprint`."""
-        return self.info.fingerprint
-
-    @property
-    def num_windows(self) -> int:
-        """W, the windows of all shards."""
-        return self._cache.num_windows
-
-    @property
-    def keys(self) -> list[str]:
-        """All clips that have windows; `clip_index` indexes into this list."""
-        return self._cache.keys()
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The class of every clip in `keys`, where a list or an archive named one."""
-        return [entry.label for entry in self._cache.planned()]
-
-    @property
-    def splits(self) -> list[str | None]:
-        """The split of every clip in `keys`, where a list or an archive named one."""
-        return [entry.split for entry in self._cache.planned()]
-
     @property
     def size_bytes(self) -> int:
         """Bytes of the tokens of the whole cache, as `load` gives them."""
@@ -106,18 +69,8 @@ class PatchShards:
 
     @property
     def clip_index(self) -> NDArray[np.int64]:
-        """int64 (W,): the clip of every window, index into `keys`."""
+        """int64 (W,): the clip of every window, index into `keys`; read on first use."""
         return self.table().clip
-
-    @property
-    def crop(self) -> NDArray[np.float32]:
-        """float32 (W, 4): top, left, height, width in source pixels of every window."""
-        return self.table().crop
-
-    @property
-    def flipped(self) -> NDArray[np.bool_]:
-        """bool (W,): whether the window was mirrored."""
-        return self.table().flipped
 
     @property
     def black(self) -> NDArray[np.float32]:
@@ -134,7 +87,7 @@ class PatchShards:
         `out`: a float32 array of that shape to fill and return. Raises DamagedShard for a frame
         whose checksum is wrong, IndexError for a window that is not there.
         """
-        numbers = checked_windows(windows, self.num_windows)
+        numbers = self._opened(windows)
         filled = checked_out(out, (len(numbers), *self.shape), np.dtype(np.float32))
         stored: NDArray[Any] = np.empty(self.shape[1:], dtype=STORED_DTYPES[self.dtype])
         for position, reader, files, window in self._in_file_order(numbers):
@@ -144,9 +97,9 @@ class PatchShards:
         return filled
 
     def stored_tokens(self, windows: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """As `tokens`, without the conversion: float16, bfloat16 bits as uint16, or int8 codes (see
-        `token_scale` and `channel_scale`)."""
-        numbers = checked_windows(windows, self.num_windows)
+        """As `tokens`, raw: float16, the bits of bfloat16 as uint16, or int8 codes, whose scales
+        `token_scale` and `channel_scale` give (FORMAT.md has the formulas)."""
+        numbers = self._opened(windows)
         stored = STORED_DTYPES[self.dtype]
         filled = checked_out(out, (len(numbers), *self.shape), stored)
         for position, reader, files, window in self._in_file_order(numbers):
@@ -157,7 +110,7 @@ class PatchShards:
     def token_scale(self, windows: ArrayLike) -> NDArray[np.float16]:
         """float16 (B, T, N): value = int8 * token_scale * channel_scale; UsageError if not int8."""
         self._check_int8()
-        numbers = checked_windows(windows, self.num_windows)
+        numbers = self._opened(windows)
         filled = np.empty((len(numbers), *self.shape[:2]), dtype=np.float16)
         for position, reader, files, window in self._in_file_order(numbers):
             for index in range(self.shape[0]):
@@ -174,9 +127,16 @@ class PatchShards:
         """float32 (B, T): seconds since the first shown frame of the window's clip."""
         return self.table().timestamps_s[checked_windows(windows, self.num_windows)]
 
-    def frame_index(self, windows: ArrayLike) -> NDArray[np.int32]:
-        """int32 (B, T): index of the frames in presentation order."""
-        return self.table().frame_index[checked_windows(windows, self.num_windows)]
+    def window(self, index: int) -> dict[str, Any]:
+        """What is known of one window: clip (key), frames (T indices), crop, flipped."""
+        number = int(checked_windows([index], self.num_windows)[0])
+        table = self.table()
+        return {
+            "clip": self.keys[int(table.clip[number])],
+            "frames": table.frame_index[number].tolist(),
+            "crop": table.crop[number].tolist(),
+            "flipped": bool(table.flipped[number]),
+        }
 
     def load(self) -> NDArray[Any]:
         """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for the other dtypes.
@@ -191,6 +151,14 @@ class PatchShards:
         if self._table is None:
             self._table = read_table(self._cache)
         return self._table
+
+    def _opened(self, windows: ArrayLike) -> NDArray[np.int64]:
+        """Window numbers, int64 (B,), their shards opened: before room is made for what a made-up
+        shape says."""
+        numbers = checked_windows(windows, self.num_windows)
+        for shard in np.unique(self._cache.locate(numbers)[0]).tolist():
+            self._reader(shard)
+        return numbers
 
     def _in_file_order(
         self, numbers: NDArray[np.int64]

@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from .checked import Fields
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .files import create_bytes, parse_json, write_bytes
+from .files import create_bytes, write_bytes
+from .strict_json import parse_json, read_file
 
 PLAN = "plan.jsonl"
+MAX_PLAN_BYTES = 4 * 2**30
+"""More than twenty million clips (a guess)."""
 
 
 class PlannedClip(Protocol):
@@ -210,15 +213,13 @@ def _lines(plan: Iterable[PlanEntry]) -> bytes:
     return "".join(f"{json.dumps(_to_json(entry), sort_keys=True)}\n" for entry in plan).encode()
 
 
-def read_plan(folder: Path | str) -> list[PlanEntry]:
-    """The stored plan; DamagedShard if it is missing or malformed."""
+def read_plan(folder: Path | str, *, sha256: str | None = None) -> list[PlanEntry]:
+    """The stored plan; DamagedShard if it is missing, malformed, or has another hash than given."""
     path = Path(folder) / PLAN
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DamagedShard(
-            f"{path}: cannot be read ({error.strerror}): restore it, or make the cache again"
-        ) from error
+    data = read_file(path, max_bytes=MAX_PLAN_BYTES)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedShard(f"{path}: was changed since the cache was finished: restore the file")
+    lines = data.splitlines()
     plan = []
     keys = set()
     for number, line in enumerate(lines, start=1):

@@ -10,19 +10,22 @@ differs from run to run (times, worker counts) is in here: those go to timings.j
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .checked import ADVICE, Fields, shown
 from .errors import DamagedShard
-from .files import flush, read_json, sha256_file, write_bytes, write_json
+from .files import flush, sha256_file, write_bytes, write_json
+from .samples import SAMPLED_ABOVE_BYTES, sample_sha256
+from .strict_json import read_json
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_ROWS = 2**31 - 1
 RECORD_VERSION = 1
+QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,8 @@ class DoneRecord:
     rows: int
     """Windows."""
     files: dict[str, dict[str, Any]]
-    """Path relative to the cache folder -> {"bytes": int, "sha256": 64 hex digits}."""
+    """Path relative to the cache folder -> {"bytes": int, "sha256": 64 hex digits}, of files larger
+    than 64 KiB also "sample_sha256", see `samples`."""
     statistics: dict[str, Any] = field(default_factory=dict)
     decoders: dict[str, str] = field(default_factory=dict)
     """Clip -> the decoder that read it."""
@@ -60,13 +64,7 @@ def shard_path(folder: Path, shard: int, suffix: str) -> Path:
 
 def describe_files(folder: Path, paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """The `files` of a done-record for these files below `folder`."""
-    return {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-        }
-        for path in sorted(paths)
-    }
+    return {path.relative_to(folder).as_posix(): _describe(path) for path in sorted(paths)}
 
 
 def write_done(folder: Path | str, record: DoneRecord) -> None:
@@ -88,21 +86,26 @@ def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
         if not path.exists():  # taken back by another process just now
             return None
         raise
-    fields = Fields(value, where=str(path))
+    return parse_done(value, shard, where=str(path))
+
+
+def parse_done(value: object, shard: int, *, where: str) -> DoneRecord:
+    """The done-record of shard `shard` in parsed JSON; DamagedShard if it is malformed."""
+    fields = Fields(value, where=where)
     if fields.integer("shard") != shard:
-        raise DamagedShard(f"{path}: is the record of another shard: {ADVICE}")
+        raise DamagedShard(f"{where}: is the record of another shard: {ADVICE}")
     keys = fields.texts("keys")
     if len(set(keys)) != len(keys):
-        raise DamagedShard(f"{path}: names a clip twice in keys: {ADVICE}")
+        raise DamagedShard(f"{where}: names a clip twice in keys: {ADVICE}")
     return DoneRecord(
         shard=shard,
         keys=keys,
         rows=fields.integer("rows", high=MAX_ROWS),
-        files=_parse_files(fields.mapping("files"), where=str(path)),
+        files=_parse_files(fields.mapping("files"), where=where),
         statistics=fields.mapping("statistics"),
         decoders=fields.text_mapping("decoders"),
         quarantined=[
-            _parse_quarantined(item, where=f"{path}: quarantined")
+            _parse_quarantined(item, where=f"{where}: quarantined")
             for item in fields.sequence("quarantined")
         ],
     )
@@ -125,8 +128,20 @@ def done_shards(folder: Path | str) -> list[int]:
 
 def read_all_done(folder: Path | str) -> list[DoneRecord]:
     """The records of all finished shards, in shard order."""
-    records = [read_done(folder, shard) for shard in done_shards(folder)]
-    return [record for record in records if record is not None]
+    return list(_iterate_done(folder))
+
+
+def read_all_clips(folder: Path | str) -> list[DoneRecord]:
+    """The same without statistics and decoders, which take most of the room: 60 KB a shard of 768
+    channels."""
+    return [replace(record, statistics={}, decoders={}) for record in _iterate_done(folder)]
+
+
+def _iterate_done(folder: Path | str) -> Iterator[DoneRecord]:
+    for shard in done_shards(folder):
+        record = read_done(folder, shard)
+        if record is not None:
+            yield record
 
 
 def write_quarantine(
@@ -138,11 +153,21 @@ def write_quarantine(
     which with many shards takes long.
     """
     if entries is None:
-        entries = (entry for record in read_all_done(folder) for entry in record.quarantined)
+        entries = quarantined_of(read_all_clips(folder))
     entries = sorted(entries, key=lambda entry: (entry.clip, entry.stage))
-    lines = "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in entries)
-    write_bytes(Path(folder) / "quarantine.jsonl", lines.encode())
+    write_bytes(Path(folder) / QUARANTINE, quarantine_bytes(entries))
     return entries
+
+
+def quarantined_of(records: Iterable[DoneRecord]) -> list[Quarantined]:
+    """The entries of quarantine.jsonl, in its order."""
+    entries = [entry for record in records for entry in record.quarantined]
+    return sorted(entries, key=lambda entry: (entry.clip, entry.stage))
+
+
+def quarantine_bytes(entries: Iterable[Quarantined]) -> bytes:
+    """quarantine.jsonl with these entries."""
+    return "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in entries).encode()
 
 
 def append_timing(folder: Path | str, timing: Mapping[str, Any]) -> None:
@@ -162,7 +187,18 @@ def _parse_files(value: dict[str, Any], *, where: str) -> dict[str, dict[str, An
                 f"{where}: sha256 of {name!r} is {shown(sha256)}, wanted 64 hex digits: {ADVICE}"
             )
         files[name] = {"bytes": fields.integer("bytes"), "sha256": sha256}
+        sample_sha256 = fields.optional_text("sample_sha256")
+        if sample_sha256 is not None:
+            files[name]["sample_sha256"] = sample_sha256
     return files
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    entry: dict[str, Any] = {"bytes": size, "sha256": sha256_file(path)}
+    if size > SAMPLED_ABOVE_BYTES:
+        entry["sample_sha256"] = sample_sha256(path, size=size)
+    return entry
 
 
 def _check_name(name: str, *, where: str) -> None:

@@ -29,8 +29,8 @@ def is_storable(window: NDArray[Any], *, dtype: str) -> bool:
         return not ((window & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any()
     if window.dtype == np.int8:
         return bool(window.min() != UNSTORABLE)
-    # A NaN makes a comparison false.
-    return bool(-_LIMITS[dtype] <= window.min() and window.max() <= _LIMITS[dtype])
+    # A NaN makes a comparison false. As Python's floats: no limit is rounded to float16.
+    return -_LIMITS[dtype] <= float(window.min()) and float(window.max()) <= _LIMITS[dtype]
 
 
 def count(

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from .checked import Fields, is_number, shown
 from .errors import DamagedShard
-from .files import MAX_JSON_BYTES, parse_json
 from .npy import MAX_PREFIX_BYTES, NpyHeader, parse_npy, read_npy
 from .opening import ADVICE
+from .strict_json import MAX_JSON_BYTES, parse_json
 from .tar_map import MEMBER_NAME, TarMember, read_members
 
 _PARTS = ("timestamps.npy", "tokens.npy", "windows.json")
+MAX_INT32 = 2**31 - 1
+"""The largest frame index, and beyond any edge of a crop."""
 _FLOAT16 = np.dtype("<f2")
 _FLOAT32 = np.dtype("<f4")
 
@@ -100,8 +102,8 @@ def read_windows(path: Path, block: Block, *, num_frames: int) -> list[dict[str,
     windows = []
     for item in value:
         fields = Fields(item, where=where)
-        frames, crop = fields.integers("frames"), fields.sequence("crop")
-        if len(frames) != num_frames or len(crop) != 4 or not all(map(is_number, crop)):
+        frames, crop = fields.integers("frames", high=MAX_INT32), fields.sequence("crop")
+        if len(frames) != num_frames or len(crop) != 4 or not all(map(_is_edge, crop)):
             raise DamagedShard(
                 f"{where}: frames {shown(frames)} and crop {shown(crop)}, wanted {num_frames} "
                 f"indices and 4 numbers: {ADVICE}"
@@ -115,6 +117,10 @@ def read_windows(path: Path, block: Block, *, num_frames: int) -> list[dict[str,
             }
         )
     return windows
+
+
+def _is_edge(value: object) -> bool:
+    return is_number(value) and abs(float(value)) <= MAX_INT32  # type: ignore[arg-type]
 
 
 def _header(path: Path, member: TarMember, *, dtype: np.dtype[Any], num_axes: int) -> NpyHeader:

@@ -7,6 +7,7 @@ This one reads exactly the layout in `patch_layout`, checks each checksum, and r
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from .checked import Fields, shown
 from .errors import DamagedShard
-from .files import read_json
 from .patch_layout import only_chunk
+from .strict_json import read_json
 from .zstd import decompress
 
 _DTYPES = {
@@ -47,13 +48,14 @@ class ReadOnlyFile:
         self.path = path
         self._descriptor = -1
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise DamagedShard(f"{path}: cannot be opened ({error.strerror}): {ADVICE}") from error
 
-    def __del__(self) -> None:
+    # `close` is bound here: of a reader that lives to the end, `os` is taken apart first.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def size(self) -> int:
         """Bytes in the file now."""
@@ -110,15 +112,16 @@ class FrameFile:
     def _read_index(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where each chunk starts and how long it is, int64 (W, T) each."""
         num_entries = shape[0] * shape[1]
-        index = np.empty(num_entries * _INDEX_ENTRY_BYTES, dtype=np.uint8)
-        crc = np.empty(_CRC_BYTES, dtype=np.uint8)
         file = self.open()
-        end_of_data = file.size() - index.nbytes - _CRC_BYTES
+        end_of_data = file.size() - num_entries * _INDEX_ENTRY_BYTES - _CRC_BYTES
         chunk_bytes = self._frame_bytes + _CRC_BYTES
         plain = self.compression == "none"
         if end_of_data < 0 or (plain and end_of_data != num_entries * chunk_bytes):
             wanted = num_entries * (chunk_bytes + _INDEX_ENTRY_BYTES) + _CRC_BYTES
             raise DamagedShard(f"{self.path}: {file.size()} bytes, wanted {wanted}: {ADVICE}")
+        # Only now: a made-up shape could ask for terabytes.
+        index = np.empty(num_entries * _INDEX_ENTRY_BYTES, dtype=np.uint8)
+        crc = np.empty(_CRC_BYTES, dtype=np.uint8)
         file.read_into([index, crc], end_of_data)
         _check_crc(index, crc, where=f"{self.path}: index")
         entries = index.view("<u8").reshape(num_entries, 2)
@@ -143,14 +146,13 @@ def read_array(
     """A whole array of one chunk; DamagedShard if it is not what is asked for."""
     _check_metadata(group / name, shape=shape, dtype=dtype, inner=None)
     path = group.joinpath(name, *only_chunk(len(shape)))
+    file = ReadOnlyFile(path)
+    wanted = math.prod(shape) * dtype.itemsize + _CRC_BYTES
+    if file.size() != wanted:
+        raise DamagedShard(f"{path}: {file.size()} bytes, wanted {wanted}: {ADVICE}")
     data = np.empty(shape, dtype=dtype)
     buffer = data.reshape(-1).view(np.uint8)
     crc = np.empty(_CRC_BYTES, dtype=np.uint8)
-    file = ReadOnlyFile(path)
-    if file.size() != buffer.nbytes + _CRC_BYTES:
-        raise DamagedShard(
-            f"{path}: {file.size()} bytes, wanted {buffer.nbytes + _CRC_BYTES}: {ADVICE}"
-        )
     file.read_into([buffer, crc], 0)
     _check_crc(buffer, crc, where=str(path))
     if dtype == np.bool_ and (buffer > 1).any():

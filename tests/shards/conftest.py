@@ -107,7 +107,9 @@ def delta_info(**changes: Any) -> CacheInfo:
 def common_columns(num_windows: int, keys: list[str], rng: np.random.Generator) -> dict[str, Any]:
     return {
         "timestamps_s": np.sort(rng.random((num_windows, NUM_FRAMES)), axis=1).astype(np.float32),
-        "frame_index": rng.integers(0, 1000, (num_windows, NUM_FRAMES)).astype(np.int32),
+        "frame_index": np.sort(rng.integers(0, 1000, (num_windows, NUM_FRAMES)), axis=1).astype(
+            np.int32
+        ),
         "crop": rng.random((num_windows, 4)).astype(np.float32),
         "flipped": rng.random(num_windows) < 0.5,
         "clip": rng.integers(0, len(keys), num_windows).astype(np.int32),
@@ -124,7 +126,9 @@ def patch_rows(num_windows: int, keys: list[str], seed: int) -> PatchRows:
 def delta_rows(num_windows: int, keys: list[str], seed: int) -> DeltaRows:
     rng = np.random.default_rng(seed)
     tokens = rng.standard_normal((num_windows, NUM_FRAMES, HIDDEN_SIZE)).astype(np.float16)
-    return DeltaRows(tokens=tokens, **common_columns(num_windows, keys, rng))
+    columns = common_columns(num_windows, keys, rng)
+    columns["timestamps_s"] -= columns["timestamps_s"][:, :1].copy()
+    return DeltaRows(tokens=tokens, **columns)
 
 
 def make_patches(
@@ -193,6 +197,13 @@ def flip_byte(path: Path, position: int) -> None:
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flushing 30 files a shard takes most of the time; no test pulls the plug."""
     monkeypatch.setattr("deltatok.shards.files.os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def unsampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little files are hashed whole before a shard is read; of large ones only samples are, and
+    the damage is met where the numbers are read. With this, little files are like large ones."""
+    monkeypatch.setattr("deltatok.shards.opening.check_files", lambda *_, **__: None)
 
 
 @pytest.fixture

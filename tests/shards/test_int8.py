@@ -170,7 +170,7 @@ def test_writer_refuses_and_counts_what_int8_cannot_hold(
     counted = (0, 2) if quantised or np.isfinite(value) else (2, 0)
     words = f"{counted[0]} of the shard's 360 token values are not finite and {counted[1]} beyond"
     assert words in str(caught.value)
-    assert verify_cache(int8.folder).problems == []
+    assert verify_cache(int8.folder, deep=True).problems == []
 
 
 def test_scales_are_part_of_the_identity(int8: Any, little: Any, tmp_path: Path) -> None:
@@ -204,9 +204,9 @@ def test_a_flipped_byte_of_codes_or_scales_raises(int8: Any, little: Any, name: 
 
 
 def test_verify_finds_a_changed_channel_scale_file(int8: Any, little: Any) -> None:
-    assert verify_cache(int8.folder).problems == []
+    assert verify_cache(int8.folder, deep=True).problems == []
     little.flip_byte(int8.folder / "channel_scale.npy", -2)
-    problems = verify_cache(int8.folder).problems
+    problems = verify_cache(int8.folder, deep=True).problems
     assert len(problems) == 1
     assert "channel_scale.npy" in problems[0]
     with pytest.raises(DamagedShard, match="restore channel_scale"):
@@ -216,7 +216,7 @@ def test_verify_finds_a_changed_channel_scale_file(int8: Any, little: Any) -> No
 def test_reader_needs_the_scales_of_the_shard_alone(int8: Any) -> None:
     (int8.folder / "channel_scale.npy").unlink()
     assert PatchShards(int8.folder).tokens([0]).shape == (1, 3, 4, 6)
-    assert "channel_scale.npy" in verify_cache(int8.folder).problems[0]
+    assert "channel_scale.npy" in verify_cache(int8.folder, deep=True).problems[0]
 
 
 @pytest.mark.parametrize(

@@ -158,4 +158,4 @@ def test_verify_reports_made_up_json_and_goes_on(patches: Any, name: str) -> Non
     for text in ("", "{", "[]", "{}", "null", "\x00", '{"shard": 0}', "[" * 100_000):
         path.write_text(text)
         if text != original:
-            assert verify_cache(patches.folder).problems, text
+            assert verify_cache(patches.folder, deep=True).problems, text

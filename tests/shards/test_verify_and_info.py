@@ -13,6 +13,7 @@ from deltatok.shards import (
     Quarantined,
     UsageError,
     describe_cache,
+    finish_cache,
     verify_cache,
     write_patch_shard,
     write_quarantine,
@@ -31,7 +32,12 @@ def test_a_whole_cache_has_no_problems(request: pytest.FixtureRequest, kind: str
 
 
 def test_a_bfloat16_cache_has_no_problems(little: Any, tmp_path: Path) -> None:
-    assert verify_cache(little.make_patches(tmp_path / "c", dtype="bfloat16").folder).problems == []
+    assert (
+        verify_cache(
+            little.make_patches(tmp_path / "c", dtype="bfloat16").folder, deep=True
+        ).problems
+        == []
+    )
 
 
 def append(text: str) -> Callable[[Path], None]:
@@ -61,7 +67,7 @@ def test_verify_names_what_is_wrong(
     patches: Any, name: str, change: Callable[[Path], None], words: list[str]
 ) -> None:
     change(patches.folder / name)
-    problems = verify_cache(patches.folder).problems
+    problems = verify_cache(patches.folder, deep=True).problems
     assert len(problems) == len(words), problems
     for word in words:
         assert any(word in problem for problem in problems), (word, problems)
@@ -71,14 +77,14 @@ def test_verify_finds_several_problems_at_once(little: Any, patches: Any) -> Non
     little.flip_byte(patches.folder / "shards/000000.zarr/tokens/c/0/0/0/0", 3)
     (patches.folder / "shards/000001.zarr/crop/c/0/0").unlink()
     (patches.folder / "shards/stranger").touch()
-    problems = verify_cache(patches.folder).problems
+    problems = verify_cache(patches.folder, deep=True).problems
     assert len(problems) == 3
 
 
 def test_verify_holds_clips_against_the_plan(little: Any, patches: Any) -> None:
     rows = little.patch_rows(5, [*patches.rows[0].keys[:2], "stranger"], seed=0)
     write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
-    (problem,) = verify_cache(patches.folder).problems
+    (problem,) = verify_cache(patches.folder, deep=True).problems
     assert "shard 000000: clip " in problem
     assert "and 1 more are in plan.jsonl or in its done-record" in problem
 
@@ -88,19 +94,23 @@ def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
     entry = Quarantined(clip=missing, stage="decode", reason="no frames", attempts=2)
     rows = little.patch_rows(5, keys, seed=0)
     write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7, quarantined=[entry])
-    assert len(verify_cache(patches.folder).problems) == 1  # quarantine.jsonl is not yet rebuilt
+    problems = verify_cache(patches.folder).problems  # nothing else is brought up to date yet
+    assert len(problems) == 2
+    assert "000000.json: is not the done-record that index.jsonl tells of" in problems[0]
+    assert "quarantine.jsonl: does not list" in problems[1]
     write_quarantine(patches.folder)
-    assert verify_cache(patches.folder).problems == []
+    finish_cache(patches.folder, {})
+    assert verify_cache(patches.folder, deep=True).problems == []
     assert describe_cache(patches.folder)["quarantined"] == 1
 
 
 def test_verify_says_that_a_cache_is_not_finished(little: Any, tmp_path: Path) -> None:
     cache = little.make_deltas(tmp_path / "cache", finish=False)
-    (problem,) = verify_cache(cache.folder).problems
+    (problem,) = verify_cache(cache.folder, deep=True).problems
     assert "not marked complete" in problem
     (cache.folder / "shards/000001.json").unlink()
     (cache.folder / "shards/000001.tar").unlink()
-    (problem,) = verify_cache(cache.folder).problems
+    (problem,) = verify_cache(cache.folder, deep=True).problems
     assert "not finished: 1 of 2 shards are not done, first 000001" in problem
 
 
@@ -116,7 +126,10 @@ def test_a_record_that_names_anothers_files_is_a_problem(patches: Any) -> None:
     record = json.loads(path.read_text())
     other = json.loads((patches.folder / "shards/000001.json").read_text())
     path.write_text(json.dumps({**record, "files": other["files"]}))
-    assert any("13 of them not its own" in text for text in verify_cache(patches.folder).problems)
+    assert any(
+        "13 of them not its own" in text
+        for text in verify_cache(patches.folder, deep=True).problems
+    )
 
 
 def test_info_describes_a_patch_cache(patches: Any) -> None:

@@ -72,7 +72,7 @@ def test_cached_deltas_equal_direct_encoding(
     assert torch.allclose(torch.from_numpy(deltas.tokens(windows)).float(), z, atol=2e-3)
     assert info.parent_fingerprint == source.fingerprint
     assert info.identity["patches"] == source.info.identity
-    assert verify_cache(tmp_path / "deltas").problems == []
+    assert verify_cache(tmp_path / "deltas", deep=True).problems == []
 
 
 def test_windows_keep_their_order_and_story(patches: Path, tokenizer: Path, tmp_path: Path) -> None:

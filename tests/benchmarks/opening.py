@@ -1,0 +1,127 @@
+"""How long it takes to open caches of many shards, of which only the metadata is there.
+
+    python tests/benchmarks/opening.py [--shards 10000] [--channels 768] [--json FILE]
+
+Synthetic done-records (64 windows of 16 clips, statistics of all channels), written and finished as
+every cache is; the data are empty files with the right names. Opening reads cache.json and
+index.jsonl and lists shards/: no done-record and no data file is opened (counted). For comparison:
+reading all done-records, as without the index.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deltatok.shards import (
+    DELTAS,
+    PATCHES,
+    CacheInfo,
+    CacheShape,
+    DeltaShards,
+    DoneRecord,
+    PatchShards,
+    PlanEntry,
+    finish_cache,
+    open_cache,
+    write_plan,
+)
+from deltatok.shards.records import read_all_done, shard_path
+
+ROWS, CLIPS = 64, 16
+REPEATS = 3
+
+
+def main() -> int:
+    """Makes the caches, opens them, prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--channels", type=int, default=768)
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {"shards": arguments.shards, "channels": arguments.channels}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, format, reader in (
+            ("patches", PATCHES, PatchShards),
+            ("deltas", DELTAS, DeltaShards),
+        ):
+            cache = Path(folder) / name
+            make(cache, format=format, shards=arguments.shards, channels=arguments.channels)
+            opens, seconds = measured(lambda r=reader, c=cache: r(c, verify="size"))
+            records_s = measured(lambda c=cache: read_all_done(c), repeats=1)[1]
+            figures[name] = {
+                "open_s": round(seconds, 3),
+                "files_opened": opens,
+                "all_records_s": round(records_s, 3),
+                "index_bytes": (cache / "index.jsonl").stat().st_size,
+                "records_bytes": sum(p.stat().st_size for p in (cache / "shards").glob("*.json")),
+            }
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if arguments.json is not None:
+        arguments.json.write_text(f"{text}\n")
+    return 0
+
+
+def measured(function: Callable[[], Any], *, repeats: int = REPEATS) -> tuple[int, float]:
+    """Files opened in one call, and the median of its seconds."""
+    opened: list[object] = []
+    is_counting = [True]
+
+    def count(event: str, details: tuple[object, ...]) -> None:
+        if event == "open" and is_counting:
+            opened.append(details[0])
+
+    sys.addaudithook(count)  # for ever
+    function()
+    is_counting.clear()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return len(opened), sorted(times)[len(times) // 2]
+
+
+def make(folder: Path, *, format: str, shards: int, channels: int) -> None:
+    """A finished cache whose data files are empty."""
+    patches = format == PATCHES
+    shape = CacheShape(
+        num_frames=8,
+        num_tokens=256 if patches else None,
+        grid=(16, 16) if patches else None,
+        hidden_size=channels,
+    )
+    identity = {"sampling": {"seed": 0}, "storage": {"dtype": "float16"}}
+    open_cache(folder, CacheInfo(format=format, identity=identity, shape=shape, licence="none"))
+    entries = []
+    for shard in range(shards):
+        keys = [f"class{shard % 700:03d}/video_{shard:06d}_{clip:02d}.mp4" for clip in range(CLIPS)]
+        entries += [PlanEntry(key=key, source=key, size_bytes=1, shard=shard) for key in keys]
+        names = [f"{shard:06d}.tar"]
+        if patches:
+            inside = ("zarr.json", "tokens/zarr.json", "tokens/c/0/0/0/0", "crop/c/0/0", "clip/c/0")
+            names = [f"{shard:06d}.zarr/{name}" for name in inside]
+        files = {f"shards/{name}": {"bytes": 10**8, "sha256": "0" * 64} for name in names}
+        numbers = [float(channel) / 7 for channel in range(channels)]
+        record = DoneRecord(
+            shard=shard,
+            keys=keys,
+            rows=ROWS,
+            files=files,
+            statistics={"channel_mean": numbers, "channel_std": numbers, "abs_max": 1.0},
+        )
+        value = {"format_version": 1, **record.__dict__}
+        shard_path(folder, shard, ".json").write_text(json.dumps(value))
+        data = shard_path(folder, shard, ".zarr" if patches else ".tar")
+        data.mkdir() if patches else data.touch()
+    write_plan(folder, entries)
+    finish_cache(folder, {"clips": len(entries)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
