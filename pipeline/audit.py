@@ -157,6 +157,11 @@ class _Maker:
         self.policy = SamplingPolicy.from_config(extraction)
         self._frame_size = extraction.frame_size
         self._dtype = identity["storage"]["dtype"]
+        if is_delta and self._dtype != "float16":
+            raise UsageError(
+                f"{folder}: was made from {self._dtype} patch tokens, an audit makes delta tokens "
+                "from float16 ones: audit the patch cache that it was made from"
+            )
         self.allowed_error = (
             ROUNDED[info.identity["storage"]["dtype"]] + COMPUTED[identity["autocast_dtype"]]
         )

@@ -43,6 +43,8 @@ def choose_windows(
     """
     rng = np.random.Generator(np.random.PCG64(draw_seed))
     total = reader.num_windows
+    if not total:
+        raise UsageError(f"{reader.folder}: has no windows: there is nothing to audit")
     chosen = np.sort(rng.choice(total, size=min(count, total), replace=False))
     records = [record for record in read_all_done(reader.folder) if record.rows]
     starts = np.cumsum([0, *(record.rows for record in records)])

@@ -82,8 +82,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
     found = _as_json(report)
     error: DeltatokError | None = None
     if arguments.repair:
-        with _nobody_writes(folder):
-            repaired = repair_cache(folder, report)
+        repaired = _repair(folder, report)
         error = _after_repair(folder, report, repaired)
         found["repair"] = {
             "removed": repaired.removed,
@@ -125,6 +124,17 @@ def _verify(folder: Path, *, deep: bool) -> VerifyReport:
             bar.update(done - bar.n)
 
         return verify_cache(folder, deep=deep, progress=progress)
+
+
+def _repair(folder: Path, report: VerifyReport) -> Repaired:
+    try:
+        with _nobody_writes(folder):
+            return repair_cache(folder, report)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder}: cannot be removed or written "
+            f"({error.strerror or error}): check the permissions of the folder"
+        ) from error
 
 
 @contextmanager

@@ -50,8 +50,8 @@ class DeltaShards(CacheReader[np.float16]):
     """A finished delta-token cache, opened for reading.
 
     Opening hashes every tar and holds it against its done-record (a tar has no checksums of its
-    own); verify="size" checks sizes only: for the other ranks of a run, and for huge caches that
-    `deltatok-shards verify` has seen.
+    own); verify="size" checks sizes and, when a shard is read first, samples of it: for the other
+    ranks of a run, and for huge caches that `deltatok-shards verify` has seen.
 
     Raises CacheMismatch for a folder that is no delta cache or is not finished (unless
     `allow_incomplete`: its finished shards), DamagedShard for what is missing or changed.

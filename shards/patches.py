@@ -20,7 +20,7 @@ from .dtypes import STORED_DTYPES
 from .errors import UsageError
 from .int8 import read_channel_scale
 from .opening import Verify, checked_out, checked_windows, open_finished
-from .patch_table import WindowTable, logical_dtype, read_black, read_table
+from .patch_table import WindowTable, check_attributes, logical_dtype, read_black, read_table
 from .reader import CacheReader
 from .records import shard_path
 from .token_reader import OpenFiles, TokenReader
@@ -33,8 +33,9 @@ files on most machines."""
 class PatchShards(CacheReader[np.float32]):
     """A finished patch-token cache, opened for reading.
 
-    Opening checks that every file is there with the size its done-record says; with
-    verify="sha256" that it has the bytes too. Every read checks the checksum of each frame.
+    Opening checks that every file is there with the size its done-record says (of more than 500
+    shards: that every shard is there); with verify="sha256" that it has the bytes too. A shard that
+    is read first is held against its record by samples, every frame against its checksum.
 
     Raises CacheMismatch for a folder that is no patch cache or is not finished (unless
     `allow_incomplete`: its finished shards), DamagedShard for what is missing or changed.
@@ -175,6 +176,7 @@ class PatchShards(CacheReader[np.float32]):
         if reader is None:
             record = self._cache.records[shard]
             group = shard_path(self.folder, record.shard, ".zarr")
+            check_attributes(group, record, self.info)
             reader = self._readers[shard] = TokenReader(group, self.info, rows=record.rows)
         return reader
 

@@ -74,6 +74,29 @@ def test_delta_tokens_are_audited_with_their_tokenizer(tiny_inputs: Path, tiny_r
     assert report.largest_error < report.allowed_error
 
 
+def test_uniform_windows_are_audited(tiny_inputs: Path, tiny_run: Path) -> None:
+    videos = (str(tiny_inputs / "world/val"),)
+    report = audit_cache(config(tiny_inputs, tiny_run / "val-patches", videos=videos))
+    assert (report.windows, report.clips, report.differing) == (2, 2, [])
+
+
+def test_deltas_of_other_patch_tokens_are_not_audited(
+    tiny_inputs: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from deltatok.shards import finish_cache, open_cache, read_cache_info, write_plan
+
+    info = read_cache_info(tiny_run / "deltas")
+    patches = {**info.identity["patches"], "storage": {"dtype": "int8"}}
+    made = replace(info, identity={**info.identity, "patches": patches}, complete=False)
+    open_cache(tmp_path / "deltas", made)
+    write_plan(tmp_path / "deltas", [])
+    finish_cache(tmp_path / "deltas", {})
+    with pytest.raises(UsageError, match="was made from int8 patch tokens"):
+        audit_cache(config(tiny_inputs, tmp_path / "deltas", tokenizer="x"))
+
+
 def test_the_plan_tells_where_the_clips_were(tiny_inputs: Path, extracted: Path) -> None:
     report = audit_cache(config(tiny_inputs, extracted, videos=(), windows=100))
     assert (report.windows, report.differing) == (9, [])

@@ -100,3 +100,9 @@ def test_nothing_is_repaired_while_somebody_writes(cache: Path, fails: Fails) ->
     assert shards(["verify", str(cache), "--repair"]) == 0
     assert not path.exists()
     assert not (cache / "leases").exists()
+
+
+def test_a_repair_that_cannot_write_says_so(cache: Path, fails: Fails) -> None:
+    (cache / "quarantine.jsonl").unlink()
+    (cache / "quarantine.jsonl").mkdir()
+    fails(shards, ["verify", str(cache), "--repair"], 2, "quarantine.jsonl", "cannot be")

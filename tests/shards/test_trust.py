@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from deltatok.shards import (
+    CacheMismatch,
     DamagedShard,
     DeltaShards,
     PatchShards,
@@ -240,3 +241,12 @@ def test_verify_finds_any_edit_of_cache_json(patches: Any) -> None:
     path = patches.folder / "cache.json"
     path.write_text(path.read_text().replace("DINOv3 License", "Public Domain"))
     assert any("changed by hand" in problem for problem in verify_cache(patches.folder).problems)
+
+
+def test_shards_under_the_cache_json_of_another_cache_are_refused(
+    little: Any, patches: Any, tmp_path: Path
+) -> None:
+    other = little.make_patches(tmp_path / "other", dtype="bfloat16")
+    shutil.copy(other.folder / "cache.json", patches.folder / "cache.json")
+    with pytest.raises(CacheMismatch, match="the shard belongs to another cache"):
+        PatchShards(patches.folder).stored_tokens([0])
