@@ -21,6 +21,7 @@ from .common import CommonFolder
 from .config import ExtractConfig
 from .devices import choose_num_workers
 from .features import WindowFeatures
+from .heap import give_back_freed
 from .pool import DecodePool
 from .progress import Progress, StageClock
 from .sampling import SamplingPolicy
@@ -193,6 +194,7 @@ class Production:
             return
         self.num_done += 1
         self._tally.add(record)
+        give_back_freed()
         progress.add_written(sum(file["bytes"] for file in record.files.values()))
         with disk_errors(self._out):
             append_timing(
