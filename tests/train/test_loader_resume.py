@@ -72,7 +72,7 @@ def run(make: Callable[[Share], Reader], ranks: int, stops: Sequence[int]) -> Va
     return values
 
 
-@pytest.mark.parametrize("residency", ["memory", "map"])
+@pytest.mark.parametrize("residency", ["device", "memory", "map"])
 @pytest.mark.parametrize("kind", ["world", "tokenizer"])
 def test_interruptions_at_every_step_leave_the_global_batches_as_they_were(
     patches: Path, deltas: Path, kind: str, residency: str
@@ -102,3 +102,15 @@ def test_interruptions_at_every_step_leave_the_global_batches_as_they_were(
                 assert len(values) == len(truth)
                 for got, wanted in zip(values, truth, strict=True):
                     assert all(map(torch.equal, got, wanted)), (ranks, stops)
+
+
+@pytest.mark.parametrize("kind", ["world", "tokenizer"])
+def test_every_residency_gives_the_same_batches(patches: Path, deltas: Path, kind: str) -> None:
+    build, folder = (world_reader, deltas) if kind == "world" else (tokenizer_reader, patches)
+    by_residency = []
+    for residency in ("device", "memory", "map"):
+        reader, _ = build(folder, Share(), residency)
+        by_residency.append([samples_of(reader(step)) for step in range(5)])
+    for other in by_residency[1:]:
+        for got, wanted in zip(other, by_residency[0], strict=True):
+            assert all(map(torch.equal, got, wanted))
