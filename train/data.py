@@ -25,6 +25,13 @@ from .order import BatchOrder, Indices, Share
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+_PLACES = {
+    "device": "loaded onto the device",
+    "memory": "loaded into memory",
+    "map": "read from its files, batch by batch",
+}
+
 PatchSource = Callable[[Indices], Tensor]
 """windows (w,) -> patch tokens float16 or float32 (w, T, N, D)."""
 DeltaSource = Callable[[Indices], tuple[Tensor, Tensor]]
@@ -49,7 +56,11 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """The same in page-locked memory, from which copies to cuda run beside the computing."""
-        return replace(self, tensors={name: t.pin_memory() for name, t in self.tensors.items()})
+        pinned = {
+            name: t.pin_memory() if t.device.type == "cpu" else t  # others are there already
+            for name, t in self.tensors.items()
+        }
+        return replace(self, tensors=pinned)
 
 
 class TokenizerBatches:
@@ -134,22 +145,34 @@ class WorldBatches:
         )
 
 
-def patch_source(shards: PatchShards, *, residency: str) -> PatchSource:
-    """Reads windows of patch tokens from memory or from the files (TrainConfig.residency)."""
-    if _in_memory(shards.size_bytes, residency=residency):
-        tokens = torch.from_numpy(shards.load())
-        return lambda windows: tokens[torch.from_numpy(windows)]
+def patch_source(shards: PatchShards, *, residency: str, device: torch.device = CPU) -> PatchSource:
+    """Reads windows of patch tokens from memory or from the files (TrainConfig.residency).
+
+    device: where `residency` device keeps the tokens and gathers them."""
+    place = _place(shards.size_bytes, residency=residency)
+    if place != "map":
+        tokens = torch.from_numpy(shards.load()).to(device if place == "device" else CPU)
+        return lambda windows: tokens[torch.from_numpy(windows).to(tokens.device)]
     if shards.dtype == "float16":  # converted on the device: half the bytes to move
         return lambda windows: torch.from_numpy(shards.stored_tokens(windows))
     return lambda windows: torch.from_numpy(shards.tokens(windows))
 
 
-def delta_source(shards: DeltaShards, *, residency: str) -> DeltaSource:
-    """Reads windows of delta tokens from memory or from the mapped files."""
+def delta_source(shards: DeltaShards, *, residency: str, device: torch.device = CPU) -> DeltaSource:
+    """Reads windows of delta tokens from memory or from the mapped files.
+
+    device: where `residency` device keeps the tokens and gathers them."""
     num_frames, size = shards.shape
-    if _in_memory(shards.num_windows * num_frames * (2 * size + 4), residency=residency):
-        tokens, times = (torch.from_numpy(array) for array in shards.load())
-        return lambda windows: (tokens[torch.from_numpy(windows)], times[torch.from_numpy(windows)])
+    place = _place(shards.num_windows * num_frames * (2 * size + 4), residency=residency)
+    if place != "map":
+        target = device if place == "device" else CPU
+        tokens, times = (torch.from_numpy(array).to(target) for array in shards.load())
+
+        def gather(windows: Indices) -> tuple[Tensor, Tensor]:
+            chosen = torch.from_numpy(windows).to(target)
+            return tokens[chosen], times[chosen]
+
+        return gather
     return lambda windows: (
         torch.from_numpy(shards.tokens(windows)),
         torch.from_numpy(shards.timestamps_s(windows)),
@@ -166,9 +189,9 @@ def check_frames(num_frames: int, *, least: int) -> None:
         )
 
 
-def _in_memory(size_bytes: int, *, residency: str) -> bool:
+def _place(size_bytes: int, *, residency: str) -> str:
+    """Where a cache of that size is read from: device, memory or map."""
     if residency == "auto":
         residency = "memory" if fits_in_memory(size_bytes) else "map"
-    place = "loaded into memory" if residency == "memory" else "read from its files, batch by batch"
-    logger.info("the cache has %.2f GB: %s", size_bytes / 1e9, place)
-    return residency == "memory"
+    logger.info("the cache has %.2f GB: %s", size_bytes / 1e9, _PLACES[residency])
+    return residency

@@ -80,7 +80,7 @@ class HeadStage:
         self._batch_size = config.batch_size
         self._slice = share.of(config.batch_size)
         self._labels = Labels(config.labels, shards, num_classes=config.num_classes)
-        self._windows = patch_source(shards, residency=config.residency)
+        self._windows = patch_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._order = BatchOrder(self._frames_of(split.training), config.batch_size, config.seed)
         chosen = evenly(split.validation, config.validation_windows)

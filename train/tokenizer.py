@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..shards.errors import DeltatokError, UsageError
@@ -59,7 +60,8 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
         logger.info("%s: already trained for %d steps", config.out, config.steps)
     else:
         share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-        Trainer(TokenizerStage(model, shards, config, share), run, accelerator).train()
+        stage = TokenizerStage(model, shards, config, share, device=accelerator.device)
+        Trainer(stage, run, accelerator).train()
     if config.deltas is not None:
         write_deltas(
             TokenizeConfig(
@@ -90,13 +92,19 @@ class TokenizerStage:
     unit = "pairs"
 
     def __init__(
-        self, model: DeltaTok, shards: PatchShards, config: TokenizerTrainConfig, share: Share
+        self,
+        model: DeltaTok,
+        shards: PatchShards,
+        config: TokenizerTrainConfig,
+        share: Share,
+        *,
+        device: torch.device,
     ) -> None:
         self.model = model
         self._config = config
         self._shards = shards
         self._loss = loss_named(config.loss)
-        frames = patch_source(shards, residency=config.residency)
+        frames = patch_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = TokenizerBatches(
             frames,

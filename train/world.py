@@ -82,7 +82,7 @@ class WorldStage:
         self._config = config
         self._shards = shards
         self._device = device
-        rows = delta_source(shards, residency=config.residency)
+        rows = delta_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = WorldBatches(
             rows, split.training, batch_size=config.batch_size, seed=config.seed, share=share
