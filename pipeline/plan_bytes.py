@@ -32,8 +32,10 @@ BLACK_ENTRY_BYTES = 120
 """What it gains with the hash of black.npy, about."""
 TOKENIZER_BYTES = 640
 """What the tokenizer's config and hash add to the cache.json of a delta cache, about."""
-OTHER_FILES = 3
-"""plan.jsonl, quarantine.jsonl and timings.jsonl."""
+OTHER_FILES = 4
+"""plan.jsonl, index.jsonl, quarantine.jsonl and timings.jsonl."""
+INDEX_LINE_BYTES = 130
+"""A shard's line of index.jsonl without the names of its clips, about."""
 MAX_KINDS = 6
 """Delta shards of so many different sizes are written; more are taken for the commonest one."""
 
@@ -134,14 +136,18 @@ class Sizes:
             open_cache(folder, info)
             for number, (kind, _) in enumerate(kinds.most_common(MAX_KINDS)):
                 sizes[kind] = self._delta_shard(Path(folder), number, *kind)
-            beside = Path(folder, "cache.json").stat().st_size
+            beside = [path.stat().st_size for path in Path(folder).iterdir() if path.is_file()]
         common, common_size = next(iter(sizes.items()))
 
         def size_of(shard: ShardPlan) -> float:
             return sizes.get(_kind(shard), common_size * shard.num_windows / common[1])
 
-        beside += FINISHED_BYTES + TOKENIZER_BYTES
-        return self._total(size_of, beside=beside, files_a_shard=1, files=1 + OTHER_FILES)
+        return self._total(
+            size_of,
+            beside=sum(beside) + FINISHED_BYTES + TOKENIZER_BYTES,
+            files_a_shard=1,
+            files=len(beside) + OTHER_FILES,
+        )
 
     def _total(
         self,

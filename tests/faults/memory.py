@@ -7,7 +7,8 @@ extracts them through a tiny random backbone at a small frame size, and samples 
 process and its children. Fits a line through the last 80 % and exits 1 if it rises faster than
 --limit MB per 1,000 clips, for the process itself, or for the children on average.
 
-Proportional set sizes where the kernel tells them (shared pages count once), else resident ones.
+Memory is what a process has for itself (RssAnon). Decoded frames on their way lie in memory that
+processes share and is bounded by pool.py; the most there was of it is told apart (RssShmem).
 Children come and go: pool.py replaces them after some clips, so their sum goes up and down.
 """
 
@@ -43,6 +44,8 @@ class Sample:
     parent_mb: float
     children_mb: float
     """Of all of them together."""
+    shared_mb: float
+    """Decoded frames that the process itself sees."""
 
 
 def main() -> int:
@@ -98,6 +101,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "samples": len(samples),
         "parent_mb": _at_shares(samples, "parent_mb"),
         "children_mb": _at_shares(samples, "children_mb"),
+        "shared_mb_most": max(sample.shared_mb for sample in samples),
         "parent_mb_per_1000_clips": parent,
         "children_mb_per_1000_clips": children,
         "child_mb_per_1000_clips": children / arguments.workers,
@@ -112,10 +116,10 @@ def _samples(
     """Until the process ends."""
     while process.poll() is None:
         time.sleep(every_s)
-        parent = _memory_mb(process.pid)
-        children = [_memory_mb(pid) for pid in _children(process.pid)]
+        parent, shared = _memory_mb(process.pid)
+        children = [_memory_mb(pid)[0] for pid in _children(process.pid)]
         if parent > 0 and children:  # not while it starts, nor while it tidies up at the end
-            yield Sample(_clips_done(cache), parent, sum(children))
+            yield Sample(_clips_done(cache), parent, sum(children), shared)
 
 
 def _clips_done(cache: Path) -> int:
@@ -133,27 +137,28 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _memory_mb(pid: int) -> float:
-    """Megabytes of 10**6 bytes; 0 of a process that ended meanwhile."""
-    for name, field in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
-        try:
-            lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
+def _memory_mb(pid: int) -> tuple[float, float]:
+    """Its own and shared memory, megabytes of 10**6 bytes; 0 of a process that ended meanwhile."""
+    found = {"RssAnon": 0.0, "RssShmem": 0.0}
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = int(value.split()[0]) * 1024 / 1e6
+    return found["RssAnon"], found["RssShmem"]
 
 
 def _at_shares(samples: Sequence[Sample], name: str) -> dict[str, float]:
-    """At 10, 50 and 100 % of the clips, each the median of the samples around there."""
+    """At 10, 25, 50, 75 and 100 % of the clips, each the median of the samples around there."""
     values = [getattr(sample, name) for sample in samples]
     clips = np.array([sample.clips for sample in samples])
     found = {}
-    for percent in (10, 50, 100):
+    for percent in (10, 25, 50, 75, 100):
         middle = int(np.searchsorted(clips, clips[-1] * percent / 100))
-        around = values[max(0, middle - 2) : middle + 3] or values[-3:]
+        around = values[max(0, middle - 10) : middle + 11] or values[-3:]
         found[f"{percent} %"] = float(np.median(around))
     return found
 
