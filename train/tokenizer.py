@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..shards.errors import DeltatokError, UsageError
 from ..shards.patches import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
-from .data import Batch, TokenizerBatches, patch_source
+from .data import Batch, TokenizerBatches
 from .devices import make_accelerator
 from .draws import generator
 from .first_weights import make_model, with_size_of_cache
@@ -27,6 +27,7 @@ from .models.deltatok import DeltaTok, draw_rope_rescale
 from .order import Share, evenly, split_windows
 from .probes import probe_tokenizer
 from .run_folder import Run
+from .sources import order_data, patch_source, settled
 from .tokenize import write_deltas
 
 PROBE_WINDOWS_AT_ONCE = 4
@@ -48,13 +49,18 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
         config, model=with_size_of_cache(config.model, size, cache=config.patches)
     )
     accelerator = make_accelerator(config.device, config.precision)
+    config = settled(config, shards.size_bytes, accelerator)
     model, started_from = make_model(
         DeltaTok, config.model, seed=config.seed, start_from=config.start_from
     )
     run = Run(
         command="tokenizer",
         config=config,
-        data={"patches": shards.info.identity, "start_from": started_from},
+        data={
+            "patches": shards.info.identity,
+            "start_from": started_from,
+            **order_data(config),
+        },
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
@@ -116,7 +122,7 @@ class TokenizerStage:
             wide_pair_fraction=config.wide_pair_fraction,
         )
         chosen = evenly(split.validation, config.validation_windows)
-        self._validation = frames(chosen) if len(chosen) else None
+        self._validation = frames.read_few(chosen)[0] if len(chosen) else None
         if self._validation is None:
             logger.warning(
                 "no validation windows: nothing will tell whether the decoder ignores its delta "

@@ -13,11 +13,10 @@ from deltatok.train.data import (
     Batch,
     TokenizerBatches,
     WorldBatches,
-    delta_source,
-    patch_source,
 )
 from deltatok.train.order import Share
 from deltatok.train.prefetch import Prefetcher
+from deltatok.train.sources import delta_source, patch_source
 
 Reader = Callable[[int], Batch]
 Values = list[tuple[torch.Tensor, ...]]
@@ -72,7 +71,7 @@ def run(make: Callable[[Share], Reader], ranks: int, stops: Sequence[int]) -> Va
     return values
 
 
-@pytest.mark.parametrize("residency", ["device", "memory", "map"])
+@pytest.mark.parametrize("residency", ["device", "memory", "map", "stream"])
 @pytest.mark.parametrize("kind", ["world", "tokenizer"])
 def test_interruptions_at_every_step_leave_the_global_batches_as_they_were(
     patches: Path, deltas: Path, kind: str, residency: str
