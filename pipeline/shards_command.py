@@ -1,4 +1,4 @@
-"""deltatok-shards: info, verify, preview and export of a cache."""
+"""deltatok-shards: info, verify, preview, export and bench of a cache."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..shards.info import describe_cache
+from .bench_command import add_bench, run_bench
 from .command import Parser, run_command
 from .export_command import add_export, run_export
 from .preview_command import add_preview, run_preview
@@ -26,6 +27,7 @@ def _parser() -> Parser:
         epilog="examples:\n  deltatok-shards info cache/patches\n"
         "  deltatok-shards verify cache/patches\n"
         "  deltatok-shards preview cache/patches --out preview.html\n"
+        "  deltatok-shards bench cache/deltas\n"
         "  deltatok-shards export cache/patches --split val --out cache/val",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,6 +40,7 @@ def _parser() -> Parser:
     add_verify_flags(verify)
     add_preview(kinds)
     add_export(kinds)
+    add_bench(kinds)
     return parser
 
 
@@ -49,6 +52,8 @@ def _run(words: list[str]) -> None:
         run_export(arguments)
     elif arguments.kind == "preview":
         run_preview(arguments)
+    elif arguments.kind == "bench":
+        run_bench(arguments)
     else:
         run_verify(arguments)
 

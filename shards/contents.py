@@ -26,12 +26,12 @@ def check_patches(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
     table = read_shard_table(group, record, info.shape.num_frames)
     check_windows(table["timestamps_s"], table["frame_index"], table["crop"], where=str(group))
     tokens = TokenReader(group, info, rows=record.rows)
-    files, stored = tokens.open(), tokens.new_frame()
+    files, stored = tokens.open(), tokens.new_frames(1)
     values = np.empty(stored.shape, dtype=np.float32)
     statistics = StoredStatistics(info.shape.hidden_size)
     for window in range(record.rows):
         for index in range(info.shape.num_frames):
-            tokens.read_values(files, window, index, out=values, stored=stored)
+            tokens.read_values(files, window, [index], out=values, stored=stored)
             usable = np.isfinite(values).all()
             if stored.dtype == np.int8:
                 usable = usable and stored.min() != UNSTORABLE
@@ -40,7 +40,7 @@ def check_patches(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
                     f"{tokens.path}: window {window}, frame {index} has values that are not "
                     f"finite: {ADVICE}"
                 )
-            statistics.add(values)
+            statistics.add(values[0])
     statistics.check(record.statistics, where=str(shard_path(folder, record.shard, ".json")))
 
 

@@ -11,6 +11,7 @@ import math
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .patch_table import WindowTable
 from .reader import CacheReader
 from .records import shard_path
 from .tar_blocks import Block, read_blocks, read_timestamps, read_windows
+from .zarr_map import ReadOnlyFile
 
 MAX_MAPPED_SHARDS = 4096
 """Shards mapped at once; a quarter of the files a process may open, where that is less (each
@@ -112,6 +114,31 @@ class DeltaShards(CacheReader[np.float16]):
             layout = self._layout(shard)
             chosen = layout.offsets[windows[begin:end]] // layout.stride
             items[order[begin:end]] = self._mapped(shard)[chosen]
+        return filled
+
+    @cached_property
+    def block_starts(self) -> NDArray[np.int64]:
+        """int64 (blocks + 1,): the first window of every block, and the end. The windows of a block
+        lie one after the other in a file."""
+        starts = [np.zeros(1, dtype=np.int64)]
+        for shard, first in enumerate(self._cache.starts[:-1].tolist()):
+            starts.append(first + self._layout(shard).starts[1:])
+        return np.concatenate(starts)
+
+    def read_block(
+        self, block: int, *, out: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float16]:
+        """The tokens of a block's windows, float16 (n, T, D), in one read from the file; for whole
+        passes over a cache that memory does not hold. `out`: as of `tokens`."""
+        first, end = self.block_starts[block : block + 2].tolist()
+        filled = checked_out(out, (end - first, *self.shape), np.dtype("<f2"))
+        shard = int(np.searchsorted(self._cache.starts, first, side="right")) - 1
+        starts = self._layout(shard).starts
+        inside = int(np.searchsorted(starts, first - self._cache.starts[shard]))
+        place = self._layout(shard).blocks[inside]
+        self._mapped(shard)  # its size is checked
+        file = ReadOnlyFile(self._path(shard))
+        file.read_into([filled.reshape(-1).view(np.uint8)], place.tokens_offset)
         return filled
 
     def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:

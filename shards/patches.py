@@ -35,19 +35,27 @@ class PatchShards(CacheReader[np.float32]):
 
     Opening checks that every file is there with the size its done-record says (of more than 500
     shards: that every shard is there); with verify="sha256" that it has the bytes too. A shard that
-    is read first is held against its record by samples, every frame against its checksum.
+    is read first is held against its record by samples; a frame that is read first is held against
+    its checksum (check_once=False: a frame every time it is read, at about two thirds of the rate;
+    frames under zstd always are).
 
     Raises CacheMismatch for a folder that is no patch cache or is not finished (unless
     `allow_incomplete`: its finished shards), DamagedShard for what is missing or changed.
     """
 
     def __init__(
-        self, folder: Path | str, *, verify: Verify = "size", allow_incomplete: bool = False
+        self,
+        folder: Path | str,
+        *,
+        verify: Verify = "size",
+        allow_incomplete: bool = False,
+        check_once: bool = True,
     ) -> None:
         super().__init__(
             open_finished(folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete)
         )
-        self._arguments = (str(folder), verify, allow_incomplete)
+        self._arguments = (str(folder), allow_incomplete, check_once)
+        self._check_once = check_once
         shape = self.info.shape
         if shape.num_tokens is None or shape.grid is None:
             raise AssertionError("read_cache_info lets no patch cache pass without tokens")
@@ -81,41 +89,58 @@ class PatchShards(CacheReader[np.float32]):
         return self._black
 
     def tokens(
-        self, windows: ArrayLike, *, out: NDArray[np.float32] | None = None
+        self,
+        windows: ArrayLike,
+        *,
+        frames: ArrayLike | None = None,
+        out: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """The patch tokens of `windows` (B,), float32 (B, T, N, D), in the order asked.
 
-        `out`: a float32 array of that shape to fill and return. Raises DamagedShard for a frame
-        whose checksum is wrong, IndexError for a window that is not there.
+        `frames`: the F frames of each window to read, whole numbers (B, F), instead of all T; those
+        that follow one another are one read. `out`: a float32 array of the result's shape to fill
+        and return. Raises DamagedShard for a frame whose checksum is wrong, IndexError for a window
+        or frame that is not there.
         """
         numbers = self._opened(windows)
-        filled = checked_out(out, (len(numbers), *self.shape), np.dtype(np.float32))
-        stored: NDArray[Any] = np.empty(self.shape[1:], dtype=STORED_DTYPES[self.dtype])
-        for position, reader, files, window in self._in_file_order(numbers):
-            for index in range(self.shape[0]):
-                out_frame = filled[position, index]
-                reader.read_values(files, window, index, out=out_frame, stored=stored)
+        chosen = self._frames(frames, len(numbers))
+        shape = (len(numbers), chosen.shape[1], *self.shape[1:])
+        filled = checked_out(out, shape, np.dtype(np.float32))
+        stored: NDArray[Any] = np.empty(shape[1:], dtype=STORED_DTYPES[self.dtype])
+        for place, reader, files, window in self._in_file_order(numbers):
+            reader.read_values(
+                files, window, chosen[place].tolist(), out=filled[place], stored=stored
+            )
         return filled
 
-    def stored_tokens(self, windows: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    def stored_tokens(
+        self,
+        windows: ArrayLike,
+        *,
+        frames: ArrayLike | None = None,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
         """As `tokens`, raw: float16, the bits of bfloat16 as uint16, or int8 codes, whose scales
         `token_scale` and `channel_scale` give (FORMAT.md has the formulas)."""
         numbers = self._opened(windows)
-        stored = STORED_DTYPES[self.dtype]
-        filled = checked_out(out, (len(numbers), *self.shape), stored)
-        for position, reader, files, window in self._in_file_order(numbers):
-            for index in range(self.shape[0]):
-                reader.read_stored(files, window, index, out=filled[position, index])
+        chosen = self._frames(frames, len(numbers))
+        shape = (len(numbers), chosen.shape[1], *self.shape[1:])
+        filled = checked_out(out, shape, STORED_DTYPES[self.dtype])
+        for place, reader, files, window in self._in_file_order(numbers):
+            reader.read_stored(files, window, chosen[place].tolist(), out=filled[place])
         return filled
 
-    def token_scale(self, windows: ArrayLike) -> NDArray[np.float16]:
-        """float16 (B, T, N): value = int8 * token_scale * channel_scale; UsageError if not int8."""
+    def token_scale(
+        self, windows: ArrayLike, *, frames: ArrayLike | None = None
+    ) -> NDArray[np.float16]:
+        """float16 (B, T, N): value = int8 * token_scale * channel_scale; UsageError if not int8.
+        `frames`: as of `tokens`."""
         self._check_int8()
         numbers = self._opened(windows)
-        filled = np.empty((len(numbers), *self.shape[:2]), dtype=np.float16)
-        for position, reader, files, window in self._in_file_order(numbers):
-            for index in range(self.shape[0]):
-                reader.read_scale(files, window, index, out=filled[position, index])
+        chosen = self._frames(frames, len(numbers))
+        filled = np.empty((len(numbers), chosen.shape[1], self.shape[1]), dtype=np.float16)
+        for place, reader, files, window in self._in_file_order(numbers):
+            reader.read_scale(files, window, chosen[place].tolist(), out=filled[place])
         return filled
 
     @property
@@ -153,6 +178,23 @@ class PatchShards(CacheReader[np.float32]):
             self._table = read_table(self._cache)
         return self._table
 
+    def _frames(self, frames: ArrayLike | None, num_windows: int) -> NDArray[np.int64]:
+        """Frames within the window, int64 (B, F), F >= 1."""
+        num_frames = self.shape[0]
+        if frames is None:
+            return np.broadcast_to(np.arange(num_frames), (num_windows, num_frames))
+        numbers = np.asarray(frames)
+        if numbers.ndim != 2 or len(numbers) != num_windows or numbers.shape[1] == 0:
+            raise ValueError(f"frames has shape {numbers.shape}, wanted ({num_windows}, F), F >= 1")
+        if numbers.dtype.kind not in "iu":
+            raise TypeError(f"frames is {numbers.dtype}, wanted whole numbers")
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < num_frames):
+            raise IndexError(
+                f"frames {numbers.min()}..{numbers.max()} asked for, a window has "
+                f"0..{num_frames - 1}"
+            )
+        return numbers.astype(np.int64)
+
     def _opened(self, windows: ArrayLike) -> NDArray[np.int64]:
         """Window numbers, int64 (B,), their shards opened: before room is made for what a made-up
         shape says."""
@@ -177,7 +219,9 @@ class PatchShards(CacheReader[np.float32]):
             record = self._cache.records[shard]
             group = shard_path(self.folder, record.shard, ".zarr")
             check_attributes(group, record, self.info)
-            reader = self._readers[shard] = TokenReader(group, self.info, rows=record.rows)
+            reader = self._readers[shard] = TokenReader(
+                group, self.info, rows=record.rows, check_once=self._check_once
+            )
         return reader
 
     def _open_files(self, shard: int, reader: TokenReader) -> OpenFiles:
@@ -194,6 +238,6 @@ class PatchShards(CacheReader[np.float32]):
             raise UsageError(f"{self.folder}: stores {self.dtype}, only int8 has scales")
 
 
-def _reopen(folder: str, verify: Verify, allow_incomplete: bool) -> PatchShards:
+def _reopen(folder: str, allow_incomplete: bool, check_once: bool) -> PatchShards:
     # The files were checked when the reader was first opened; not hashed again by every worker.
-    return PatchShards(folder, verify="size", allow_incomplete=allow_incomplete)
+    return PatchShards(folder, allow_incomplete=allow_incomplete, check_once=check_once)

@@ -92,6 +92,11 @@ class CacheReader(ABC, Generic[Scalar]):
         """W, the windows of all shards."""
         return self._cache.num_windows
 
+    @property
+    def shard_starts(self) -> NDArray[np.int64]:
+        """int64 (shards + 1,): the first window of every shard that has any, and the end."""
+        return self._cache.starts
+
     @cached_property
     def keys(self) -> list[str]:
         """All clips that have windows; `clip_index` indexes into this list."""

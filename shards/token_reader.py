@@ -4,6 +4,7 @@ What the dtypes differ in is here: int8 has scales beside its codes. Used by `pa
 `contents`; file descriptors are the caller's, one set a thread.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 
 from .cache import CacheInfo
 from .dtypes import STORED_DTYPES, from_stored
+from .frame_file import FrameFile
 from .int8 import check_channel_scale, dequantise
 from .patch_layout import CHANNEL_SCALE_SPEC, TOKEN_SCALE_SPEC
 from .patch_table import logical_dtype
-from .zarr_map import FrameFile, ReadOnlyFile, read_array
+from .zarr_map import ReadOnlyFile, read_array
 
 OpenFiles = tuple[ReadOnlyFile, ...]
 """What `TokenReader.open` gives: the file of the tokens and, for int8, that of their scales."""
@@ -24,14 +26,21 @@ OpenFiles = tuple[ReadOnlyFile, ...]
 class TokenReader:
     """The tokens of the shard in the folder `group`, W = `rows` windows. T, N, D as the cache's."""
 
-    def __init__(self, group: Path, info: CacheInfo, *, rows: int) -> None:
+    def __init__(
+        self, group: Path, info: CacheInfo, *, rows: int, check_once: bool = False
+    ) -> None:
+        """check_once: see FrameFile."""
         shape = info.shape
         self._frame_shape = (shape.num_tokens or 0, shape.hidden_size)
         self._dtype = logical_dtype(info)
         windows = (rows, shape.num_frames)
         stored = STORED_DTYPES[self._dtype]
         self._tokens = FrameFile(
-            group, "tokens", shape=(*windows, *self._frame_shape), dtype=stored
+            group,
+            "tokens",
+            shape=(*windows, *self._frame_shape),
+            dtype=stored,
+            check_once=check_once,
         )
         self.path = self._tokens.path
         self.compression = self._tokens.compression
@@ -45,6 +54,7 @@ class TokenReader:
                 "token_scale",
                 shape=(*windows, self._frame_shape[0]),
                 dtype=TOKEN_SCALE_SPEC.dtype,
+                check_once=check_once,
             )
             self.channel_scale = read_array(
                 group,
@@ -59,36 +69,40 @@ class TokenReader:
         files = [self._tokens] if self._scales is None else [self._tokens, self._scales]
         return tuple(file.open() for file in files)
 
-    def new_frame(self) -> NDArray[Any]:
-        """An array for one stored frame, (N, D)."""
-        return np.empty(self._frame_shape, dtype=STORED_DTYPES[self._dtype])
+    def new_frames(self, count: int) -> NDArray[Any]:
+        """An array for stored frames, (count, N, D)."""
+        return np.empty((count, *self._frame_shape), dtype=STORED_DTYPES[self._dtype])
 
-    def read_stored(self, files: OpenFiles, window: int, frame: int, *, out: NDArray[Any]) -> None:
-        """Fills `out`, C-contiguous (N, D) of the stored dtype, or its bytes."""
-        self._tokens.read_frame(files[0], window, frame, out=out.reshape(-1).view(np.uint8))
+    def read_stored(
+        self, files: OpenFiles, window: int, frames: Sequence[int], *, out: NDArray[Any]
+    ) -> None:
+        """Fills `out`, C-contiguous (F, N, D) of the stored dtype, or its bytes, with F `frames`
+        of a window."""
+        rows = out.reshape(len(frames), -1).view(np.uint8)
+        self._tokens.read_frames(files[0], window, frames, out=rows)
 
     def read_scale(
-        self, files: OpenFiles, window: int, frame: int, *, out: NDArray[np.float16]
+        self, files: OpenFiles, window: int, frames: Sequence[int], *, out: NDArray[np.float16]
     ) -> None:
-        """int8 only: fills `out`, the frame's token scales, float16 (N,)."""
+        """int8 only: fills `out` with the token scales of the frames, float16 (F, N)."""
         if self._scales is None:
             raise AssertionError("only int8 shards have token scales")
-        self._scales.read_frame(files[1], window, frame, out=out.view(np.uint8))
+        self._scales.read_frames(files[1], window, frames, out=out.view(np.uint8))
 
     def read_values(
         self,
         files: OpenFiles,
         window: int,
-        frame: int,
+        frames: Sequence[int],
         *,
         out: NDArray[np.float32],
         stored: NDArray[Any],
     ) -> None:
-        """Fills `out`, float32 (N, D); `stored` is a `new_frame` to read into."""
-        self.read_stored(files, window, frame, out=stored)
+        """Fills `out`, float32 (F, N, D); `stored` is a `new_frames(F)` to read into."""
+        self.read_stored(files, window, frames, out=stored)
         if self.channel_scale is None:
             from_stored(stored, self._dtype, out=out)
         else:
-            scale = np.empty(self._frame_shape[0], dtype=np.float16)
-            self.read_scale(files, window, frame, out=scale)
+            scale = np.empty((len(frames), self._frame_shape[0]), dtype=np.float16)
+            self.read_scale(files, window, frames, out=scale)
             dequantise(stored, scale, self.channel_scale, out=out)

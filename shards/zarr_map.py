@@ -1,8 +1,9 @@
-"""Reads the files of a patch-token shard directly: positions from the index, bytes by pread.
+"""Reads the arrays of a patch-token shard directly: metadata, small arrays, checksums.
 
 Zarr's own reader gives the same numbers (a test holds the two together) at several times the
 cost a read, starts a thread that does not survive a fork, and takes a missing file for zeros.
 This one reads exactly the layout in `patch_layout`, checks each checksum, and refuses the rest.
+The tokens, many frames in one file, are read by `frame_file`.
 """
 
 import math
@@ -19,7 +20,6 @@ from .checked import Fields, shown
 from .errors import DamagedShard
 from .patch_layout import only_chunk
 from .strict_json import read_json
-from .zstd import decompress
 
 _DTYPES = {
     "<f2": "float16",
@@ -29,8 +29,7 @@ _DTYPES = {
     "<i4": "int32",
     "|b1": "bool",
 }
-_CRC_BYTES = 4
-_INDEX_ENTRY_BYTES = 16
+CRC_BYTES = 4
 
 ADVICE = (
     "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
@@ -79,82 +78,21 @@ class ReadOnlyFile:
             raise DamagedShard(f"{self.path}: cannot be read ({error}): {ADVICE}") from error
 
 
-class FrameFile:
-    """An array of one shard that is read frame by frame: dtype (W, T, ...)."""
-
-    def __init__(
-        self, group: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
-    ) -> None:
-        inner = (1, 1, *shape[2:])
-        self.compression = _check_metadata(group / name, shape=shape, dtype=dtype, inner=inner)
-        self.path = group.joinpath(name, *only_chunk(len(shape)))
-        self._frame_bytes = math.prod(shape[2:]) * dtype.itemsize
-        self._offsets, self._sizes = self._read_index((shape[0], shape[1]))
-
-    def open(self) -> ReadOnlyFile:
-        """The data file, to be passed to `read_frame`."""
-        return ReadOnlyFile(self.path)
-
-    def read_frame(
-        self, file: ReadOnlyFile, window: int, frame: int, *, out: NDArray[np.uint8]
-    ) -> None:
-        """Fills `out`, uint8 (frame_bytes,), C-contiguous; DamagedShard on a wrong checksum."""
-        crc = np.empty(_CRC_BYTES, dtype=np.uint8)
-        plain = self.compression == "none"
-        size = int(self._sizes[window, frame]) - _CRC_BYTES
-        stored = out if plain else np.empty(size, dtype=np.uint8)
-        file.read_into([stored, crc], int(self._offsets[window, frame]))
-        where = f"{self.path}: window {window}, frame {frame}"
-        _check_crc(stored, crc, where=where)
-        if not plain:
-            decompress(stored, out=out, where=where)
-
-    def _read_index(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each chunk starts and how long it is, int64 (W, T) each."""
-        num_entries = shape[0] * shape[1]
-        file = self.open()
-        end_of_data = file.size() - num_entries * _INDEX_ENTRY_BYTES - _CRC_BYTES
-        chunk_bytes = self._frame_bytes + _CRC_BYTES
-        plain = self.compression == "none"
-        if end_of_data < 0 or (plain and end_of_data != num_entries * chunk_bytes):
-            wanted = num_entries * (chunk_bytes + _INDEX_ENTRY_BYTES) + _CRC_BYTES
-            raise DamagedShard(f"{self.path}: {file.size()} bytes, wanted {wanted}: {ADVICE}")
-        # Only now: a made-up shape could ask for terabytes.
-        index = np.empty(num_entries * _INDEX_ENTRY_BYTES, dtype=np.uint8)
-        crc = np.empty(_CRC_BYTES, dtype=np.uint8)
-        file.read_into([index, crc], end_of_data)
-        _check_crc(index, crc, where=f"{self.path}: index")
-        entries = index.view("<u8").reshape(num_entries, 2)
-        if not _cover(entries, end_of_data) or (plain and (entries[:, 1] != chunk_bytes).any()):
-            raise DamagedShard(f"{self.path}: the index does not cover the file: {ADVICE}")
-        offsets, sizes = entries.astype(np.int64).reshape(*shape, 2).transpose(2, 0, 1)
-        return offsets, sizes
-
-
-def _cover(entries: NDArray[np.uint64], end: int) -> bool:
-    """Whether the chunks (offset, bytes), uint64 (C, 2), follow one another from 0 to `end`."""
-    if (entries > end).any() or (entries[:, 1] <= _CRC_BYTES).any():
-        return False
-    in_order = entries[np.argsort(entries[:, 0])].astype(np.int64)
-    ends = np.cumsum(in_order[:, 1])
-    return bool(ends[-1] == end and np.array_equal(in_order[:, 0], ends - in_order[:, 1]))
-
-
 def read_array(
     group: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> NDArray[Any]:
     """A whole array of one chunk; DamagedShard if it is not what is asked for."""
-    _check_metadata(group / name, shape=shape, dtype=dtype, inner=None)
+    check_metadata(group / name, shape=shape, dtype=dtype, inner=None)
     path = group.joinpath(name, *only_chunk(len(shape)))
     file = ReadOnlyFile(path)
-    wanted = math.prod(shape) * dtype.itemsize + _CRC_BYTES
+    wanted = math.prod(shape) * dtype.itemsize + CRC_BYTES
     if file.size() != wanted:
         raise DamagedShard(f"{path}: {file.size()} bytes, wanted {wanted}: {ADVICE}")
     data = np.empty(shape, dtype=dtype)
     buffer = data.reshape(-1).view(np.uint8)
-    crc = np.empty(_CRC_BYTES, dtype=np.uint8)
+    crc = np.empty(CRC_BYTES, dtype=np.uint8)
     file.read_into([buffer, crc], 0)
-    _check_crc(buffer, crc, where=str(path))
+    check_crc(buffer, crc, where=str(path))
     if dtype == np.bool_ and (buffer > 1).any():
         raise DamagedShard(f"{path}: holds bytes that are neither true nor false: {ADVICE}")
     return data
@@ -166,7 +104,7 @@ def read_attributes(group: Path) -> dict[str, Any]:
     return Fields(read_json(group / "zarr.json"), where=where).mapping("attributes")
 
 
-def _check_metadata(
+def check_metadata(
     path: Path, *, shape: tuple[int, ...], dtype: np.dtype[Any], inner: tuple[int, ...] | None
 ) -> str:
     """Holds an array's zarr.json against the layout there is; gives its compression.
@@ -237,7 +175,7 @@ def _without_defaults(value: Any) -> Any:
     return value
 
 
-def _check_crc(data: NDArray[np.uint8], crc: NDArray[np.uint8], *, where: str) -> None:
+def check_crc(data: NDArray[np.uint8], crc: NDArray[np.uint8], *, where: str) -> None:
     if google_crc32c.value(data) != int.from_bytes(crc.tobytes(), "little"):
         raise DamagedShard(f"{where}: wrong checksum, the file was changed or damaged: {ADVICE}")
 

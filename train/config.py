@@ -9,14 +9,14 @@ paper's for a batch of 1,024 on many GPUs, unless its text says that it is a gue
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from ..shards.errors import UsageError
 from .models.configs import DeltaTokConfig, DeltaWorldConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Residency = Literal["auto", "memory", "map"]
+Residency = Literal["auto", "device", "memory", "map", "stream"]
 TokenizerLoss = Literal["log_cosh", "mse"]
 
 
@@ -50,8 +50,10 @@ class TrainConfig:
     """Model folder whose weights this run begins with (the next resolution, a cooldown); none:
     fresh weights."""
     residency: Residency = "auto"
-    """Where the cache is read from: memory (loaded whole), map (from its files, each batch), auto
-    (memory if that takes at most half of what is free)."""
+    """Where the cache is read from: device (loaded whole onto the device that computes), memory
+    (loaded whole), map (from its files, each batch), stream (from its files, whole blocks in random
+    order, for caches larger than memory; a run that streams goes on streaming), auto (the first of
+    these that there is room for)."""
     validation_fraction: float = 0.01
     """Share of clips kept out of training, chosen by a hash of their keys (so the same in every
     command), at least one; 0: none, and no evaluation."""
@@ -79,7 +81,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
-        check_choice("residency", self.residency, ("auto", "memory", "map"))
+        check_choice("residency", self.residency, get_args(Residency))
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_at_least(
             1,

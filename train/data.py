@@ -8,27 +8,16 @@ and go on anywhere, and a rank reads its slice of the batch that one process wou
 by tokenizer.py and world.py; `read` runs in the thread of prefetch.py.
 """
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..shards.deltas import DeltaShards
 from ..shards.errors import UsageError
-from ..shards.patches import PatchShards
 from .draws import uniforms
-from .memory import fits_in_memory
-from .order import BatchOrder, Indices, Share
-
-logger = logging.getLogger(__name__)
-
-PatchSource = Callable[[Indices], Tensor]
-"""windows (w,) -> patch tokens float16 or float32 (w, T, N, D)."""
-DeltaSource = Callable[[Indices], tuple[Tensor, Tensor]]
-"""windows (w,) -> delta tokens float16 (w, T, D) and timestamps float32 (w, T), seconds."""
+from .order import Indices, Share
+from .sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +38,11 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """The same in page-locked memory, from which copies to cuda run beside the computing."""
-        return replace(self, tensors={name: t.pin_memory() for name, t in self.tensors.items()})
+        pinned = {
+            name: t.pin_memory() if t.device.type == "cpu" else t  # others are there already
+            for name, t in self.tensors.items()
+        }
+        return replace(self, tensors=pinned)
 
 
 class TokenizerBatches:
@@ -62,7 +55,7 @@ class TokenizerBatches:
 
     def __init__(
         self,
-        frames: PatchSource,
+        frames: Source,
         windows: Indices,
         *,
         num_frames: int,
@@ -81,7 +74,7 @@ class TokenizerBatches:
         self._wide_pairs = np.array(
             [(a, b) for a in range(num_frames) for b in range(a + 2, num_frames)], dtype=np.int64
         ).reshape(-1, 2)
-        self.order = BatchOrder(windows, -(-batch_size // self._pairs_per_window), seed)
+        self.order = frames.order(windows, -(-batch_size // self._pairs_per_window), seed)
 
     def pairs(self, step: int) -> tuple[Indices, Indices, Indices]:
         """Of this rank's pairs: numbers in the global batch (B,), windows (B,), frames (B, 2)."""
@@ -104,7 +97,7 @@ class TokenizerBatches:
         _, first, rows = np.unique(slots, return_index=True, return_inverse=True)
         return Batch(
             tensors={
-                "frames": self._frames(windows[first]),
+                "frames": self._frames.read(windows[first])[0],
                 "pairs": torch.from_numpy(np.concatenate([rows[:, None], frames], axis=1)),
             },
             samples=numbers,
@@ -116,44 +109,22 @@ class WorldBatches:
     """Whole windows of delta tokens. A sample is a window."""
 
     def __init__(
-        self, rows: DeltaSource, windows: Indices, *, batch_size: int, seed: int, share: Share
+        self, rows: Source, windows: Indices, *, batch_size: int, seed: int, share: Share
     ) -> None:
         self._rows = rows
         self._slice = share.of(batch_size)
         self._batch_size = batch_size
-        self.order = BatchOrder(windows, batch_size, seed)
+        self.order = rows.order(windows, batch_size, seed)
 
     def read(self, step: int) -> Batch:
         """Tensors: z float16 (B, T, D), timestamps float32 (B, T), seconds."""
         windows = self.order.at(step)[self._slice]
-        z, timestamps = self._rows(windows)
+        z, timestamps = self._rows.read(windows)
         return Batch(
             tensors={"z": z, "timestamps": timestamps},
             samples=np.arange(self._batch_size)[self._slice],
             windows=windows,
         )
-
-
-def patch_source(shards: PatchShards, *, residency: str) -> PatchSource:
-    """Reads windows of patch tokens from memory or from the files (TrainConfig.residency)."""
-    if _in_memory(shards.size_bytes, residency=residency):
-        tokens = torch.from_numpy(shards.load())
-        return lambda windows: tokens[torch.from_numpy(windows)]
-    if shards.dtype == "float16":  # converted on the device: half the bytes to move
-        return lambda windows: torch.from_numpy(shards.stored_tokens(windows))
-    return lambda windows: torch.from_numpy(shards.tokens(windows))
-
-
-def delta_source(shards: DeltaShards, *, residency: str) -> DeltaSource:
-    """Reads windows of delta tokens from memory or from the mapped files."""
-    num_frames, size = shards.shape
-    if _in_memory(shards.num_windows * num_frames * (2 * size + 4), residency=residency):
-        tokens, times = (torch.from_numpy(array) for array in shards.load())
-        return lambda windows: (tokens[torch.from_numpy(windows)], times[torch.from_numpy(windows)])
-    return lambda windows: (
-        torch.from_numpy(shards.tokens(windows)),
-        torch.from_numpy(shards.timestamps_s(windows)),
-    )
 
 
 def check_frames(num_frames: int, *, least: int) -> None:
@@ -164,11 +135,3 @@ def check_frames(num_frames: int, *, least: int) -> None:
             + (" (for wide_pair_fraction above 0)" if least == 3 else "")
             + ": extract again with a larger --num-frames"
         )
-
-
-def _in_memory(size_bytes: int, *, residency: str) -> bool:
-    if residency == "auto":
-        residency = "memory" if fits_in_memory(size_bytes) else "map"
-    place = "loaded into memory" if residency == "memory" else "read from its files, batch by batch"
-    logger.info("the cache has %.2f GB: %s", size_bytes / 1e9, place)
-    return residency == "memory"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..shards.patches import PatchShards
 from .config import HeadTrainConfig
-from .data import Batch, patch_source
+from .data import Batch
 from .devices import make_accelerator
 from .first_weights import make_model
 from .labels import IGNORE, Labels
@@ -25,6 +25,7 @@ from .loop import Trainer
 from .models.heads import SegmentationHead, SegmentationHeadConfig, feature_map
 from .order import BatchOrder, Indices, Share, evenly, split_windows
 from .run_folder import Run
+from .sources import patch_source
 
 EVALUATION_FRAMES_AT_ONCE = 8
 """Frames of an evaluation on the device at a time (a guess)."""
@@ -80,7 +81,8 @@ class HeadStage:
         self._batch_size = config.batch_size
         self._slice = share.of(config.batch_size)
         self._labels = Labels(config.labels, shards, num_classes=config.num_classes)
-        self._windows = patch_source(shards, residency=config.residency)
+        source = patch_source(shards, residency=config.residency, device=device)
+        self._windows = source.read_few  # frames of random windows: not in the order of stream
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._order = BatchOrder(self._frames_of(split.training), config.batch_size, config.seed)
         chosen = evenly(split.validation, config.validation_windows)
@@ -135,7 +137,7 @@ class HeadStage:
     def _read(self, chosen: Indices, numbers: Indices) -> Batch:
         windows, frames = np.divmod(chosen, self._shards.shape[0])
         unique, rows = np.unique(windows, return_inverse=True)
-        tokens = self._windows(unique)
+        (tokens,) = self._windows(unique)
         return Batch(
             tensors={
                 "features": tokens[torch.from_numpy(rows), torch.from_numpy(frames)],

@@ -1,7 +1,9 @@
-"""How much memory a cache may take. Used by data.py for `residency: auto`."""
+"""How much memory a cache may take. Used by sources.py for `residency: auto`."""
 
 import os
 from pathlib import Path
+
+import torch
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -15,6 +17,12 @@ def fits_in_memory(size_bytes: int) -> bool:
     """Whether every process of this machine may load `size_bytes` at the same time."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     return size_bytes * processes <= LARGEST_SHARE * available_bytes()
+
+
+def device_bytes(device: torch.device) -> int:
+    """What a cache may take of a cuda device's memory: the model comes after it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(LARGEST_SHARE * free)
 
 
 def available_bytes() -> int:

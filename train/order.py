@@ -83,12 +83,7 @@ class BatchOrder:
     seed: int
 
     def __post_init__(self) -> None:
-        if len(self.windows) < self.per_batch:
-            raise UsageError(
-                f"{len(self.windows)} training windows (validation clips not counted), one batch "
-                f"takes {self.per_batch}: set a smaller batch_size, or extract more clips or more "
-                "windows a clip"
-            )
+        check_enough(self.windows, self.per_batch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -100,6 +95,16 @@ class BatchOrder:
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(len(self.windows), self.seed, epoch)
         return self.windows[order[position * self.per_batch : (position + 1) * self.per_batch]]
+
+
+def check_enough(windows: Indices, per_batch: int) -> None:
+    """UsageError where there are too few windows for one batch."""
+    if len(windows) < per_batch:
+        raise UsageError(
+            f"{len(windows)} training windows (validation clips not counted), one batch "
+            f"takes {per_batch}: set a smaller batch_size, or extract more clips or more "
+            "windows a clip"
+        )
 
 
 def evenly(windows: Indices, count: int) -> Indices:

@@ -15,17 +15,21 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Gives read(start), read(start + 1), ... read(stop - 1), each begun ahead of its turn.
 
-    One thread, so that readers need no lock. What `read` raises is raised by `next`.
+    One thread keeps up with what training eats; more take turns. What `read` raises is raised by
+    `next`.
     """
 
-    def __init__(self, read: Callable[[int], T], *, start: int, stop: int) -> None:
+    def __init__(
+        self, read: Callable[[int], T], *, start: int, stop: int, num_threads: int = 1
+    ) -> None:
         self._read = read
+        self._depth = max(DEPTH, num_threads)
         self._steps = iter(range(start, stop))
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="prefetch")
         self._ahead: deque[Future[T]] = deque()
 
     def __enter__(self) -> Self:
-        for _ in range(DEPTH):
+        for _ in range(self._depth):
             self._begin_one()
         return self
 

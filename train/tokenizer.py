@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..shards.errors import DeltatokError, UsageError
 from ..shards.patches import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
-from .data import Batch, TokenizerBatches, patch_source
+from .data import Batch, TokenizerBatches
 from .devices import make_accelerator
 from .draws import generator
 from .first_weights import make_model, with_size_of_cache
@@ -26,6 +27,7 @@ from .models.deltatok import DeltaTok, draw_rope_rescale
 from .order import Share, evenly, split_windows
 from .probes import probe_tokenizer
 from .run_folder import Run
+from .sources import order_data, patch_source, settled
 from .tokenize import write_deltas
 
 PROBE_WINDOWS_AT_ONCE = 4
@@ -47,19 +49,25 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
         config, model=with_size_of_cache(config.model, size, cache=config.patches)
     )
     accelerator = make_accelerator(config.device, config.precision)
+    config = settled(config, shards.size_bytes, accelerator)
     model, started_from = make_model(
         DeltaTok, config.model, seed=config.seed, start_from=config.start_from
     )
     run = Run(
         command="tokenizer",
         config=config,
-        data={"patches": shards.info.identity, "start_from": started_from},
+        data={
+            "patches": shards.info.identity,
+            "start_from": started_from,
+            **order_data(config),
+        },
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
     else:
         share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-        Trainer(TokenizerStage(model, shards, config, share), run, accelerator).train()
+        stage = TokenizerStage(model, shards, config, share, device=accelerator.device)
+        Trainer(stage, run, accelerator).train()
     if config.deltas is not None:
         write_deltas(
             TokenizeConfig(
@@ -90,13 +98,19 @@ class TokenizerStage:
     unit = "pairs"
 
     def __init__(
-        self, model: DeltaTok, shards: PatchShards, config: TokenizerTrainConfig, share: Share
+        self,
+        model: DeltaTok,
+        shards: PatchShards,
+        config: TokenizerTrainConfig,
+        share: Share,
+        *,
+        device: torch.device,
     ) -> None:
         self.model = model
         self._config = config
         self._shards = shards
         self._loss = loss_named(config.loss)
-        frames = patch_source(shards, residency=config.residency)
+        frames = patch_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = TokenizerBatches(
             frames,
@@ -108,7 +122,7 @@ class TokenizerStage:
             wide_pair_fraction=config.wide_pair_fraction,
         )
         chosen = evenly(split.validation, config.validation_windows)
-        self._validation = frames(chosen) if len(chosen) else None
+        self._validation = frames.read_few(chosen)[0] if len(chosen) else None
         if self._validation is None:
             logger.warning(
                 "no validation windows: nothing will tell whether the decoder ignores its delta "

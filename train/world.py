@@ -18,7 +18,7 @@ from ..shards.cache import DELTAS, read_cache_info
 from ..shards.deltas import DeltaShards
 from .best_of_many import chosen_queries, select
 from .config import WorldTrainConfig
-from .data import Batch, WorldBatches, check_frames, delta_source
+from .data import Batch, WorldBatches, check_frames
 from .devices import make_accelerator
 from .draws import generator
 from .first_weights import make_model, with_size_of_cache
@@ -28,6 +28,7 @@ from .losses import smooth_l1
 from .models.deltaworld import DeltaWorld
 from .order import Share, evenly, split_windows
 from .run_folder import Run
+from .sources import delta_source, order_data, settled
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +47,18 @@ def train_world(config: WorldTrainConfig) -> Path:
     model, started_from = make_model(
         DeltaWorld, config.model, seed=config.seed, start_from=config.start_from
     )
+    accelerator = make_accelerator(config.device, config.precision)
+    shape = info.shape
+    window_bytes = shape.num_frames * (2 * shape.hidden_size + 4)
+    config = settled(config, info.counts.get("windows", 0) * window_bytes, accelerator)
     run = Run(
         command="world",
         config=config,
-        data={"deltas": info.identity, "start_from": started_from},
+        data={"deltas": info.identity, "start_from": started_from, **order_data(config)},
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
         return run.folder
-    accelerator = make_accelerator(config.device, config.precision)
     share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
     # One rank hashes the tars; the others would only read the same bytes again.
     shards = DeltaShards(config.deltas, verify="sha256" if share.rank == 0 else "size")
@@ -82,14 +86,14 @@ class WorldStage:
         self._config = config
         self._shards = shards
         self._device = device
-        rows = delta_source(shards, residency=config.residency)
+        rows = delta_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = WorldBatches(
             rows, split.training, batch_size=config.batch_size, seed=config.seed, share=share
         )
         self._validation = evenly(split.validation, config.validation_windows)
-        self._validation_rows = rows(self._validation)
-        _log_statistics(rows(evenly(split.training, 1024))[0])
+        self._validation_rows = rows.read_few(self._validation)
+        _log_statistics(rows.read_few(evenly(split.training, 1024))[0])
 
     @property
     def can_evaluate(self) -> bool:

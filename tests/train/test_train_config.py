@@ -26,7 +26,7 @@ from deltatok.train.config import (
         ("warmup_steps", -1, "warmup_steps -1: wanted at least 0"),
         ("precision", "float16", "precision 'float16': wanted one of auto, float32, bfloat16"),
         ("loss", "l1", "loss 'l1': wanted one of log_cosh, mse"),
-        ("residency", "disk", "residency 'disk': wanted one of auto, memory, map"),
+        ("residency", "disk", "residency 'disk': wanted one of auto, device, memory, map"),
         ("device", "tpu", "device 'tpu': wanted one of auto, cpu, cuda, mps"),
         ("validation_fraction", 1.0, "validation_fraction 1.0: wanted 0"),
         ("wide_pair_fraction", 1.5, "wide_pair_fraction 1.5: wanted a share between 0 and 1"),

@@ -13,13 +13,12 @@ from deltatok.train.data import (
     TokenizerBatches,
     WorldBatches,
     check_frames,
-    delta_source,
-    patch_source,
 )
 from deltatok.train.draws import permutation, seed_for, uniforms
 from deltatok.train.order import BatchOrder, Share, evenly, split_windows
 from deltatok.train.prefetch import Prefetcher
 from deltatok.train.schedule import is_time
+from deltatok.train.sources import delta_source, patch_source
 
 ONE = Share()
 

@@ -1,0 +1,148 @@
+"""Windows out of blocks that are read whole, one after the other, into reused buffers.
+
+What `residency: stream` reads with, in the order of stream_order.py: nearly every window of a block
+that is read is used before the block is given up. Used by data.py.
+"""
+
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..shards.deltas import DeltaShards
+from ..shards.patches import PatchShards
+from .buffers import BufferPool
+from .order import Indices
+
+GROUP_BYTES = 2**30
+"""Of the blocks that are mixed with one another; twice as much is held (a guess)."""
+
+PATCH_BLOCK_BYTES = 16 * 2**20
+"""Of a block of a patch cache, about: as much at once as a disk needs to be fast (a guess)."""
+
+
+class Blocks(Protocol):
+    """A cache as blocks of windows. K arrays describe a window."""
+
+    starts: Indices
+    """int64 (blocks + 1,): number of the first window of every block, and the end."""
+    row_bytes: int
+    """Of one window."""
+
+    def buffers(self, num_windows: int) -> list[Tensor]:
+        """Room for so many windows: K tensors (num_windows, ...)."""
+
+    def read(self, block: int, out: Sequence[Tensor]) -> None:
+        """Fills `out`, K tensors (n, ...), with the n windows of the block."""
+
+
+class DeltaBlocks:
+    """The blocks of the tars: tokens float16 (n, T, D) and timestamps float32 (n, T)."""
+
+    def __init__(self, shards: DeltaShards) -> None:
+        self._shards = shards
+        self.starts = shards.block_starts
+        num_frames, size = shards.shape
+        self.row_bytes = num_frames * (2 * size + 4)
+
+    def buffers(self, num_windows: int) -> list[Tensor]:
+        num_frames, size = self._shards.shape
+        return [
+            torch.empty((num_windows, num_frames, size), dtype=torch.float16),
+            torch.empty((num_windows, num_frames), dtype=torch.float32),
+        ]
+
+    def read(self, block: int, out: Sequence[Tensor]) -> None:
+        self._shards.read_block(block, out=out[0].numpy())
+        windows = np.arange(self.starts[block], self.starts[block + 1])
+        out[1].numpy()[...] = self._shards.timestamps_s(windows)
+
+
+class PatchBlocks:
+    """Runs of windows of a shard: tokens (n, T, N, D), float16 as stored, float32 of the others."""
+
+    def __init__(self, shards: PatchShards) -> None:
+        self._shards = shards
+        self._raw = shards.dtype == "float16"
+        self.row_bytes = int(np.prod(shards.shape)) * (2 if self._raw else 4)
+        size = max(1, PATCH_BLOCK_BYTES // self.row_bytes)
+        edges = shards.shard_starts
+        runs = [np.arange(start, stop, size) for start, stop in pairwise(edges)]
+        self.starts = np.concatenate([*runs, edges[-1:]]).astype(np.int64)
+
+    def buffers(self, num_windows: int) -> list[Tensor]:
+        dtype = torch.float16 if self._raw else torch.float32
+        return [torch.empty((num_windows, *self._shards.shape), dtype=dtype)]
+
+    def read(self, block: int, out: Sequence[Tensor]) -> None:
+        windows = np.arange(self.starts[block], self.starts[block + 1])
+        read = self._shards.stored_tokens if self._raw else self._shards.tokens
+        read(windows, out=out[0].numpy())
+
+
+class StreamRows:
+    """Gathers windows; reads the blocks they lie in where they are not held yet.
+
+    Right for any windows, fast in the order of StreamOrder. Threads wait for one another.
+    """
+
+    def __init__(self, blocks: Blocks, *, group_windows: int) -> None:
+        """group_windows: as StreamOrder's; two groups are held, for a batch that needs both."""
+        self._blocks = blocks
+        sizes = np.diff(blocks.starts)
+        self._slot_windows = int(sizes.max(initial=1))
+        group_blocks = -(-group_windows // max(1, int(sizes.mean())))
+        self._num_slots = min(len(sizes), 2 * group_blocks + 2)
+        self._buffers = blocks.buffers(self._num_slots * self._slot_windows)
+        self._slot_of = np.full(len(sizes), -1, dtype=np.int64)
+        self._pool = BufferPool()
+        self._lock = threading.RLock()
+        self._held: dict[int, int] = {}
+        """Block -> slot, the one used longest ago first."""
+
+    def __call__(self, windows: Indices) -> tuple[Tensor, ...]:
+        """K tensors (B, ...), which nothing writes to while they are held."""
+        with self._lock:
+            return self._gather(windows)
+
+    def _gather(self, windows: Indices) -> tuple[Tensor, ...]:
+        blocks = np.searchsorted(self._blocks.starts, windows, side="right") - 1
+        needed = np.unique(blocks)
+        if len(needed) > self._num_slots:
+            half = len(windows) // 2
+            parts = zip(self._gather(windows[:half]), self._gather(windows[half:]), strict=True)
+            return tuple(torch.cat(part) for part in parts)
+        self._hold(needed)
+        rows = self._slot_of[blocks] * self._slot_windows + windows - self._blocks.starts[blocks]
+        chosen = torch.from_numpy(rows)
+        return tuple(self._pool.gather(buffer, chosen) for buffer in self._buffers)
+
+    def _hold(self, needed: Indices) -> None:
+        for block in needed.tolist():
+            if block in self._held:
+                self._held[block] = self._held.pop(block)
+        for block in needed.tolist():
+            if block in self._held:
+                continue
+            slot = len(self._held)
+            if slot == self._num_slots:
+                oldest = next(iter(self._held))
+                slot = self._held.pop(oldest)
+                self._slot_of[oldest] = -1
+            self._read(block, slot)
+            self._held[block] = slot
+            self._slot_of[block] = slot
+
+    def _read(self, block: int, slot: int) -> None:
+        size = int(self._blocks.starts[block + 1] - self._blocks.starts[block])
+        first = slot * self._slot_windows
+        self._blocks.read(block, [buffer[first : first + size] for buffer in self._buffers])
+
+
+def windows_of_group(blocks: Blocks) -> int:
+    """Windows of a group: as many as GROUP_BYTES hold, at least one."""
+    return max(1, GROUP_BYTES // blocks.row_bytes)
