@@ -18,7 +18,7 @@ from .config import TokenizeConfig, TokenizerTrainConfig
 from .data import Batch, TokenizerBatches, patch_source
 from .devices import make_accelerator
 from .draws import generator
-from .first_weights import make_model, with_size_of_cache
+from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
 from .losses import loss_named
@@ -48,12 +48,13 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     )
     accelerator = make_accelerator(config.device, config.precision)
     model, started_from = make_model(
-        DeltaTok, config.model, seed=config.seed, start_from=config.start_from
+        DeltaTok, config.model, seed=config.seed, start_from=start_folder(config)
     )
     run = Run(
         command="tokenizer",
         config=config,
         data={"patches": shards.info.identity, "start_from": started_from},
+        fingerprints={"patches": shards.info.fingerprint},
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
@@ -88,6 +89,7 @@ class TokenizerStage:
     """What the loop trains: see stage.Stage."""
 
     unit = "pairs"
+    best_by = "validation_loss"
 
     def __init__(
         self, model: DeltaTok, shards: PatchShards, config: TokenizerTrainConfig, share: Share
@@ -114,6 +116,14 @@ class TokenizerStage:
                 "no validation windows: nothing will tell whether the decoder ignores its delta "
                 "tokens; set validation_fraction above 0, or extract more clips"
             )
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return 2 * self._shards.shape[1]  # of two frames
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._batches.order.steps_per_epoch
 
     @property
     def can_evaluate(self) -> bool:

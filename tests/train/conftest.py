@@ -266,7 +266,11 @@ def log_lines() -> Callable[..., list[dict[str, Any]]]:
         text = (Path(folder) / "log.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         return [
-            {n: v for n, v in line.items() if not n.endswith(("_per_s", "_share"))}
+            {
+                name: value
+                for name, value in line.items()
+                if not name.endswith(("_per_s", "_share", "peak_memory_gb", "eta_s"))
+            }
             for line in lines
             if line["kind"] in kinds
         ]
