@@ -10,13 +10,13 @@ from ..shards.errors import CacheMismatch
 from .checkpoints import folder_with_optimizer
 from .config import TrainConfig
 from .draws import generator
-from .models.configs import DeltaTokConfig, DeltaWorldConfig
+from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from .pretrained import Pretrained, load_weights, weights_sha256
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=Pretrained)
-SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig)
+SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig)
 
 NOT_IN_THE_WEIGHTS = frozenset(
     {

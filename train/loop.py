@@ -1,7 +1,7 @@
-"""The training loop that all three commands share: `Trainer(stage, run, accelerator).train()`.
+"""The training loop that all commands share: `Trainer(stage, run, accelerator).train()`.
 
-Used by tokenizer.py, world.py and head.py. What is computed is in the stage; when it is read,
-logged, evaluated and saved is here.
+Used by tokenizer.py, world.py, dinoworld.py and head.py. What is computed is in the stage; when it
+is read, logged, evaluated and saved is here.
 """
 
 import contextlib

@@ -192,6 +192,12 @@ def make_patches() -> Callable[..., Path]:
     return lambda folder, **changed: write_patches(folder, LittleCache(**changed))
 
 
+@pytest.fixture(scope="session")
+def make_deltas() -> Callable[..., Path]:
+    """make_deltas(folder, num_clips=, num_frames=, hidden_size=) -> folder: a test's own cache."""
+    return write_deltas_cache
+
+
 @pytest.fixture
 def tokenizer_config(tmp_path: Path, patches: Path) -> Callable[..., TokenizerTrainConfig]:
     """tokenizer_config(field=value, ...): a run of a few tiny steps into tmp_path/run."""

@@ -1,0 +1,92 @@
+"""torch.compile changes a run by rounding only, and says so where nothing can be compiled."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deltatok.shards import UsageError
+from deltatok.train import devices, loop
+from deltatok.train.pretrained import read_tensors
+from deltatok.train.tokenizer import train_tokenizer
+from deltatok.train.world import train_world
+
+Make = Callable[..., Any]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning"  # torch's compiler uses it itself, when imported
+)
+
+
+@pytest.fixture
+def _graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured and differentiated as ever, then run by torch's own kernels: generating
+    code takes a minute a model on this kind of machine."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(loop, "check_compiler", lambda device: None)
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, mode: compile_module(self, backend="aot_eager")
+    )
+
+
+def same_lines(one: list[dict[str, Any]], other: list[dict[str, Any]], *, rel: float) -> None:
+    assert len(one) == len(other) > 0
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.pop("kind") == theirs.pop("kind")
+        assert mine == pytest.approx(theirs, rel=rel)
+
+
+@pytest.mark.usefixtures("_graphs_only")
+@pytest.mark.parametrize(("precision", "rel"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_compiled_world_equals_the_eager_one(
+    world_config: Make, tmp_path: Path, log_lines: Make, precision: str, rel: float
+) -> None:
+    fields = {"steps": 3, "precision": precision, "micro_batch_size": 4}
+    eager = train_world(world_config(out=str(tmp_path / "eager"), **fields))
+    compiled = train_world(world_config(compile=True, **fields))
+    same_lines(log_lines(eager), log_lines(compiled), rel=rel)
+    one, other = (read_tensors(run / "model.safetensors") for run in (eager, compiled))
+    assert one.keys() == other.keys()
+    if precision == "float32":
+        assert all(torch.allclose(one[name], other[name], atol=2e-5) for name in one)
+
+
+@pytest.mark.usefixtures("_graphs_only")
+def test_compiled_tokenizer_equals_the_eager_one(
+    tokenizer_config: Make, tmp_path: Path, log_lines: Make
+) -> None:
+    eager = train_tokenizer(tokenizer_config(steps=3, out=str(tmp_path / "eager")))
+    compiled = train_tokenizer(tokenizer_config(steps=3, compile=True))
+    same_lines(log_lines(eager), log_lines(compiled), rel=1e-4)
+
+
+def test_generated_code_equals_the_eager_model(
+    world_config: Make, tmp_path: Path, log_lines: Make
+) -> None:
+    try:
+        devices.check_compiler(torch.device("cpu"))
+    except UsageError as error:
+        pytest.skip(str(error))
+    fields = {
+        "model": {"use_bom": False, "predictor_num_hidden_layers": 1},
+        "steps": 3,
+        "validation_fraction": 0,
+    }
+    eager = train_world(world_config(out=str(tmp_path / "eager"), **fields))
+    compiled = train_world(world_config(compile=True, **fields))
+    same_lines(log_lines(eager), log_lines(compiled), rel=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    world_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    config = world_config(compile=True)
+    monkeypatch.setattr(torch, "compile", none)
+    with pytest.raises(UsageError, match=r"nothing can be compiled here .*No working C\+\+"):
+        train_world(config)
