@@ -61,6 +61,11 @@ class Trainer:
             stage.unit, accelerator.device, tokens_per_sample=stage.tokens_per_sample
         )
         self.best: Best | None = None
+        if not stage.can_evaluate:
+            logger.warning(
+                "no validation windows: nothing is evaluated and no best checkpoint kept; for "
+                "that, set validation_fraction above 0, or extract more clips"
+            )
         check_trackers(self.config.trackers)
         if self.config.compile:
             check_compiler(accelerator.device)

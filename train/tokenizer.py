@@ -113,8 +113,7 @@ class TokenizerStage:
         self._validation = frames(chosen) if len(chosen) else None
         if self._validation is None:
             logger.warning(
-                "no validation windows: nothing will tell whether the decoder ignores its delta "
-                "tokens; set validation_fraction above 0, or extract more clips"
+                "without validation, nothing will tell whether the decoder ignores its delta tokens"
             )
 
     @property

@@ -158,7 +158,8 @@ def write_deltas_cache(
         ),
     )
     open_cache(folder, info)
-    write_plan(folder, [PlanEntry(key=k, source=k, size_bytes=1, shard=0) for k in keys])
+    planned = keys or ["clip00.mp4"]  # a clip that gave no window
+    write_plan(folder, [PlanEntry(key=k, source=k, size_bytes=1, shard=0) for k in planned])
     times = np.tile(np.arange(num_frames) * 0.2, (num_clips, 1)).astype(np.float32)
     rows = DeltaRows(
         tokens=np.stack(tokens, axis=1).astype(np.float16),
