@@ -88,3 +88,7 @@ def _head(words: list[str]) -> None:
 
     train_head(config)
     print(f"head: {config.out}")
+
+
+if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.train_command
+    raise SystemExit(main())

@@ -89,7 +89,7 @@ def test_changed_byte_of_a_delta_shard_is_found_before_training(
 ) -> None:
     folder = make_deltas(tmp_path / "deltas")
     plant_in_deltas(folder)
-    with pytest.raises(DamagedShard, match="000000.tar"):
+    with pytest.raises(DamagedShard, match=r"000000.tar"):
         train_world(world_config(deltas=str(folder)))
 
 
