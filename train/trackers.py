@@ -7,9 +7,9 @@ loop.py on the main process.
 log.jsonl stays the record: it alone is cut back to the checkpoint that a run goes on from.
 """
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ PROJECT = "deltatok"
 def check_trackers(names: Sequence[str]) -> None:
     """UsageError for a tracker whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        try:
+            distribution(name)  # a folder wandb/ here, left by a run, imports as well
+        except PackageNotFoundError:
             raise UsageError(
                 f"trackers: {name} is not installed: pip install 'deltatok[{name}]', or leave it "
                 "out; log.jsonl is written always"
-            )
+            ) from None
 
 
 class Trackers:

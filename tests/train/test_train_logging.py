@@ -1,8 +1,8 @@
 """What a run tells of itself: rates, FLOPs, memory, time to go; TensorBoard and W&B if asked."""
 
-import importlib.util
 import json
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,10 @@ def test_trackers_are_ended_when_training_fails(
 def test_tracker_that_is_not_installed_is_refused(
     tokenizer_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(trackers, "distribution", missing)
     with pytest.raises(UsageError, match=r"wandb is not installed: pip install 'deltatok\[wandb\]"):
         train_tokenizer(tokenizer_config(trackers=("wandb",)))
 
