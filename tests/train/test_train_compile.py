@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deltatok.shards import UsageError
-from deltatok.train import devices, loop
+from deltatok.train import loop
 from deltatok.train.pretrained import read_tensors
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture
 def _graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are captured and differentiated as ever, then run by torch's own kernels: generating
-    code takes a minute a model on this kind of machine."""
+    code takes half a minute a model on this kind of machine (test_train_head.py does for one)."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(loop, "check_compiler", lambda device: None)
     monkeypatch.setattr(
@@ -60,23 +60,6 @@ def test_compiled_tokenizer_equals_the_eager_one(
 ) -> None:
     eager = train_tokenizer(tokenizer_config(steps=3, out=str(tmp_path / "eager")))
     compiled = train_tokenizer(tokenizer_config(steps=3, compile=True))
-    same_lines(log_lines(eager), log_lines(compiled), rel=1e-4)
-
-
-def test_generated_code_equals_the_eager_model(
-    world_config: Make, tmp_path: Path, log_lines: Make
-) -> None:
-    try:
-        devices.check_compiler(torch.device("cpu"))
-    except UsageError as error:
-        pytest.skip(str(error))
-    fields = {
-        "model": {"use_bom": False, "predictor_num_hidden_layers": 1},
-        "steps": 3,
-        "validation_fraction": 0,
-    }
-    eager = train_world(world_config(out=str(tmp_path / "eager"), **fields))
-    compiled = train_world(world_config(compile=True, **fields))
     same_lines(log_lines(eager), log_lines(compiled), rel=1e-4)
 
 
