@@ -17,9 +17,9 @@ from .models.configs import DeltaTokConfig, DeltaWorldConfig
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Residency = Literal["auto", "memory", "map"]
+TokenizerLoss = Literal["log_cosh", "mse"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 TrackerName = Literal["tensorboard", "wandb"]
-TokenizerLoss = Literal["log_cosh", "mse"]
 
 
 @dataclass(frozen=True, kw_only=True)

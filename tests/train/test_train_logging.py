@@ -9,18 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from deltatok.shards import PatchShards, UsageError
+from deltatok.shards import UsageError
 from deltatok.shards.files import sha256_file
 from deltatok.train import loop, trackers
-from deltatok.train.first_weights import make_model
 from deltatok.train.flops import flops_per_sample
-from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.order import Share
 from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
 from deltatok.train.world import train_world
 
 Make = Callable[..., Any]
-CPU = torch.device("cpu")
 
 
 def lines_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -38,15 +34,26 @@ def test_log_tells_speed_memory_and_time_to_go(world_config: Make) -> None:
     assert lines[-1]["eta_s"] == 0
 
 
-def test_flops_are_those_of_the_matrix_products(tokenizer_config: Make, patches: Path) -> None:
+def test_flops_are_those_of_the_matrix_products(
+    tokenizer_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """2 per multiply-add; the backward pass takes twice the forward's, but for what needs none."""
-    config = tokenizer_config(model={"num_hidden_layers": 1, "use_gated_attn": False})
-    model, _ = make_model(DeltaTok, config.model, seed=0, start_from=None)
-    stage = TokenizerStage(model, PatchShards(patches), config, Share())
-    state = torch.random.get_rng_state()
-    counted = flops_per_sample(stage, stage.read(0), step=0, device=CPU)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    seen: list[float] = []
+
+    def watched(stage: Any, batch: Any, **named: Any) -> float:
+        state = torch.random.get_rng_state()
+        seen.append(flops_per_sample(stage, batch, **named))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert all(parameter.grad is None for parameter in stage.model.parameters())
+        return seen[0]
+
+    monkeypatch.setattr(loop, "flops_per_sample", watched)
+    model = {"num_hidden_layers": 1, "use_gated_attn": False}
+    out = train_tokenizer(tokenizer_config(steps=2, model=model))
+    (counted,) = seen
+    for line in lines_of(out):
+        rate = line["pairs_per_s"] * counted / 1e12
+        assert line["tflop_per_s"] == pytest.approx(rate)
     size, mlp, encoder, decoder = 16, 16, 1 + 2 * 4, 1 + 4  # mlp: two thirds of 24
 
     def block(length: int, queries: int) -> int:
