@@ -22,14 +22,23 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture
-def _graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured and differentiated as ever, then run by torch's own kernels: generating
-    code takes half a minute a model on this kind of machine (test_train_head.py does for one)."""
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was captured. Graphs are differentiated as ever, then run by torch's own kernels:
+    generating code takes half a minute a model on this kind of machine (test_train_head.py does
+    for one)."""
+    seen: list[Any] = []
     compile_module = nn.Module.compile
+    backend = torch._dynamo.lookup_backend("aot_eager")
+
+    def capture(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return backend(graph, inputs)
+
     monkeypatch.setattr(loop, "check_compiler", lambda device: None)
     monkeypatch.setattr(
-        nn.Module, "compile", lambda self, mode: compile_module(self, backend="aot_eager")
+        nn.Module, "compile", lambda self, mode: compile_module(self, backend=capture)
     )
+    return seen
 
 
 def same_lines(one: list[dict[str, Any]], other: list[dict[str, Any]], *, rel: float) -> None:
@@ -39,14 +48,20 @@ def same_lines(one: list[dict[str, Any]], other: list[dict[str, Any]], *, rel: f
         assert mine == pytest.approx(theirs, rel=rel)
 
 
-@pytest.mark.usefixtures("_graphs_only")
 @pytest.mark.parametrize(("precision", "rel"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_compiled_world_equals_the_eager_one(
-    world_config: Make, tmp_path: Path, log_lines: Make, precision: str, rel: float
+    world_config: Make,
+    tmp_path: Path,
+    log_lines: Make,
+    graphs: list[Any],
+    precision: str,
+    rel: float,
 ) -> None:
     fields = {"steps": 3, "precision": precision, "micro_batch_size": 4}
     eager = train_world(world_config(out=str(tmp_path / "eager"), **fields))
+    assert not graphs
     compiled = train_world(world_config(compile=True, **fields))
+    assert len(graphs) == 1  # no break, and none anew for the second portion or step
     same_lines(log_lines(eager), log_lines(compiled), rel=rel)
     one, other = (read_tensors(run / "model.safetensors") for run in (eager, compiled))
     assert one.keys() == other.keys()
@@ -54,12 +69,13 @@ def test_compiled_world_equals_the_eager_one(
         assert all(torch.allclose(one[name], other[name], atol=2e-5) for name in one)
 
 
-@pytest.mark.usefixtures("_graphs_only")
 def test_compiled_tokenizer_equals_the_eager_one(
-    tokenizer_config: Make, tmp_path: Path, log_lines: Make
+    tokenizer_config: Make, tmp_path: Path, log_lines: Make, graphs: list[Any]
 ) -> None:
     eager = train_tokenizer(tokenizer_config(steps=3, out=str(tmp_path / "eager")))
+    assert not graphs
     compiled = train_tokenizer(tokenizer_config(steps=3, compile=True))
+    assert len(graphs) == 1
     same_lines(log_lines(eager), log_lines(compiled), rel=1e-4)
 
 

@@ -145,9 +145,11 @@ def test_portions_of_windows_and_samples_change_no_choice(dino_config: Make) -> 
 
 def test_ranks_compute_the_windows_of_one_process(dino_config: Make) -> None:
     config = dino_config()
-    parts = [losses_of(stage_of(config, Share(rank=r, num_ranks=2))) for r in range(2)]
-    whole = losses_of(stage_of(config))
-    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=1e-5)
+    stages = [stage_of(config, Share(rank=rank, num_ranks=2)) for rank in range(2)]
+    parts = torch.cat([losses_of(stage) for stage in stages])
+    torch.testing.assert_close(parts, losses_of(stage_of(config)), atol=1e-6, rtol=1e-5)
+    numbers = [number for stage in stages for number in stage.read(1).samples]
+    assert numbers == list(range(6))  # each draws noise of its own
 
 
 def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Make) -> None:
