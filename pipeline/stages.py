@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "deltatok-extract": extract_command.main,
     "deltatok-train tokenizer": lambda words: train_command.main(["tokenizer", *words]),
     "deltatok-train world": lambda words: train_command.main(["world", *words]),
+    "deltatok-train dinoworld": lambda words: train_command.main(["dinoworld", *words]),
     "deltatok-train head": lambda words: train_command.main(["head", *words]),
     "deltatok-evaluate forecast": lambda words: evaluate_command.main(["forecast", *words]),
 }

@@ -1,26 +1,28 @@
-"""deltatok-train: tokenizer, world or head, from cached shards only."""
+"""deltatok-train: tokenizer, world, dinoworld or head, from cached shards only."""
 
 import sys
 from collections.abc import Sequence
 
 from .command import parse_config, run_command, run_subcommand
 
-USAGE = """usage: deltatok-train {tokenizer,world,head} [--help] ...
+USAGE = """usage: deltatok-train {tokenizer,world,dinoworld,head} [--help] ...
 
   tokenizer  DeltaTok on patch-token shards
   world      DeltaWorld on delta-token shards
+  dinoworld  DINO-world, the baseline, on patch-token shards
   head       a linear segmentation head on patch-token shards and labels
 
 examples:
   deltatok-train tokenizer --patches cache/patches --out runs/tokenizer
   deltatok-train world --deltas cache/deltas --out runs/world
+  deltatok-train dinoworld --patches cache/patches --out runs/dinoworld
   deltatok-train head --patches cache/uniform --labels labels/ --num-classes 19 --out runs/head"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-train`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    kinds = {"tokenizer": _tokenizer, "world": _world, "head": _head}
+    kinds = {"tokenizer": _tokenizer, "world": _world, "dinoworld": _dinoworld, "head": _head}
     return run_command(lambda: run_subcommand("deltatok-train", kinds, USAGE, words))
 
 
@@ -56,6 +58,22 @@ def _world(words: list[str]) -> None:
     print(f"world model: {config.out}")
 
 
+def _dinoworld(words: list[str]) -> None:
+    from ..train.config_dinoworld import DINOWorldTrainConfig
+
+    config = parse_config(
+        DINOWorldTrainConfig,
+        words,
+        prog="deltatok-train dinoworld",
+        summary="Train DINO-world, the baseline without delta tokens, on patch-token shards.",
+        example="deltatok-train dinoworld --patches cache/patches --out runs/dinoworld",
+    )
+    from ..train.dinoworld import train_dinoworld
+
+    train_dinoworld(config)
+    print(f"world model: {config.out}")
+
+
 def _head(words: list[str]) -> None:
     from ..train.config import HeadTrainConfig
 
@@ -70,3 +88,7 @@ def _head(words: list[str]) -> None:
 
     train_head(config)
     print(f"head: {config.out}")
+
+
+if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.train_command
+    raise SystemExit(main())

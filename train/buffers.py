@@ -1,5 +1,6 @@
-"""Batches in memory that is used again: fresh pages cost more than filling them. Used by sources.py.
+"""Batches in memory that is used again: fresh pages cost more than filling them.
 
+Used by sources.py.
 A buffer is free again when nobody holds its tensor, or a view of it, any more: nothing has to be
 given back, and no batch changes under anybody's hands.
 """

@@ -1,15 +1,20 @@
 """Checkpoints: everything a run needs to go on exactly where it was. Used by loop.py.
 
-    OUT/checkpoints/step-00001000/model.safetensors       the weights, as in a model folder
+    OUT/checkpoints/step-00001000/model.safetensors, config.json, provenance.json
+                                                          a model folder like any other
                                  /optimizer.safetensors   PARAMETER.exp_avg, .exp_avg_sq, .step
-                                 /state.json              step, and what train.json says
+                                 /state.json              step, the best step so far, where the
+                                                          loader is, and what train.json says
+    OUT/best.json                 which checkpoint validates best, and its value
 
 Written as a whole folder under a partial name, flushed, then renamed: what has the name is whole.
-No random state is in there, since nothing in training has any (draws.py).
+Kept are the newest and the best. Which is the best stands in every state.json; best.json repeats
+the newest one's. No random state is in there, since nothing in training has any (draws.py).
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..shards.errors import DamagedShard
+from ..shards.errors import DamagedShard, UsageError
 from ..shards.files import partial_path, publish, read_json, remove, write_json
-from .pretrained import read_tensors
+from .disk import writing
+from .pretrained import CONFIG, PROVENANCE, WEIGHTS, Pretrained, config_json, read_tensors
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MODEL, OPTIMIZER, STATE = WEIGHTS, "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -32,32 +38,87 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The evaluation with the lowest value so far."""
+
+    step: int
+    by: str
+    """Name of the value in log.jsonl."""
+    value: float
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
     *,
-    model: nn.Module,
+    model: Pretrained,
     optimizer: torch.optim.Optimizer,
-    description: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    state: Mapping[str, Any],
     keep: int,
+    best: Best | None,
 ) -> Path:
-    """Write the checkpoint after `step` steps and remove all but the `keep` newest."""
+    """Write the checkpoint after `step` steps; remove all but the `keep` newest and the best.
+
+    DeltatokError, with the older checkpoints untouched, if the disk refuses.
+    """
     final = folder / f"step-{step:08d}"
-    if not final.exists():
-        partial = partial_path(final)
-        partial.mkdir()
-        try:
-            save_file(_on_cpu(model.state_dict()), partial / MODEL)
-            save_file(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
-            write_json(partial / STATE, {**description, "step": step})
-            publish(partial, final)
-        finally:
-            remove(partial)
-    for _, old in find_checkpoints(folder)[:-keep]:
-        aside = partial_path(old)  # so that a kill leaves no half checkpoint under a whole name
-        old.rename(aside)
-        remove(aside)
+    with writing(final):
+        if not final.exists():
+            partial = partial_path(final)
+            partial.mkdir()
+            try:
+                save_file(_on_cpu(model.state_dict()), partial / MODEL)
+                save_file(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
+                write_json(partial / CONFIG, config_json(model))
+                write_json(partial / PROVENANCE, dict(provenance))
+                told = {"step": step, "best": None if best is None else asdict(best)}
+                write_json(partial / STATE, {**state, **told})
+                publish(partial, final)
+            finally:
+                remove(partial)
+        write_best(folder, best)
+    for number, old in find_checkpoints(folder)[:-keep]:
+        if best is None or number != best.step:
+            aside = partial_path(old)  # so that a kill leaves no half checkpoint of a whole name
+            old.rename(aside)
+            remove(aside)
     return final
+
+
+def write_best(folder: Path, best: Best | None) -> None:
+    """OUT/best.json beside OUT/checkpoints, `folder`; none as long as nothing was evaluated."""
+    if best is not None:
+        name = f"{folder.name}/step-{best.step:08d}"
+        write_json(folder.parent / "best.json", {**asdict(best), "model": name})
+
+
+def read_best(checkpoint: Path) -> Best | None:
+    """The best evaluation up to a checkpoint, if what was saved then is still there."""
+    told = read_state(checkpoint).get("best")
+    if told is None:
+        return None
+    try:
+        best = Best(step=int(told["step"]), by=str(told["by"]), value=float(told["value"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedShard(
+            f"{checkpoint / STATE}: best is {told!r}, wanted step, by and value: remove this "
+            "checkpoint, the one before is used"
+        ) from error
+    return best if (checkpoint.parent / f"step-{best.step:08d}").is_dir() else None
+
+
+def folder_with_optimizer(folder: Path) -> Path:
+    """`folder` if it is a checkpoint, the newest checkpoint in it if it is a run folder."""
+    if (folder / OPTIMIZER).is_file():
+        return folder
+    if checkpoints := find_checkpoints(folder / "checkpoints"):
+        return checkpoints[-1][1]
+    raise UsageError(
+        f"start_from {folder}: no {OPTIMIZER} and no checkpoints/ there, and start_optimizer asks "
+        "for the optimizer's state: give a checkpoint or a run folder, or set start_optimizer false"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Residency = Literal["auto", "device", "memory", "map", "stream"]
 TokenizerLoss = Literal["log_cosh", "mse"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,17 @@ class TrainConfig:
     optimizer and loss are always float32."""
     seed: int = 0
     """Seed of the first weights, of the sample order and of every draw."""
+    compile: bool = False
+    """Compile forward and backward of the model (torch.compile). Equal but for rounding; takes a
+    minute or more to begin with."""
+    compile_mode: CompileMode = "default"
+    """What torch.compile may spend on it."""
     start_from: str | None = None
-    """Model folder whose weights this run begins with (the next resolution, a cooldown); none:
-    fresh weights."""
+    """Model folder or checkpoint whose weights this run begins with (the next resolution, a
+    cooldown); none: fresh weights."""
+    start_optimizer: bool = False
+    """Begin with the optimizer's state as well; start_from is then a checkpoint or a run folder,
+    of which the newest checkpoint is taken. Steps are counted, and the rate is warmed up, anew."""
     residency: Residency = "auto"
     """Where the cache is read from: device (loaded whole onto the device that computes), memory
     (loaded whole), map (from its files, each batch), stream (from its files, whole blocks in random
@@ -66,14 +76,18 @@ class TrainConfig:
     save_every: int = 1000
     """Steps between two checkpoints; a kill loses at most this many."""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept, the newest."""
+    """Checkpoints that are kept: the newest ones, beside the one that validates best."""
     device: Device = "auto"
     """Where to compute; auto: cuda, else mps, else cpu."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Where the log goes beside log.jsonl: tensorboard (OUT/tensorboard), wandb (OUT/wandb, offline
+    unless WANDB_MODE says otherwise)."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {
             *("out", "steps", "device", "residency", "micro_batch_size"),
             *("log_every", "eval_every", "save_every", "keep_checkpoints"),
+            *("compile", "compile_mode", "trackers"),
             "start_from",  # compared by the weights' sha256, not by the path
         }
     )
@@ -96,6 +110,11 @@ class TrainConfig:
         )
         check_at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
         check_positive(lr=self.lr, clip_grad_norm=self.clip_grad_norm)
+        for tracker in self.trackers:
+            check_choice("trackers", tracker, get_args(TrackerName))
+        check_choice("compile_mode", self.compile_mode, get_args(CompileMode))
+        if self.start_optimizer and self.start_from is None:
+            raise UsageError("start_optimizer: wanted start_from as well, the run to take it from")
         if not 0 <= self.validation_fraction < 1:
             raise UsageError(
                 f"validation_fraction {self.validation_fraction}: wanted 0 (no validation) up to, "

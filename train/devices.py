@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from ..shards.errors import UsageError
 from .config import Device, Precision
 
-__all__ = ["Accelerator", "make_accelerator", "precision_name"]
+__all__ = ["Accelerator", "check_compiler", "make_accelerator", "precision_name"]
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """One process, or plain data parallel ones: every rank holds all weights."""
@@ -53,3 +53,15 @@ def precision_name(precision: Precision, device: torch.device) -> str:
     if precision == "auto":
         return "bfloat16" if device.type == "cuda" else "float32"
     return precision
+
+
+def check_compiler(device: torch.device) -> None:
+    """UsageError if torch.compile cannot compile for `device`: found before the first step."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UsageError(
+            f"compile: nothing can be compiled here ({' '.join(lines[:2])}): leave compile out, or "
+            "install a C++ compiler (CPU) or Triton (GPU)"
+        ) from error

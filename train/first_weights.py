@@ -3,17 +3,20 @@ world.py and head.py."""
 
 import logging
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..shards.errors import CacheMismatch
+from .checkpoints import folder_with_optimizer
+from .config import TrainConfig
 from .draws import generator
-from .models.configs import DeltaTokConfig, DeltaWorldConfig
+from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from .pretrained import Pretrained, load_weights, weights_sha256
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=Pretrained)
-SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig)
+SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig)
 
 NOT_IN_THE_WEIGHTS = frozenset(
     {
@@ -36,8 +39,19 @@ def with_size_of_cache(config: SizedT, hidden_size: int, *, cache: str) -> Sized
     return replace(config, hidden_size=hidden_size)
 
 
+def start_folder(config: TrainConfig) -> Path | None:
+    """The folder whose weights, and with start_optimizer whose optimizer, a run begins with.
+
+    UsageError if the optimizer's state is asked for and there is none.
+    """
+    if config.start_from is None:
+        return None
+    folder = Path(config.start_from)
+    return folder_with_optimizer(folder) if config.start_optimizer else folder
+
+
 def make_model(
-    model_class: type[ModelT], config: Any, *, seed: int, start_from: str | None
+    model_class: type[ModelT], config: Any, *, seed: int, start_from: Path | None
 ) -> tuple[ModelT, str | None]:
     """The model, on the CPU, and the sha256 of the weights it starts from (None: fresh ones).
 
@@ -55,6 +69,6 @@ def make_model(
                 f"start_from {start_from}: {name} is {value}, this run's model has {wanted[name]}: "
                 f"set model.{name} to {value}, or start from other weights"
             )
-    load_weights(model, source.state_dict(), source=start_from)
+    load_weights(model, source.state_dict(), source=str(start_from))
     logger.info("starting from the weights in %s", start_from)
     return model, weights_sha256(source)

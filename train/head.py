@@ -18,7 +18,7 @@ from ..shards.patches import PatchShards
 from .config import HeadTrainConfig
 from .data import Batch
 from .devices import make_accelerator
-from .first_weights import make_model
+from .first_weights import make_model, start_folder
 from .labels import IGNORE, Labels
 from .logs import Meter
 from .loop import Trainer
@@ -44,12 +44,13 @@ def train_head(config: HeadTrainConfig) -> Path:
         SegmentationHead,
         SegmentationHeadConfig(in_size=shards.shape[2], num_classes=config.num_classes),
         seed=config.seed,
-        start_from=config.start_from,
+        start_from=start_folder(config),
     )
     run = Run(
         command="head",
         config=config,
         data={"patches": shards.info.identity, "start_from": started_from},
+        fingerprints={"patches": shards.info.fingerprint},
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
@@ -65,6 +66,7 @@ class HeadStage:
     """What the loop trains: see stage.Stage. A sample is a frame, its number window * T + frame."""
 
     unit = "frames"
+    best_by = "validation_loss"
 
     def __init__(
         self,
@@ -89,6 +91,14 @@ class HeadStage:
         frames = self._frames_of(chosen)
         size = EVALUATION_FRAMES_AT_ONCE
         self._validation = [frames[at : at + size] for at in range(0, len(frames), size)]
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self._shards.shape[1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps_per_epoch
 
     @property
     def can_evaluate(self) -> bool:

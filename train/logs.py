@@ -1,17 +1,22 @@
-"""What a run tells: log.jsonl (always), a progress line (on a terminal), a line of logging.
+"""What a run tells: log.jsonl (always), a progress line (on a terminal), a line of logging, and
+trackers.py if asked for.
 
     {"kind": "train", "step": 50, "loss": ..., "gradient_norm": ..., "learning_rate": ...,
-     "pairs_per_s": ..., "loader_wait_share": ...}
+     "pairs_per_s": ..., "tokens_per_s": ..., "tflop_per_s": ..., "loader_wait_share": ...,
+     "peak_memory_gb": ..., "eta_s": ...}
     {"kind": "validation", "step": 1000, "validation_loss": ..., ...}
 
-Everything but rates and shares is the same in a run that was killed and gone on with. Used by
-loop.py, on the main rank.
+Everything but what a clock or the memory decides (those six) is the same in a run that was killed
+and gone on with. Rates are over all ranks, shares and memory the main one's. Used by loop.py, on
+the main rank.
 """
 
 import contextlib
 import json
 import logging
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +27,8 @@ import torch
 from tqdm import tqdm
 
 from ..shards.files import write_bytes
+from .disk import writing
+from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +36,18 @@ logger = logging.getLogger(__name__)
 class RunLog:
     """log.jsonl and the progress line. Lines of steps after `start`, from before a kill, go."""
 
-    def __init__(self, path: Path, *, start: int, stop: int, enabled: bool) -> None:
+    def __init__(
+        self, path: Path, *, start: int, stop: int, enabled: bool, trackers: Trackers
+    ) -> None:
         self._enabled = enabled
+        self._path = path
+        self._trackers = trackers
         self._progress = tqdm(
             total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
         )
         if enabled:
             _drop_after(path, start)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)  # nothing is left to fail when it is closed
 
     def __enter__(self) -> Self:
         return self
@@ -48,6 +59,7 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.close()
+        self._trackers.close()
         if self._enabled:
             self._file.close()
 
@@ -60,8 +72,9 @@ class RunLog:
         if not self._enabled:
             return
         line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._trackers.write(kind, step, values)
+        with writing(self._path):
+            self._file.write((json.dumps(line) + "\n").encode())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._progress.disable:
             logger.info("%s step %d: %s", kind, step, shown)
@@ -71,15 +84,22 @@ class RunLog:
     def sync(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint promises it."""
         if self._enabled:
-            os.fsync(self._file.fileno())
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
 
 class Meter:
     """Samples a second since the last report, and which share of the time went where."""
 
-    def __init__(self, unit: str, device: torch.device) -> None:
+    def __init__(
+        self, unit: str, device: torch.device, *, tokens_per_sample: int | None = None
+    ) -> None:
         self._unit = unit
+        self._device = device
         self._on_cuda = device.type == "cuda"
+        self._tokens_per_sample = tokens_per_sample
+        self.flop_per_sample: float | None = None
+        """FLOPs of one sample, where they were counted (flops.py)."""
         self._reset()
 
     def _reset(self) -> None:
@@ -112,16 +132,34 @@ class Meter:
         end.record()
         self._events.append((name, start, end))
 
-    def report(self) -> dict[str, float]:
-        """UNIT_per_s and NAME_share of everything measured since the last report."""
+    def report(self, *, samples_left: int | None = None) -> dict[str, float]:
+        """Of everything since the last report: UNIT_per_s and NAME_share; tokens_per_s and
+        tflop_per_s (10^12 FLOPs a second) where they are known; the peak memory so far; and
+        seconds to go at this rate, if it is said how many samples are left."""
         seconds = time.perf_counter() - self._started
         for name, start, end in self._events:
             end.synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
-        rates = {f"{self._unit}_per_s": self._samples / seconds}
-        shares = {f"{name}_share": part / seconds for name, part in self._seconds.items()}
+        rate = self._samples / seconds
+        values = {f"{self._unit}_per_s": rate}
+        if self._tokens_per_sample is not None:
+            values["tokens_per_s"] = rate * self._tokens_per_sample
+        if self.flop_per_sample is not None:
+            values["tflop_per_s"] = rate * self.flop_per_sample / 1e12
+        values |= {f"{name}_share": part / seconds for name, part in self._seconds.items()}
+        values["peak_memory_gb"] = peak_memory_bytes(self._device) / 1e9
+        if samples_left is not None:
+            values["eta_s"] = samples_left / rate if rate > 0 else float("inf")
         self._reset()
-        return {**rates, **shares}
+        return values
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: tensors on cuda, else all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # elsewhere in kilobytes
 
 
 def _event() -> torch.cuda.Event:

@@ -1,7 +1,7 @@
-"""The training loop that all three commands share: `Trainer(stage, run, accelerator).train()`.
+"""The training loop that all commands share: `Trainer(stage, run, accelerator).train()`.
 
-Used by tokenizer.py, world.py and head.py. What is computed is in the stage; when it is read,
-logged, evaluated and saved is here.
+Used by tokenizer.py, world.py, dinoworld.py and head.py. What is computed is in the stage; when it
+is read, logged, evaluated and saved is here.
 """
 
 import contextlib
@@ -14,9 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from ..shards.errors import DeltatokError, Stopped, UsageError
-from .checkpoints import MODEL, find_checkpoints, load_optimizer, save_checkpoint
+from .checkpoints import (
+    MODEL,
+    Best,
+    find_checkpoints,
+    load_optimizer,
+    read_best,
+    save_checkpoint,
+    write_best,
+)
 from .data import Batch
-from .devices import Accelerator
+from .devices import Accelerator, check_compiler
+from .disk import writing
+from .finite import named_windows
+from .first_weights import start_folder
+from .flops import flops_per_sample
 from .logs import Meter, RunLog
 from .optim import parameter_groups, warmup_factor
 from .prefetch import Prefetcher
@@ -25,9 +37,7 @@ from .run_folder import Run
 from .schedule import is_time
 from .stage import Stage
 from .stop import StopSignal
-
-MAX_NAMED_SAMPLES = 4
-"""Samples that the message about a non-finite loss names at most."""
+from .trackers import Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +57,18 @@ class Trainer:
     def __init__(self, stage: Stage, run: Run, accelerator: Accelerator) -> None:
         self.stage, self.run, self.accelerator = stage, run, accelerator
         self.config = run.config
-        self.meter = Meter(stage.unit, accelerator.device)
+        self.meter = Meter(
+            stage.unit, accelerator.device, tokens_per_sample=stage.tokens_per_sample
+        )
+        self.best: Best | None = None
+        if not stage.can_evaluate:
+            logger.warning(
+                "no validation windows: nothing is evaluated and no best checkpoint kept; for "
+                "that, set validation_fraction above 0, or extract more clips"
+            )
+        check_trackers(self.config.trackers)
+        if self.config.compile:
+            check_compiler(accelerator.device)
         if accelerator.is_main_process:
             run.begin()
         accelerator.wait_for_everyone()
@@ -60,7 +81,11 @@ class Trainer:
                     f"{run.folder}: {self.start} steps are trained, steps asks for "
                     f"{self.config.steps}: set steps higher, or another out"
                 )
+            run.check_checkpoint(folder)
             load_weights(stage.model, read_tensors(folder / MODEL), source=str(folder))
+            self.best = read_best(folder)
+            if accelerator.is_main_process:
+                write_best(run.checkpoints, self.best)
             logger.info("going on after step %d, from %s", self.start, folder)
         groups = parameter_groups(stage.model, self.config.weight_decay)
         optimizer = torch.optim.AdamW(
@@ -68,10 +93,14 @@ class Trainer:
             lr=self.config.lr,
             fused=accelerator.device.type in ("cpu", "cuda"),  # one kernel, not one a parameter
         )
+        if self.config.compile:
+            stage.model.compile(mode=self.config.compile_mode)
         self.forward: nn.Module
         self.forward, self.optimizer = accelerator.prepare(stage.model, optimizer)
         if checkpoints:
             load_optimizer(folder, model=stage.model, optimizer=optimizer)
+        elif self.config.start_optimizer and (source := start_folder(self.config)) is not None:
+            load_optimizer(source, model=stage.model, optimizer=optimizer)
         self.raw_optimizer = optimizer
         stage.model.train()
 
@@ -85,16 +114,13 @@ class Trainer:
         config, stage, last = self.config, self.stage, self.config.steps
         with (
             Prefetcher(self._read, start=self.start, stop=last) as batches,
-            RunLog(
-                self.run.log_file,
-                start=self.start,
-                stop=last,
-                enabled=self.accelerator.is_main_process,
-            ) as log,
+            self._open_log() as log,
             StopSignal() as stop,
         ):
             for step in range(self.start, last):
                 batch = self._fetch(batches)
+                if step == self.start:
+                    self._count_flops(batch, step)
                 learning_rate = self._set_learning_rate(step)
                 losses, extras = self._forward_backward(batch, step)
                 norm = self._clip()
@@ -106,17 +132,44 @@ class Trainer:
                 done = step + 1
                 log.advance()
                 if is_time(done, every=config.log_every, last=last):
-                    log.write("train", done, self._numbers(update, learning_rate, extras))
+                    numbers = self._numbers(update, learning_rate, extras)
+                    log.write("train", done, {**numbers, **self._speed(done)})
+                found_best = False
                 if is_time(done, every=config.eval_every, last=last) and stage.can_evaluate:
                     values = self._evaluate()
                     log.write("validation", done, values)
                     stage.judge(values, step=done)
-                if is_time(done, every=config.save_every, last=last) or update.stopping:
+                    found_best = self._is_best(values, step=done)
+                is_due = is_time(done, every=config.save_every, last=last)
+                if is_due or found_best or update.stopping:
                     log.sync()
                     self._save(done)
                 if update.stopping and done < last:
                     raise Stopped(f"stopped after step {done} of {last}: run again to go on")
         self._finish()
+
+    def _open_log(self) -> RunLog:
+        is_main = self.accelerator.is_main_process
+        trackers = Trackers(
+            self.config.trackers if is_main else (),
+            folder=self.run.folder,
+            config=self.run.describe()["config"],
+            start=self.start,
+        )
+        return RunLog(
+            self.run.log_file,
+            start=self.start,
+            stop=self.config.steps,
+            enabled=is_main,
+            trackers=trackers,
+        )
+
+    def _count_flops(self, batch: Batch, step: int) -> None:
+        device = self.accelerator.device
+        with self.accelerator.autocast(), self.meter.waiting("counting"):
+            self.meter.flop_per_sample = flops_per_sample(
+                self.stage, batch, step=step, device=device
+            )
 
     def _read(self, step: int) -> Batch:
         batch = self.stage.read(step)
@@ -171,23 +224,15 @@ class Trainer:
         return Update(loss=loss, gradient_norm=norm.item(), stopping=stopping > 0)
 
     def _check_finite(self, update: Update, losses: Tensor, batch: Batch, step: int) -> None:
-        if math.isfinite(update.loss) and math.isfinite(update.gradient_norm):
-            return
-        bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
-        which = "its own loss is not finite" if bad else "its own losses are finite"
-        chosen = bad or range(len(losses))
-        windows = dict.fromkeys(int(batch.windows[index]) for index in chosen)
-        named = ", ".join(
-            f"window {window} of clip {self.stage.clip_of(window)!r}"
-            for window in list(windows)[:MAX_NAMED_SAMPLES]
-        )
-        raise DeltatokError(
-            f"step {step + 1}: loss {update.loss}, gradient norm {update.gradient_norm}; the "
-            f"weights were not changed. In this process's batch ({which}): {named}"
-            f"{', ...' if len(windows) > MAX_NAMED_SAMPLES else ''}. Check these clips, or set a "
-            "lower lr, a longer warm-up or precision float32; run again to go on from the last "
-            "checkpoint"
-        )
+        if not (math.isfinite(update.loss) and math.isfinite(update.gradient_norm)):
+            rank = self.accelerator.process_index
+            raise DeltatokError(
+                f"step {step + 1}: loss {update.loss}, gradient norm {update.gradient_norm}; the "
+                f"weights were not changed. In the batch of rank {rank} "
+                f"{named_windows(losses, batch, clip_of=self.stage.clip_of)}. Check these clips, "
+                "or set a lower lr, a longer warm-up or precision float32; run again to go on "
+                "from the last checkpoint"
+            )
 
     def _numbers(
         self, update: Update, learning_rate: float, extras: Mapping[str, Tensor]
@@ -202,8 +247,10 @@ class Trainer:
             "gradient_norm": update.gradient_norm,
             "learning_rate": learning_rate,
             **dict(zip(names, values, strict=True)),
-            **self.meter.report(),
         }
+
+    def _speed(self, done: int) -> dict[str, float]:
+        return self.meter.report(samples_left=(self.config.steps - done) * self.config.batch_size)
 
     def _evaluate(self) -> dict[str, float]:
         self.stage.model.eval()
@@ -211,6 +258,14 @@ class Trainer:
             values = self.stage.evaluate()
         self.stage.model.train()
         return values
+
+    def _is_best(self, values: Mapping[str, float], *, step: int) -> bool:
+        """Whether no earlier evaluation gave a lower or an equal value."""
+        value = values[self.stage.best_by]
+        if not value < (math.inf if self.best is None else self.best.value):  # NaN is not
+            return False
+        self.best = Best(step=step, by=self.stage.best_by, value=value)
+        return True
 
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:
@@ -220,13 +275,26 @@ class Trainer:
                     step,
                     model=self.stage.model,
                     optimizer=self.raw_optimizer,
-                    description=self.run.describe(),
+                    provenance=self.stage.provenance(),
+                    state={**self.run.describe(), "loader": self._position(step)},
                     keep=self.config.keep_checkpoints,
+                    best=self.best,
                 )
+
+    def _position(self, step: int) -> dict[str, int]:
+        """Where the loader is after `step` steps, for people: the step alone decides it."""
+        epoch, batch = divmod(step, self.stage.steps_per_epoch)
+        return {
+            "epoch": epoch,
+            "batch": batch,
+            "batches_per_epoch": self.stage.steps_per_epoch,
+            "ranks": self.accelerator.num_processes,
+        }
 
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
-            self.stage.model.save_pretrained(self.run.folder, self.stage.provenance())
-            self.run.finish()
+            with writing(self.run.folder):
+                self.stage.model.save_pretrained(self.run.folder, self.stage.provenance())
+                self.run.finish()
             logger.info("trained %d steps: the model is in %s", self.config.steps, self.run.folder)
         self.accelerator.wait_for_everyone()

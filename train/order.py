@@ -61,7 +61,7 @@ def split_windows(
     clips = np.unique(clip_index)  # those with windows
     hashes = np.array([_unit_hash(key) for key in keys], dtype=np.float64)
     kept = hashes < fraction
-    if fraction > 0 and len(clips) == 1:
+    if fraction > 0 and len(clips) <= 1:
         kept[clips] = False
     elif fraction > 0 and not kept[clips].any():
         kept[clips[hashes[clips].argmin()]] = True

@@ -66,7 +66,12 @@ def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, A
     finally:
         partial.unlink(missing_ok=True)
     write_json(folder / PROVENANCE, dict(provenance))
-    write_json(folder / CONFIG, {"class": type(model).__name__, **asdict(model.config)})
+    write_json(folder / CONFIG, config_json(model))
+
+
+def config_json(model: Pretrained) -> dict[str, Any]:
+    """What config.json says of a model."""
+    return {"class": type(model).__name__, **asdict(model.config)}
 
 
 def read_class(folder: Path | str) -> str:

@@ -21,7 +21,7 @@ import torch
 from ..shards.checked import Fields, shown
 from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import is_partial, read_json, remove_partials, write_json
-from .checkpoints import find_checkpoints
+from .checkpoints import STATE, find_checkpoints
 from .config import TrainConfig
 
 DESCRIPTION = "train.json"
@@ -36,6 +36,8 @@ class Run:
     config: TrainConfig
     data: Mapping[str, Any]
     """Name -> identity of everything the weights depend on beside the config."""
+    fingerprints: Mapping[str, str]
+    """Name -> fingerprint of the caches; to be read, `data` is what is compared."""
 
     @property
     def folder(self) -> Path:
@@ -58,8 +60,9 @@ class Run:
             "command": self.command,
             "config": plain(asdict(self.config)),
             "data": plain(self.data),
+            "fingerprints": dict(self.fingerprints),
             "versions": {
-                "deltatok": version("deltatok"),
+                **{name: version(name) for name in ("deltatok", "accelerate", "numpy")},
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
@@ -97,6 +100,11 @@ class Run:
             )
         return True
 
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        """CacheMismatch if a checkpoint in the folder is of another model, config or cache."""
+        file = checkpoint / STATE
+        self._check_continues(Fields(read_json(file), where=str(file)), what=str(file))
+
     def begin(self) -> None:
         """Make the folder and write train.json; what killed writers left is removed."""
         try:
@@ -117,7 +125,7 @@ class Run:
         write_json(self.folder / DESCRIPTION, self.describe(finished_step=self.config.steps))
 
     def _check_continues(self, stored: Fields, *, what: str) -> None:
-        """CacheMismatch naming the first thing that differs between this run and the stored one."""
+        """CacheMismatch naming all that differs between this run and the stored one."""
         mine = self.describe()
         if (command := stored.text("command")) != self.command:
             raise CacheMismatch(
@@ -127,10 +135,14 @@ class Run:
             ("data", stored.mapping("data"), mine["data"]),
             ("config", self._bound(stored.mapping("config")), self._bound(mine["config"])),
         ):
-            if (name := first_difference(got, wanted)) is not None:
+            if names := differences(got, wanted):
+                named = "; ".join(
+                    f"{what_of} {name} is {_at(got, name)}, this run has {_at(wanted, name)}"
+                    for name in names
+                )
                 raise CacheMismatch(
-                    f"{what}: {what_of} {name} is {_at(got, name)}, this run has "
-                    f"{_at(wanted, name)}: go on with what the run began with, or set another out"
+                    f"{what}: {named}: go on with what the run began with, or begin a new stage: "
+                    f"set another out, and start_from {self.folder}"
                 )
 
     def _bound(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,17 +165,18 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def first_difference(got: Any, wanted: Any) -> str | None:
-    """The dotted name of the first field, in sorted order, that two JSON values differ in."""
+def differences(got: Any, wanted: Any, *, under: str = "") -> list[str]:
+    """Dotted names, sorted, of the fields that two JSON values differ in."""
     if not (isinstance(got, dict) and isinstance(wanted, dict)):
-        return None if got == wanted else ""
+        return [] if got == wanted else [under]
+    found: list[str] = []
     for name in sorted(got.keys() | wanted.keys()):
-        if name not in got or name not in wanted:
-            return str(name)
-        below = first_difference(got[name], wanted[name])
-        if below is not None:
-            return f"{name}.{below}" if below else str(name)
-    return None
+        dotted = f"{under}.{name}" if under else str(name)
+        if name in got and name in wanted:
+            found += differences(got[name], wanted[name], under=dotted)
+        else:
+            found.append(dotted)
+    return found
 
 
 def _at(value: Any, name: str) -> str:

@@ -18,6 +18,16 @@ class Stage(Protocol):
 
     unit: str
     """What a sample is, in the log: "pairs", "windows", "frames"."""
+    best_by: str
+    """The number of `evaluate` that tells the best checkpoint: the lower, the better."""
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens that a sample brings, for the log's tokens a second."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every training window comes once."""
 
     @property
     def model(self) -> Pretrained:

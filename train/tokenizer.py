@@ -19,7 +19,7 @@ from .config import TokenizeConfig, TokenizerTrainConfig
 from .data import Batch, TokenizerBatches
 from .devices import make_accelerator
 from .draws import generator
-from .first_weights import make_model, with_size_of_cache
+from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
 from .losses import loss_named
@@ -51,7 +51,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     accelerator = make_accelerator(config.device, config.precision)
     config = settled(config, shards.size_bytes, accelerator)
     model, started_from = make_model(
-        DeltaTok, config.model, seed=config.seed, start_from=config.start_from
+        DeltaTok, config.model, seed=config.seed, start_from=start_folder(config)
     )
     run = Run(
         command="tokenizer",
@@ -61,6 +61,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
             "start_from": started_from,
             **order_data(config),
         },
+        fingerprints={"patches": shards.info.fingerprint},
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
@@ -96,6 +97,7 @@ class TokenizerStage:
     """What the loop trains: see stage.Stage."""
 
     unit = "pairs"
+    best_by = "validation_loss"
 
     def __init__(
         self,
@@ -125,9 +127,16 @@ class TokenizerStage:
         self._validation = frames.read_few(chosen)[0] if len(chosen) else None
         if self._validation is None:
             logger.warning(
-                "no validation windows: nothing will tell whether the decoder ignores its delta "
-                "tokens; set validation_fraction above 0, or extract more clips"
+                "without validation, nothing will tell whether the decoder ignores its delta tokens"
             )
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return 2 * self._shards.shape[1]  # of two frames
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._batches.order.steps_per_epoch
 
     @property
     def can_evaluate(self) -> bool:

@@ -21,7 +21,7 @@ from .config import WorldTrainConfig
 from .data import Batch, WorldBatches, check_frames
 from .devices import make_accelerator
 from .draws import generator
-from .first_weights import make_model, with_size_of_cache
+from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
 from .losses import smooth_l1
@@ -45,7 +45,7 @@ def train_world(config: WorldTrainConfig) -> Path:
         model=with_size_of_cache(config.model, info.shape.hidden_size, cache=config.deltas),
     )
     model, started_from = make_model(
-        DeltaWorld, config.model, seed=config.seed, start_from=config.start_from
+        DeltaWorld, config.model, seed=config.seed, start_from=start_folder(config)
     )
     accelerator = make_accelerator(config.device, config.precision)
     shape = info.shape
@@ -55,6 +55,7 @@ def train_world(config: WorldTrainConfig) -> Path:
         command="world",
         config=config,
         data={"deltas": info.identity, "start_from": started_from, **order_data(config)},
+        fingerprints={"deltas": info.fingerprint},
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
@@ -71,6 +72,7 @@ class WorldStage:
     """What the loop trains: see stage.Stage. T tokens a window, P = T - 1 positions, K samples."""
 
     unit = "windows"
+    best_by = "validation_best_loss"
 
     def __init__(
         self,
@@ -94,6 +96,14 @@ class WorldStage:
         self._validation = evenly(split.validation, config.validation_windows)
         self._validation_rows = rows.read_few(self._validation)
         _log_statistics(rows.read_few(evenly(split.training, 1024))[0])
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self._shards.shape[0]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._batches.order.steps_per_epoch
 
     @property
     def can_evaluate(self) -> bool:

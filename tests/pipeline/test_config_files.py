@@ -7,12 +7,14 @@ import pytest
 from deltatok.extract.config import ExtractConfig
 from deltatok.pipeline.config import build_config, read_yaml
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
+from deltatok.train.config_dinoworld import DINOWorldTrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIVEN = {  # what the command line of the file's header adds
     "extract": (ExtractConfig, {"videos": ["clips"], "out": "cache"}),
     "tokenizer": (TokenizerTrainConfig, {"patches": "cache", "out": "run"}),
     "world": (WorldTrainConfig, {"deltas": "cache", "out": "run"}),
+    "dinoworld": (DINOWorldTrainConfig, {"patches": "cache", "out": "run"}),
 }
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS)
 
@@ -22,8 +24,11 @@ def test_a_config_file_builds_and_says_what_it_makes(path: Path) -> None:
     config_type, given = GIVEN[path.parent.name]
     build_config(config_type, read_yaml(path) | given, where=path.name)
     head = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    for word in ("Makes:", "Command:", "Hardware:", "Size:", "Expect:"):
+    for word in ("Makes:", "Command:", "Hardware:", "Hours:", "Size:", "Expect:"):
         assert word in head
+    hours = head.partition("Hours:")[2].partition("Size:")[0]  # a number says where it is from
+    known = ("measured", "computed", "not stated")
+    assert path.parent.name == "extract" or any(word in hours for word in known)
     assert f"configs/{path.parent.name}/{path.name}" in head
 
 
@@ -32,3 +37,12 @@ def test_all_stages_of_the_release_and_the_paper_are_there() -> None:
     stages = ("256", "512", "512-cooldown-1", "512-cooldown-2")
     wanted = {f"tokenizer/{kind}-{stage}" for kind in ("released", "paper") for stage in stages}
     assert names >= wanted | {"world/released", "world/released-cooldown", "world/discriminative"}
+
+
+def test_there_is_a_run_for_every_size_of_machine_and_every_ablation() -> None:
+    names = {f"{path.parent.name}/{path.stem}" for path in FILES}
+    machines = {"world/one-24gb", "world/one-h200", "world/eight-h200"}
+    machines |= {"tokenizer/one-24gb-256", "tokenizer/one-h200-256"}
+    ablations = {f"dinoworld/{kind}-256" for kind in ("discriminative", "best-of-many")}
+    ablations |= {f"world/ablation-{kind}-token-256" for kind in ("frame", "delta")}
+    assert names >= machines | ablations | {"tokenizer/frame-token-256", "world/discriminative"}

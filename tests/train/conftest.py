@@ -158,7 +158,8 @@ def write_deltas_cache(
         ),
     )
     open_cache(folder, info)
-    write_plan(folder, [PlanEntry(key=k, source=k, size_bytes=1, shard=0) for k in keys])
+    planned = keys or ["clip00.mp4"]  # a clip that gave no window
+    write_plan(folder, [PlanEntry(key=k, source=k, size_bytes=1, shard=0) for k in planned])
     times = np.tile(np.arange(num_frames) * 0.2, (num_clips, 1)).astype(np.float32)
     rows = DeltaRows(
         tokens=np.stack(tokens, axis=1).astype(np.float16),
@@ -190,6 +191,12 @@ def deltas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_patches() -> Callable[..., Path]:
     """make_patches(folder, field=value, ...) -> folder: a cache of a test's own."""
     return lambda folder, **changed: write_patches(folder, LittleCache(**changed))
+
+
+@pytest.fixture(scope="session")
+def make_deltas() -> Callable[..., Path]:
+    """make_deltas(folder, num_clips=, num_frames=, hidden_size=) -> folder: a test's own cache."""
+    return write_deltas_cache
 
 
 @pytest.fixture
@@ -266,7 +273,11 @@ def log_lines() -> Callable[..., list[dict[str, Any]]]:
         text = (Path(folder) / "log.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         return [
-            {n: v for n, v in line.items() if not n.endswith(("_per_s", "_share"))}
+            {
+                name: value
+                for name, value in line.items()
+                if not name.endswith(("_per_s", "_share", "peak_memory_gb", "eta_s"))
+            }
             for line in lines
             if line["kind"] in kinds
         ]

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from deltatok.shards import CacheMismatch, PatchShards, UsageError
 from deltatok.train.config import HeadTrainConfig
+from deltatok.train.devices import check_compiler
 from deltatok.train.head import train_head
 from deltatok.train.models.heads import SegmentationHead
 from deltatok.train.pretrained import read_provenance
@@ -145,3 +147,19 @@ def test_other_number_of_classes_does_not_go_on(head_config: Make) -> None:
     train_head(head_config(steps=2))
     with pytest.raises(CacheMismatch, match="config num_classes is 2, this run has 3"):
         train_head(head_config(num_classes=3))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own compiler
+def test_head_of_generated_code_equals_the_eager_one(
+    head_config: Make, tmp_path: Path, log_lines: Make
+) -> None:
+    try:
+        check_compiler(torch.device("cpu"))
+    except UsageError as error:
+        pytest.skip(str(error))
+    fields = {"steps": 3, "validation_fraction": 0}
+    eager = train_head(head_config(out=str(tmp_path / "eager"), **fields))
+    compiled = train_head(head_config(compile=True, **fields))
+    for line, other in zip(log_lines(eager), log_lines(compiled), strict=True):
+        assert line.pop("kind") == other.pop("kind")
+        assert line == pytest.approx(other, rel=1e-4)

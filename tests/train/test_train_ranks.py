@@ -1,4 +1,8 @@
-"""Two processes train what one does: the same draws, the same batches, the same model."""
+"""Two processes train what one does: the same draws, the same batches, the same model.
+
+Bit for bit on the CPU where one process adds up the gradients of the same portions: a micro-batch
+of what each of the two would take (two summands have no order). Else up to rounding.
+"""
 
 import dataclasses
 import json
@@ -12,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from deltatok.shards.files import sha256_file
+from deltatok.train.config import WorldTrainConfig
 from deltatok.train.pretrained import read_tensors
 from deltatok.train.world import train_world
 
@@ -24,25 +30,23 @@ torch.set_num_threads(1)
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.models.deltaworld import DeltaWorldConfig
 from deltatok.train.world import train_world
-fields = json.loads(sys.argv[1])
-fields["model"]["rope_axis_sizes"] = tuple(fields["model"]["rope_axis_sizes"])
-train_world(WorldTrainConfig(**{**fields, "model": DeltaWorldConfig(**fields["model"])}))
-assert torch.distributed.get_world_size() == 2
+for fields in json.loads(sys.argv[1]):
+    fields["model"]["rope_axis_sizes"] = tuple(fields["model"]["rope_axis_sizes"])
+    train_world(WorldTrainConfig(**{**fields, "model": DeltaWorldConfig(**fields["model"])}))
+    assert torch.distributed.get_world_size() == 2
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_train_the_model_of_one_process(
-    world_config: Make, tmp_path: Path, log_lines: Make
-) -> None:
-    config = world_config(steps=5, lr=1e-2)
-    train_world(dataclasses.replace(config, out=str(tmp_path / "one")))
+def train_on_two_ranks(configs: list[WorldTrainConfig], tmp_path: Path) -> None:
+    """One after the other, in one launch."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
+    runs = json.dumps([dataclasses.asdict(config) for config in configs])
     launched = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(script), json.dumps(dataclasses.asdict(config))),
+            *("--nproc-per-node", "2", str(script), runs),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -51,8 +55,93 @@ def test_two_ranks_train_the_model_of_one_process(
     finally:
         launched.terminate()  # it ends its ranks; killed, it would leave them
         launched.wait()
-    one, two = (read_tensors(tmp_path / name / "model.safetensors") for name in ("one", "run"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path) -> Path:
+    """Folder of the runs, 6 steps of batch 8 each: `one` and `two` ranks; `portions`: one rank
+    that takes 4 windows at a time; `moved`: 2 steps so on one rank, 2 on two, 2 on one; `paused`:
+    two ranks that stop after 3 steps and go on."""
+    from deltatok.train.models.configs import DeltaWorldConfig
+
+    folder = tmp_path_factory.mktemp("runs")
+    model = DeltaWorldConfig(
+        hidden_size=8,
+        predictor_hidden_size=16,
+        predictor_num_hidden_layers=2,
+        predictor_num_heads=2,
+        rope_axis_sizes=(6,),
+        rope_unrotated_size=2,
+        num_samples_train=6,
+        num_samples_eval=4,
+        layer_scale_init=0.1,
+    )
+
+    def config(name: str, **changed: Any) -> WorldTrainConfig:
+        fields: dict[str, Any] = {
+            "deltas": str(deltas),
+            "out": str(folder / name),
+            "model": model,
+            "steps": 6,
+            "batch_size": 8,
+            "lr": 1e-2,
+            "warmup_steps": 2,
+            "log_every": 1,
+            "eval_every": 3,
+            "save_every": 2,
+            "validation_fraction": 0.2,
+            "device": "cpu",
+        }
+        return WorldTrainConfig(**{**fields, **changed})
+
+    train_world(config("one"))
+    train_world(config("portions", micro_batch_size=4))
+    train_world(config("moved", micro_batch_size=4, steps=2))
+    train_on_two_ranks(
+        [
+            config("two"),
+            config("moved", steps=4),
+            config("paused", steps=3),
+            config("paused"),
+        ],
+        folder,
+    )
+    train_world(config("moved", micro_batch_size=4))
+    return folder
+
+
+def weights(run: Path) -> str:
+    return sha256_file(run / "model.safetensors")
+
+
+def test_two_ranks_train_the_model_of_one_process(runs: Path, log_lines: Make) -> None:
+    one, two = (read_tensors(runs / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one)
-    for line, other in zip(log_lines(tmp_path / "one"), log_lines(tmp_path / "run"), strict=True):
+    for line, other in zip(log_lines(runs / "one"), log_lines(runs / "two"), strict=True):
         assert line.pop("kind") == other.pop("kind")
         assert line == pytest.approx(other, rel=1e-3)
+
+
+def test_two_ranks_equal_one_that_takes_their_portions_bit_for_bit(runs: Path) -> None:
+    assert weights(runs / "two") == weights(runs / "portions")
+
+
+def test_ranks_may_change_from_one_to_two_to_one_bit_for_bit(runs: Path, log_lines: Make) -> None:
+    assert weights(runs / "moved") == weights(runs / "portions")
+    moved, whole = (log_lines(runs / name, ["train"]) for name in ("moved", "portions"))
+    assert [line["step"] for line in moved] == [1, 2, 3, 4, 5, 6]
+    for line, other in zip(moved, whole, strict=True):
+        assert line.pop("kind") == other.pop("kind")
+        assert line == pytest.approx(other, rel=1e-6)  # means are taken a rank at a time
+
+
+def test_two_ranks_that_were_stopped_equal_two_that_were_not(runs: Path) -> None:
+    assert weights(runs / "paused") == weights(runs / "two")
+
+
+def test_checkpoints_tell_on_how_many_ranks_they_were_made(runs: Path) -> None:
+    told = [
+        json.loads((runs / f"moved/checkpoints/step-{step:08d}/state.json").read_text())["loader"]
+        for step in (4, 6)
+    ]
+    assert [loader["ranks"] for loader in told] == [2, 1]

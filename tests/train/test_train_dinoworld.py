@@ -1,0 +1,167 @@
+"""DINO-world, the baseline, trains from patch shards like the others: both modes, resume, draws."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deltatok.shards import PatchShards, Stopped, UsageError
+from deltatok.shards.files import sha256_file
+from deltatok.train import loop
+from deltatok.train.config_dinoworld import DINOWorldTrainConfig
+from deltatok.train.dinoworld import DINOWorldStage, train_dinoworld
+from deltatok.train.first_weights import make_model
+from deltatok.train.logs import Meter
+from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
+from deltatok.train.order import Share
+from deltatok.train.pretrained import read_provenance
+
+Make = Callable[..., Any]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dino_config(tmp_path: Path, patches: Path) -> Make:
+    """dino_config(field=value, ...): a run of a few tiny steps into tmp_path/run."""
+
+    def make(model: dict[str, Any] | None = None, **changed: Any) -> DINOWorldTrainConfig:
+        tiny = {
+            "hidden_size": 16,
+            "predictor_hidden_size": 16,
+            "predictor_num_hidden_layers": 2,
+            "predictor_num_heads": 1,
+            "rope_axis_sizes": (4, 4, 4),
+            "num_samples_train": 4,
+            "num_samples_eval": 3,
+            "layer_scale_init": 0.1,
+            "use_bom": True,
+        }
+        fields = {
+            "patches": str(patches),
+            "out": str(tmp_path / "run"),
+            "model": DINOWorldConfig(**{**tiny, **(model or {})}),
+            "steps": 4,
+            "batch_size": 6,
+            "warmup_steps": 2,
+            "log_every": 1,
+            "eval_every": 2,
+            "save_every": 2,
+            "validation_fraction": 0.2,
+            "device": "cpu",
+        }
+        return DINOWorldTrainConfig(**{**fields, **changed})
+
+    return make
+
+
+def stage_of(config: DINOWorldTrainConfig, share: Share | None = None) -> DINOWorldStage:
+    model, _ = make_model(DINOWorld, config.model, seed=config.seed, start_from=None)
+    shards = PatchShards(config.patches)
+    return DINOWorldStage(model, shards, config, share or Share(), device=CPU)
+
+
+def losses_of(stage: DINOWorldStage) -> torch.Tensor:
+    batch = stage.read(1)
+    meter = Meter("windows", CPU)
+    return stage.losses(stage.model, batch, slice(None), step=1, meter=meter)[0]
+
+
+@pytest.mark.parametrize("use_bom", [True, False])
+def test_dino_world_learns_what_carries_over_to_other_clips(
+    dino_config: Make, make_patches: Make, tmp_path: Path, log_lines: Make, use_bom: bool
+) -> None:
+    patches = make_patches(tmp_path / "patches", num_clips=40)
+    config = dino_config(
+        patches=str(patches),
+        model={"use_bom": use_bom, "predictor_hidden_size": 32, "predictor_num_heads": 2},
+        steps=60,
+        lr=1e-2,
+        eval_every=5,
+        save_every=60,
+        weight_decay=0.0,
+    )
+    train_dinoworld(config)
+    losses = [line["loss"] for line in log_lines(config.out, ["train"])]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    first, *_, values = log_lines(config.out, ["validation"])
+    assert values["validation_best_loss"] < first["validation_best_loss"]
+    assert values["validation_copy_last_loss"] == first["validation_copy_last_loss"] > 0
+    assert (values["validation_best_loss"] < values["validation_mean_loss"]) == use_bom
+
+
+@pytest.mark.parametrize("use_bom", [True, False])
+def test_dino_world_resumed_at_every_step_equals_uninterrupted(
+    dino_config: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_lines: Make,
+    use_bom: bool,
+) -> None:
+    config = dino_config(model={"use_bom": use_bom}, steps=3)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train_dinoworld(whole)
+    agree = loop.Trainer._agree
+    for step in (1, 2):
+        cut = dataclasses.replace(config, out=str(tmp_path / f"cut{step}"))
+        left = [step]
+
+        def stopping(self: loop.Trainer, *given: Any, left: list[int] = left) -> loop.Update:
+            left[0] -= 1
+            return agree(self, *given)._replace(stopping=left[0] == 0)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Trainer, "_agree", stopping)
+            with pytest.raises(Stopped):
+                train_dinoworld(cut)
+        train_dinoworld(cut)
+        files = [Path(run.out) / "model.safetensors" for run in (cut, whole)]
+        assert sha256_file(files[0]) == sha256_file(files[1])
+        assert log_lines(cut.out) == log_lines(whole.out)
+
+
+def test_dino_world_folder_tells_its_story(dino_config: Make, patches: Path) -> None:
+    config = dino_config(steps=2)
+    out = train_dinoworld(config)
+    assert DINOWorld.from_pretrained(out).config == config.model
+    shards = PatchShards(patches)
+    assert read_provenance(out) == {
+        "patches": shards.info.identity,
+        "patches_fingerprint": shards.fingerprint,
+    }
+    assert json.loads((out / "train.json").read_text())["command"] == "dinoworld"
+
+
+def test_portions_of_windows_and_samples_change_no_choice(dino_config: Make) -> None:
+    config = dino_config()
+    whole = losses_of(stage_of(dataclasses.replace(config, selection_windows=6)))
+    for windows, samples in ((1, 4), (4, 1), (2, 3)):
+        portions = dataclasses.replace(config, selection_windows=windows, selection_samples=samples)
+        torch.testing.assert_close(losses_of(stage_of(portions)), whole, atol=1e-6, rtol=1e-5)
+
+
+def test_ranks_compute_the_windows_of_one_process(dino_config: Make) -> None:
+    config = dino_config()
+    stages = [stage_of(config, Share(rank=rank, num_ranks=2)) for rank in range(2)]
+    parts = torch.cat([losses_of(stage) for stage in stages])
+    torch.testing.assert_close(parts, losses_of(stage_of(config)), atol=1e-6, rtol=1e-5)
+    numbers = [number for stage in stages for number in stage.read(1).samples]
+    assert numbers == list(range(6))  # each draws noise of its own
+
+
+def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Make) -> None:
+    stage = stage_of(dino_config())
+    batch = stage.read(1)
+    names = [("noise", 1, int(number)) for number in batch.samples]
+    x, times = batch.tensors["x"].float(), batch.tensors["timestamps"]
+    _, candidates = stage._select(x, times, names, num_samples=4)
+    assert candidates.shape == (6, 3, 4)
+    torch.testing.assert_close(losses_of(stage), candidates.min(2).values.mean(1))
+
+
+def test_dino_world_config_refuses_no_samples_at_a_time() -> None:
+    with pytest.raises(UsageError, match="selection_samples 0"):
+        DINOWorldTrainConfig(patches="p", out="o", selection_samples=0)

@@ -1,0 +1,224 @@
+"""deltatok-train dinoworld: train_dinoworld(config), the baseline, from a patch-token cache.
+
+A step: windows of patch tokens -> the next frame's patch tokens from one learned query a patch
+(discriminative), or from the best of K noise queries a frame (model.use_bom). The same predictor,
+loss and draws as world.py, without the tokenizer between.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..shards.patches import PatchShards
+from .best_of_many import chosen_queries, select_patches
+from .config_dinoworld import DINOWorldTrainConfig
+from .data import Batch, check_frames
+from .devices import make_accelerator
+from .draws import generator
+from .first_weights import make_model, start_folder, with_size_of_cache
+from .logs import Meter
+from .loop import Trainer
+from .losses import smooth_l1
+from .models.dinoworld import DINOWorld
+from .order import Indices, Share, evenly, split_windows
+from .run_folder import Run
+from .sources import Read, order_data, patch_source, settled
+
+logger = logging.getLogger(__name__)
+
+Names = Sequence[tuple[int | str, ...]]
+"""What each window's noise is drawn for."""
+
+
+def train_dinoworld(config: DINOWorldTrainConfig) -> Path:
+    """Train, or go on, or find it done; gives OUT, by then a model folder.
+
+    Raises what Trainer.train does, CacheMismatch for an OUT that another run or another cache
+    made.
+    """
+    shards = PatchShards(config.patches)
+    size = shards.shape[2]
+    config = dataclasses.replace(
+        config, model=with_size_of_cache(config.model, size, cache=config.patches)
+    )
+    model, started_from = make_model(
+        DINOWorld, config.model, seed=config.seed, start_from=start_folder(config)
+    )
+    accelerator = make_accelerator(config.device, config.precision)
+    config = settled(config, shards.size_bytes, accelerator)
+    run = Run(
+        command="dinoworld",
+        config=config,
+        data={
+            "patches": shards.info.identity,
+            "start_from": started_from,
+            **order_data(config),
+        },
+        fingerprints={"patches": shards.info.fingerprint},
+    )
+    if run.is_finished():
+        logger.info("%s: already trained for %d steps", config.out, config.steps)
+        return run.folder
+    share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    stage = DINOWorldStage(model, shards, config, share, device=accelerator.device)
+    Trainer(stage, run, accelerator).train()
+    return run.folder
+
+
+class DINOWorldStage:
+    """What the loop trains: see stage.Stage. T frames of N patches a window, P = T - 1 positions,
+    K samples."""
+
+    unit = "windows"
+    best_by = "validation_best_loss"
+
+    def __init__(
+        self,
+        model: DINOWorld,
+        shards: PatchShards,
+        config: DINOWorldTrainConfig,
+        share: Share,
+        *,
+        device: torch.device,
+    ) -> None:
+        check_frames(shards.shape[0], least=2)
+        self.model = model
+        self._config = config
+        self._shards = shards
+        self._device = device
+        self._source = patch_source(shards, residency=config.residency, device=device)
+        self._slice = share.of(config.batch_size)
+        split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
+        self._order = self._source.order(split.training, config.batch_size, config.seed)
+        chosen = evenly(split.validation, config.validation_windows)
+        # Read once: while training runs, the prefetch thread is the only reader.
+        self._validation = None
+        if len(chosen):
+            self._validation = self._batch(self._source.read_few, chosen, chosen)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self._shards.shape[0] * self._shards.shape[1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps_per_epoch
+
+    @property
+    def can_evaluate(self) -> bool:
+        return self._validation is not None
+
+    def read(self, step: int) -> Batch:
+        """Tensors: x (B, T, N, D), timestamps float32 (B, T), seconds from the first frame."""
+        numbers = np.arange(self._config.batch_size)[self._slice]
+        return self._batch(self._source.read, self._order.at(step)[self._slice], numbers)
+
+    def losses(
+        self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        x = batch.tensors["x"][samples].float()
+        timestamps = batch.tensors["timestamps"][samples]
+        queries, extras = None, {}
+        if self.model.config.use_bom:
+            names = [("noise", step, int(number)) for number in batch.samples[samples]]
+            with meter.computing("selection"):
+                queries, candidates = self._select(
+                    x, timestamps, names, num_samples=self.model.config.num_samples_train
+                )
+            extras["mean_candidate_loss"] = candidates.mean()
+        prediction = forward(x, timestamps, queries, grid=self._shards.grid)
+        return smooth_l1(prediction, x[:, 1:]).flatten(1).mean(1), extras
+
+    def evaluate(self) -> dict[str, float]:
+        """As world.py: the best of num_samples_eval candidates and the mean over them (a frame's
+        losses are averaged over its patches); and, instead of a constant, copying the last frame.
+        """
+        if self._validation is None:
+            return {}
+        sums = torch.zeros(3, dtype=torch.float64)
+        windows = self._validation.windows
+        for row, window in enumerate(windows):  # one at a time: frames are large
+            x = self._validation.tensors["x"][row : row + 1].to(self._device).float()
+            times = self._validation.tensors["timestamps"][row : row + 1].to(self._device)
+            if self.model.config.use_bom:
+                _, losses = self._select(
+                    x,
+                    times,
+                    [("validation noise", int(window))],
+                    num_samples=self.model.config.num_samples_eval,
+                )
+            else:
+                prediction = self.model(x, times, grid=self._shards.grid)
+                losses = smooth_l1(prediction, x[:, 1:]).flatten(2).mean(2)[..., None]
+            copied = smooth_l1(x[:, :-1], x[:, 1:])
+            means = [losses.min(2).values.mean(), losses.mean(), copied.mean()]
+            sums += torch.stack(means).double().cpu()
+        best, mean, copied_last = (sums / len(windows)).tolist()
+        return {
+            "validation_best_loss": best,
+            "validation_mean_loss": mean,
+            "validation_copy_last_loss": copied_last,
+        }
+
+    def judge(self, values: Mapping[str, float], *, step: int) -> None:
+        """A world model has no known way of being stuck."""
+
+    def clip_of(self, window: int) -> str:
+        return self._shards.keys[int(self._shards.clip_index[window])]
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "patches": self._shards.info.identity,
+            "patches_fingerprint": self._shards.fingerprint,
+        }
+
+    def _batch(self, read: Read, windows: Indices, numbers: Indices) -> Batch:
+        times = self._shards.timestamps_s(windows)
+        return Batch(
+            tensors={
+                "x": read(windows)[0],
+                "timestamps": torch.from_numpy(times - times[:, :1]),
+            },
+            samples=numbers,
+            windows=windows,
+        )
+
+    @torch.no_grad()
+    def _select(
+        self, x: Tensor, timestamps: Tensor, names: Names, *, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """The best noise queries (B, P, Dp) and the losses (B, P, K) of x (B, T, N, D). Each
+        window's noise is its own, so that neither ranks nor portions change it."""
+        queries, losses = [], []
+        size = self._config.selection_windows
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            noise = torch.stack(
+                [
+                    self.model.draw_noise(
+                        x.shape[1] - 1,
+                        num_samples,
+                        generator=generator(self._config.seed, *name, device=self._device),
+                    )
+                    for name in names[part]
+                ]
+            )
+            indices, loss = select_patches(
+                self.model,
+                x[part],
+                timestamps[part],
+                noise,
+                grid=self._shards.grid,
+                chunk_samples=self._config.selection_samples,
+            )
+            queries.append(chosen_queries(noise, indices))
+            losses.append(loss)
+        # Weights that autocast has cast without gradient must not serve the pass with gradient.
+        torch.clear_autocast_cache()
+        return torch.cat(queries), torch.cat(losses)
