@@ -1,8 +1,7 @@
-"""Batches in memory that is used again: fresh pages cost more than filling them.
+"""Batches in memory that is used again, since fresh pages cost more than filling them.
 
-Used by sources.py.
 A buffer is free again when nobody holds its tensor, or a view of it, any more: nothing has to be
-given back, and no batch changes under anybody's hands.
+given back, and no batch changes under anybody's hands. Used by sources.py and stream.py.
 """
 
 import sys

@@ -1,0 +1,156 @@
+"""Streaming: whole blocks in a random order; the same windows as read directly, mixed well."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deltatok.shards import DeltaShards, PatchShards
+from deltatok.shards.errors import CacheMismatch
+from deltatok.train import memory, sources
+from deltatok.train.buffers import BufferPool
+from deltatok.train.sources import choose_place, delta_source, patch_source
+from deltatok.train.stream import DeltaBlocks, PatchBlocks, StreamRows
+from deltatok.train.stream_order import StreamOrder, same_block_share
+from deltatok.train.world import train_world
+
+
+def order_of(num_windows: int, block: int, **changes: Any) -> StreamOrder:
+    starts = np.append(np.arange(0, num_windows, block), num_windows)
+    fields = {"per_batch": 10, "seed": 3, "group_windows": 4 * block} | changes
+    windows = fields.pop("windows", np.arange(num_windows))
+    return StreamOrder(
+        windows,
+        fields["per_batch"],
+        fields["seed"],
+        block_starts=starts,
+        group_windows=fields["group_windows"],
+    )
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_epoch_has_every_window_at_most_once_and_drops_the_last_batch(epoch: int) -> None:
+    order = order_of(205, 7)
+    assert order.steps_per_epoch == 20
+    steps = range(20 * epoch, 20 * (epoch + 1))
+    seen = np.concatenate([order.at(step) for step in steps])
+    assert len(np.unique(seen)) == 200
+
+
+def test_windows_kept_for_validation_are_left_out() -> None:
+    training = np.flatnonzero(np.arange(200) % 5)
+    order = order_of(200, 8, windows=training)
+    seen = np.concatenate([order.at(step) for step in range(order.steps_per_epoch)])
+    assert set(seen.tolist()) == set(training.tolist())
+
+
+def test_a_group_is_used_up_before_the_next_is_begun() -> None:
+    order = order_of(320, 8)
+    seen = np.concatenate([order.at(step) for step in range(32)])
+    groups = (seen // 8).reshape(10, 32)
+    assert all(len(np.unique(group)) == 4 for group in groups)
+    assert any(not np.array_equal(group, np.sort(group)) for group in groups)
+
+
+def test_epochs_and_seeds_differ_and_steps_are_reproducible() -> None:
+    order = order_of(320, 8)
+    assert np.array_equal(order.at(5), order_of(320, 8).at(5))
+    assert not np.array_equal(order.at(5), order.at(5 + 32))
+    assert not np.array_equal(order.at(5), order_of(320, 8, seed=4).at(5))
+
+
+def test_larger_groups_mix_better() -> None:
+    shares = [
+        np.mean([same_block_share(order_of(3200, 8, group_windows=g), s)[0] for s in range(20)])
+        for g in (16, 160, 3200)
+    ]
+    ideal = same_block_share(order_of(3200, 8), 0)[1]
+    assert shares[0] > shares[1] > shares[2]
+    assert shares[2] == pytest.approx(ideal, abs=0.003)
+
+
+@pytest.mark.parametrize("group_windows", [1, 3, 1000])
+def test_blocks_give_the_windows_that_the_reader_gives(
+    deltas: Path, patches: Path, group_windows: int
+) -> None:
+    rng = np.random.default_rng(0)
+    delta_shards, patch_shards = DeltaShards(deltas), PatchShards(patches)
+    delta_rows = StreamRows(DeltaBlocks(delta_shards), group_windows=group_windows)
+    patch_rows = StreamRows(PatchBlocks(patch_shards), group_windows=group_windows)
+    for _ in range(20):
+        windows = rng.integers(0, len(delta_shards), 9)
+        tokens, times = delta_rows(windows)
+        assert np.array_equal(tokens.numpy(), delta_shards.tokens(windows))
+        assert np.array_equal(times.numpy(), delta_shards.timestamps_s(windows))
+        windows = rng.integers(0, len(patch_shards), 9)
+        assert np.array_equal(patch_rows(windows)[0].numpy(), patch_shards.stored_tokens(windows))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_blocks_of_other_dtypes_give_values(
+    make_patches: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    shards = PatchShards(make_patches(tmp_path / "patches", dtype=dtype))
+    rows = StreamRows(PatchBlocks(shards), group_windows=4)
+    windows = np.array([5, 0, 17, 5])
+    assert np.array_equal(rows(windows)[0].numpy(), shards.tokens(windows))
+
+
+def test_blocks_of_a_delta_cache_are_read_whole(deltas: Path) -> None:
+    shards = DeltaShards(deltas)
+    starts = shards.block_starts
+    assert starts[0] == 0 and starts[-1] == len(shards)
+    for block, (start, stop) in enumerate(itertools.pairwise(starts)):
+        wanted = shards.tokens(np.arange(start, stop))
+        assert np.array_equal(shards.read_block(block), wanted)
+
+
+@pytest.mark.parametrize("residency", ["device", "memory", "map", "stream"])
+def test_a_batch_that_is_held_is_never_written_over(deltas: Path, residency: Any) -> None:
+    source = delta_source(DeltaShards(deltas), residency=residency)
+    held = [source.read(np.arange(step, step + 4)) for step in range(20)]
+    fresh = [source.read(np.arange(step, step + 4)) for step in range(20)]
+    for one, other in zip(held, fresh, strict=True):
+        assert all(map(torch.equal, one, other))
+        assert one[0].data_ptr() != other[0].data_ptr()
+
+
+def test_a_buffer_is_used_again_once_nobody_holds_it() -> None:
+    pool = BufferPool()
+    shape, dtype = (4, 5), np.dtype(np.float16)
+    first = pool.take(shape, dtype)
+    address, view = first.data_ptr(), first[1:]
+    del first
+    assert pool.take(shape, dtype).data_ptr() != address  # the view still shows it
+    del view
+    assert pool.take(shape, dtype).data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    ("free", "place"), [(1000, "memory"), (600, "map"), (100, "stream"), (0, "stream")]
+)
+def test_auto_takes_the_first_place_with_room(
+    monkeypatch: pytest.MonkeyPatch, free: int, place: str
+) -> None:
+    for module in (memory, sources):
+        monkeypatch.setattr(module, "available_bytes", lambda: free)
+    assert choose_place(500, residency="auto") == place
+    assert choose_place(500, residency="map") == "map"
+
+
+def test_a_run_goes_on_in_the_order_it_began_with(world_config: Callable[..., Any]) -> None:
+    train_world(world_config(residency="stream", steps=2))
+    with pytest.raises(CacheMismatch, match="data order is 'blocks'"):
+        train_world(world_config(residency="memory", steps=4))
+    train_world(world_config(residency="stream", steps=4))
+
+
+def test_patch_source_streams_in_blocks_within_a_shard(patches: Path) -> None:
+    shards = PatchShards(patches)
+    order = patch_source(shards, residency="stream").order(np.arange(len(shards)), 4, 0)
+    assert isinstance(order, StreamOrder)
+    assert set(shards.shard_starts.tolist()) <= set(order.block_starts.tolist())
