@@ -9,6 +9,7 @@ reader is pickled as its arguments, so that every process opens the cache for it
 """
 
 import difflib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from functools import cached_property
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .cache import CacheInfo
 from .errors import UsageError
+from .identity import canonical_json
 from .opening import OpenedCache, checked_windows
 from .patch_table import WindowTable
 from .plan import PlanEntry, read_plan
@@ -96,6 +98,14 @@ class CacheReader(ABC, Generic[Scalar]):
     def shard_starts(self) -> NDArray[np.int64]:
         """int64 (shards + 1,): the first window of every shard that has any, and the end."""
         return self._cache.starts
+
+    @cached_property
+    def arrangement(self) -> str:
+        """ "sha256:" + a hash of which clips lie in which shard: with the fingerprint, what decides
+        the number of every window. An export of other shards, or an appended cache, has another."""
+        ends = self._cache.starts[1:].tolist()
+        text = canonical_json(list(zip(self._cache.shard_keys, ends, strict=True)))
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
     @cached_property
     def keys(self) -> list[str]:

@@ -58,7 +58,7 @@ def train_dinoworld(config: DINOWorldTrainConfig) -> Path:
         data={
             "patches": shards.info.identity,
             "start_from": started_from,
-            **order_data(config),
+            **order_data(config, shards),
         },
         fingerprints={"patches": shards.info.fingerprint},
     )

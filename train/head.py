@@ -49,7 +49,11 @@ def train_head(config: HeadTrainConfig) -> Path:
     run = Run(
         command="head",
         config=config,
-        data={"patches": shards.info.identity, "start_from": started_from},
+        data={
+            "patches": shards.info.identity,
+            "windows": shards.arrangement,
+            "start_from": started_from,
+        },
         fingerprints={"patches": shards.info.fingerprint},
     )
     if run.is_finished():

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..shards.deltas import DeltaShards
 from ..shards.patches import PatchShards
+from ..shards.reader import CacheReader
 from .buffers import BufferPool
 from .config import Residency, TrainConfig
 from .devices import Accelerator
@@ -131,9 +132,11 @@ def settled(config: AnyConfig, size_bytes: int, accelerator: Accelerator) -> Any
     return replace(config, residency=place)
 
 
-def order_data(config: TrainConfig) -> dict[str, str]:
-    """What a run notes of the order of its batches: it cannot go on in another one."""
-    return {"order": "blocks"} if config.residency == "stream" else {}
+def order_data(config: TrainConfig, shards: CacheReader[Any]) -> dict[str, str]:
+    """What a run notes of the order of its batches: it cannot go on in another one, nor on the same
+    windows under other numbers."""
+    order = {"order": "blocks"} if config.residency == "stream" else {}
+    return {"windows": shards.arrangement, **order}
 
 
 def _first_that_fits(size_bytes: int, device: torch.device) -> tuple[Residency, str]:

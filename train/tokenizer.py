@@ -59,7 +59,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
         data={
             "patches": shards.info.identity,
             "start_from": started_from,
-            **order_data(config),
+            **order_data(config, shards),
         },
         fingerprints={"patches": shards.info.fingerprint},
     )

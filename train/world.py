@@ -48,21 +48,25 @@ def train_world(config: WorldTrainConfig) -> Path:
         DeltaWorld, config.model, seed=config.seed, start_from=start_folder(config)
     )
     accelerator = make_accelerator(config.device, config.precision)
-    shape = info.shape
+    shards, shape = DeltaShards(config.deltas, verify="size"), info.shape
     window_bytes = shape.num_frames * (2 * shape.hidden_size + 4)
-    config = settled(config, info.counts.get("windows", 0) * window_bytes, accelerator)
+    config = settled(config, shards.num_windows * window_bytes, accelerator)
     run = Run(
         command="world",
         config=config,
-        data={"deltas": info.identity, "start_from": started_from, **order_data(config)},
+        data={
+            "deltas": info.identity,
+            "start_from": started_from,
+            **order_data(config, shards),
+        },
         fingerprints={"deltas": info.fingerprint},
     )
     if run.is_finished():
         logger.info("%s: already trained for %d steps", config.out, config.steps)
         return run.folder
     share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    # One rank hashes the tars; the others would only read the same bytes again.
-    shards = DeltaShards(config.deltas, verify="sha256" if share.rank == 0 else "size")
+    if share.rank == 0:  # one rank hashes the tars; the others would only read the same again
+        shards = DeltaShards(config.deltas, verify="sha256")
     stage = WorldStage(model, shards, config, share, device=accelerator.device)
     Trainer(stage, run, accelerator).train()
     return run.folder

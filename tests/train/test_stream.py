@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.shards import DeltaShards, PatchShards
+from deltatok.shards import DeltaShards, PatchShards, read_cache_info
 from deltatok.shards.errors import CacheMismatch
+from deltatok.shards.export import export_cache
 from deltatok.train import memory, sources
 from deltatok.train.buffers import BufferPool
 from deltatok.train.sources import choose_place, delta_source, patch_source
@@ -147,6 +148,16 @@ def test_a_run_goes_on_in_the_order_it_began_with(world_config: Callable[..., An
     with pytest.raises(CacheMismatch, match="data order is 'blocks'"):
         train_world(world_config(residency="memory", steps=4))
     train_world(world_config(residency="stream", steps=4))
+
+
+def test_a_run_goes_on_only_with_the_windows_under_the_same_numbers(
+    world_config: Callable[..., Any], deltas: Path, tmp_path: Path
+) -> None:
+    train_world(world_config(steps=2))
+    export_cache([deltas], tmp_path / "again", clips_per_shard=1)
+    assert read_cache_info(tmp_path / "again").fingerprint == read_cache_info(deltas).fingerprint
+    with pytest.raises(CacheMismatch, match="data windows is 'sha256:"):
+        train_world(world_config(deltas=str(tmp_path / "again"), steps=4))
 
 
 def test_patch_source_streams_in_blocks_within_a_shard(patches: Path) -> None:
