@@ -5,10 +5,9 @@ contestant's rounds counts: machines are noisy, only the ratios mean something. 
 bench_command.py and by tests/benchmarks/loaders.py.
 """
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,10 @@ from ..train.memory import fits_in_memory
 from ..train.order import BatchOrder, Indices, Share
 from ..train.prefetch import Prefetcher
 from ..train.sources import choose_place, delta_source, patch_source
+from .bench_limits import Contestant, RawPatches, drop_files, read_disk
 
-READ_BYTES = 8 * 2**20
-"""Of one read of a file from end to end."""
 MANY = 2**40
 """Steps; more than anyone takes."""
-
-Contestant = Callable[[int], int]
-"""A step -> the windows (or pairs) that were read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +69,7 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
 
         contestants["in_memory"] = gather
     contestants["reader"] = lambda step: len(shards.tokens(order.at(step)))
-    contestants["disk"] = _disk(folder, ".tar", window_bytes=num_frames * size * 2)
+    contestants["disk"] = read_disk(folder, ".tar", window_bytes=num_frames * size * 2)
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = WorldBatches(
@@ -87,7 +82,12 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
             for workers in settings.workers:
                 name = f"loader:{residency}:{workers}"
                 contestants[name] = _loader(batches.read, settings.batch_size, workers, stack)
-        rates = measure(contestants, settings, drop=lambda: drop_files(folder, ".tar"))
+
+        def drop() -> None:
+            shards.release()  # what is mapped stays in memory
+            drop_files(folder, ".tar")
+
+        rates = measure(contestants, settings, drop=drop)
     return _report("windows", rates, "in_memory", "loader_over_memory", settings) | {
         "windows": shards.num_windows,
         "shards": len(shards.shard_starts) - 1,
@@ -141,7 +141,7 @@ def bench_patches(folder: Path, settings: BenchSettings) -> dict[str, Any]:
         contestants |= {"memmap": memmap, "memmap_random_pairs": memmap_pairs}
     contestants |= {"reader": reader, "reader_random_pairs": reader_pairs}
     window_bytes = num_frames * raw.frame_bytes / (num_frames - 1)
-    contestants["disk"] = _disk(folder, "", window_bytes=window_bytes)
+    contestants["disk"] = read_disk(folder, "", window_bytes=window_bytes)
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = TokenizerBatches(
@@ -156,37 +156,17 @@ def bench_patches(folder: Path, settings: BenchSettings) -> dict[str, Any]:
                 name = f"loader:{residency}:{workers}"
                 count = per_batch * (num_frames - 1)
                 contestants[name] = _loader(batches.read, count, workers, stack)
-        rates = measure(contestants, settings, drop=lambda: drop_files(folder, ""))
+
+        def drop() -> None:
+            raw.release()  # what is mapped stays in memory
+            drop_files(folder, "")
+
+        rates = measure(contestants, settings, drop=drop)
     return _report("pairs", rates, "memmap", "loader_over_memmap", settings) | {
         "windows": shards.num_windows,
         "frame_bytes": raw.frame_bytes,
         "dtype": shards.dtype,
     }
-
-
-class RawPatches:
-    """The frames of a patch cache straight from the mapped files: no checks, what a reader of this
-    format could reach. Only for caches whose frames are not compressed."""
-
-    def __init__(self, shards: PatchShards) -> None:
-        num_frames, num_tokens, size = shards.shape
-        bytes_each = 1 if shards.dtype == "int8" else 2
-        self.frame_bytes = num_tokens * size * bytes_each
-        self._num_frames = num_frames
-        self._starts = shards.shard_starts
-        self.files = sorted(shards.folder.glob("shards/*.zarr/tokens/c/0/0/0/0"))
-        counts = np.diff(self._starts) * num_frames
-        sizes = [path.stat().st_size for path in self.files]
-        # Frames of equal size with a checksum of 4 bytes each, then the index: 16 each, and 4.
-        self.usable = sizes == [int(n) * (self.frame_bytes + 20) + 4 for n in counts]
-        self._maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in self.files]
-
-    def frame(self, window: int, frame: int) -> NDArray[np.uint8]:
-        """uint8 (frame_bytes,), a view of the file."""
-        shard = int(np.searchsorted(self._starts, window, side="right")) - 1
-        number = (int(window) - int(self._starts[shard])) * self._num_frames + int(frame)
-        start = number * (self.frame_bytes + 4)
-        return self._maps[shard][start : start + self.frame_bytes]
 
 
 def measure(
@@ -207,51 +187,6 @@ def measure(
             if settings.cold or number > 0:
                 rates[name].append(count / spent_s)
     return {name: statistics.median(values) for name, values in rates.items()}
-
-
-def drop_files(folder: Path, suffix: str) -> None:
-    """Has the system forget the contents of the shards' files, as far as it does (POSIX)."""
-    for path in _data_files(folder, suffix):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def _disk(folder: Path, suffix: str, *, window_bytes: float) -> Contestant:
-    """Reads the files from end to end; gives as many windows as their bytes would be."""
-    chunks = _chunks(list(_data_files(folder, suffix)))
-    buffer = np.empty(READ_BYTES, dtype=np.uint8)
-    carried = 0.0
-
-    def read(step: int) -> int:
-        nonlocal carried
-        path, offset = next(chunks)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            count = os.preadv(descriptor, [buffer.data], offset)
-        finally:
-            os.close(descriptor)
-        carried += count / window_bytes
-        whole, carried = int(carried), carried % 1
-        return whole
-
-    return read
-
-
-def _chunks(paths: Sequence[Path]) -> Iterator[tuple[Path, int]]:
-    while True:
-        for path in paths:
-            for offset in range(0, path.stat().st_size, READ_BYTES):
-                yield path, offset
-
-
-def _data_files(folder: Path, suffix: str) -> Iterator[Path]:
-    if suffix:
-        yield from sorted(folder.glob(f"shards/*{suffix}"))
-    else:
-        yield from sorted(folder.glob("shards/*.zarr/tokens/c/0/0/0/0"))
 
 
 def _loader(read: Callable[[int], Any], count: int, workers: int, stack: ExitStack) -> Contestant:

@@ -187,6 +187,10 @@ class DeltaShards(CacheReader[np.float16]):
         """All tokens, float16 (W, T, D), and timestamps, float32 (W, T), in memory."""
         return self.tokens(np.arange(self.num_windows)), self._all_timestamps().copy()
 
+    def release(self) -> None:
+        """Lets go of the mapped files; what is read next maps them again."""
+        self._rows.clear()
+
     @property
     def _row_bytes(self) -> int:
         return math.prod(self.shape) * 2

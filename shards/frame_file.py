@@ -40,6 +40,11 @@ class FrameFile:
         self._checked: NDArray[np.bool_] | None = None
         if check_once:  # threads may set it at once: at worst a frame is checked twice
             self._checked = np.zeros(shape[:2], dtype=np.bool_)
+        self._unread = np.empty((shape[1], CRC_BYTES), dtype=np.uint8)
+        chunk_bytes = self._frame_bytes + CRC_BYTES
+        steps = np.diff(self._offsets, axis=1)
+        self._in_order = bool((steps == chunk_bytes).all())
+        """Whether the frames of every window lie one after the other."""
 
     def open(self) -> ReadOnlyFile:
         """The data file, to be passed to `read_frames`."""
@@ -67,20 +72,24 @@ class FrameFile:
     ) -> None:
         """The frames from `first` on; the chunks of a window lie one after the other."""
         count = len(out)
-        offsets = self._offsets[window, first : first + count]
-        if count > 1 and (np.diff(offsets) != self._frame_bytes + CRC_BYTES).any():
-            for row in range(count):  # another writer's order
+        if count > 1 and not self._in_order:  # another writer's order
+            for row in range(count):
                 self._read_stretch(file, window, first + row, out=out[row : row + 1])
             return
-        crcs = np.empty((count, CRC_BYTES), dtype=np.uint8)
-        buffers = [buffer for row in range(count) for buffer in (out[row], crcs[row])]
-        file.read_into(buffers, int(offsets[0]))
+        checked = self._checked
+        if checked is not None and checked[window, first : first + count].all():
+            crcs = self._unread[:count]  # whatever is written there, nobody reads it
+        else:
+            crcs, checked = np.empty((count, CRC_BYTES), dtype=np.uint8), None
+        buffers = [buffer for pair in zip(out, crcs, strict=True) for buffer in pair]
+        file.read_into(buffers, int(self._offsets[window, first]))
+        if checked is not None:
+            return
         for row in range(count):
-            if self._is_checked(window, first + row):
-                continue
             where = f"{self.path}: window {window}, frame {first + row}"
             check_crc(out[row], crcs[row], where=where)
-            self._note_checked(window, first + row)
+        if self._checked is not None:
+            self._checked[window, first : first + count] = True
 
     def _read_compressed(
         self, file: ReadOnlyFile, window: int, frame: int, *, out: NDArray[np.uint8]
@@ -91,13 +100,6 @@ class FrameFile:
         where = f"{self.path}: window {window}, frame {frame}"
         check_crc(stored, crc, where=where)
         decompress(stored, out=out, where=where)
-
-    def _is_checked(self, window: int, frame: int) -> bool:
-        return self._checked is not None and bool(self._checked[window, frame])
-
-    def _note_checked(self, window: int, frame: int) -> None:
-        if self._checked is not None:
-            self._checked[window, frame] = True
 
     def _read_index(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where each chunk starts and how long it is, int64 (W, T) each."""

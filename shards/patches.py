@@ -207,11 +207,16 @@ class PatchShards(CacheReader[np.float32]):
         self, numbers: NDArray[np.int64]
     ) -> Iterator[tuple[int, TokenReader, OpenFiles, int]]:
         """(position in `numbers`, the shard's reader, its open files, window within the shard)."""
-        shards, windows = self._cache.locate(numbers)
-        for position in np.argsort(numbers, kind="stable"):
-            shard = int(shards[position])
-            reader = self._reader(shard)
-            yield int(position), reader, self._open_files(shard, reader), int(windows[position])
+        order = np.argsort(numbers, kind="stable")
+        shards, windows = self._cache.locate(numbers[order])
+        opened = -1
+        for place, shard, window in zip(
+            order.tolist(), shards.tolist(), windows.tolist(), strict=True
+        ):
+            if shard != opened:
+                reader, opened = self._reader(shard), shard
+                files = self._open_files(shard, reader)
+            yield place, reader, files, window
 
     def _reader(self, shard: int) -> TokenReader:
         reader = self._readers.get(shard)

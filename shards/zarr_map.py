@@ -64,8 +64,8 @@ class ReadOnlyFile:
         """Fills the uint8 (n,) `buffers`, one after the other, from `offset` on."""
         wanted = sum(buffer.nbytes for buffer in buffers)
         try:
-            got = 0
-            while got < wanted:
+            got = os.preadv(self._descriptor, [buffer.data for buffer in buffers], offset)
+            while got < wanted:  # interrupted, or the file ends
                 rest = [buffer.data for buffer in _rest(buffers, got)]
                 more = os.preadv(self._descriptor, rest, offset + got)
                 if more == 0:

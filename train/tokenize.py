@@ -8,6 +8,7 @@ the true frames. Used by `deltatok-extract --patches --tokenizer` and at the end
 
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +31,10 @@ from ..shards.cache import (
 )
 from ..shards.delta_writer import DeltaRows, write_delta_shard
 from ..shards.errors import CacheMismatch, Stopped, UsageError
-from ..shards.files import remove_partials
+from ..shards.files import remove, remove_partials
 from ..shards.patches import PatchShards
 from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
-from ..shards.records import append_timing, read_done, write_quarantine
+from ..shards.records import append_timing, read_done, shard_path, write_quarantine
 from .config import TokenizeConfig
 from .devices import Accelerator, make_accelerator, precision_name
 from .frame_picks import (
@@ -85,7 +86,7 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
         parent_fingerprint=patches.fingerprint,
         draws=draws,
     )
-    plan = read_plan(config.patches)
+    plan, work = read_plan(config.patches), list(shard_parts(config.patches))
     if accelerator.is_main_process:
         open_cache(out, info)
         if is_begun(out, plan):
@@ -94,9 +95,9 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
         write_plan(out, plan)
         remove_partials(out)
         remove_partials(out / "shards")
+        _forget_outdated(out, work)
     accelerator.wait_for_everyone()
     encoder = _Encoder(model.to(accelerator.device), patches, config, accelerator, draws)
-    work = list(shard_parts(config.patches))
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
@@ -136,6 +137,22 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     accelerator.wait_for_everyone()
     logger.info("%d windows of delta tokens are in %s", num_windows, out)
     return read_cache_info(out)
+
+
+def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
+    """Has delta shards made again whose patch shard was made again since, with clips that were in
+    quarantine before."""
+    made = {part.record.shard: read_done(out, part.record.shard) for part in work}
+    outdated = [
+        part.record.shard
+        for part in work
+        if (done := made[part.record.shard]) is not None and set(done.keys) != set(part.record.keys)
+    ]
+    if outdated and read_cache_info(out).complete:
+        reopen_cache(out)
+    for shard in outdated:
+        logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
+        remove(shard_path(out, shard, ".json"))
 
 
 def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.shards import CacheMismatch, DeltaShards, PatchShards, read_done, verify_cache
+from deltatok.shards import (
+    CacheMismatch,
+    DeltaShards,
+    PatchShards,
+    Quarantined,
+    read_done,
+    verify_cache,
+)
 from deltatok.shards.cache import finish_cache, reopen_cache
 from deltatok.shards.files import sha256_file
 from deltatok.shards.patch_writer import PatchRows, write_patch_shard
@@ -136,6 +143,43 @@ def test_clips_appended_to_the_patches_join_the_deltas(
     assert verify_cache(config.out).problems == []
     write_deltas(config_of(grown, tokenizer, tmp_path / "at-once"))
     assert bytes_of(tmp_path / "at-once") == after
+
+
+def lose_clip(folder: Path) -> None:
+    """The first shard as it was while its last clip was in quarantine."""
+    source, record = PatchShards(folder), read_done(folder, 0)
+    assert record is not None
+    windows = np.flatnonzero(source.clip_index < len(record.keys) - 1)
+    rows = PatchRows(
+        tokens=source.tokens(windows),
+        timestamps_s=source.timestamps_s(windows),
+        frame_index=source.frame_index(windows),
+        crop=source.crop[windows],
+        flipped=source.flipped[windows],
+        clip=source.clip_index[windows].astype(np.int32),
+        keys=record.keys[:-1],
+    )
+    lost = Quarantined(clip=record.keys[-1], stage="decode", reason="hung", attempts=2)
+    counts = reopen_cache(folder).counts
+    write_patch_shard(folder, 0, rows, dtype="float16", seed=0, quarantined=[lost])
+    finish_cache(folder, counts)
+
+
+def test_shard_whose_quarantined_clip_came_back_is_encoded_again(
+    patches: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(patches, tmp_path / "patches"))
+    lose_clip(source)
+    config = config_of(source, tokenizer, tmp_path / "deltas")
+    write_deltas(config)
+    num_windows = len(DeltaShards(config.out))
+    shutil.rmtree(source)
+    shutil.copytree(patches, source)
+    write_deltas(config)
+    assert len(DeltaShards(config.out)) > num_windows
+    assert verify_cache(config.out, deep=True).problems == []
+    write_deltas(config_of(source, tokenizer, tmp_path / "at-once"))
+    assert bytes_of(tmp_path / "at-once") == bytes_of(tmp_path / "deltas")
 
 
 def test_patches_of_other_clips_do_not_join_the_deltas(
