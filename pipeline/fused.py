@@ -20,9 +20,9 @@ from ..shards.cache import CacheInfo
 from ..shards.delta_writer import DeltaRows, write_delta_shard
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord
+from ..train.delta_identity import check_tokenizer, describe_deltas
 from ..train.devices import precision_name
 from ..train.models.deltatok import DeltaTok
-from ..train.tokenize import check_tokenizer, describe_deltas
 from .videos_config import VideosConfig
 
 STORED_PATCHES = {"storage": {"dtype": "float16"}}

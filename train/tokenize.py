@@ -7,10 +7,8 @@ the true frames. Used by `deltatok-extract --patches --tokenizer` and at the end
 """
 
 import logging
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import (
-    DELTAS,
     CacheInfo,
-    CacheShape,
-    compare,
     finish_cache,
     open_cache,
     read_cache_info,
     reopen_cache,
 )
 from ..shards.delta_writer import DeltaRows, write_delta_shard
-from ..shards.errors import CacheMismatch, Stopped, UsageError
+from ..shards.errors import Stopped, UsageError
 from ..shards.files import remove, remove_partials
 from ..shards.patches import PatchShards
 from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
 from ..shards.records import append_timing, read_done, shard_path, write_quarantine
 from .config import TokenizeConfig
+from .delta_identity import check_tokenizer, describe_deltas
 from .devices import Accelerator, make_accelerator, precision_name
 from .frame_picks import (
     FramePicks,
@@ -49,18 +45,7 @@ from .frame_picks import (
 from .logs import Meter
 from .models.deltatok import DeltaTok
 from .prefetch import Prefetcher
-from .pretrained import read_provenance, weights_sha256
-from .run_folder import plain
 from .stop import StopSignal
-
-SAME_FOR_BOTH = (
-    "backbone",
-    "preprocessing.patch_size",
-    "preprocessing.image_mean",
-    "preprocessing.image_std",
-)
-"""What the tokenizer's own training cache and the cache to tokenize must agree in; not the frame
-size: a tokenizer may be used at another one."""
 
 logger = logging.getLogger(__name__)
 
@@ -153,82 +138,6 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     for shard in outdated:
         logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
         remove(shard_path(out, shard, ".json"))
-
-
-def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
-    """CacheMismatch, naming the field, unless the tokenizer was trained on this kind of tokens.
-
-    patches: the cache.json of the patch tokens that it is about to encode.
-    """
-    size = patches.shape.hidden_size
-    if model.config.hidden_size != size:
-        raise CacheMismatch(
-            f"{folder}: hidden_size is {model.config.hidden_size}, the patch tokens have {size} "
-            "channels: use a tokenizer that was trained for this backbone, or another cache"
-        )
-    trained_on = read_provenance(folder).get("patches")
-    if not isinstance(trained_on, dict):
-        logger.warning("%s does not say what it was trained on: only its size was checked", folder)
-        return
-    compare(
-        patches.identity,
-        trained_on,
-        what_got="the patch tokens",
-        what_wanted=f"those that {folder} was trained on",
-        fields=SAME_FOR_BOTH,
-    )
-
-
-def describe_deltas(
-    model: DeltaTok,
-    patches: CacheInfo,
-    *,
-    autocast_dtype: str,
-    parent_fingerprint: str | None,
-    draws: WindowDraws | None = None,
-) -> CacheInfo:
-    """cache.json of the delta tokens of these patch tokens under this tokenizer.
-
-    parent_fingerprint: that of the patch cache, also where its tokens were never stored.
-    draws: how windows were drawn among its frames, None where they are its own windows.
-    """
-    identity = deltas_identity(model, patches.identity, autocast_dtype=autocast_dtype)
-    if draws is not None:
-        identity["sampling"] = draws.identity()
-    shape = patches.shape
-    return CacheInfo(
-        format=DELTAS,
-        identity=identity,
-        shape=CacheShape(
-            num_frames=shape.num_frames if draws is None else draws.num_frames,
-            num_tokens=None,
-            grid=None,
-            hidden_size=shape.hidden_size,
-        ),
-        parent_fingerprint=parent_fingerprint,
-        backbone=patches.backbone,
-        licence=patches.licence,
-        software={
-            **{name: version(name) for name in ("deltatok", "numpy")},
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    )
-
-
-def deltas_identity(
-    model: DeltaTok, patches: dict[str, Any], *, autocast_dtype: str
-) -> dict[str, Any]:
-    """All that determines delta tokens: the patch tokens' identity and the tokenizer."""
-    return {
-        "patches": patches,
-        "tokenizer": {
-            "config": plain(asdict(model.config)),
-            "weights_sha256": weights_sha256(model),
-        },
-        "storage": {"dtype": "float16"},
-        "autocast_dtype": autocast_dtype,
-    }
 
 
 @dataclass(frozen=True)
