@@ -95,7 +95,7 @@ class StreamRows:
         self._blocks = blocks
         sizes = np.diff(blocks.starts)
         self._slot_windows = int(sizes.max(initial=1))
-        group_blocks = -(-group_windows // max(1, int(sizes.mean())))
+        group_blocks = -(-group_windows // max(1, int(sizes.mean()) if len(sizes) else 1))
         self._num_slots = min(len(sizes), 2 * group_blocks + 2)
         self._buffers = blocks.buffers(self._num_slots * self._slot_windows)
         self._slot_of = np.full(len(sizes), -1, dtype=np.int64)

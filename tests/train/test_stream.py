@@ -1,7 +1,7 @@
 """Streaming: whole blocks in a random order; the same windows as read directly, mixed well."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,21 @@ def test_a_batch_that_is_held_is_never_written_over(deltas: Path, residency: Any
     for one, other in zip(held, fresh, strict=True):
         assert all(map(torch.equal, one, other))
         assert one[0].data_ptr() != other[0].data_ptr()
+
+
+def test_a_cache_without_windows_gives_none() -> None:
+    class Nothing:
+        starts = np.zeros(1, dtype=np.int64)
+        row_bytes = 8
+
+        def buffers(self, num_windows: int) -> list[torch.Tensor]:
+            return [torch.empty((num_windows, 4), dtype=torch.float16)]
+
+        def read(self, block: int, out: Sequence[torch.Tensor]) -> None:
+            raise AssertionError("there is no block")
+
+    (rows,) = StreamRows(Nothing(), group_windows=4)(np.array([], dtype=np.int64))
+    assert rows.shape == (0, 4)
 
 
 def test_a_buffer_is_used_again_once_nobody_holds_it() -> None:
