@@ -15,6 +15,9 @@ from .patch_layout import only_chunk
 from .zarr_map import ADVICE, CRC_BYTES, ReadOnlyFile, check_crc, check_metadata
 from .zstd import decompress
 
+MAX_STRETCH = 256
+"""Frames in one read: two buffers each, of which a system takes 1,024 at once."""
+
 _INDEX_ENTRY_BYTES = 16
 
 
@@ -56,7 +59,7 @@ class FrameFile:
         """Fills `out`, uint8 (len(frames), frame_bytes), C-contiguous.
 
         Frames that follow one another are one read. Raises DamagedShard on a wrong checksum: of
-        every frame, or with `checked` of each once.
+        every frame, or with `check_once` of each when it is read first.
         """
         if self.compression != "none":
             for row, frame in enumerate(frames):
@@ -124,10 +127,10 @@ class FrameFile:
 
 
 def _stretches(frames: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of every stretch of numbers that follow one another."""
+    """(first, count) of every stretch of numbers that follow one another, MAX_STRETCH at most."""
     first, count = frames[0], 0
     for frame in frames:
-        if frame != first + count:
+        if frame != first + count or count == MAX_STRETCH:
             yield first, count
             first, count = frame, 0
         count += 1

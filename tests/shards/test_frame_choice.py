@@ -1,5 +1,6 @@
 """Some frames of some windows, straight from the files: what plain zarr gives, checked once."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltatok.shards import DamagedShard, PatchShards
+from deltatok.shards import DamagedShard, PatchShards, frame_file
 
 QUIET = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -45,6 +46,16 @@ def test_chosen_frames_are_those_of_plain_zarr(
         np.testing.assert_array_equal(got, plain[windows[:, None], frames])
         values = reader.tokens(windows, frames=frames)
         np.testing.assert_array_equal(values, plain[windows[:, None], frames].astype(np.float32))
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_long_windows_are_read_in_several_stretches(
+    patches: Any, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    assert os.sysconf("SC_IOV_MAX") >= 2 * frame_file.MAX_STRETCH
+    wanted = PatchShards(patches.folder).load()
+    monkeypatch.setattr(frame_file, "MAX_STRETCH", most)
+    np.testing.assert_array_equal(PatchShards(patches.folder).load(), wanted)
 
 
 @pytest.mark.parametrize(
