@@ -3,12 +3,12 @@
     python tests/experiments/layer_scale.py --quickstart runs/quickstart --out DIR --json FILE
 
 Trains the quickstart's tokenizer with layer_scale_init 1e-5 (released) and 0.1, three seeds each,
-all else as in the quickstart, whose first weights are wider (standard deviation 0.08) than released
-(0.02; --initializer-range 0.02). z-swap ratio: the validation loss with delta tokens swapped between
-windows over the loss with the right ones; near 1: the decoder ignores the token.
+all else as in the quickstart, whose first weights are wider (standard deviation 0.08) than the
+released ones (0.02: --initializer-range 0.02). z-swap ratio: the validation loss with delta tokens
+swapped between windows over the loss with the right ones; near 1: the decoder ignores the token.
 
-JSON: steps, initializer_range, runs: [{layer_scale_init, seed, z_swap_ratio: [[step, ratio]], copy_last_ratio,
-escaped_at_step: the first evaluation with a z-swap ratio of at least 1.5, or null}].
+JSON: steps, initializer_range, runs: [{layer_scale_init, seed, z_swap_ratio: [[step, ratio]],
+copy_last_ratio, escaped_at_step: the first evaluation with a z-swap ratio of 1.5 or more, or null}].
 """
 
 import argparse
