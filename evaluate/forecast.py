@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..shards.errors import UsageError
 from ..train.devices import precision_name
+from ..train.models.heads import SegmentationHead
 from .config import ForecastConfig
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .panels import ShownWindow, class_panel, feature_panel
@@ -63,6 +64,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         rows=scorer.rows(),
         probes=probes,
         best_of_k=scorer.best_of_k(),
+        per_class_iou=scorer.per_class_iou(),
         provenance=inputs.models.provenance,
         seconds=watch.seconds,
         config=asdict(config) | {"device": str(device), "autocast": precision},
@@ -86,7 +88,7 @@ def score_windows(inputs: ForecastInputs, watch: "Stopwatch") -> tuple[Scorer, l
             indices = list(range(start, min(start + config.batch_windows, len(cache))))
             with watch.stage("read"):
                 x, times = inputs.windows(indices)
-                labels = inputs.target_labels(indices)
+                labels = inputs.labelled_frames(indices)
             with watch.stage("encode"):
                 batch = encode_windows(models, indices, x, times, **place)
                 scorer.add_tokens(batch)
@@ -123,7 +125,7 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
     """Panels of the windows that were kept, and the training curves."""
     head, config = inputs.models.head, inputs.config
     classes = []
-    if head is not None:
+    if isinstance(head, SegmentationHead):
 
         def segment(tokens: Any, size: tuple[int, int]) -> Any:
             x = torch.from_numpy(tokens).to(inputs.device)

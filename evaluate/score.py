@@ -10,19 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.errors import DeltatokError, UsageError
+from ..shards.errors import DeltatokError
 from ..train.models.heads import SegmentationHead
 from ..train.probes import participation_ratio
 from .config import ForecastConfig
+from .dense import Head, LabelledFrame, LabelScores
 from .predict import HorizonForecast, WindowBatch, feature_loss
 from .probes import best_of_k, mean_square_motion, mean_square_spread, spread_ratio
-from .protocol import IGNORE, MeanIoU, segment
+from .protocol import segment
 from .rows import HORIZONS, ROW_NAMES, ReportRow
-
-LabelMaps = Sequence[NDArray[np.uint8]]
 
 
 class Scorer:
@@ -32,20 +30,17 @@ class Scorer:
         self,
         config: ForecastConfig,
         *,
-        head: SegmentationHead | None,
+        head: Head | None,
         grid: tuple[int, int],
     ) -> None:
         self._config = config
-        self._head = head
-        self._grid = grid
+        self._labels = None if head is None else LabelScores(head, grid=grid)
         self._z: list[Tensor] = []
         self._losses: dict[tuple[str, str], list[list[float]]] = defaultdict(list)  # by step
         self._open_loop: dict[str, list[float]] = defaultdict(list)
         self._sample_losses: dict[str, list[list[float]]] = defaultdict(list)
         self._spread: dict[str, list[float]] = defaultdict(list)
         self._motion: dict[str, list[float]] = defaultdict(list)
-        self._miou: dict[tuple[str, str], MeanIoU] = {}
-        self._labelled_pixels = 0
 
     def add_tokens(self, batch: WindowBatch) -> None:
         """Take in the delta tokens of frame pairs (token 0, black -> frame 0, is another thing)."""
@@ -64,34 +59,36 @@ class Scorer:
             self._spread[horizon] += mean_square_spread(forecast.samples[:, :, -1]).tolist()
             self._motion[horizon] += mean_square_motion(truth, last).tolist()
 
-    def add_labels(self, horizon: str, forecast: HorizonForecast, labels: LabelMaps) -> None:
-        """Take in the label maps (H, W) of a horizon's target frames; nothing without a head."""
-        if self._head is None:
-            return
-        for name, row in forecast.rows.items():
-            metric = self._miou.setdefault(
-                (horizon, name), MeanIoU(num_classes=self._head.config.num_classes)
-            )
-            for tokens, label in zip(row[:, -1], labels, strict=True):
-                size = (label.shape[0], label.shape[1])
-                classes = class_map(self._head, tokens, grid=self._grid, size=size)
-                metric.update(classes[None], torch.from_numpy(label)[None].to(classes))
-        self._labelled_pixels += sum(int(np.count_nonzero(label != IGNORE)) for label in labels)
+    def add_labels(
+        self, horizon: str, forecast: HorizonForecast, frames: Sequence[LabelledFrame]
+    ) -> None:
+        """Take in the labels of a horizon's target frames; nothing without a head."""
+        if self._labels is not None:
+            self._labels.add(horizon, forecast.rows, frames)
 
     def rows(self) -> list[ReportRow]:
-        """All rows, mIoU first."""
-        if self._miou and not self._labelled_pixels:
-            raise UsageError("labels: every pixel of every target frame is 255 (ignore)")
+        """All rows, mIoU or RMSE first."""
+        labelled = {} if self._labels is None else self._labels.values()
+        metric = "" if self._labels is None else self._labels.metric
         found = []
         for horizon in HORIZONS:
             for name in ROW_NAMES:
-                if (horizon, name) in self._miou:
-                    value = float(self._miou[horizon, name].compute())
-                    found.append(self._row(horizon, name, "miou", value))
+                if (horizon, name) in labelled:
+                    found.append(self._row(horizon, name, metric, labelled[horizon, name]))
                 if (horizon, name) in self._losses:
                     value = _mean([steps[-1] for steps in self._losses[horizon, name]])
                     found.append(self._row(horizon, name, "feature_loss", value))
         return found
+
+    def per_class_iou(self) -> list[dict[str, Any]]:
+        """[{"horizon", "row", "iou": [0-1 or None of every class]}], empty without mIoU."""
+        ious = {} if self._labels is None else self._labels.per_class()
+        return [
+            {"horizon": horizon, "row": name, "iou": ious[horizon, name]}
+            for horizon in HORIZONS
+            for name in ROW_NAMES
+            if (horizon, name) in ious
+        ]
 
     def best_of_k(self) -> list[dict[str, Any]]:
         """[{"horizon", "k", "feature_loss"}], empty without a world model."""
