@@ -40,7 +40,7 @@ def run_forecast(config: ForecastConfig) -> Report:
     """Evaluate, and write report.json, report.html and pictures into `config.out`.
 
     Raises:
-        CacheMismatch: the cache is not uniform, or a model does not belong to it.
+        CacheMismatch: the cache holds training windows, or a model does not belong to it.
         UsageError: too few frames a window; labels, videos or curves that cannot be used.
         DeltatokError: features that are not finite; names the window.
     """
@@ -84,13 +84,13 @@ def score_windows(inputs: ForecastInputs, watch: "Stopwatch") -> tuple[Scorer, l
     to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
     shown: list[ShownWindow] = []
     with tqdm(total=len(cache), desc="forecast", unit="window", disable=None) as progress:
-        for start in range(0, len(cache), config.batch_windows):
-            indices = list(range(start, min(start + config.batch_windows, len(cache))))
+        for indices in inputs.arrangement.batches():
             with watch.stage("read"):
                 x, times = inputs.windows(indices)
-                labels = inputs.labelled_frames(indices)
+                labels = inputs.arrangement.labelled(indices)
             with watch.stage("encode"):
-                batch = encode_windows(models, indices, x, times, **place)
+                names = inputs.arrangement.names(indices)
+                batch = encode_windows(models, indices, x, times, names=names, **place)
                 scorer.add_tokens(batch)
             for horizon in HORIZONS:
                 with watch.stage("forecast"):
