@@ -21,6 +21,7 @@ from .predict import HorizonForecast, WindowBatch, feature_loss
 from .probes import best_of_k, mean_square_motion, mean_square_spread, spread_ratio
 from .protocol import IGNORE, MeanIoU, segment
 from .rows import HORIZONS, ROW_NAMES, ReportRow
+from .sequences import Score, SequenceScores, class_counts
 
 LabelMaps = Sequence[NDArray[np.uint8]]
 
@@ -34,8 +35,12 @@ class Scorer:
         *,
         head: SegmentationHead | None,
         grid: tuple[int, int],
+        keys: Sequence[str],
     ) -> None:
+        """`keys`: the clip of every window of the cache; see `sequences` for what is kept by it."""
         self._config = config
+        self._keys = keys
+        self.sequences = SequenceScores()
         self._head = head
         self._grid = grid
         self._z: list[Tensor] = []
@@ -50,6 +55,7 @@ class Scorer:
     def add_tokens(self, batch: WindowBatch) -> None:
         """Take in the delta tokens of frame pairs (token 0, black -> frame 0, is another thing)."""
         self._z.append(batch.z[:, 1:].flatten(0, 1).cpu())
+        self.sequences.windows.update(self._keys[index] for index in batch.indices)
 
     def add(self, horizon: str, forecast: HorizonForecast, batch: WindowBatch) -> None:
         """Take in one horizon's feature losses and probes."""
@@ -57,25 +63,34 @@ class Scorer:
             losses = feature_loss(row, forecast.truth).tolist()
             self._check_finite(losses, name, batch)
             self._losses[horizon, name] += losses
+            for index, steps in zip(batch.indices, losses, strict=True):
+                score = Score(horizon, name, "feature_loss")
+                self.sequences.add(score, self._config.seed, self._keys[index], steps[-1], 1)
         self._open_loop[horizon] += feature_loss(forecast.open_loop, forecast.truth)[:, -1].tolist()
-        if forecast.samples is not None and forecast.sample_losses is not None:
+        is_first_seed = "copy_last" in forecast.rows
+        if is_first_seed and forecast.samples is not None and forecast.sample_losses is not None:
             truth, last = forecast.truth[:, -1], forecast.rows["copy_last"][:, 0]
             self._sample_losses[horizon] += forecast.sample_losses.tolist()
             self._spread[horizon] += mean_square_spread(forecast.samples[:, :, -1]).tolist()
             self._motion[horizon] += mean_square_motion(truth, last).tolist()
 
-    def add_labels(self, horizon: str, forecast: HorizonForecast, labels: LabelMaps) -> None:
+    def add_labels(
+        self, horizon: str, forecast: HorizonForecast, labels: LabelMaps, batch: WindowBatch
+    ) -> None:
         """Take in the label maps (H, W) of a horizon's target frames; nothing without a head."""
         if self._head is None:
             return
         for name, row in forecast.rows.items():
-            metric = self._miou.setdefault(
-                (horizon, name), MeanIoU(num_classes=self._head.config.num_classes)
-            )
-            for tokens, label in zip(row[:, -1], labels, strict=True):
+            num_classes = self._head.config.num_classes
+            metric = self._miou.setdefault((horizon, name), MeanIoU(num_classes=num_classes))
+            for index, tokens, label in zip(batch.indices, row[:, -1], labels, strict=True):
                 size = (label.shape[0], label.shape[1])
                 classes = class_map(self._head, tokens, grid=self._grid, size=size)
-                metric.update(classes[None], torch.from_numpy(label)[None].to(classes))
+                target = torch.from_numpy(label)[None].to(classes)
+                metric.update(classes[None], target)
+                found = class_counts(classes, target[0], num_classes=num_classes)
+                score = Score(horizon, name, "miou")
+                self.sequences.add(score, self._config.seed, self._keys[index], *found)
         self._labelled_pixels += sum(int(np.count_nonzero(label != IGNORE)) for label in labels)
 
     def rows(self) -> list[ReportRow]:
