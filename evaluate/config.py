@@ -27,8 +27,14 @@ class ForecastConfig:
     """Folder of the best-of-many world model; none: no rows `mean` and `best`."""
     discriminative: str | None = None
     """Folder of a world model with a learned query; none: no row `discriminative`."""
+    dinoworld: tuple[str, ...] = ()
+    """Folders of DINO-worlds, for rows of their own: one with a learned query, one with noise
+    queries, or both."""
+    regressor_null: bool = True
+    """Row `regressor_null`, where world and discriminative are DeltaWorlds: the best of Gaussian
+    draws around the discriminative forecast, spread as the samples are. As costly as they are."""
     head: str | None = None
-    """Folder of a segmentation head, for mIoU; needs labels."""
+    """Folder of a segmentation head, for mIoU, or of a depth head, for RMSE; needs labels."""
     labels: str | None = None
     """Folder of labels: CLIP_KEY.npy, uint8 (frames, H, W), 255 = ignore; needs head."""
     futures: str | None = None

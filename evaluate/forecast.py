@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..shards.errors import UsageError
 from ..train.devices import precision_name
+from ..train.models.heads import SegmentationHead
 from .config import ForecastConfig
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .mode_scores import ModeScorer
@@ -70,6 +71,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         rows=rows,
         probes=probes,
         best_of_k=scorer.best_of_k(),
+        per_class_iou=scorer.per_class_iou(),
         provenance=inputs.models.provenance,
         seconds=watch.seconds,
         config=asdict(config) | {"device": str(device), "autocast": precision},
@@ -87,7 +89,7 @@ def score_windows(
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
     place: dict[str, Any] = {"black": inputs.black, "grid": cache.grid}
-    keys = [inputs.key(index) for index in range(len(cache))]
+    keys = [inputs.sequence(index) for index in range(len(cache))]
     scorers = {
         seed: Scorer(replace(config, seed=seed), head=models.head, grid=cache.grid, keys=keys)
         for seed in seeds_of(config)
@@ -100,7 +102,7 @@ def score_windows(
             indices = list(range(start, min(start + config.batch_windows, len(cache))))
             with watch.stage("read"):
                 x, times = inputs.windows(indices)
-                labels = inputs.target_labels(indices)
+                labels = inputs.labelled_frames(indices)
             with watch.stage("encode"):
                 batch = encode_windows(models, indices, x, times, **place)
                 scorer.add_tokens(batch)
@@ -111,7 +113,7 @@ def score_windows(
                 for seed, found in chain([(config.seed, forecast)], watch.each("seeds", more)):
                     with watch.stage("score"):
                         scorers[seed].add(horizon, found, batch)
-                        scorers[seed].add_labels(horizon, found, labels, batch)
+                        scorers[seed].add_labels(horizon, found, labels)
                         if modes is not None:
                             parts = scorers[seed].sequences
                             modes.add(horizon, found, batch, seed=seed, scores=parts)
@@ -127,9 +129,12 @@ def score_windows(
 
 def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
     """What scores modes, where futures are given."""
-    if inputs.config.futures is None or inputs.models.head is None:
+    head = inputs.models.head
+    if inputs.config.futures is None:
         return None
-    return ModeScorer(inputs.config, inputs.cache, inputs.models.head)
+    if not isinstance(head, SegmentationHead):
+        raise UsageError("--futures: known futures are class maps; give a segmentation --head")
+    return ModeScorer(inputs.config, inputs.cache, head)
 
 
 def probe(inputs: ForecastInputs) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
     """Panels of the windows that were kept, and the training curves."""
     head, config = inputs.models.head, inputs.config
     classes = []
-    if head is not None:
+    if isinstance(head, SegmentationHead):
 
         def segment(tokens: Any, size: tuple[int, int]) -> Any:
             x = torch.from_numpy(tokens).to(inputs.device)

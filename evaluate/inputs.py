@@ -16,7 +16,9 @@ from ..extract.clips import Clip
 from ..shards.cache import compare
 from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
+from ..train.models.heads import SegmentationHead
 from .config import ForecastConfig
+from .dense import WHOLE, LabelledFrame
 from .labels import LabelFolder
 from .loading import ForecastModels, load_models
 from .panels import ShownWindow, keep_features
@@ -53,18 +55,29 @@ class ForecastInputs:
         times = self.cache.timestamps_s(indices)[:, :num_frames]
         return x, torch.from_numpy(times - times[:, :1]).to(self.device)
 
-    def target_labels(self, indices: list[int]) -> list[NDArray[np.uint8]]:
-        """The label map (H, W) of each window's target frame; none without labels."""
+    def labelled_frames(self, indices: list[int]) -> list[LabelledFrame]:
+        """The label of each target frame of the windows `indices`; none without labels."""
         if self.labels is None:
             return []
         target = self.config.num_frames - 1
         frames = self.cache.frame_index(indices)[:, target].tolist()
-        keys = map(self.key, indices)
-        return [self.labels.frame(key, frame) for key, frame in zip(keys, frames, strict=True)]
+        return [
+            LabelledFrame(
+                sequence=self.key(index),
+                positions=(position,),
+                cut=WHOLE,
+                label=self.labels.frame(self.key(index), frame),
+            )
+            for position, (index, frame) in enumerate(zip(indices, frames, strict=True))
+        ]
 
     def key(self, index: int) -> str:
         """The clip of a window."""
         return self.cache.keys[int(self.cache.clip_index[index])]
+
+    def sequence(self, index: int) -> str:
+        """What a window belongs to: windows of one sequence are alike, and resampled together."""
+        return self.key(index)
 
     def shown_window(
         self, index: int, forecast: HorizonForecast, position: int, truth: Tensor
@@ -127,6 +140,12 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
     models = load_models(config, cache.info, device)
     labels = None
     if config.labels is not None and models.head is not None:
+        if not isinstance(models.head, SegmentationHead):
+            raise UsageError(
+                f"--head {config.head}: a {type(models.head).__name__}, but the labels of a cache "
+                "of sampling policy uniform are classes; give a SegmentationHead, or an evaluation "
+                "cache (deltatok-extract --dataset) of labels in metres"
+            )
         labels = LabelFolder(
             Path(config.labels),
             last_frames=_last_frames(cache, config.num_frames),

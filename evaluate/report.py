@@ -1,7 +1,7 @@
 """A report's two files: report.json for programs, report.html for people.
 
-    OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "provenance", "seconds",
-                       "config", "num_windows", "num_clips"}
+    OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
+                       "provenance", "seconds", "config", "num_windows", "num_clips"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as single PNG files, to show elsewhere
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shards.files import write_bytes, write_json
+from .class_table import classes_html
 from .mode_section import modes_html
 from .page import facts_html, flatten, panels_html, plot_html, table_html, value_text
 from .pictures import Panel, panel_image, png_bytes
@@ -43,6 +44,8 @@ class Report:
     probes: dict[str, Any]
     best_of_k: list[dict[str, Any]]
     """[{"horizon", "k", "feature_loss"}]; empty without a world model."""
+    per_class_iou: list[dict[str, Any]]
+    """[{"horizon", "row", "iou"}], iou 0-1 or None of every class; empty without mIoU."""
     provenance: dict[str, Any]
     seconds: dict[str, float]
     config: dict[str, Any]
@@ -97,6 +100,7 @@ def report_page(report: Report, pictures: Pictures) -> str:
         summary += f"; {config['num_samples']} samples, {seeds}"
     sections = [
         _scores(report),
+        classes_html(report.per_class_iou, report.config["class_names"]),
         modes_html(report.rows, report.probes.get("modes", {}), report.config),
         _probes(report),
         _best_of_k(report),

@@ -9,16 +9,26 @@ from dataclasses import dataclass, field
 
 ROW_LABELS = {
     "copy_last": "Copy last (lower bound)",
+    "dinoworld": "DINO-world, discriminative",
+    "dinoworld_mean": "DINO-world, mean of samples",
+    "dinoworld_best": "DINO-world, best sample",
     "discriminative": "Discriminative",
+    "regressor_null": "Regressor null (best draw)",
     "mean": "Mean of samples",
     "best": "Best sample",
     "reconstruction": "Tokenizer reconstruction",
+    "reconstruction_open_loop": "Tokenizer reconstruction, open loop",
     "present": "Present (upper bound)",
 }
 ROW_NAMES = tuple(ROW_LABELS)
 HORIZONS = ("short", "mid")
-METRICS = ("miou", "feature_loss")
-_METRIC_HEADS = {"miou": "mIoU % ↑", "feature_loss": "feature loss ↓"}
+METRICS = ("miou", "rmse", "feature_loss")
+_METRIC_HEADS = {"miou": "mIoU % ↑", "rmse": "RMSE m ↓", "feature_loss": "feature loss ↓"}
+_ORDER_TEXTS = {
+    "miou": "mid-term mIoU",
+    "rmse": "mid-term RMSE, > meaning better",
+    "feature_loss": "mid-term feature loss, > meaning better",
+}
 MODE_METRICS = ("mode_recall", "mode_recall_weighted", "mode_precision")
 """Fractions, 0 to 1, where all possible futures are known; in a table of their own."""
 MODE_ROWS = ("copy_last", "discriminative", "mean", "samples", "reconstruction", "present")
@@ -32,8 +42,8 @@ EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "cop
 class ReportRow:
     """One number of a report, at the horizon's last frame.
 
-    `miou` is a fraction, 0 to 1, higher is better; `feature_loss` is the smooth-L1 loss
-    (beta 0.1) to the true features, lower is better.
+    `miou` is a fraction, 0 to 1, higher is better; `rmse` is the root mean squared depth error in
+    metres, `feature_loss` the smooth-L1 loss (beta 0.1) to the true features: lower is better.
     """
 
     dataset: str
@@ -112,10 +122,11 @@ def markdown_table(rows: Sequence[ReportRow]) -> str:
 def expected_order(rows: Sequence[ReportRow]) -> OrderCheck:
     """Check present > best > discriminative and mean > copy_last, mid-term.
 
-    On mIoU where the report has it; else on the feature loss (lower is better). Equal values do
-    not hold. Pairs with a missing row are left out and said to be.
+    On mIoU or RMSE where the report has one; else on the feature loss. Equal values do not hold.
+    Pairs with a missing row are left out and said to be.
     """
-    metric = "miou" if any(row.metric == "miou" for row in rows) else "feature_loss"
+    present = {row.metric for row in rows}
+    metric = next((metric for metric in _ORDER_TEXTS if metric in present), "feature_loss")
     sign = 1.0 if metric == "miou" else -1.0
     holds: list[str] = []
     fails: list[str] = []
@@ -129,7 +140,7 @@ def expected_order(rows: Sequence[ReportRow]) -> OrderCheck:
         shown = f"{better} ({show(high, metric)}) > {worse} ({show(low, metric)})"
         is_better = sign * high > sign * low and math.isfinite(high) and math.isfinite(low)
         (holds if is_better else fails).append(shown)
-    on = "mid-term mIoU" if metric == "miou" else "mid-term feature loss, > meaning better"
+    on = _ORDER_TEXTS[metric]
     left_out = f" (not in this report: {', '.join(absent)})" if absent else ""
     if fails:
         text = f"expected order: does not hold on {on}: {'; '.join(fails)}{left_out}"

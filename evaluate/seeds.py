@@ -16,7 +16,7 @@ from .predict import HorizonForecast, WindowBatch, forecast_horizon
 from .rows import HORIZONS, MODE_METRICS, MODE_ROWS, ReportRow
 from .sequences import Score, SequenceScores
 
-SAMPLED_ROWS = ("best", "mean", "dinoworld_best", "dinoworld_mean")
+SAMPLED_ROWS = ("best", "mean", "regressor_null", "dinoworld_best", "dinoworld_mean")
 """Rows that another seed changes."""
 
 
@@ -35,10 +35,9 @@ def more_seeds(
     grid: tuple[int, int],
 ) -> Iterator[tuple[int, HorizonForecast]]:
     """The forecasts of the seeds after the first, with the rows that a seed changes only."""
-    sampled = replace(models, discriminative=None)
     for seed in seeds_of(config)[1:]:
         seeded = replace(config, seed=seed)
-        forecast = forecast_horizon(seeded, sampled, batch, horizon, black=black, grid=grid)
+        forecast = forecast_horizon(seeded, models, batch, horizon, black=black, grid=grid)
         rows = {name: row for name, row in forecast.rows.items() if name in SAMPLED_ROWS}
         yield seed, replace(forecast, rows=rows)
 

@@ -18,18 +18,18 @@ Letters: Q sequences, C classes, K seeds.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..shards.errors import UsageError
-from .protocol import IGNORE
+from .protocol import IGNORE, NO_DEPTH
 
 FILE_NAME = "sequences.jsonl"
 ROOT_METRICS = ("rmse",)
@@ -42,6 +42,10 @@ class Score(NamedTuple):
     horizon: str
     row: str
     metric: str
+
+
+Record = Callable[[Score, str, ArrayLike, ArrayLike], None]
+"""Takes what something adds to a score of one sequence: score, sequence, sums, counts."""
 
 
 class Sums(NamedTuple):
@@ -62,7 +66,9 @@ class SequenceScores:
     windows: Counter[str] = field(default_factory=Counter)
     """Sequence -> windows; in the order of the cache."""
 
-    def add(self, score: Score, seed: int, sequence: str, sums: Any, counts: Any) -> None:
+    def add(
+        self, score: Score, seed: int, sequence: str, sums: ArrayLike, counts: ArrayLike
+    ) -> None:
         """Add to the sums and counts (C,) of a score in one sequence."""
         part = np.array([np.atleast_1d(sums), np.atleast_1d(counts)], dtype=np.float64)
         held = self.parts[score][seed]
@@ -96,6 +102,14 @@ def class_counts(
     both = confusion.diagonal()
     either = confusion.sum(0) + confusion.sum(1) - both
     return both.cpu().numpy(), either.cpu().numpy()
+
+
+def squared_errors(metres: Tensor, label: Tensor) -> tuple[float, int]:
+    """Summed squared error and number of the pixels that have a depth; metres (P, 1, h, w), label
+    (P, h, w)."""
+    valid = label > NO_DEPTH
+    errors = metres.reshape(label.shape)[valid].double() - label[valid]
+    return float(errors.square().sum()), int(valid.sum())
 
 
 def values(metric: str, sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Any:

@@ -28,6 +28,7 @@ from .losses import smooth_l1
 from .models.dinoworld import DINOWorld
 from .order import Indices, Share, evenly, split_windows
 from .run_folder import Run
+from .run_lock import locked
 from .sources import Read, order_data, patch_source, settled
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def train_dinoworld(config: DINOWorldTrainConfig) -> Path:
         return run.folder
     share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
     stage = DINOWorldStage(model, shards, config, share, device=accelerator.device)
-    Trainer(stage, run, accelerator).train()
+    with locked(run.folder, accelerator):
+        Trainer(stage, run, accelerator).train()
     return run.folder
 
 

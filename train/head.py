@@ -25,6 +25,7 @@ from .loop import Trainer
 from .models.heads import SegmentationHead, SegmentationHeadConfig, feature_map
 from .order import BatchOrder, Indices, Share, evenly, split_windows
 from .run_folder import Run
+from .run_lock import locked
 from .sources import patch_source
 
 EVALUATION_FRAMES_AT_ONCE = 8
@@ -62,7 +63,8 @@ def train_head(config: HeadTrainConfig) -> Path:
     accelerator = make_accelerator(config.device, config.precision)
     share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
     stage = HeadStage(model, shards, config, share, device=accelerator.device)
-    Trainer(stage, run, accelerator).train()
+    with locked(run.folder, accelerator):
+        Trainer(stage, run, accelerator).train()
     return run.folder
 
 

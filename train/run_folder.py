@@ -2,6 +2,7 @@
 
     OUT/train.json          command, merged config, identity of the data, versions; written first
     OUT/log.jsonl           logs.py
+    OUT/run.lock            run_lock.py
     OUT/checkpoints/        checkpoints.py
     OUT/config.json, model.safetensors, provenance.json     the model, when training ends
 
@@ -23,6 +24,7 @@ from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import is_partial, read_json, remove_partials, write_json
 from .checkpoints import STATE, find_checkpoints
 from .config import TrainConfig
+from .run_lock import LOCK
 
 DESCRIPTION = "train.json"
 
@@ -153,7 +155,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder}: is a file, wanted a folder: set another out")
         children = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        if strangers := [child for child in children if not is_partial(child)]:
+        if strangers := [c for c in children if not is_partial(c) and c.name != LOCK]:
             raise UsageError(
                 f"{self.folder}: holds {strangers[0].name!r} but no {DESCRIPTION}, so it is no run "
                 "folder: set a new or empty folder as out"

@@ -27,6 +27,7 @@ from .models.deltatok import DeltaTok, draw_rope_rescale
 from .order import Share, evenly, split_windows
 from .probes import probe_tokenizer
 from .run_folder import Run
+from .run_lock import locked
 from .sources import order_data, patch_source, settled
 from .tokenize import write_deltas
 
@@ -68,7 +69,8 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     else:
         share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
         stage = TokenizerStage(model, shards, config, share, device=accelerator.device)
-        Trainer(stage, run, accelerator).train()
+        with locked(run.folder, accelerator):
+            Trainer(stage, run, accelerator).train()
     if config.deltas is not None:
         write_deltas(
             TokenizeConfig(

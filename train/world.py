@@ -28,6 +28,7 @@ from .losses import smooth_l1
 from .models.deltaworld import DeltaWorld
 from .order import Share, evenly, split_windows
 from .run_folder import Run
+from .run_lock import locked
 from .sources import delta_source, order_data, settled
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def train_world(config: WorldTrainConfig) -> Path:
     if share.rank == 0:  # one rank hashes the tars; the others would only read the same again
         shards = DeltaShards(config.deltas, verify="sha256")
     stage = WorldStage(model, shards, config, share, device=accelerator.device)
-    Trainer(stage, run, accelerator).train()
+    with locked(run.folder, accelerator):
+        Trainer(stage, run, accelerator).train()
     return run.folder
 
 

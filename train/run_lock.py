@@ -1,0 +1,39 @@
+"""One training run at a time writes into a folder. Used by the train_* functions."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..shards.errors import UsageError
+from .devices import Accelerator
+
+LOCK = "run.lock"
+"""An empty file in OUT; the system drops the lock when its holder ends, however it ends."""
+
+
+@contextmanager
+def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold OUT's lock on the main rank; the other ranks are led by it.
+
+    Raises UsageError where another process trains into the folder, or it cannot be written.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("wb")
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be written ({error.strerror or error}): set another out"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder}: another process is training into it: wait for it, stop it, or set "
+                "another out"
+            ) from None
+        yield
