@@ -41,6 +41,11 @@ class ForecastConfig:
     (frames, H, W), 255 = ignore (uniform)."""
     depth_range_m: tuple[float, float] | None = None
     """Depth labels below or above these metres count nowhere; KITTI's own range always holds."""
+    futures: str | None = None
+    """Folder of all possible futures, CLIP_KEY.npz (see evaluate/futures.py): adds mode recall and
+    precision; needs head."""
+    mode_overlap: float = 0.5
+    """Overlap (IoU) of two class maps from which on they show the same future, above 0 to 1."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in order, for the legend of the pictures."""
     num_context: int = 4
@@ -54,6 +59,11 @@ class ForecastConfig:
     seed: int = 0
     """Seed of the samples' noise; a window's noise depends on it and on the window's number, or
     target and crop, alone."""
+    num_seeds: int = 1
+    """Seeds of the samples, from `seed` on: rows of samples are means over them. The best-of-k
+    curve, probes and pictures are those of the first."""
+    noise_scale: float = 1.0
+    """The samples' noise is multiplied by this; 1 = as in training."""
     batch_windows: int = 4
     """Windows rolled out at once: memory, not results, depends on it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -69,7 +79,7 @@ class ForecastConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated."""
-        for name in ("num_context", "short_steps", "num_samples", "batch_windows"):
+        for name in ("num_context", "short_steps", "num_samples", "num_seeds", "batch_windows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.mid_steps < self.short_steps:
@@ -84,6 +94,12 @@ class ForecastConfig:
             raise UsageError(f"num_pictures: got {self.num_pictures}, wanted 0 or more")
         if self.seed < 0:
             raise UsageError(f"seed: got {self.seed}, wanted 0 or more")
+        if not 0 < self.mode_overlap <= 1:
+            raise UsageError(f"mode_overlap: got {self.mode_overlap}, wanted above 0, at most 1")
+        if not 0 <= self.noise_scale < float("inf"):
+            raise UsageError(f"noise_scale: got {self.noise_scale}, wanted 0 or more")
+        if self.futures is not None and self.head is None:
+            raise UsageError("--futures without --head: the head reads what a forecast shows")
         if (self.head is None) != (self.labels is None):
             given, other = ("head", "labels") if self.labels is None else ("labels", "head")
             raise UsageError(

@@ -26,6 +26,7 @@ from .protocol import (
     cut_labels,
     upsample_predictions,
 )
+from .sequences import Record, Score, class_counts, squared_errors
 
 Head = SegmentationHead | DepthHead
 Label = NDArray[np.uint8] | NDArray[np.float32]
@@ -49,8 +50,10 @@ class LabelledFrame:
 class LabelScores:
     """The metrics of every row and horizon against the labels, of one head."""
 
-    def __init__(self, head: Head, *, grid: tuple[int, int]) -> None:
+    def __init__(self, head: Head, *, grid: tuple[int, int], record: Record) -> None:
+        """`record`: takes what each frame adds to a score, by sequence."""
         self._head = head
+        self._record = record
         self._grid = grid
         self._num_valid = 0
         self._miou: dict[tuple[str, str], MeanIoU] = {}
@@ -97,12 +100,18 @@ class LabelScores:
         halves = cut_labels(label, frame.cut)
         size = (halves.shape[-2], halves.shape[-1])
         maps = read_maps(self._head, tokens, grid=self._grid, cut=frame.cut, size=size)
+        score = Score(*key, self.metric)
         if isinstance(self._head, DepthHead):
             self._rmse[key].update(maps, halves)
+            self._record(score, frame.sequence, *squared_errors(maps, halves))
             return
+        num_classes = self._head.config.num_classes
         if key not in self._miou:
-            self._miou[key] = MeanIoU(num_classes=self._head.config.num_classes)
-        self._miou[key].update(maps.argmax(dim=1), halves.long())
+            self._miou[key] = MeanIoU(num_classes=num_classes)
+        classes, label = maps.argmax(dim=1), halves.long()
+        self._miou[key].update(classes, label)
+        found = class_counts(classes, label, num_classes=num_classes)
+        self._record(score, frame.sequence, *found)
 
 
 def read_maps(

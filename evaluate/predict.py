@@ -113,6 +113,7 @@ def forecast_horizon(
         rows["discriminative"] = roll_out(models, models.discriminative, clip, noise=None)[:, 0]
     if models.world is not None:
         noise = window_noise(models.world, config, horizon, batch.names).to(last.device)
+        noise = noise * config.noise_scale
         samples = roll_out(models, models.world, clip, noise=noise)
         losses = sample_losses(samples, truth)
         rows["best"], _ = best_sample(samples, truth)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..shards.errors import DeltatokError
@@ -21,6 +22,7 @@ from .predict import HorizonForecast, WindowBatch, feature_loss
 from .probes import best_of_k, mean_square_motion, mean_square_spread, spread_ratio
 from .protocol import segment
 from .rows import HORIZONS, ROW_NAMES, ReportRow
+from .sequences import Score, SequenceScores
 
 
 class Scorer:
@@ -32,9 +34,13 @@ class Scorer:
         *,
         head: Head | None,
         grid: tuple[int, int],
+        keys: Sequence[str],
     ) -> None:
+        """`keys`: the sequence of every window of the cache; `sequences` keeps scores by it."""
         self._config = config
-        self._labels = None if head is None else LabelScores(head, grid=grid)
+        self._keys = keys
+        self.sequences = SequenceScores()
+        self._labels = None if head is None else LabelScores(head, grid=grid, record=self._record)
         self._z: list[Tensor] = []
         self._losses: dict[tuple[str, str], list[list[float]]] = defaultdict(list)  # by step
         self._open_loop: dict[str, list[float]] = defaultdict(list)
@@ -45,6 +51,7 @@ class Scorer:
     def add_tokens(self, batch: WindowBatch) -> None:
         """Take in the delta tokens of frame pairs (token 0, black -> frame 0, is another thing)."""
         self._z.append(batch.z[:, 1:].flatten(0, 1).cpu())
+        self.sequences.windows.update(self._keys[index] for index in batch.indices)
 
     def add(self, horizon: str, forecast: HorizonForecast, batch: WindowBatch) -> None:
         """Take in one horizon's feature losses and probes."""
@@ -52,8 +59,12 @@ class Scorer:
             losses = feature_loss(row, forecast.truth).tolist()
             self._check_finite(losses, name, batch)
             self._losses[horizon, name] += losses
+            for index, steps in zip(batch.indices, losses, strict=True):
+                score = Score(horizon, name, "feature_loss")
+                self._record(score, self._keys[index], steps[-1], 1)
         self._open_loop[horizon] += feature_loss(forecast.open_loop, forecast.truth)[:, -1].tolist()
-        if forecast.samples is not None and forecast.sample_losses is not None:
+        is_first_seed = "copy_last" in forecast.rows
+        if is_first_seed and forecast.samples is not None and forecast.sample_losses is not None:
             truth, last = forecast.truth[:, -1], forecast.rows["copy_last"][:, 0]
             self._sample_losses[horizon] += forecast.sample_losses.tolist()
             self._spread[horizon] += mean_square_spread(forecast.samples[:, :, -1]).tolist()
@@ -114,6 +125,9 @@ class Scorer:
                 h: spread_ratio(spread, self._motion[h]) for h, spread in self._spread.items()
             }
         return probes
+
+    def _record(self, score: Score, sequence: str, sums: ArrayLike, counts: ArrayLike) -> None:
+        self.sequences.add(score, self._config.seed, sequence, sums, counts)
 
     def _row(self, horizon: str, name: str, metric: str, value: float) -> ReportRow:
         return ReportRow(
