@@ -36,6 +36,8 @@ class ForecastConfig:
     draws around the discriminative forecast, spread as the samples are. As costly as they are."""
     head: str | None = None
     """Folder of a segmentation head, for mIoU, or of a depth head, for RMSE; needs labels."""
+    rgb_head: str | None = None
+    """Folder of an RGB head: the report shows what it draws from the features of every row."""
     labels: str | None = None
     """Folder of labels, needs head: the data set's own (cache of --dataset), or CLIP_KEY.npy, uint8
     (frames, H, W), 255 = ignore (uniform)."""

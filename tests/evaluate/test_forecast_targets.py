@@ -305,8 +305,8 @@ def test_pictures_of_crops_are_drawn(evaluation: Evaluation, tmp_path: Path) -> 
     run_forecast(evaluation.config(out=str(tmp_path), num_pictures=3))
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {f"features-{i}.png" for i in range(3)} <= names
-    if evaluation.case.kind == "segmentation":
-        assert {f"classes-{i}.png" for i in range(3)} <= names
+    kind = "classes" if evaluation.case.kind == "segmentation" else "depth"
+    assert {f"{kind}-{i}.png" for i in range(3)} <= names
 
 
 def test_the_label_of_a_crop_is_what_it_shows() -> None:
