@@ -26,6 +26,7 @@ from .head_panels import depth_panel, rgb_panel
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .mode_scores import ModeScorer
 from .panels import ShownWindow, class_panel, feature_panel
+from .pick_device import pick_device
 from .plots import plot_curves
 from .predict import encode_windows, forecast_horizon
 from .probes import tokenizer_probes
@@ -222,13 +223,3 @@ def make_folder(path: str) -> Path:
             f"--out {path}: cannot be made ({error.strerror}); give another folder"
         ) from None
     return Path(path)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a config names; UsageError where this machine has none such."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
-    if not has.get(name, False):
-        raise UsageError(f"device {name}: this machine has none such; use cpu or auto")
-    return torch.device(name)
