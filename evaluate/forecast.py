@@ -61,6 +61,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         with watch.stage("load"):
             out = make_folder(config.out)
             inputs = open_inputs(config, device)
+            config = inputs.config
         scorer, modes, shown = score_windows(inputs, watch)
         with watch.stage("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
