@@ -33,7 +33,12 @@ MODE_METRICS = ("mode_recall", "mode_recall_weighted", "mode_precision")
 """Fractions, 0 to 1, where all possible futures are known; in a table of their own."""
 MODE_ROWS = ("copy_last", "discriminative", "mean", "samples", "reconstruction", "present")
 """Rows that have them; `samples`: all samples of a window together."""
-_PERCENT = ("miou", *MODE_METRICS)
+PERCENT = ("miou", *MODE_METRICS)
+METRIC_TITLES = _METRIC_HEADS | {
+    "mode_recall": "mode recall % ↑",
+    "mode_recall_weighted": "mode recall by probability % ↑",
+    "mode_precision": "mode precision % ↑",
+}
 # The order of the paper's tables, mid-term: (better, worse)
 EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "copy_last"))
 
@@ -109,7 +114,7 @@ def show(value: float | None, metric: str) -> str:
     """A value as people read it: mIoU in percent, losses with four digits, a dash for none."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" if metric in _PERCENT else f"{value:.4g}"
+    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
 
 
 def markdown_table(rows: Sequence[ReportRow]) -> str:
