@@ -5,4 +5,22 @@ protocol.py    crops, labels, metrics          probes.py    spread, best-of-k, u
 report.py      report.json and report.html     flops.py     GFLOPs of the real modules
 page.py        parts of HTML pages
 cache_fidelity.py  what a storage type costs
+api.py         DeltaWorld for Python: from pixels to possible futures
+
+`DeltaWorld`, `Futures` and `WorldState` are imported when they are first asked for.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import DeltaWorld, Futures, WorldState
+
+__all__ = ["DeltaWorld", "Futures", "WorldState"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

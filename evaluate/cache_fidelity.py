@@ -27,9 +27,9 @@ from ..train.devices import precision_name
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
 from .cache_judges import Judge, Reconstruction, Segmentation, TokenErrors
-from .forecast import pick_device
 from .labels import LabelFolder
 from .loading import check_patches, check_width
+from .pick_device import pick_device
 from .same_windows import match_windows
 
 SIDES = ("patches", "reference")

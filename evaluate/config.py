@@ -16,7 +16,8 @@ class ForecastConfig:
     """
 
     patches: str
-    """Uniform patch-token cache with num_context + mid_steps frames a window, or more."""
+    """Patch-token cache to evaluate on: of --dataset, or uniform with num_context + mid_steps
+    frames a window or more."""
     tokenizer: str
     """Folder of the tokenizer."""
     out: str
@@ -36,10 +37,13 @@ class ForecastConfig:
     head: str | None = None
     """Folder of a segmentation head, for mIoU, or of a depth head, for RMSE; needs labels."""
     labels: str | None = None
-    """Folder of labels: CLIP_KEY.npy, uint8 (frames, H, W), 255 = ignore; needs head."""
+    """Folder of labels, needs head: the data set's own (cache of --dataset), or CLIP_KEY.npy, uint8
+    (frames, H, W), 255 = ignore (uniform)."""
+    depth_range_m: tuple[float, float] | None = None
+    """Depth labels below or above these metres count nowhere; KITTI's own range always holds."""
     futures: str | None = None
-    """Folder of all possible futures, CLIP_KEY.npz (see evaluate/futures.py): adds mode recall and
-    precision; needs head."""
+    """Folder of all possible futures, CLIP_KEY.npz (see evaluate/known_futures.py): adds mode
+    recall and precision; needs head."""
     mode_overlap: float = 0.5
     """Overlap (IoU) of two class maps from which on they show the same future, above 0 to 1."""
     class_names: tuple[str, ...] = ()
@@ -53,7 +57,8 @@ class ForecastConfig:
     num_samples: int = 20
     """Samples rolled out for each window."""
     seed: int = 0
-    """Seed of the samples' noise; window i's noise depends on (seed, i) alone."""
+    """Seed of the samples' noise; a window's noise depends on it and on the window's number, or
+    target and crop, alone."""
     num_seeds: int = 1
     """Seeds of the samples, from `seed` on: rows of samples are means over them. The best-of-k
     curve, probes and pictures are those of the first."""
@@ -80,6 +85,10 @@ class ForecastConfig:
         if self.mid_steps < self.short_steps:
             raise UsageError(
                 f"mid_steps: got {self.mid_steps}, wanted at least short_steps = {self.short_steps}"
+            )
+        if self.depth_range_m is not None and not 0 < self.depth_range_m[0] < self.depth_range_m[1]:
+            raise UsageError(
+                f"depth_range_m: got {self.depth_range_m}, wanted two depths above 0, nearest first"
             )
         if self.num_pictures < 0:
             raise UsageError(f"num_pictures: got {self.num_pictures}, wanted 0 or more")

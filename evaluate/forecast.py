@@ -25,6 +25,7 @@ from .config import ForecastConfig
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .mode_scores import ModeScorer
 from .panels import ShownWindow, class_panel, feature_panel
+from .pick_device import pick_device
 from .plots import plot_curves
 from .predict import encode_windows, forecast_horizon
 from .probes import tokenizer_probes
@@ -45,7 +46,7 @@ def run_forecast(config: ForecastConfig) -> Report:
     """Evaluate, and write report.json, report.html and pictures into `config.out`.
 
     Raises:
-        CacheMismatch: the cache is not uniform, or a model does not belong to it.
+        CacheMismatch: the cache holds training windows, or a model does not belong to it.
         UsageError: too few frames a window; labels, videos or curves that cannot be used.
         DeltatokError: features that are not finite; names the window.
     """
@@ -98,13 +99,13 @@ def score_windows(
     to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
     shown: list[ShownWindow] = []
     with tqdm(total=len(cache), desc="forecast", unit="window", disable=None) as progress:
-        for start in range(0, len(cache), config.batch_windows):
-            indices = list(range(start, min(start + config.batch_windows, len(cache))))
+        for indices in inputs.arrangement.batches():
             with watch.stage("read"):
                 x, times = inputs.windows(indices)
-                labels = inputs.labelled_frames(indices)
+                labels = inputs.arrangement.labelled(indices)
             with watch.stage("encode"):
-                batch = encode_windows(models, indices, x, times, **place)
+                names = inputs.arrangement.names(indices)
+                batch = encode_windows(models, indices, x, times, names=names, **place)
                 scorer.add_tokens(batch)
             for horizon in HORIZONS:
                 with watch.stage("forecast"):
@@ -214,13 +215,3 @@ def make_folder(path: str) -> Path:
             f"--out {path}: cannot be made ({error.strerror}); give another folder"
         ) from None
     return Path(path)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a config names; UsageError where this machine has none such."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
-    if not has.get(name, False):
-        raise UsageError(f"device {name}: this machine has none such; use cpu or auto")
-    return torch.device(name)

@@ -1,134 +1,110 @@
-"""Known futures: everything that can come after the frames that were seen, with probabilities.
+"""Possible futures: delta tokens, and what is read from them when it is asked for.
 
-Any data set whose future is known (a simulator, a game) can supply them; the little world does.
-
-    DIR/CLIP_KEY.npz     no pickle; F futures of one clip, those of one frame pair side by side
-        context_frame    int32 (F,)        last frame seen, index in presentation order
-        target_frame     int32 (F,)        the frame they are pictures of
-        probability      float32 (F,)      of each future; those of one frame pair add up to 1
-        classes          uint8 (F, H, W)   class map of the target frame, 255 = counts nowhere
-        background       int32 ()          class that is not looked at, -1: none
-
-Written by `write_futures`, read by `FutureFolder`; scored by `modes.py`.
+S samples, H steps, N patch tokens of a frame, D channels. Made by `stream.py`.
 """
 
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..shards.errors import UsageError
-from ..shards.files import partial_path, publish
-
-_DTYPES = {
-    "context_frame": np.int32,
-    "target_frame": np.int32,
-    "probability": np.float32,
-    "classes": np.uint8,
-    "background": np.int32,
-}
-_SUM_TOLERANCE = 1e-3
-"""Probabilities are float32 and may have been written with few digits."""
+from ..train.models.heads import feature_map
+from .differing import most_different
+from .parts import Parts
+from .rollout import decode_rollout
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Futures:
-    """What can be at one target frame after one context."""
+    """S futures of one video. `tokens` is there; the rest is computed when first asked for."""
 
-    probability: NDArray[np.float64]
-    """(M,), adds up to 1."""
-    classes: NDArray[np.uint8]
-    """(M, H, W), 255 = counts nowhere."""
-    background: int
-    """Class that is not looked at, -1: none."""
+    tokens: Tensor
+    """(S, H, D) float32 delta tokens."""
+    times_s: tuple[float, ...]
+    """H times, seconds after the last frame seen."""
+    seen_s: tuple[float, ...]
+    """C times of the frames seen, the last one 0."""
+    seen: NDArray[np.uint8]
+    """(C, H, W, 3) the frames seen."""
+    came: NDArray[np.uint8]
+    """The frames that really came at the first of `times_s`, where they are known."""
+    last: Tensor
+    """(N, D) features of the last frame seen."""
+    parts: Parts
+    samples_at_once: int
 
+    def __len__(self) -> int:
+        """S."""
+        return len(self.tokens)
 
-def write_futures(
-    folder: Path, key: str, futures: Mapping[tuple[int, int], Futures], *, background: int
-) -> None:
-    """Write the futures of the clip `key`, by (last frame seen, target frame); same bytes for the
-    same values."""
-    path = folder / f"{key}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pairs = [pair for pair, found in futures.items() for _ in found.probability]
-    frames = np.array(pairs, np.int32).reshape(-1, 2)
-    partial = partial_path(path)
-    with partial.open("wb") as file:
-        np.savez_compressed(
-            file,
-            context_frame=frames[:, 0],
-            target_frame=frames[:, 1],
-            probability=np.concatenate([f.probability for f in futures.values()], dtype=np.float32),
-            classes=np.concatenate([f.classes for f in futures.values()]),
-            background=np.array(background, np.int32),
-        )
-    publish(partial, path)
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch rows and columns: N is their product."""
+        return self.parts.grid
 
+    @cached_property
+    def features(self) -> Tensor:
+        """(S, H, N, D) float32 patch tokens of every sample; decoded at the first use."""
+        with self.parts.arithmetic():
+            decoded = [
+                decode_rollout(self.parts.tokenizer, tokens[None], self.last[None], grid=self.grid)[
+                    0
+                ].float()
+                for tokens in torch.split(self.tokens, self.samples_at_once)
+            ]
+        return torch.cat(decoded)
 
-class FutureFolder:
-    """Reads the futures of single windows; a clip's file is read when it is first asked for."""
+    @cached_property
+    def mean(self) -> Tensor:
+        """(H, N, D): the samples' features averaged."""
+        return self.features.mean(dim=0)
 
-    def __init__(self, folder: str) -> None:
-        if not Path(folder).is_dir():
-            raise UsageError(f"--futures {folder}: no such folder")
-        self._folder = Path(folder)
-        self._read: tuple[str, dict[str, NDArray[np.generic]]] = ("", {})
+    @cached_property
+    def spread(self) -> Tensor:
+        """(H, h, w): standard deviation of the samples, root mean square over channels."""
+        variance = self.features.var(dim=0, correction=0).mean(dim=-1)
+        return variance.sqrt().reshape(-1, *self.grid)
 
-    def window(self, key: str, context_frame: int, target_frame: int) -> Futures:
-        """What can be at `target_frame` of clip `key` after `context_frame`, the last one seen.
+    @cached_property
+    def outputs(self) -> Tensor:
+        """What the head reads from every sample: (S, H, K, h, w) class logits or metres (K = 1), or
+        pictures (S, H, 3, pixels, pixels), about 0-1. UsageError without a head."""
+        rows = [self.read(sample) for sample in self.features]
+        return torch.stack(rows)
 
-        Raises:
-            UsageError: no file, one of another layout, or no futures of these frames.
-        """
-        if self._read[0] != key:
-            self._read = (key, _load(self._folder, key))
-        arrays = self._read[1]
-        pairs = np.stack([arrays["context_frame"], arrays["target_frame"]], axis=1)
-        rows = (pairs == (context_frame, target_frame)).all(axis=1)
-        if not rows.any():
-            known = ", ".join(f"{a} -> {b}" for a, b in np.unique(pairs, axis=0).tolist())
-            raise UsageError(
-                f"clip {key}: no futures of frame {target_frame} after frame {context_frame}, only "
-                f"{known or 'none'}; evaluate with the context and steps they were made for"
-            )
-        probability = np.asarray(arrays["probability"][rows], np.float64)
-        if probability.min() < 0 or abs(probability.sum() - 1) > _SUM_TOLERANCE:
-            raise UsageError(
-                f"clip {key}: probabilities of the futures of frame {target_frame} after frame "
-                f"{context_frame} add up to {probability.sum():.4g}, wanted 1 and none below 0"
-            )
-        return Futures(
-            probability=probability / probability.sum(),
-            classes=np.asarray(arrays["classes"][rows], np.uint8),
-            background=int(arrays["background"]),
-        )
+    @cached_property
+    def mean_output(self) -> Tensor:
+        """What the head reads from the mean features: (H, K, h, w)."""
+        return self.read(self.mean)
 
+    def read(self, features: Tensor) -> Tensor:
+        """The head's output (B, K, h, w) for features (B, N, D), in float32."""
+        head = self.parts.head
+        if head is None:
+            raise UsageError("no head: pass head=FOLDER to DeltaWorld.from_pretrained")
+        with torch.no_grad():
+            output: Tensor = head(feature_map(features.float(), grid=self.grid))
+        return output
 
-def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
-    path = folder / f"{key}.npz"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"clip {key}: its name leaves the folder of futures {folder}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _DTYPES}
-    except FileNotFoundError:
-        raise UsageError(
-            f"clip {key}: no futures, {path} does not exist; write it (see evaluate/futures.py) or "
-            "leave --futures out"
-        ) from None
-    except KeyError as error:
-        raise UsageError(f"clip {key}: {path} has no array {error}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"clip {key}: {path} cannot be read as .npz ({error})") from None
-    count = arrays["context_frame"].shape
-    for name, array in arrays.items():
-        dims = {"classes": 3, "background": 0}.get(name, 1)
-        if array.dtype != _DTYPES[name] or array.ndim != dims or array.shape[:1] != count[:dims]:
-            raise UsageError(
-                f"clip {key}: {name} of {path} is {array.dtype} {array.shape}; see "
-                "evaluate/futures.py for what it has to be"
-            )
-    return arrays
+    def most_different(self, count: int) -> list[int]:
+        """Numbers of the samples that differ most at the last step, the most typical first."""
+        return most_different(self.features[:, -1], count)
+
+    def save_grid(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
+        """A PNG: the frames seen, what came (where known), the samples that differ most, mean and
+        spread. show: "features" (colours) or "head" (what it reads); by default the head's if
+        there is one. Gives the path."""
+        from .futures_pictures import save_grid
+
+        return save_grid(self, Path(path), num_samples=num_samples, show=show)
+
+    def save_mp4(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
+        """The same as a video, samples side by side, in real time; ends in .gif: a GIF."""
+        from .futures_pictures import save_video
+
+        return save_video(self, Path(path), num_samples=num_samples, show=show)

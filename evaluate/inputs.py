@@ -5,7 +5,6 @@ Called by `forecast.py`.
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,16 +15,14 @@ from ..extract.clips import Clip
 from ..shards.cache import compare
 from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
-from ..train.models.heads import SegmentationHead
 from .config import ForecastConfig
-from .dense import WHOLE, LabelledFrame
-from .labels import LabelFolder
 from .loading import ForecastModels, load_models
 from .panels import ShownWindow, keep_features
 from .pictures import Tile
 from .plots import Curve, read_curve
 from .predict import HorizonForecast
 from .videos import clips_by_key, read_frames
+from .windows import Windows, open_windows
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +34,8 @@ class ForecastInputs:
     config: ForecastConfig
     cache: PatchShards
     models: ForecastModels
-    labels: LabelFolder | None
+    arrangement: Windows
+    """What belongs together, and its labels."""
     videos: dict[str, Clip]
     """Clip key -> clip; empty without videos."""
     curves: list[Curve]
@@ -54,22 +52,6 @@ class ForecastInputs:
         x = torch.from_numpy(self.cache.tokens(indices)[:, :num_frames]).to(self.device)
         times = self.cache.timestamps_s(indices)[:, :num_frames]
         return x, torch.from_numpy(times - times[:, :1]).to(self.device)
-
-    def labelled_frames(self, indices: list[int]) -> list[LabelledFrame]:
-        """The label of each target frame of the windows `indices`; none without labels."""
-        if self.labels is None:
-            return []
-        target = self.config.num_frames - 1
-        frames = self.cache.frame_index(indices)[:, target].tolist()
-        return [
-            LabelledFrame(
-                sequence=self.key(index),
-                positions=(position,),
-                cut=WHOLE,
-                label=self.labels.frame(self.key(index), frame),
-            )
-            for position, (index, frame) in enumerate(zip(indices, frames, strict=True))
-        ]
 
     def key(self, index: int) -> str:
         """The clip of a window."""
@@ -89,9 +71,6 @@ class ForecastInputs:
         times = self.cache.timestamps_s([index])[0, : config.num_frames]
         _, _, height, width = self.cache.crop[index].tolist()
         rows, samples, spread = keep_features(forecast, position, grid=self.cache.grid)
-        labels: tuple[NDArray[np.uint8], ...] = ()
-        if self.labels is not None:
-            labels = tuple(self.labels.frame(key, frame) for frame in frame_index)
         return ShownWindow(
             title=f"{key}, window {index}",
             times_s=tuple((times - times[config.num_context - 1]).tolist()),
@@ -101,7 +80,7 @@ class ForecastInputs:
             rows=rows,
             samples=samples,
             spread=spread,
-            labels=labels,
+            labels=self.arrangement.shown_labels(index),
             frames=self._frames(key, frame_index),
         )
 
@@ -118,17 +97,19 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
     """Open and check everything.
 
     Raises:
-        CacheMismatch: the cache is not uniform, or a model does not belong to it; names the field.
+        CacheMismatch: the cache holds training windows, or a model does not belong to it; names
+            the field.
         UsageError: too few frames or no windows; models, labels, videos or curves of no use.
     """
     cache = PatchShards(config.patches)
-    compare(
-        cache.info.identity,
-        {"sampling": {"policy": "uniform"}},
-        what_got=f"--patches {config.patches}",
-        what_wanted="an evaluation cache",
-        fields=["sampling.policy"],
-    )
+    if cache.info.identity.get("sampling", {}).get("policy") != "evaluation":
+        compare(
+            cache.info.identity,
+            {"sampling": {"policy": "uniform"}},
+            what_got=f"--patches {config.patches}",
+            what_wanted="a cache of policy evaluation, or of windows to evaluate on",
+            fields=["sampling.policy"],
+        )
     if cache.shape[0] < config.num_frames:
         raise UsageError(
             f"--patches {config.patches}: {cache.shape[0]} frames a window, wanted at least "
@@ -138,24 +119,13 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
     if not cache.num_windows:
         raise UsageError(f"--patches {config.patches}: no windows; see its quarantine.jsonl")
     models = load_models(config, cache.info, device)
-    labels = None
-    if config.labels is not None and models.head is not None:
-        if not isinstance(models.head, SegmentationHead):
-            raise UsageError(
-                f"--head {config.head}: a {type(models.head).__name__}, but the labels of a cache "
-                "of sampling policy uniform are classes; give a SegmentationHead, or an evaluation "
-                "cache (deltatok-extract --dataset) of labels in metres"
-            )
-        labels = LabelFolder(
-            Path(config.labels),
-            last_frames=_last_frames(cache, config.num_frames),
-            num_classes=models.head.config.num_classes,
-        )
     return ForecastInputs(
         config=config,
         cache=cache,
         models=models,
-        labels=labels,
+        arrangement=open_windows(
+            config, cache, models.head, _last_frames(cache, config.num_frames)
+        ),
         videos=clips_by_key(config.videos) if config.videos else {},
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),

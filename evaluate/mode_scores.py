@@ -22,7 +22,7 @@ from ..shards.patches import PatchShards
 from ..train.draws import seed_for
 from ..train.models.heads import SegmentationHead
 from .config import ForecastConfig
-from .futures import FutureFolder, Futures
+from .known_futures import FutureFolder, KnownFutures
 from .modes import NO_MODE, Modes, find_modes, hits, recall_of_draws
 from .predict import HorizonForecast, WindowBatch
 from .protocol import IGNORE, segment
@@ -127,7 +127,7 @@ class ModeScorer:
         found = {horizon: part.summary() for horizon, part in self._calibration.items()}
         return {"modes": {"overlap": self._config.mode_overlap, **found}}
 
-    def _futures(self, horizon: str, index: int) -> Futures:
+    def _futures(self, horizon: str, index: int) -> KnownFutures:
         config = self._config
         frames = self._cache.frame_index([index])[0, : config.num_frames].tolist()
         seen = frames[config.context_start(horizon) + config.num_context - 1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .futures import Futures
+from .known_futures import KnownFutures
 from .protocol import IGNORE
 
 NO_MODE = -1
@@ -27,7 +27,7 @@ class Modes:
     """(G,), adds up to 1, largest first."""
     mode_of: NDArray[np.int64]
     """(M,): the mode of each future."""
-    futures: Futures
+    futures: KnownFutures
     threshold: float
     """Overlap from which on two class maps look alike."""
 
@@ -51,7 +51,7 @@ def overlap(
     return found
 
 
-def find_modes(futures: Futures, *, threshold: float) -> Modes:
+def find_modes(futures: KnownFutures, *, threshold: float) -> Modes:
     """Merge what looks alike: from the most probable future on, each joins the most alike of the
     modes that were begun before it, or begins one."""
     order = np.argsort(-futures.probability, kind="stable")

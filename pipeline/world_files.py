@@ -7,7 +7,7 @@ OUT/val/NNNN.mp4               clips to evaluate on
 OUT/labels/head/NNNN.mp4.npy   uint8 (frames, H, W): 0 ground, 1 disc, 2 square, 3 triangle
 OUT/labels/val/NNNN.mp4.npy
 OUT/futures/NNNN.mp4.npz       val clips: every possible target frame of both horizons, with its
-                               probability given the context frames (evaluate/futures.py)
+                               probability given the context frames (evaluate/known_futures.py)
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..evaluate.futures import write_futures
+from ..evaluate.known_futures import write_futures
 from ..shards.errors import CacheMismatch
 from ..shards.files import partial_path, publish, write_json
 from .config import as_plain

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from ..evaluate.futures import Futures
+from ..evaluate.known_futures import KnownFutures
 from .little_world import LittleWorldConfig, Walker, choices, draw_mask, futures, next_tick
 
 BACKGROUND = 0
@@ -18,7 +18,7 @@ BACKGROUND = 0
 
 def seen_futures(
     config: LittleWorldConfig, path: list[Walker], *, first_tick: int, last_tick: int, ticks: int
-) -> Futures:
+) -> KnownFutures:
     """What can be seen `ticks` after `last_tick`, given the frames at the ticks first..last.
 
     `path`: the walker just after the decision of every tick, from 0 on. Futures that end at one
@@ -36,7 +36,7 @@ def seen_futures(
         np.where(draw_mask(config, now.kind, end) >= 0.5, now.kind, BACKGROUND)
         for end, _ in ordered
     ]
-    return Futures(
+    return KnownFutures(
         probability=np.array([probability for _, probability in ordered]),
         classes=np.stack(maps).astype(np.uint8),
         background=BACKGROUND,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.futures import Futures, write_futures
+from deltatok.evaluate.known_futures import KnownFutures, write_futures
 from deltatok.evaluate.protocol import segment
 from deltatok.evaluate.report import Report
 from deltatok.evaluate.rows import find_row, find_value
@@ -27,13 +27,13 @@ def known(shared_evaluation: Any, tmp_path_factory: pytest.TempPathFactory) -> s
     folder = tmp_path_factory.mktemp("known")
     cache = PatchShards(shared_evaluation.path("patches"))
     head = SegmentationHead.from_pretrained(shared_evaluation.path("head"))
-    clips: dict[str, dict[tuple[int, int], Futures]] = {}
+    clips: dict[str, dict[tuple[int, int], KnownFutures]] = {}
     for index in range(len(cache)):
         frames = cache.frame_index([index])[0].tolist()
         tokens = torch.tensor(cache.tokens([index])[0])
         with torch.no_grad():
             maps = segment(head, tokens[[6, 5]], grid=cache.grid, size=SIZE)
-        found = Futures(
+        found = KnownFutures(
             probability=np.array([0.6, 0.4]),
             classes=maps.numpy().astype(np.uint8),
             background=-1,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deltatok.evaluate.futures import FutureFolder, Futures, write_futures
+from deltatok.evaluate.known_futures import FutureFolder, KnownFutures, write_futures
 from deltatok.evaluate.mode_scores import Calibration, reliability
 from deltatok.evaluate.modes import NO_MODE, find_modes, hits, overlap, recall_of_draws
 from deltatok.shards.errors import UsageError
@@ -22,8 +22,8 @@ def block(left: int, *, shape: int = 1, width: int = 4) -> NDArray[np.uint8]:
     return picture
 
 
-def futures(*maps: NDArray[np.uint8], probability: list[float]) -> Futures:
-    return Futures(probability=np.array(probability), classes=np.stack(maps), background=0)
+def futures(*maps: NDArray[np.uint8], probability: list[float]) -> KnownFutures:
+    return KnownFutures(probability=np.array(probability), classes=np.stack(maps), background=0)
 
 
 def test_overlap_is_the_iou_of_the_shape() -> None:

@@ -8,7 +8,7 @@ released ones (0.02: --initializer-range 0.02). z-swap ratio: the validation los
 swapped between windows over the loss with the right ones; near 1: the decoder ignores the token.
 
 JSON: steps, initializer_range, runs: [{layer_scale_init, seed, z_swap_ratio: [[step, ratio]],
-copy_last_ratio, escaped_at_step: the first evaluation with a z-swap ratio of 1.5 or more, or null}].
+copy_last_ratio, escaped_at_step: the first evaluation with a z-swap ratio of 1.5 or more or null}].
 """
 
 import argparse

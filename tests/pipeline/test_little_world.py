@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.evaluate.futures import FutureFolder
+from deltatok.evaluate.known_futures import FutureFolder
 from deltatok.pipeline.little_world import LittleWorldConfig, Walker, futures, walk
 from deltatok.pipeline.world_files import make_little_world
 from deltatok.pipeline.world_futures import possible_rests, seen_futures

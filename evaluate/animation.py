@@ -1,0 +1,114 @@
+"""Several rows of tiles as one moving picture: cells side by side that change in time.
+
+Called by `futures_pictures.py` (files) and `panels.py` (the report).
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+from av.video.stream import VideoStream
+from PIL import Image, ImageDraw, ImageFont
+
+from ..shards.errors import DeltatokError, UsageError
+from ..shards.files import partial_path, publish
+from .pictures import Tile
+
+LINE = 20  # pixels of a line of text
+GAP = 6  # pixels between cells
+PAPER, INK, NOW = (24, 28, 34), (230, 234, 239), (240, 160, 75)
+HOLD = 4
+"""Steps for which the last picture stands still, so that it can be looked at (a guess)."""
+_CODECS = ("libx264", "mpeg4")  # what browsers and phones play; then what every FFmpeg writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One place of the picture: its name and a tile for every moment, all of one size."""
+
+    label: str
+    tiles: tuple[Tile, ...]
+
+
+def draw_moments(
+    cells: Sequence[Cell], captions: Sequence[str], *, columns: int, first_future: int
+) -> list[Image.Image]:
+    """A picture for every moment, `captions` above it; from `first_future` on it is marked."""
+    font = ImageFont.load_default(13)
+    height, width = cells[0].tiles[0].shape[:2]
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    size = (
+        columns * (width + GAP) + GAP,
+        LINE + rows * (height + LINE) + GAP,
+    )
+    size = (size[0] + size[0] % 2, size[1] + size[1] % 2)  # video codecs want even sides
+    pictures = []
+    for moment, caption in enumerate(captions):
+        picture = Image.new("RGB", size, PAPER)
+        draw = ImageDraw.Draw(picture)
+        colour = NOW if moment >= first_future else INK
+        draw.text((GAP, LINE / 2), caption, fill=colour, font=font, anchor="lm")
+        for number, cell in enumerate(cells):
+            left = GAP + number % columns * (width + GAP)
+            top = LINE + number // columns * (height + LINE)
+            picture.paste(Image.fromarray(cell.tiles[moment]), (left, top))
+            draw.text((left, top + height + LINE / 2), cell.label, fill=INK, font=font, anchor="lm")
+        pictures.append(picture)
+    return pictures
+
+
+def gif_bytes(pictures: Sequence[Image.Image], *, step_s: float, colours: int = 128) -> bytes:
+    """The pictures as a GIF that goes round for ever; the last one stands for HOLD steps."""
+    step_ms = max(20, round(1000 * step_s))  # under 20 ms viewers choose a time of their own
+    durations = [step_ms] * (len(pictures) - 1) + [HOLD * step_ms]
+    # One palette for all, made from all: otherwise colours flicker from one moment to the next.
+    sheet = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
+    palette = sheet.quantize(colours, dither=Image.Dither.NONE)
+    frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        optimize=True,
+    )
+    return buffer.getvalue()
+
+
+def write_mp4(path: Path, pictures: Sequence[Image.Image], *, step_s: float) -> None:
+    """The pictures as an MP4, each for `step_s`, the last one for HOLD steps; under a partial name
+    first. UsageError where the folder cannot be written to."""
+    rate = Fraction(1 / step_s).limit_denominator(1000)
+    partial = partial_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(partial), mode="w", format="mp4") as container:
+            stream = cast(VideoStream, container.add_stream(_codec(), rate=rate))
+            stream.width, stream.height = pictures[0].size
+            stream.pix_fmt = "yuv420p"
+            stream.bit_rate = 2_000_000
+            for picture in [*pictures, *[pictures[-1]] * (HOLD - 1)]:
+                frame = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        publish(partial, path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error}); give another file") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _codec() -> str:
+    for name in _CODECS:
+        if name in av.codecs_available:
+            return name
+    raise DeltatokError(f"no video encoder ({', '.join(_CODECS)}) in this FFmpeg: save a .gif")

@@ -1,0 +1,155 @@
+"""Pictures of `Futures`: a grid as PNG, a moving one as MP4 or GIF."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..shards.errors import UsageError
+from ..shards.files import write_bytes
+from ..train.models.heads import SegmentationHead
+from ..train.models.rgb_head import RGBHead
+from .animation import Cell, draw_moments, gif_bytes, write_mp4
+from .futures import Futures
+from .pictures import (
+    TILE_HEIGHT,
+    Panel,
+    Strip,
+    Tile,
+    class_palette,
+    class_tile,
+    fit_pca_colours,
+    heat_tile,
+    panel_image,
+    png_bytes,
+    resize_tile,
+)
+
+PCA_TOKENS = 20_000
+"""Tokens that the colours are fitted on, at most (a guess; 3 numbers are fitted for each of D)."""
+EMPTY = 225
+"""Grey of a tile without a picture."""
+
+Draw = Callable[[Tensor], Tile]
+"""Features (N, D) -> a tile of TILE_HEIGHT."""
+
+
+def save_grid(futures: Futures, path: Path, *, num_samples: int, show: str | None) -> Path:
+    """See `Futures.save_grid`."""
+    rows = _rows(futures, num_samples, show)
+    strips = [
+        Strip(label="video", alt="Frames seen, and those that came.", tiles=_video(futures)),
+        *(Strip(label=label, alt=label, tiles=tiles) for label, tiles in rows),
+    ]
+    if len(futures) > 1:
+        strips.append(Strip(label="spread", alt="spread of the samples", tiles=_spread(futures)))
+    columns = (*futures.seen_s, *futures.times_s)
+    panel = Panel(
+        title="", columns=tuple(_seconds(time_s) for time_s in columns), strips=tuple(strips)
+    )
+    _write(path, png_bytes(panel_image(panel)))
+    return path
+
+
+def save_video(futures: Futures, path: Path, *, num_samples: int, show: str | None) -> Path:
+    """See `Futures.save_mp4`."""
+    video = _video(futures)
+    seen = video[: len(futures.seen)]
+    cells = [Cell(label="video", tiles=video)]
+    for label, tiles in _rows(futures, num_samples, show):
+        cells.append(Cell(label=label, tiles=(*seen, *tiles)))
+    captions = [f"seen {_seconds(time_s)}" for time_s in futures.seen_s]
+    captions += [f"forecast {_seconds(time_s)}" for time_s in futures.times_s]
+    columns = 3 if len(cells) > 4 else len(cells)
+    pictures = draw_moments(cells, captions, columns=columns, first_future=len(seen))
+    step_s = futures.times_s[0]
+    if path.suffix.lower() == ".gif":
+        _write(path, gif_bytes(pictures, step_s=step_s))
+    else:
+        write_mp4(path, pictures, step_s=step_s)
+    return path
+
+
+def _rows(
+    futures: Futures, num_samples: int, show: str | None
+) -> list[tuple[str, tuple[Tile, ...]]]:
+    """(label, H tiles) of the samples that differ most and of the mean."""
+    draw = _drawing(futures, show)
+    rows = []
+    if len(futures) > 1:
+        for number in futures.most_different(num_samples):
+            tiles = tuple(draw(features) for features in futures.features[number])
+            rows.append((f"sample {number + 1}", tiles))
+    label = "mean" if len(futures) > 1 else "forecast"
+    return [*rows, (label, tuple(draw(features) for features in futures.mean))]
+
+
+def _drawing(futures: Futures, show: str | None) -> Draw:
+    head = futures.parts.head
+    kind = show or ("features" if head is None else "head")
+    if kind not in ("features", "head"):
+        raise UsageError(f'show: got {show!r}, wanted "features" or "head"')
+    aspect = futures.seen.shape[2] / futures.seen.shape[1]
+    if kind == "head":
+        return lambda features: resize_tile(
+            _read(futures, features), aspect=aspect, smooth=isinstance(head, RGBHead)
+        )
+    tokens = np.concatenate(
+        [_array(futures.last), _array(futures.features).reshape(-1, futures.last.shape[1])]
+    )
+    colours = fit_pca_colours(tokens[:: -(-len(tokens) // PCA_TOKENS)])
+    return lambda features: resize_tile(
+        colours(_array(features), futures.grid), aspect=aspect, smooth=False
+    )
+
+
+def _read(futures: Futures, features: Tensor) -> Tile:
+    """What the head reads, as a picture."""
+    output = futures.read(features[None])
+    head = futures.parts.head
+    if isinstance(head, SegmentationHead):
+        size = (TILE_HEIGHT, TILE_HEIGHT)
+        logits = F.interpolate(output, size=size, mode="bilinear", align_corners=False)
+        classes = logits.argmax(dim=1)[0].cpu().numpy().astype(np.uint8)
+        return class_tile(classes, class_palette(head.config.num_classes))
+    if isinstance(head, RGBHead):
+        picture = (output[0].clamp(0, 1) * 255).round().permute(1, 2, 0)
+        return _array(picture).astype(np.uint8)
+    depth = _array(output[0, 0])
+    return heat_tile(depth, top=float(depth.max()))
+
+
+def _video(futures: Futures) -> tuple[Tile, ...]:
+    """C + H tiles: seen, came, and empty ones where nobody knows."""
+    aspect = futures.seen.shape[2] / futures.seen.shape[1]
+    frames = [*futures.seen, *futures.came][: len(futures.seen) + len(futures.times_s)]
+    tiles = [resize_tile(frame, aspect=aspect, smooth=True) for frame in frames]
+    missing = len(futures.seen) + len(futures.times_s) - len(tiles)
+    return (*tiles, *[np.full_like(tiles[0], EMPTY)] * missing)
+
+
+def _spread(futures: Futures) -> tuple[Tile, ...]:
+    values = _array(futures.spread)
+    aspect = futures.seen.shape[2] / futures.seen.shape[1]
+    heat = [heat_tile(one, top=float(values.max())) for one in values]
+    return tuple(resize_tile(tile, aspect=aspect, smooth=False) for tile in heat)
+
+
+def _seconds(time_s: float) -> str:
+    return "0 s" if abs(time_s) < 0.005 else f"{time_s:+.2g} s"
+
+
+def _array(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.float().cpu().numpy()
+    return array
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error}); give another file") from error
