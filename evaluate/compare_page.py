@@ -12,7 +12,7 @@ from .compare import ComparedRow, Comparison, Difference
 from .intervals import Estimate
 from .page import facts_html, plot_html, table_html, value_text
 from .plots import COLOURS, Plot, draw_plot
-from .rows import HORIZONS, METRIC_TITLES, PERCENT, ROW_LABELS, show
+from .rows import HORIZONS, METRIC_TITLES, PERCENT, ROW_LABELS, show, show_interval
 from .template import PAGE, STYLE
 
 LABELS = ROW_LABELS | {"samples": "All samples"}
@@ -87,20 +87,16 @@ def tables(found: Comparison) -> Iterator[Table]:
 def _estimate(value: Estimate | None, metric: str) -> str:
     if value is None:
         return "-"
-    return show(value.value, metric) + _interval(value.low, value.high, metric)
+    return show(value.value, metric) + show_interval(value.low, value.high, metric)
 
 
 def _difference(value: Difference | None, metric: str) -> str:
     if value is None:
         return "-"
+    if value.value == value.low == value.high == 0:
+        return "equal"
     verdict = "" if value.verdict == "unclear" else f" {value.verdict}"
-    return _signed(value.value, metric) + _interval(value.low, value.high, metric) + verdict
-
-
-def _interval(low: float | None, high: float | None, metric: str) -> str:
-    if low is None or high is None:
-        return ""
-    return f" [{show(low, metric)},\u00a0{show(high, metric)}]"
+    return _signed(value.value, metric) + show_interval(value.low, value.high, metric) + verdict
 
 
 def _signed(value: float, metric: str) -> str:

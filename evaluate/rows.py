@@ -104,10 +104,15 @@ def show_row(row: ReportRow | None) -> str:
     if row is None:
         return "-"
     value = show(row.value, row.metric)
-    if row.interval_low is None or row.interval_high is None:
-        return value
-    low, high = show(row.interval_low, row.metric), show(row.interval_high, row.metric)
-    return f"{value} [{low},\u00a0{high}]"
+    return value + show_interval(row.interval_low, row.interval_high, row.metric)
+
+
+def show_interval(low: float | None, high: float | None, metric: str) -> str:
+    """` [low, high]`, with fewer digits than a value has; nothing without an interval."""
+    if low is None or high is None:
+        return ""
+    bounds = [show(bound, metric) if metric in PERCENT else f"{bound:.3g}" for bound in (low, high)]
+    return f" [{bounds[0]},\u00a0{bounds[1]}]"
 
 
 def show(value: float | None, metric: str) -> str:

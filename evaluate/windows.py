@@ -39,6 +39,9 @@ class Windows(Protocol):
     def names(self, indices: list[int]) -> list[NoiseName]:
         """What each window's noise is drawn for."""
 
+    def sequence(self, index: int) -> str:
+        """What a window belongs to: windows of one sequence are alike, and resampled together."""
+
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         """The labels of the target frames of a batch; none without labels."""
 
@@ -65,12 +68,15 @@ class UniformWindows:
     def names(self, indices: list[int]) -> list[NoiseName]:
         return [(index,) for index in indices]
 
+    def sequence(self, index: int) -> str:
+        return self._cache.keys[int(self._cache.clip_index[index])]
+
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         if self._labels is None:
             return []
         target = self._config.num_frames - 1
         frames = self._cache.frame_index(indices)[:, target].tolist()
-        keys = [self._cache.keys[int(clip)] for clip in self._cache.clip_index[indices]]
+        keys = map(self.sequence, indices)
         return [
             LabelledFrame(
                 sequence=key,
@@ -133,6 +139,9 @@ class EvaluationWindows:
         return [
             (key, self._crops[key].index(index)) for key, index in zip(keys, indices, strict=True)
         ]
+
+    def sequence(self, index: int) -> str:
+        return self._targets[self._key(index)].sequence
 
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         if self._config.labels is None:
