@@ -35,6 +35,7 @@ from .rows import HORIZONS, expected_order, markdown_table
 from .score import Scorer, class_map
 from .seeds import more_seeds, seeds_of, with_intervals
 from .sequences import sequences_jsonl
+from .windows import UniformWindows
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -92,7 +93,7 @@ def score_windows(
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
     place: dict[str, Any] = {"black": inputs.black, "grid": cache.grid}
-    keys = [inputs.sequence(index) for index in range(len(cache))]
+    keys = [inputs.arrangement.sequence(index) for index in range(len(cache))]
     scorers = {
         seed: Scorer(replace(config, seed=seed), head=models.head, grid=cache.grid, keys=keys)
         for seed in seeds_of(config)
@@ -137,6 +138,8 @@ def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
         return None
     if not isinstance(head, SegmentationHead):
         raise UsageError("--futures: known futures are class maps; give a segmentation --head")
+    if not isinstance(inputs.arrangement, UniformWindows):
+        raise UsageError("--futures: known futures are of whole frames; give a uniform cache")
     return ModeScorer(inputs.config, inputs.cache, head)
 
 

@@ -57,10 +57,6 @@ class ForecastInputs:
         """The clip of a window."""
         return self.cache.keys[int(self.cache.clip_index[index])]
 
-    def sequence(self, index: int) -> str:
-        """What a window belongs to: windows of one sequence are alike, and resampled together."""
-        return self.arrangement.sequence(index)
-
     def shown_window(
         self, index: int, forecast: HorizonForecast, position: int, truth: Tensor
     ) -> ShownWindow:
