@@ -16,7 +16,8 @@ class ForecastConfig:
     """
 
     patches: str
-    """Uniform patch-token cache with num_context + mid_steps frames a window, or more."""
+    """Patch-token cache to evaluate on: of --dataset, or uniform with num_context + mid_steps
+    frames a window or more."""
     tokenizer: str
     """Folder of the tokenizer."""
     out: str
@@ -27,10 +28,24 @@ class ForecastConfig:
     """Folder of the best-of-many world model; none: no rows `mean` and `best`."""
     discriminative: str | None = None
     """Folder of a world model with a learned query; none: no row `discriminative`."""
+    dinoworld: tuple[str, ...] = ()
+    """Folders of DINO-worlds, for rows of their own: one with a learned query, one with noise
+    queries, or both."""
+    regressor_null: bool = True
+    """Row `regressor_null`, where world and discriminative are DeltaWorlds: the best of Gaussian
+    draws around the discriminative forecast, spread as the samples are. As costly as they are."""
     head: str | None = None
-    """Folder of a segmentation head, for mIoU; needs labels."""
+    """Folder of a segmentation head, for mIoU, or of a depth head, for RMSE; needs labels."""
     labels: str | None = None
-    """Folder of labels: CLIP_KEY.npy, uint8 (frames, H, W), 255 = ignore; needs head."""
+    """Folder of labels, needs head: the data set's own (cache of --dataset), or CLIP_KEY.npy, uint8
+    (frames, H, W), 255 = ignore (uniform)."""
+    depth_range_m: tuple[float, float] | None = None
+    """Depth labels below or above these metres count nowhere; KITTI's own range always holds."""
+    futures: str | None = None
+    """Folder of all possible futures, CLIP_KEY.npz (see evaluate/known_futures.py): adds mode recall and
+    precision; needs head."""
+    mode_overlap: float = 0.5
+    """Overlap (IoU) of two class maps from which on they show the same future, above 0 to 1."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in order, for the legend of the pictures."""
     num_context: int = 4
@@ -42,7 +57,13 @@ class ForecastConfig:
     num_samples: int = 20
     """Samples rolled out for each window."""
     seed: int = 0
-    """Seed of the samples' noise; window i's noise depends on (seed, i) alone."""
+    """Seed of the samples' noise; a window's noise depends on it and on the window's number, or
+    target and crop, alone."""
+    num_seeds: int = 1
+    """Seeds of the samples, from `seed` on: rows of samples are means over them. The best-of-k
+    curve, probes and pictures are those of the first."""
+    noise_scale: float = 1.0
+    """The samples' noise is multiplied by this; 1 = as in training."""
     batch_windows: int = 4
     """Windows rolled out at once: memory, not results, depends on it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -58,17 +79,27 @@ class ForecastConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated."""
-        for name in ("num_context", "short_steps", "num_samples", "batch_windows"):
+        for name in ("num_context", "short_steps", "num_samples", "num_seeds", "batch_windows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.mid_steps < self.short_steps:
             raise UsageError(
                 f"mid_steps: got {self.mid_steps}, wanted at least short_steps = {self.short_steps}"
             )
+        if self.depth_range_m is not None and not 0 < self.depth_range_m[0] < self.depth_range_m[1]:
+            raise UsageError(
+                f"depth_range_m: got {self.depth_range_m}, wanted two depths above 0, nearest first"
+            )
         if self.num_pictures < 0:
             raise UsageError(f"num_pictures: got {self.num_pictures}, wanted 0 or more")
         if self.seed < 0:
             raise UsageError(f"seed: got {self.seed}, wanted 0 or more")
+        if not 0 < self.mode_overlap <= 1:
+            raise UsageError(f"mode_overlap: got {self.mode_overlap}, wanted above 0, at most 1")
+        if not 0 <= self.noise_scale < float("inf"):
+            raise UsageError(f"noise_scale: got {self.noise_scale}, wanted 0 or more")
+        if self.futures is not None and self.head is None:
+            raise UsageError("--futures without --head: the head reads what a forecast shows")
         if (self.head is None) != (self.labels is None):
             given, other = ("head", "labels") if self.labels is None else ("labels", "head")
             raise UsageError(

@@ -7,11 +7,12 @@ cached features: no backbone, no network.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from tqdm import tqdm
 
 from ..shards.errors import UsageError
 from ..train.devices import precision_name
+from ..train.models.heads import SegmentationHead
 from .config import ForecastConfig
 from .inputs import ForecastInputs, open_inputs, windows_to_show
+from .mode_scores import ModeScorer
 from .panels import ShownWindow, class_panel, feature_panel
 from .pick_device import pick_device
 from .plots import plot_curves
@@ -29,8 +32,11 @@ from .probes import tokenizer_probes
 from .report import Pictures, Report, write_report
 from .rows import HORIZONS, expected_order, markdown_table
 from .score import Scorer, class_map
+from .seeds import more_seeds, seeds_of, with_intervals
+from .sequences import sequences_jsonl
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 PROBE_WINDOWS = 64
 """Windows the tokenizer is probed on, at most: 1.4 GB of features at 512 px (a guess)."""
@@ -40,7 +46,7 @@ def run_forecast(config: ForecastConfig) -> Report:
     """Evaluate, and write report.json, report.html and pictures into `config.out`.
 
     Raises:
-        CacheMismatch: the cache is not uniform, or a model does not belong to it.
+        CacheMismatch: the cache holds training windows, or a model does not belong to it.
         UsageError: too few frames a window; labels, videos or curves that cannot be used.
         DeltatokError: features that are not finite; names the window.
     """
@@ -54,55 +60,82 @@ def run_forecast(config: ForecastConfig) -> Report:
         with watch.stage("load"):
             out = make_folder(config.out)
             inputs = open_inputs(config, device)
-        scorer, shown = score_windows(inputs, watch)
+        scorer, modes, shown = score_windows(inputs, watch)
         with watch.stage("probes"):
-            probes = probe(inputs) | scorer.probes()
+            probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
+        with watch.stage("intervals"):
+            rows = with_intervals(config, scorer.rows(), scorer.sequences)
         with watch.stage("pictures"):
             pictures = draw_pictures(inputs, shown)
     cache = inputs.cache
     report = Report(
-        rows=scorer.rows(),
+        rows=rows,
         probes=probes,
         best_of_k=scorer.best_of_k(),
+        per_class_iou=scorer.per_class_iou(),
         provenance=inputs.models.provenance,
         seconds=watch.seconds,
         config=asdict(config) | {"device": str(device), "autocast": precision},
         num_windows=len(cache),
         num_clips=len(set(cache.clip_index.tolist())),
     )
-    write_report(out, report, pictures)
+    write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
     logger.info("%s\n%s", markdown_table(report.rows), expected_order(report.rows).text)
     return report
 
 
-def score_windows(inputs: ForecastInputs, watch: "Stopwatch") -> tuple[Scorer, list[ShownWindow]]:
+def score_windows(
+    inputs: ForecastInputs, watch: "Stopwatch"
+) -> tuple[Scorer, ModeScorer | None, list[ShownWindow]]:
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
     place: dict[str, Any] = {"black": inputs.black, "grid": cache.grid}
-    scorer = Scorer(config, head=models.head, grid=cache.grid)
+    keys = [inputs.sequence(index) for index in range(len(cache))]
+    scorers = {
+        seed: Scorer(replace(config, seed=seed), head=models.head, grid=cache.grid, keys=keys)
+        for seed in seeds_of(config)
+    }
+    scorer, modes = scorers[config.seed], open_modes(inputs)
     to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
     shown: list[ShownWindow] = []
     with tqdm(total=len(cache), desc="forecast", unit="window", disable=None) as progress:
-        for start in range(0, len(cache), config.batch_windows):
-            indices = list(range(start, min(start + config.batch_windows, len(cache))))
+        for indices in inputs.arrangement.batches():
             with watch.stage("read"):
                 x, times = inputs.windows(indices)
-                labels = inputs.target_labels(indices)
+                labels = inputs.arrangement.labelled(indices)
             with watch.stage("encode"):
-                batch = encode_windows(models, indices, x, times, **place)
+                names = inputs.arrangement.names(indices)
+                batch = encode_windows(models, indices, x, times, names=names, **place)
                 scorer.add_tokens(batch)
             for horizon in HORIZONS:
                 with watch.stage("forecast"):
                     forecast = forecast_horizon(config, models, batch, horizon, **place)
-                with watch.stage("score"):
-                    scorer.add(horizon, forecast, batch)
-                    scorer.add_labels(horizon, forecast, labels)
+                more = more_seeds(config, models, batch, horizon, **place)
+                for seed, found in chain([(config.seed, forecast)], watch.each("seeds", more)):
+                    with watch.stage("score"):
+                        scorers[seed].add(horizon, found, batch)
+                        scorers[seed].add_labels(horizon, found, labels)
+                        if modes is not None:
+                            parts = scorers[seed].sequences
+                            modes.add(horizon, found, batch, seed=seed, scores=parts)
             with watch.stage("pictures"):  # of the mid horizon, the last of the loop above
                 for position, index in enumerate(indices):
                     if index in to_show:
                         shown.append(inputs.shown_window(index, forecast, position, x[position]))
             progress.update(len(indices))
-    return scorer, shown
+    for seed in seeds_of(config)[1:]:
+        scorer.sequences.merge(scorers[seed].sequences)
+    return scorer, modes, shown
+
+
+def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
+    """What scores modes, where futures are given."""
+    head = inputs.models.head
+    if inputs.config.futures is None:
+        return None
+    if not isinstance(head, SegmentationHead):
+        raise UsageError("--futures: known futures are class maps; give a segmentation --head")
+    return ModeScorer(inputs.config, inputs.cache, head)
 
 
 def probe(inputs: ForecastInputs) -> dict[str, Any]:
@@ -124,7 +157,7 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
     """Panels of the windows that were kept, and the training curves."""
     head, config = inputs.models.head, inputs.config
     classes = []
-    if head is not None:
+    if isinstance(head, SegmentationHead):
 
         def segment(tokens: Any, size: tuple[int, int]) -> Any:
             x = torch.from_numpy(tokens).to(inputs.device)
@@ -161,6 +194,16 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, the time that making each takes added to the stage `name`."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
 
 
 def make_folder(path: str) -> Path:

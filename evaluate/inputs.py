@@ -5,7 +5,6 @@ Called by `forecast.py`.
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,13 +16,13 @@ from ..shards.cache import compare
 from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
 from .config import ForecastConfig
-from .labels import LabelFolder
 from .loading import ForecastModels, load_models
 from .panels import ShownWindow, keep_features
 from .pictures import Tile
 from .plots import Curve, read_curve
 from .predict import HorizonForecast
 from .videos import clips_by_key, read_frames
+from .windows import Windows, open_windows
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,8 @@ class ForecastInputs:
     config: ForecastConfig
     cache: PatchShards
     models: ForecastModels
-    labels: LabelFolder | None
+    arrangement: Windows
+    """What belongs together, and its labels."""
     videos: dict[str, Clip]
     """Clip key -> clip; empty without videos."""
     curves: list[Curve]
@@ -53,18 +53,13 @@ class ForecastInputs:
         times = self.cache.timestamps_s(indices)[:, :num_frames]
         return x, torch.from_numpy(times - times[:, :1]).to(self.device)
 
-    def target_labels(self, indices: list[int]) -> list[NDArray[np.uint8]]:
-        """The label map (H, W) of each window's target frame; none without labels."""
-        if self.labels is None:
-            return []
-        target = self.config.num_frames - 1
-        frames = self.cache.frame_index(indices)[:, target].tolist()
-        keys = map(self.key, indices)
-        return [self.labels.frame(key, frame) for key, frame in zip(keys, frames, strict=True)]
-
     def key(self, index: int) -> str:
         """The clip of a window."""
         return self.cache.keys[int(self.cache.clip_index[index])]
+
+    def sequence(self, index: int) -> str:
+        """What a window belongs to: windows of one sequence are alike, and resampled together."""
+        return self.key(index)
 
     def shown_window(
         self, index: int, forecast: HorizonForecast, position: int, truth: Tensor
@@ -76,9 +71,6 @@ class ForecastInputs:
         times = self.cache.timestamps_s([index])[0, : config.num_frames]
         _, _, height, width = self.cache.crop[index].tolist()
         rows, samples, spread = keep_features(forecast, position, grid=self.cache.grid)
-        labels: tuple[NDArray[np.uint8], ...] = ()
-        if self.labels is not None:
-            labels = tuple(self.labels.frame(key, frame) for frame in frame_index)
         return ShownWindow(
             title=f"{key}, window {index}",
             times_s=tuple((times - times[config.num_context - 1]).tolist()),
@@ -88,7 +80,7 @@ class ForecastInputs:
             rows=rows,
             samples=samples,
             spread=spread,
-            labels=labels,
+            labels=self.arrangement.shown_labels(index),
             frames=self._frames(key, frame_index),
         )
 
@@ -105,17 +97,19 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
     """Open and check everything.
 
     Raises:
-        CacheMismatch: the cache is not uniform, or a model does not belong to it; names the field.
+        CacheMismatch: the cache holds training windows, or a model does not belong to it; names
+            the field.
         UsageError: too few frames or no windows; models, labels, videos or curves of no use.
     """
     cache = PatchShards(config.patches)
-    compare(
-        cache.info.identity,
-        {"sampling": {"policy": "uniform"}},
-        what_got=f"--patches {config.patches}",
-        what_wanted="an evaluation cache",
-        fields=["sampling.policy"],
-    )
+    if cache.info.identity.get("sampling", {}).get("policy") != "evaluation":
+        compare(
+            cache.info.identity,
+            {"sampling": {"policy": "uniform"}},
+            what_got=f"--patches {config.patches}",
+            what_wanted="a cache of policy evaluation, or of windows to evaluate on",
+            fields=["sampling.policy"],
+        )
     if cache.shape[0] < config.num_frames:
         raise UsageError(
             f"--patches {config.patches}: {cache.shape[0]} frames a window, wanted at least "
@@ -125,18 +119,13 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
     if not cache.num_windows:
         raise UsageError(f"--patches {config.patches}: no windows; see its quarantine.jsonl")
     models = load_models(config, cache.info, device)
-    labels = None
-    if config.labels is not None and models.head is not None:
-        labels = LabelFolder(
-            Path(config.labels),
-            last_frames=_last_frames(cache, config.num_frames),
-            num_classes=models.head.config.num_classes,
-        )
     return ForecastInputs(
         config=config,
         cache=cache,
         models=models,
-        labels=labels,
+        arrangement=open_windows(
+            config, cache, models.head, _last_frames(cache, config.num_frames)
+        ),
         videos=clips_by_key(config.videos) if config.videos else {},
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),

@@ -5,7 +5,7 @@ the evaluation cache; what it does not say (a model that came without) is listed
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..shards.errors import UsageError
 from ..train.models.deltatok import DeltaTok
 from ..train.models.deltaworld import DeltaWorld
 from ..train.models.dinoworld import DINOWorld
-from ..train.models.heads import SegmentationHead
+from ..train.models.heads import DepthHead, SegmentationHead
 from ..train.pretrained import read_class, read_provenance, weights_sha256
 from .config import ForecastConfig
 
@@ -42,7 +42,9 @@ class ForecastModels:
     tokenizer: DeltaTok
     world: WorldModel | None
     discriminative: WorldModel | None
-    head: SegmentationHead | None
+    dinoworlds: tuple[DINOWorld, ...]
+    """At most one with a learned query and one with noise queries."""
+    head: SegmentationHead | DepthHead | None
     provenance: dict[str, Any]
 
 
@@ -80,9 +82,10 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
             else:
                 checked = check_patches(role, folder, info)
             provenance[role] = checked | {"weights_sha256": weights_sha256(world)}
+    dinoworlds = _load_dinoworlds(config.dinoworld, info, device, provenance)
     head = None
     if config.head is not None:
-        head = SegmentationHead.from_pretrained(config.head, device=device)
+        head = load_head(config.head, device)
         check_width("head", config.head, head.config.in_size, info)
         provenance["head"] = check_patches("head", config.head, info) | {
             "weights_sha256": weights_sha256(head)
@@ -91,6 +94,7 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
         tokenizer=tokenizer,
         world=worlds["world"],
         discriminative=worlds["discriminative"],
+        dinoworlds=dinoworlds,
         head=head,
         provenance=provenance,
     )
@@ -107,6 +111,42 @@ def _load_world(role: str, folder: str, device: torch.device) -> WorldModel:
         other = "world" if world.config.use_bom else "discriminative"
         raise UsageError(f"--{role} {folder}: a world model with {kind}; give it as --{other}")
     return world
+
+
+def _load_dinoworlds(
+    folders: Sequence[str], info: CacheInfo, device: torch.device, provenance: dict[str, Any]
+) -> tuple[DINOWorld, ...]:
+    """The models of `--dinoworld`; their origin goes into `provenance` under their rows' names."""
+    found: dict[str, DINOWorld] = {}
+    for folder in folders:
+        world = DINOWorld.from_pretrained(folder, device=device)
+        check_width("dinoworld", folder, world.config.hidden_size, info)
+        role = "dinoworld_best" if world.config.use_bom else "dinoworld"
+        if role in found:
+            kind = "noise queries" if world.config.use_bom else "a learned query"
+            raise UsageError(
+                f"--dinoworld {folder}: a second model with {kind}; wanted at most one with noise "
+                "queries and one with a learned query"
+            )
+        found[role] = world
+        provenance[role] = check_patches("dinoworld", folder, info) | {
+            "weights_sha256": weights_sha256(world)
+        }
+    return tuple(found.values())
+
+
+def load_head(folder: str, device: torch.device) -> SegmentationHead | DepthHead:
+    """A segmentation or a depth head, whichever the folder holds; UsageError for anything else."""
+    kinds: dict[str, type[SegmentationHead] | type[DepthHead]] = {
+        "SegmentationHead": SegmentationHead,
+        "DepthHead": DepthHead,
+    }
+    name = read_class(folder)
+    if name not in kinds:
+        raise UsageError(
+            f"--head {folder}: holds a {name}, wanted a SegmentationHead or a DepthHead"
+        )
+    return kinds[name].from_pretrained(folder, device=device)
 
 
 def check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> None:

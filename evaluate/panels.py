@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .dense import Label
 from .pictures import (
     Panel,
     Strip,
@@ -59,8 +60,8 @@ class ShownWindow:
     """(S, H, N, D), S up to NUM_SAMPLES_SHOWN, 0 without a world model."""
     spread: NDArray[np.float32] | None
     """(H, h, w): standard deviation of all samples, root mean square over channels."""
-    labels: tuple[ClassMap, ...] = ()
-    """C + H label maps (H, W), or none."""
+    labels: tuple[Label, ...] = ()
+    """Labels (H, W) of all C + H frames, of the target alone, or none."""
     frames: tuple[Tile, ...] = ()
     """C + H frames of the video, or none."""
 
@@ -114,7 +115,8 @@ def class_panel(
     """Labels, and class maps read from the features of every row, at the labels' size."""
     palette = class_palette(num_classes)
     size = window.labels[0].shape
-    seen: list[ClassMap] = list(window.labels)
+    labels = [label.astype(np.uint8) for label in window.labels]
+    seen: list[ClassMap] = [*labels]
 
     def tile(classes: ClassMap) -> Tile:
         picture = class_tile(classes, palette)
@@ -124,8 +126,8 @@ def class_panel(
     strips.append(
         Strip(
             label="label",
-            alt=f"Labels of {window.title}: {_shares(window.labels[-1], class_names)} at the end.",
-            tiles=tuple(map(tile, window.labels)),
+            alt=f"Labels of {window.title}: {_shares(labels[-1], class_names)} at the end.",
+            tiles=tuple(map(tile, labels)),
         )
     )
     names = ("present", "best", "mean", "discriminative", "copy_last")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..train.draws import generator
 from ..train.losses import smooth_l1
 from ..train.models.deltaworld import DeltaWorld
+from .baselines import dinoworld_rows, regressor_null, roll_out_patches
+from .clip import Clip, NoiseName, window_noise
 from .config import ForecastConfig
 from .loading import ForecastModels, WorldModel
 from .rollout import best_sample, decode_rollout, mean_sample, sample_losses
@@ -24,6 +25,8 @@ class WindowBatch:
 
     indices: tuple[int, ...]
     """The windows' numbers in the cache, B of them."""
+    names: tuple[NoiseName, ...]
+    """What each window's noise is drawn for."""
     x: Tensor
     """(B, T, N, D) true features."""
     times: Tensor
@@ -61,10 +64,13 @@ def encode_windows(
     *,
     black: Tensor,
     grid: tuple[int, int],
+    names: Sequence[NoiseName] | None = None,
 ) -> WindowBatch:
-    """Delta tokens of windows x (B, T, N, D), open loop from the true features."""
+    """Delta tokens of windows x (B, T, N, D), open loop from the true features; `names`: what
+    their noise is drawn for, by default their numbers."""
     z = models.tokenizer.encode_sequence(x, black, grid=grid).float()
-    return WindowBatch(indices=tuple(indices), x=x, times=times, z=z)
+    named = [(index,) for index in indices] if names is None else names
+    return WindowBatch(indices=tuple(indices), names=tuple(named), x=x, times=times, z=z)
 
 
 def forecast_horizon(
@@ -95,41 +101,35 @@ def forecast_horizon(
         grid=grid,
     )
     z_true = batch.z[:, None, first_target : config.num_frames]
+    open_loop = decode_rollout(models.tokenizer, z_true, last, grid=grid)[:, 0].float()
     rows = {
         "copy_last": last[:, None].expand_as(truth),
         "reconstruction": models.tokenizer.reconstruct(truth, last, grid=grid).float(),
+        "reconstruction_open_loop": open_loop,
         "present": truth,
     }
     samples, losses = None, None
     if models.discriminative is not None:
         rows["discriminative"] = roll_out(models, models.discriminative, clip, noise=None)[:, 0]
     if models.world is not None:
-        noise = window_noise(models.world, config, horizon, batch.indices).to(last.device)
+        noise = window_noise(models.world, config, horizon, batch.names).to(last.device)
+        noise = noise * config.noise_scale
         samples = roll_out(models, models.world, clip, noise=noise)
         losses = sample_losses(samples, truth)
         rows["best"], _ = best_sample(samples, truth)
         rows["mean"] = mean_sample(samples)
+        if config.regressor_null:
+            rows |= regressor_null(
+                config, models, clip, truth, horizon=horizon, noise=noise, names=batch.names
+            )
+    rows |= dinoworld_rows(config, models, clip, truth, horizon=horizon, names=batch.names)
     return HorizonForecast(
         truth=truth,
         rows=rows,
-        open_loop=decode_rollout(models.tokenizer, z_true, last, grid=grid)[:, 0].float(),
+        open_loop=open_loop,
         samples=samples,
         sample_losses=losses,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """What a rollout sees: C context frames and the times of all C + H frames."""
-
-    x_context: Tensor
-    """(B, C, N, D)"""
-    z_context: Tensor
-    """(B, C, D)"""
-    times: Tensor
-    """(B, C + H)"""
-    steps: int
-    grid: tuple[int, int]
 
 
 def roll_out(
@@ -143,29 +143,4 @@ def roll_out(
         )
         last = clip.x_context[:, -1]
         return decode_rollout(models.tokenizer, z_hat, last, grid=clip.grid).float()
-    return world.rollout(
-        clip.x_context,
-        clip.times,
-        grid=clip.grid,
-        horizon=clip.steps,
-        num_samples=num_samples,
-        noise=noise,
-    ).float()
-
-
-def window_noise(
-    world: WorldModel, config: ForecastConfig, horizon: str, indices: Sequence[int]
-) -> Tensor:
-    """Noise queries (H, B, S, 1, Dp) on the CPU, a function of (seed, horizon, window) for each
-    window, so that neither batch size nor device changes them."""
-    steps = config.steps(horizon)
-    drawn = [
-        world.draw_noise(
-            steps,
-            config.num_samples,
-            1,
-            generator=generator("forecast", config.seed, horizon, index),
-        )
-        for index in indices
-    ]
-    return torch.stack(drawn, dim=1)
+    return roll_out_patches(world, clip, noise=noise)

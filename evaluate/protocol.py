@@ -2,81 +2,53 @@
 
 Frames are resized so that the short side is the model's size and cut into two squares at the two
 ends (they may overlap); labels are never resized and cut at the middle; a prediction is brought
-to the size of its half of the labels. Pure functions, used by the forecast evaluation.
+to the size of its half of the labels. Pure functions, used by the forecast evaluation. The
+geometry is in shards/crops.py, the label rules in train/label_rules.py; both can be had from here.
 
 Letters: B batch, T frames, C classes or channels, H, W pixels. After a cut the batch holds all
 first (left or top) crops, then all second ones. Checked by tests/parity (08_eval).
 """
 
-from dataclasses import dataclass
-from typing import TypeVar
-
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from ..shards.errors import DeltatokError
+from ..shards.crops import KB_CROP, MAX_ASPECT_RATIO, Cut, compute_resize_sizes, cut_of
+from ..train.label_rules import (
+    IGNORE,
+    NO_DEPTH,
+    cityscapes_table,
+    depth_label,
+    garg_mask,
+    kb_crop,
+    vspw_table,
+)
 from ..train.models.heads import SegmentationHead, feature_map
 
-Scalar = TypeVar("Scalar", bound=np.generic)
-
-IGNORE = 255
-"""Label value that counts nowhere."""
-NO_DEPTH = 0.0
-"""Depth value that counts nowhere."""
-MAX_ASPECT_RATIO = 2.0
-MIN_DEPTH_M, MAX_DEPTH_M = 1e-3, 80.0
-KB_CROP = (352, 1216)
-"""Height and width of the KITTI benchmark crop, pixels."""
-GARG_CROP = (0.40810811, 0.99189189, 0.03594771, 0.96405229)
-"""First and last row, first and last column of Garg's window, as fractions of height and width."""
-PNG_DEPTH_STEPS = 256.0
-"""KITTI depth images hold metres times this, as uint16."""
-
-_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""Label ids of the 19 evaluated classes, in class order (cityscapesScripts, labels.py)."""
-_VSPW_NUM_CLASSES = 124
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How frames of one shape are cut: wide left/right, tall top/bottom, None not at all."""
-
-    wide: bool | None
-    overlap: bool
-    """The two squares share pixels: the long side is less than twice the short one."""
-
-
-def compute_resize_sizes(
-    height: int,
-    width: int,
-    frame_size: int | tuple[int, int],
-    *,
-    max_aspect_ratio: float = MAX_ASPECT_RATIO,
-) -> tuple[int, int]:
-    """Height and width to resize frames to.
-
-    An int is the short side; the long side keeps the ratio (rounded half to even) up to
-    int(frame_size * max_aspect_ratio). A pair is taken as it is.
-    """
-    if isinstance(frame_size, tuple):
-        return frame_size
-    longest = int(frame_size * max_aspect_ratio)
-    if height <= width:
-        return frame_size, min(round(width * frame_size / height), longest)
-    return min(round(height * frame_size / width), longest), frame_size
-
-
-def cut_of(height: int, width: int) -> Cut:
-    """The cut of (already resized) frames of this shape."""
-    if height == width:
-        return Cut(wide=None, overlap=False)
-    long, short = max(height, width), min(height, width)
-    return Cut(wide=width > height, overlap=long < 2 * short)
+__all__ = [
+    "IGNORE",
+    "KB_CROP",
+    "MAX_ASPECT_RATIO",
+    "NO_DEPTH",
+    "Cut",
+    "DepthRMSE",
+    "MeanIoU",
+    "cityscapes_table",
+    "compute_resize_sizes",
+    "cut_frames",
+    "cut_labels",
+    "cut_of",
+    "depth_label",
+    "garg_mask",
+    "join_halves",
+    "kb_crop",
+    "repeat_for_crops",
+    "segment",
+    "upsample_predictions",
+    "vspw_table",
+]
 
 
 def cut_frames(frames: Tensor, cut: Cut) -> Tensor:
@@ -133,48 +105,6 @@ def join_halves(halves: Tensor, cut: Cut, *, size: tuple[int, int]) -> Tensor:
     dim = -1 if cut.wide else -2
     kept = size[dim] // 2
     return torch.cat([first.narrow(dim, 0, kept), second], dim=dim)
-
-
-def kb_crop(image: NDArray[Scalar]) -> NDArray[Scalar]:
-    """The KITTI benchmark crop of an image (H, W, ...): bottom rows, middle columns."""
-    height, width = KB_CROP
-    if image.shape[0] < height or image.shape[1] < width:
-        raise DeltatokError(
-            f"an image of {image.shape[0]} x {image.shape[1]} pixels cannot be cropped to "
-            f"{height} x {width}; pass a whole KITTI frame"
-        )
-    top, left = image.shape[0] - height, (image.shape[1] - width) // 2
-    return image[top : top + height, left : left + width]
-
-
-def garg_mask(depth: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """bool (H, W): depth strictly between 1 mm and 80 m, inside Garg's window."""
-    height, width = depth.shape
-    top, bottom, left, right = GARG_CROP
-    mask = np.zeros(depth.shape, dtype=np.bool_)
-    mask[int(top * height) : int(bottom * height), int(left * width) : int(right * width)] = True
-    inside: NDArray[np.bool_] = mask & (depth > np.float32(MIN_DEPTH_M)) & (depth < MAX_DEPTH_M)
-    return inside
-
-
-def depth_label(png: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Metres float32 (352, 1216), 0 where there is no value, from a KITTI depth image uint16."""
-    depth = kb_crop(png).astype(np.float32) / np.float32(PNG_DEPTH_STEPS)
-    return depth * garg_mask(depth)
-
-
-def cityscapes_table() -> NDArray[np.uint8]:
-    """uint8 (256,): stored label id -> class 0..18, or IGNORE."""
-    table = np.full(256, IGNORE, dtype=np.uint8)
-    table[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
-    return table
-
-
-def vspw_table() -> NDArray[np.uint8]:
-    """uint8 (256,): stored label value -> class 0..123, or IGNORE (0 and above 124)."""
-    table = np.full(256, IGNORE, dtype=np.uint8)
-    table[1 : _VSPW_NUM_CLASSES + 1] = np.arange(_VSPW_NUM_CLASSES)
-    return table
 
 
 def segment(

@@ -1,8 +1,9 @@
 """A report's two files: report.json for programs, report.html for people.
 
-    OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "provenance", "seconds",
-                       "config", "num_windows", "num_clips"}
+    OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
+                       "provenance", "seconds", "config", "num_windows", "num_clips"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves
+    OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as single PNG files, to show elsewhere
 
 report.json is written last: where it is, the report is whole.
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..shards.files import write_bytes, write_json
+from .class_table import classes_html
+from .mode_section import modes_html
 from .page import facts_html, flatten, panels_html, plot_html, table_html, value_text
 from .pictures import Panel, panel_image, png_bytes
 from .plots import Plot, plot_best_of_k
 from .rows import ROW_LABELS, ReportRow, expected_order, markdown_table, table
+from .sequences import FILE_NAME as SEQUENCES
 from .template import PAGE, STYLE
 
 PROBE_TEXTS = {
@@ -40,6 +44,8 @@ class Report:
     probes: dict[str, Any]
     best_of_k: list[dict[str, Any]]
     """[{"horizon", "k", "feature_loss"}]; empty without a world model."""
+    per_class_iou: list[dict[str, Any]]
+    """[{"horizon", "row", "iou"}], iou 0-1 or None of every class; empty without mIoU."""
     provenance: dict[str, Any]
     seconds: dict[str, float]
     config: dict[str, Any]
@@ -56,8 +62,9 @@ class Pictures:
     curves: Sequence[Plot] = ()
 
 
-def write_report(out: Path, report: Report, pictures: Pictures) -> None:
-    """Write the files of a report into the folder `out`, in place of an earlier one's."""
+def write_report(out: Path, report: Report, pictures: Pictures, *, sequences: bytes = b"") -> None:
+    """Write the files of a report into the folder `out`, in place of an earlier one's;
+    `sequences`: of sequences.jsonl."""
     (out / "report.json").unlink(missing_ok=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     for kind in ("features", "classes"):
@@ -66,6 +73,7 @@ def write_report(out: Path, report: Report, pictures: Pictures) -> None:
     for kind, panels in (("features", pictures.features), ("classes", pictures.classes)):
         for i, panel in enumerate(panels):
             write_bytes(out / "pictures" / f"{kind}-{i}.png", png_bytes(panel_image(panel)))
+    write_bytes(out / SEQUENCES, sequences)
     write_bytes(out / "report.html", report_page(report, pictures).encode())
     write_json(out / "report.json", report_json(report))
 
@@ -87,9 +95,13 @@ def report_page(report: Report, pictures: Pictures) -> str:
         f"seen, target {config['short_steps']} (short) and {config['mid_steps']} (mid) steps later"
     )
     if report.best_of_k:
-        summary += f"; {config['num_samples']} samples, seed {config['seed']}"
+        last = config["seed"] + config["num_seeds"] - 1
+        seeds = f"seeds {config['seed']} to {last}" if config["num_seeds"] > 1 else f"seed {last}"
+        summary += f"; {config['num_samples']} samples, {seeds}"
     sections = [
         _scores(report),
+        classes_html(report.per_class_iou, report.config["class_names"]),
+        modes_html(report.rows, report.probes.get("modes", {}), report.config),
         _probes(report),
         _best_of_k(report),
         panels_html("Features", FEATURES_TEXT, pictures.features),
@@ -113,7 +125,8 @@ SCORES_TEXT = (
     "All at the target frame. Best: the sample nearest to the true features at the last step, "
     "chosen window by window. Mean: the samples' features averaged, then the head once. "
     "Reconstruction: closed loop, each frame encoded and decoded against the reconstruction before "
-    "it. Feature loss: smooth-L1, beta 0.1."
+    "it. Feature loss: smooth-L1, beta 0.1. In brackets: 95 % intervals, clips (and seeds) drawn "
+    "again with replacement."
 )
 
 

@@ -5,20 +5,35 @@ Called by `forecast.py` (which makes rows) and `report.py` (which prints them).
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ROW_LABELS = {
     "copy_last": "Copy last (lower bound)",
+    "dinoworld": "DINO-world, discriminative",
+    "dinoworld_mean": "DINO-world, mean of samples",
+    "dinoworld_best": "DINO-world, best sample",
     "discriminative": "Discriminative",
+    "regressor_null": "Regressor null (best draw)",
     "mean": "Mean of samples",
     "best": "Best sample",
     "reconstruction": "Tokenizer reconstruction",
+    "reconstruction_open_loop": "Tokenizer reconstruction, open loop",
     "present": "Present (upper bound)",
 }
 ROW_NAMES = tuple(ROW_LABELS)
 HORIZONS = ("short", "mid")
-METRICS = ("miou", "feature_loss")
-_METRIC_HEADS = {"miou": "mIoU % ↑", "feature_loss": "feature loss ↓"}
+METRICS = ("miou", "rmse", "feature_loss")
+_METRIC_HEADS = {"miou": "mIoU % ↑", "rmse": "RMSE m ↓", "feature_loss": "feature loss ↓"}
+_ORDER_TEXTS = {
+    "miou": "mid-term mIoU",
+    "rmse": "mid-term RMSE, > meaning better",
+    "feature_loss": "mid-term feature loss, > meaning better",
+}
+MODE_METRICS = ("mode_recall", "mode_recall_weighted", "mode_precision")
+"""Fractions, 0 to 1, where all possible futures are known; in a table of their own."""
+MODE_ROWS = ("copy_last", "discriminative", "mean", "samples", "reconstruction", "present")
+"""Rows that have them; `samples`: all samples of a window together."""
+_PERCENT = ("miou", *MODE_METRICS)
 # The order of the paper's tables, mid-term: (better, worse)
 EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "copy_last"))
 
@@ -27,15 +42,18 @@ EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "cop
 class ReportRow:
     """One number of a report, at the horizon's last frame.
 
-    `miou` is a fraction, 0 to 1, higher is better; `feature_loss` is the smooth-L1 loss
-    (beta 0.1) to the true features, lower is better.
+    `miou` is a fraction, 0 to 1, higher is better; `rmse` is the root mean squared depth error in
+    metres, `feature_loss` the smooth-L1 loss (beta 0.1) to the true features: lower is better.
     """
 
     dataset: str
     horizon: str  # short | mid
-    row: str  # one of ROW_NAMES
-    metric: str  # one of METRICS
-    value: float
+    row: str  # one of ROW_NAMES, of MODE_ROWS for MODE_METRICS
+    metric: str  # one of METRICS or MODE_METRICS
+    value: float  # mean over seeds
+    interval_low: float | None = None  # 95 %, see intervals.py; None with a single sequence
+    interval_high: float | None = None
+    by_seed: list[float] = field(default_factory=list)  # the values of several seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +67,15 @@ class OrderCheck:
 
 def find_value(rows: Iterable[ReportRow], *, horizon: str, row: str, metric: str) -> float | None:
     """The value of one row, None where the report has no such row."""
+    found = find_row(rows, horizon=horizon, row=row, metric=metric)
+    return None if found is None else found.value
+
+
+def find_row(rows: Iterable[ReportRow], *, horizon: str, row: str, metric: str) -> ReportRow | None:
+    """One row, None where the report has no such row."""
     for found in rows:
         if (found.horizon, found.row, found.metric) == (horizon, row, metric):
-            return found.value
+            return found
     return None
 
 
@@ -62,23 +86,30 @@ def table(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
     header = ["row", *(f"{_METRIC_HEADS[metric]} {horizon}" for metric, horizon in columns)]
     body = []
     for name in ROW_NAMES:
-        values = [
-            find_value(rows, horizon=horizon, row=name, metric=metric)
-            for metric, horizon in columns
+        found = [
+            find_row(rows, horizon=horizon, row=name, metric=metric) for metric, horizon in columns
         ]
-        if any(value is not None for value in values):
-            cells = [
-                show(value, metric) for value, (metric, _) in zip(values, columns, strict=True)
-            ]
-            body.append([ROW_LABELS[name], *cells])
+        if any(row is not None for row in found):
+            body.append([ROW_LABELS[name], *map(show_row, found)])
     return header, body
+
+
+def show_row(row: ReportRow | None) -> str:
+    """A row's value and, in brackets, its interval."""
+    if row is None:
+        return "-"
+    value = show(row.value, row.metric)
+    if row.interval_low is None or row.interval_high is None:
+        return value
+    low, high = show(row.interval_low, row.metric), show(row.interval_high, row.metric)
+    return f"{value} [{low},\u00a0{high}]"
 
 
 def show(value: float | None, metric: str) -> str:
     """A value as people read it: mIoU in percent, losses with four digits, a dash for none."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" if metric == "miou" else f"{value:.4g}"
+    return f"{100 * value:.1f}" if metric in _PERCENT else f"{value:.4g}"
 
 
 def markdown_table(rows: Sequence[ReportRow]) -> str:
@@ -91,10 +122,11 @@ def markdown_table(rows: Sequence[ReportRow]) -> str:
 def expected_order(rows: Sequence[ReportRow]) -> OrderCheck:
     """Check present > best > discriminative and mean > copy_last, mid-term.
 
-    On mIoU where the report has it; else on the feature loss (lower is better). Equal values do
-    not hold. Pairs with a missing row are left out and said to be.
+    On mIoU or RMSE where the report has one; else on the feature loss. Equal values do not hold.
+    Pairs with a missing row are left out and said to be.
     """
-    metric = "miou" if any(row.metric == "miou" for row in rows) else "feature_loss"
+    present = {row.metric for row in rows}
+    metric = next((metric for metric in _ORDER_TEXTS if metric in present), "feature_loss")
     sign = 1.0 if metric == "miou" else -1.0
     holds: list[str] = []
     fails: list[str] = []
@@ -108,7 +140,7 @@ def expected_order(rows: Sequence[ReportRow]) -> OrderCheck:
         shown = f"{better} ({show(high, metric)}) > {worse} ({show(low, metric)})"
         is_better = sign * high > sign * low and math.isfinite(high) and math.isfinite(low)
         (holds if is_better else fails).append(shown)
-    on = "mid-term mIoU" if metric == "miou" else "mid-term feature loss, > meaning better"
+    on = _ORDER_TEXTS[metric]
     left_out = f" (not in this report: {', '.join(absent)})" if absent else ""
     if fails:
         text = f"expected order: does not hold on {on}: {'; '.join(fails)}{left_out}"

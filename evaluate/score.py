@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..shards.errors import DeltatokError, UsageError
+from ..shards.errors import DeltatokError
 from ..train.models.heads import SegmentationHead
 from ..train.probes import participation_ratio
 from .config import ForecastConfig
+from .dense import Head, LabelledFrame, LabelScores
 from .predict import HorizonForecast, WindowBatch, feature_loss
 from .probes import best_of_k, mean_square_motion, mean_square_spread, spread_ratio
-from .protocol import IGNORE, MeanIoU, segment
+from .protocol import segment
 from .rows import HORIZONS, ROW_NAMES, ReportRow
-
-LabelMaps = Sequence[NDArray[np.uint8]]
+from .sequences import Score, SequenceScores
 
 
 class Scorer:
@@ -32,24 +32,26 @@ class Scorer:
         self,
         config: ForecastConfig,
         *,
-        head: SegmentationHead | None,
+        head: Head | None,
         grid: tuple[int, int],
+        keys: Sequence[str],
     ) -> None:
+        """`keys`: the sequence of every window of the cache; `sequences` keeps scores by it."""
         self._config = config
-        self._head = head
-        self._grid = grid
+        self._keys = keys
+        self.sequences = SequenceScores()
+        self._labels = None if head is None else LabelScores(head, grid=grid, record=self._record)
         self._z: list[Tensor] = []
         self._losses: dict[tuple[str, str], list[list[float]]] = defaultdict(list)  # by step
         self._open_loop: dict[str, list[float]] = defaultdict(list)
         self._sample_losses: dict[str, list[list[float]]] = defaultdict(list)
         self._spread: dict[str, list[float]] = defaultdict(list)
         self._motion: dict[str, list[float]] = defaultdict(list)
-        self._miou: dict[tuple[str, str], MeanIoU] = {}
-        self._labelled_pixels = 0
 
     def add_tokens(self, batch: WindowBatch) -> None:
         """Take in the delta tokens of frame pairs (token 0, black -> frame 0, is another thing)."""
         self._z.append(batch.z[:, 1:].flatten(0, 1).cpu())
+        self.sequences.windows.update(self._keys[index] for index in batch.indices)
 
     def add(self, horizon: str, forecast: HorizonForecast, batch: WindowBatch) -> None:
         """Take in one horizon's feature losses and probes."""
@@ -57,41 +59,47 @@ class Scorer:
             losses = feature_loss(row, forecast.truth).tolist()
             self._check_finite(losses, name, batch)
             self._losses[horizon, name] += losses
+            for index, steps in zip(batch.indices, losses, strict=True):
+                score = Score(horizon, name, "feature_loss")
+                self._record(score, self._keys[index], steps[-1], 1)
         self._open_loop[horizon] += feature_loss(forecast.open_loop, forecast.truth)[:, -1].tolist()
-        if forecast.samples is not None and forecast.sample_losses is not None:
+        is_first_seed = "copy_last" in forecast.rows
+        if is_first_seed and forecast.samples is not None and forecast.sample_losses is not None:
             truth, last = forecast.truth[:, -1], forecast.rows["copy_last"][:, 0]
             self._sample_losses[horizon] += forecast.sample_losses.tolist()
             self._spread[horizon] += mean_square_spread(forecast.samples[:, :, -1]).tolist()
             self._motion[horizon] += mean_square_motion(truth, last).tolist()
 
-    def add_labels(self, horizon: str, forecast: HorizonForecast, labels: LabelMaps) -> None:
-        """Take in the label maps (H, W) of a horizon's target frames; nothing without a head."""
-        if self._head is None:
-            return
-        for name, row in forecast.rows.items():
-            metric = self._miou.setdefault(
-                (horizon, name), MeanIoU(num_classes=self._head.config.num_classes)
-            )
-            for tokens, label in zip(row[:, -1], labels, strict=True):
-                size = (label.shape[0], label.shape[1])
-                classes = class_map(self._head, tokens, grid=self._grid, size=size)
-                metric.update(classes[None], torch.from_numpy(label)[None].to(classes))
-        self._labelled_pixels += sum(int(np.count_nonzero(label != IGNORE)) for label in labels)
+    def add_labels(
+        self, horizon: str, forecast: HorizonForecast, frames: Sequence[LabelledFrame]
+    ) -> None:
+        """Take in the labels of a horizon's target frames; nothing without a head."""
+        if self._labels is not None:
+            self._labels.add(horizon, forecast.rows, frames)
 
     def rows(self) -> list[ReportRow]:
-        """All rows, mIoU first."""
-        if self._miou and not self._labelled_pixels:
-            raise UsageError("labels: every pixel of every target frame is 255 (ignore)")
+        """All rows, mIoU or RMSE first."""
+        labelled = {} if self._labels is None else self._labels.values()
+        metric = "" if self._labels is None else self._labels.metric
         found = []
         for horizon in HORIZONS:
             for name in ROW_NAMES:
-                if (horizon, name) in self._miou:
-                    value = float(self._miou[horizon, name].compute())
-                    found.append(self._row(horizon, name, "miou", value))
+                if (horizon, name) in labelled:
+                    found.append(self._row(horizon, name, metric, labelled[horizon, name]))
                 if (horizon, name) in self._losses:
                     value = _mean([steps[-1] for steps in self._losses[horizon, name]])
                     found.append(self._row(horizon, name, "feature_loss", value))
         return found
+
+    def per_class_iou(self) -> list[dict[str, Any]]:
+        """[{"horizon", "row", "iou": [0-1 or None of every class]}], empty without mIoU."""
+        ious = {} if self._labels is None else self._labels.per_class()
+        return [
+            {"horizon": horizon, "row": name, "iou": ious[horizon, name]}
+            for horizon in HORIZONS
+            for name in ROW_NAMES
+            if (horizon, name) in ious
+        ]
 
     def best_of_k(self) -> list[dict[str, Any]]:
         """[{"horizon", "k", "feature_loss"}], empty without a world model."""
@@ -117,6 +125,9 @@ class Scorer:
                 h: spread_ratio(spread, self._motion[h]) for h, spread in self._spread.items()
             }
         return probes
+
+    def _record(self, score: Score, sequence: str, sums: ArrayLike, counts: ArrayLike) -> None:
+        self.sequences.add(score, self._config.seed, sequence, sums, counts)
 
     def _row(self, horizon: str, name: str, metric: str, value: float) -> ReportRow:
         return ReportRow(

@@ -30,10 +30,10 @@ from ..shards.records import Quarantined
 from .backbone import Backbone
 from .clips import Clip
 from .config import ExtractConfig
+from .evaluation import Policy, one_window_a_clip
 from .features import WindowFeatures
 from .pixels import window_pixels
 from .pool import DecodePool, default_num_workers
-from .sampling import SamplingPolicy
 from .writer import PatchShardWriter
 
 _LOGGER = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ MAX_TRIED = 4 * SAMPLE_CLIPS
 
 
 def patch_writer(
-    config: ExtractConfig, policy: SamplingPolicy, backbone: Backbone, clips: Sequence[Clip]
+    config: ExtractConfig, policy: Policy, backbone: Backbone, clips: Sequence[Clip]
 ) -> PatchShardWriter:
     """What stores the patch tokens as `config` says.
 
@@ -93,7 +93,7 @@ def _agree(out: Path, fitted: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def fit_channel_scale(
-    config: ExtractConfig, policy: SamplingPolicy, backbone: Backbone, clips: Sequence[Clip]
+    config: ExtractConfig, policy: Policy, backbone: Backbone, clips: Sequence[Clip]
 ) -> NDArray[np.float32]:
     """The scale of every channel, float32 (D,), from a sample of the clips."""
     sample = sorted(clips, key=lambda clip: sample_order(config.seed, clip.key))[:MAX_TRIED]
@@ -109,7 +109,7 @@ def fit_channel_scale(
     keys: list[str] = []
     refused: list[Quarantined] = []
     with DecodePool(
-        replace(policy, num_windows=1),
+        one_window_a_clip(policy),
         num_workers=config.workers or default_num_workers(),
         timeout_s=config.decode_timeout_s,
         decode_threads=config.decode_threads,

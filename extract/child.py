@@ -17,7 +17,7 @@ from typing import Any
 
 from .clips import source_from_json
 from .decoders import DecodedFrames, DecoderName, decode_clip
-from .sampling import SamplingPolicy
+from .evaluation import policy_from_json
 from .unusable import UnusableClip
 from .wire import Message, MessageReader, send, send_frames, windows_message
 
@@ -34,7 +34,7 @@ def decode_request(
     return decode_clip(
         Path(request["path"]),
         key=request["key"],
-        policy=SamplingPolicy.from_json(request["policy"]),
+        policy=policy_from_json(request["policy"]),
         source=source_from_json(request["source"]),
         size_bytes=request["size_bytes"],
         decoder=request["decoder"],

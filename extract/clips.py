@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..shards.plan_target import PlanTarget
+
 Stamp = tuple[int, int]
 """Bytes and time of last change (ns) of an archive when it was searched: with another stamp it is
 another archive, and positions in it mean nothing."""
@@ -38,18 +40,30 @@ class ZipFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetFrames:
+    """The frames of one target of a data set, in order; the clip's path is the data set's folder,
+    or the video that they are frames of."""
+
+    numbers: tuple[int, ...]
+    """Where they are in their sequence, from 0."""
+    names: tuple[str, ...] = ()
+    """Their image files below the folder; none: the path is a video."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
     """A clip that is known by name only; it goes to quarantine for this reason."""
 
     reason: str
 
 
-Source = TarMember | FrameFolder | ZipFolder | Unreadable
+Source = TarMember | FrameFolder | ZipFolder | TargetFrames | Unreadable
 
 _KINDS: dict[str, type[Any]] = {
     "tar": TarMember,
     "frames": FrameFolder,
     "zip": ZipFolder,
+    "target": TargetFrames,
     "unreadable": Unreadable,
 }
 
@@ -71,6 +85,8 @@ class Clip:
     """Its class, where a list or an archive names one."""
     split: str | None = None
     """The part of the data set it belongs to, where a list or an archive names one."""
+    target: PlanTarget | None = None
+    """What its windows are evaluated on (evaluation caches)."""
 
 
 def source_to_json(source: Source | None) -> dict[str, Any] | None:

@@ -4,13 +4,11 @@
 help text. Whatever cannot be meant is refused here, before a clip is opened.
 """
 
-import math
-import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..shards.errors import UsageError
-from .quantities import parse_duration_s, parse_size_bytes
+from .run_config import RunConfig, check, positive
 
 DecoderChoice = Literal["auto", "decord", "torchcodec", "pyav"]
 """Who tries a video first; PyAV reads what the others cannot be trusted with."""
@@ -18,20 +16,15 @@ DecoderChoice = Literal["auto", "decord", "torchcodec", "pyav"]
 KINETICS_STRIDE_RANGE_S = (1 / 25, 1 / 3)
 """The paper's gaps between the frames of a training window, in seconds."""
 
-BATCH_FRAMES = {"cpu": 32, "cuda": 64}
-"""By device. On 2 cores a ViT-B is as fast with 32 as with 64; that for a GPU is a guess."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
+class ExtractConfig(RunConfig):
     """Videos in, a patch-token cache out."""
 
     videos: tuple[str, ...]
     """Videos: files, folders (searched recursively; also for folders of frames named
     *_<seconds>.jpg), lists (.txt, .csv, .jsonl, Kinetics' annotations), uncompressed .tar of
     videos, .zip of such folders (also split)."""
-    out: str
-    """Folder of the cache; one that is already there is gone on with."""
     root: str | None = None
     """Where the paths in lists start and Kinetics' names are looked up (a folder, .tar or .zip);
     none given: the list's own folder. No list reaches anything outside of it."""
@@ -41,16 +34,6 @@ class ExtractConfig:
     split: str | None = None
     """Only clips of this split, by the list or archive that names it, else by a folder of that
     name in the clip's key."""
-    limit: int | None = None
-    """Only this many clips: the first in the seeded order of the plan, so that a higher limit
-    keeps them."""
-    shard_of: str | None = None
-    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines); the
-    cache is finished by a run that finds all shards made."""
-    backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
-    """Hub id or local folder of the frozen DINOv3."""
-    frame_size: int = 512
-    """Side of the square frames the backbone sees, in pixels."""
     sampling: Literal["windows", "uniform"] = "windows"
     """windows: random windows, crops and flips as the paper trains; uniform: a fixed frame rate,
     whole frames, every window of the clip (evaluation)."""
@@ -68,33 +51,6 @@ class ExtractConfig:
     """How often a window is mirrored left to right, 0..1 (sampling windows)."""
     fps: float | None = None
     """Frames a second to take (sampling uniform; it has no default)."""
-    dtype: Literal["float16", "bfloat16", "int8"] = "float16"
-    """How the tokens are stored: float16, bfloat16 or int8. int8 takes half the space; a scale a
-    channel is fitted on 64 clips first, a scale a token is stored beside it."""
-    compression: Literal["none", "zstd"] = "none"
-    """none or zstd, which saves a few per cent and makes reading slower; it changes no number."""
-    workers: int | None = None
-    """Decoding processes; none given: one for every CPU core this process may use."""
-    seed: int = 0
-    """Decides every window, crop and flip, and the order of clips in shards."""
-    max_quarantined: float = 0.05
-    """The run fails (exit code 3) if more than this share of the clips gives no windows, 0..1."""
-    retry_quarantined: bool = False
-    """Decode the clips in quarantine again."""
-    device: str = "auto"
-    """Where the backbone runs: auto, cpu, cuda or cuda:N."""
-    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the backbone; auto: bfloat16 on cuda, float32 on the CPU."""
-    compile: bool = False
-    """Compile the backbone (torch.compile): pays on GPUs after a minute or so. Tokens change by
-    rounding, so keep to one setting within a cache."""
-    frames_per_shard: int = 512
-    """Frames in a shard, about: a shard holds whole clips."""
-    batch_frames: int | None = None
-    """Frames in one pass through the backbone; none given: 32 on the CPU, 64 on a GPU. A shard's
-    last batch is filled up with zeros, which costs a CPU time."""
-    decode_timeout_s: float = 60.0
-    """Wall-clock seconds a clip may take before its decoder is killed; twice, then quarantine."""
     min_frames: int = 2
     """A clip that shows fewer different frames than this goes to quarantine: every window of a
     one-frame clip would be a still. A clip shorter than a window is taken, as the release does:
@@ -109,98 +65,28 @@ class ExtractConfig:
     append: bool = False
     """Add the videos that a cache in `out` does not have yet as new shards. What it has stays,
     whether its videos are still given or not."""
-    min_free: str = "1GB"
-    """Stop (exit code 1) before a shard that would leave less room than this on the disk of `out`;
-    like 500MB, 10GB."""
-    time_limit: str | None = None
-    """Stop (exit code 75) after this long; like 90s, 30m, 1h30m."""
-    lease_timeout: str = "60s"
-    """Take over the shard of a process on another machine that gave no sign of life for this
-    long; dead ones on this machine are noticed at once."""
-
-    def frames_per_batch(self, device_type: str) -> int:
-        """`batch_frames` where it is given, else what suits "cpu" or "cuda"."""
-        if self.batch_frames is not None:
-            return self.batch_frames
-        return BATCH_FRAMES[device_type]
-
-    @property
-    def min_free_bytes(self) -> int:
-        return parse_size_bytes(self.min_free, name="min_free")
-
-    @property
-    def time_limit_s(self) -> float | None:
-        if self.time_limit is None:
-            return None
-        return parse_duration_s(self.time_limit, name="time_limit")
-
-    @property
-    def lease_timeout_s(self) -> float:
-        return parse_duration_s(self.lease_timeout, name="lease_timeout")
 
     def __post_init__(self) -> None:
         if not self.videos:
             raise UsageError("videos: none given, wanted at least one file, folder or .txt list")
-        if not self.out:
-            raise UsageError("out: empty, wanted the folder to write the cache to")
-        for name in (
-            "frame_size",
-            "num_windows",
-            "num_frames",
-            "frames_per_shard",
-            "min_frames",
-            "decode_threads",
-        ):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        batch = self.batch_frames
-        _check("batch_frames", batch, batch is None or batch >= 1, "1 or more")
-        _check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
-        _check("limit", self.limit, self.limit is None or self.limit >= 1, "1 or more")
-        parse_shard_of(self.shard_of)
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "0..2**63-1")
-        for name in ("flip_probability", "max_quarantined"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0..1")
-        _check("decode_timeout_s", self.decode_timeout_s, _positive(self.decode_timeout_s), "> 0")
-        _check("min_free", self.min_free, self.min_free_bytes >= 0, "a size")
-        limit_s, timeout_s = self.time_limit_s, self.lease_timeout_s
-        _check("time_limit", self.time_limit, limit_s is None or limit_s > 0, "more than 0 s")
-        _check("lease_timeout", self.lease_timeout, timeout_s > 0, "more than 0 s")
+        super().__post_init__()
+        for name in ("num_windows", "num_frames", "min_frames", "decode_threads"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        flip = self.flip_probability
+        check("flip_probability", flip, 0 <= flip <= 1, "0..1")
         for name in ("time_stride_range", "crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
-            valid = _positive(low) and _positive(high) and low <= high
-            _check(name, (low, high), valid, "two positive numbers, the smaller first")
-        _check("crop_scale", self.crop_scale, self.crop_scale[1] <= 1, "at most 1")
+            valid = positive(low) and positive(high) and low <= high
+            check(name, (low, high), valid, "two positive numbers, the smaller first")
+        check("crop_scale", self.crop_scale, self.crop_scale[1] <= 1, "at most 1")
         for name, allowed in (
             ("sampling", ("windows", "uniform")),
-            ("dtype", ("float16", "bfloat16", "int8")),
-            ("compression", ("none", "zstd")),
-            ("autocast", ("auto", "float32", "bfloat16")),
             ("decoder", get_args(DecoderChoice)),
         ):
             value = getattr(self, name)
-            _check(name, value, value in allowed, f"one of {', '.join(allowed)}")
+            check(name, value, value in allowed, f"one of {', '.join(allowed)}")
         if self.sampling == "uniform":
-            rate = self.fps is not None and _positive(self.fps)
-            _check("fps", self.fps, rate, "frames a second, above 0, with sampling uniform")
+            rate = self.fps is not None and positive(self.fps)
+            check("fps", self.fps, rate, "frames a second, above 0, with sampling uniform")
         else:
-            _check("fps", self.fps, self.fps is None, "no value unless sampling is uniform")
-
-
-def parse_shard_of(text: str | None) -> tuple[int, int]:
-    """(i, n) of "i/n": the shards of this run are those with number % n == i; all for None.
-
-    Raises UsageError unless 0 <= i < n.
-    """
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", "0/1" if text is None else text)
-    part, parts = map(int, match.groups()) if match else (0, 0)
-    _check("shard_of", text, part < parts, "i/n with i from 0 to n - 1, like 0/4")
-    return part, parts
-
-
-def _check(name: str, value: object, valid: bool, wanted: str) -> None:
-    if not valid:
-        raise UsageError(f"{name}: got {value!r}, wanted {wanted}: change it and run again")
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+            check("fps", self.fps, self.fps is None, "no value unless sampling is uniform")

@@ -13,15 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from ..shards.errors import UsageError
-from .clips import Source
+from .clips import Source, TargetFrames
 from .config import DecoderChoice
 from .decord_decoder import decode_with_decord
+from .evaluation import EvaluationPolicy, Policy
 from .frames_decoder import decode_frames
 from .opened_clip import opened_clip
 from .packets import Float64, UInt8, VideoFile, read_index
 from .pyav_decoder import Draw, decode_with_pyav
-from .sampling import SamplingPolicy, WindowDraw, draw_windows
+from .sampling import WindowDraw, draw_windows
+from .target_decoder import decode_images
 from .torchcodec_decoder import decode_with_torchcodec
 from .trust import DecoderFailed
 from .unusable import UnusableClip
@@ -51,7 +55,7 @@ def decode_clip(
     path: Path,
     *,
     key: str,
-    policy: SamplingPolicy,
+    policy: Policy,
     source: Source | None = None,
     size_bytes: int | None = None,
     decoder: DecoderChoice = "auto",
@@ -74,7 +78,7 @@ def decode_clip(
     """
 
     def draw(times_s: Float64, height: int, width: int) -> list[WindowDraw]:
-        windows = draw_windows(policy, key, times_s, height, width)
+        windows = _windows(policy, key, source, times_s, height, width)
         num_frames = len({frame for window in windows for frame in window.frame_index})
         if num_frames * height * width * 3 > max_bytes:
             raise UnusableClip(
@@ -96,6 +100,17 @@ def decode_clip(
     )
 
 
+def _windows(
+    policy: Policy, key: str, source: Source | None, times_s: Float64, height: int, width: int
+) -> list[WindowDraw]:
+    if not isinstance(policy, EvaluationPolicy):
+        return draw_windows(policy, key, times_s, height, width)
+    assert isinstance(source, TargetFrames)
+    if source.names:  # images tell no times: the data set's rate does
+        times_s = np.arange(source.numbers[-1] + 1) / policy.fps
+    return policy.draw(source.numbers, times_s, height, width)
+
+
 def decode_drawn(
     path: Path,
     *,
@@ -113,6 +128,9 @@ def decode_drawn(
                 clip, draw=draw, decoder=decoder, threads=threads, starting=starting
             )
         starting("frames")
+        if isinstance(source, TargetFrames):
+            windows, frames = decode_images(clip, source, draw=draw)
+            return DecodedFrames("frames", windows, frames)
         windows, frames = decode_frames(clip, draw=draw)
         return DecodedFrames("frames", windows, frames)
 

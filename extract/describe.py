@@ -10,7 +10,7 @@ from typing import Any
 from ..shards.cache import PATCHES, CacheInfo, CacheShape
 from .backbone import Backbone
 from .config import ExtractConfig
-from .sampling import SamplingPolicy
+from .evaluation import Policy
 
 RESIZE_RULE = "crop, bilinear without antialiasing, uint8 (OpenCV rule)"
 
@@ -25,9 +25,7 @@ _OTHER_LICENCE = (
 )
 
 
-def describe_patches(
-    config: ExtractConfig, policy: SamplingPolicy, backbone: Backbone
-) -> CacheInfo:
+def describe_patches(config: ExtractConfig, policy: Policy, backbone: Backbone) -> CacheInfo:
     """The cache.json of a patch-token cache, all but `storage`, which its writer adds.
 
     Raises UsageError for a frame size that is no multiple of the backbone's patch size.

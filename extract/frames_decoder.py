@@ -46,11 +46,11 @@ def decode_frames(images: FrameImages, *, draw: Draw) -> tuple[list[WindowDraw],
             no window can be drawn.
     """
     names, times_s = in_time_order(images.names)
-    shape = _read_shape(names[0], images.read(names[0]))
+    shape = read_shape(names[0], images.read(names[0]))
     windows = draw(times_s, *shape)
     frames = {}
     for index in sorted({frame for window in windows for frame in window.frame_index}):
-        pixels = _read_pixels(names[index], images.read(names[index]))
+        pixels = read_pixels(names[index], images.read(names[index]))
         if pixels.shape[:2] != shape:
             raise UnusableClip(
                 f"changes its size at {names[index]}: from {shape[1]}x{shape[0]} to "
@@ -78,7 +78,7 @@ def in_time_order(names: list[str]) -> tuple[list[str], Float64]:
     return ordered, np.array(since_first, np.float64)
 
 
-def _read_shape(name: str, data: bytes) -> tuple[int, int]:
+def read_shape(name: str, data: bytes) -> tuple[int, int]:
     """Height and width of an image as it is shown, from its header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -95,7 +95,7 @@ def _read_shape(name: str, data: bytes) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _read_pixels(name: str, data: bytes) -> UInt8:
+def read_pixels(name: str, data: bytes) -> UInt8:
     """uint8 (H, W, 3) RGB."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata

@@ -20,11 +20,11 @@ from .clips import Clip
 from .common import CommonFolder
 from .config import ExtractConfig
 from .devices import choose_num_workers
+from .evaluation import Policy
 from .features import WindowFeatures
 from .heap import give_back_freed
 from .pool import DecodePool
 from .progress import Progress, StageClock
-from .sampling import SamplingPolicy
 from .shard_rows import ShardMaker
 from .sink import ShardSink, check_room, disk_errors
 from .staging import PixelStage
@@ -41,7 +41,7 @@ class Means:
     """What a run makes shards with."""
 
     config: ExtractConfig
-    policy: SamplingPolicy
+    policy: Policy
     backbone: Backbone
     writer: ShardWriter
     clips: Mapping[str, Clip]

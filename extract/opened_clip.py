@@ -3,12 +3,12 @@
 Called by decoders.py inside a decoding process.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..shards.errors import UsageError
-from .clips import FrameFolder, Source, Stamp, TarMember, Unreadable, ZipFolder
+from .clips import FrameFolder, Source, Stamp, TargetFrames, TarMember, Unreadable, ZipFolder
 from .found import list_frames
 from .frames_decoder import FrameImages
 from .packets import VideoFile, describe
@@ -45,6 +45,32 @@ class FolderImages:
             raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
 
 
+class ListedImages:
+    """Image files below a folder, by name."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """OSError where one is not there."""
+        self._folder = folder
+        self._sizes = {name: (folder / name).stat().st_size for name in names}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._sizes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all together."""
+        return sum(self._sizes.values())
+
+    def read(self, name: str) -> bytes:
+        if self._sizes[name] > MAX_FRAME_BYTES:
+            raise UnusableClip(f"{name}: {self._sizes[name]} bytes, no frame", stage="decode")
+        try:
+            return (self._folder / name).read_bytes()
+        except OSError as error:
+            raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
+
+
 @contextmanager
 def opened_clip(
     path: Path, source: Source | None, *, size_bytes: int | None = None
@@ -68,6 +94,11 @@ def opened_clip(
             _check_size(folder.size_bytes, size_bytes)
             yield folder
             _check_size(FolderImages(path).size_bytes, folder.size_bytes)
+        elif isinstance(source, TargetFrames) and source.names:
+            listed = ListedImages(path, source.names)
+            _check_size(listed.size_bytes, size_bytes)
+            yield listed
+            _check_size(ListedImages(path, source.names).size_bytes, size_bytes)
         elif isinstance(source, TarMember):
             _check_stamp(path, _stamp(path), source.stamp)
             yield FileSlice(path, source.offset, size_bytes or 0)

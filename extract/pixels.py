@@ -1,8 +1,9 @@
 """A window's decoded frames to the square frames that the backbone sees: crop, resize, flip.
 
 Crops and flips happen here, on pixels: the mirrored features of an image are not the features of
-the mirrored image. The order is the paper's: crop, bilinear resize on uint8, flip. Integers only,
-so that the device changes nothing. Called by staging.py.
+the mirrored image. The order is the paper's: crop, bilinear resize on uint8, flip; in evaluation a
+square is cut from the resized frame. Integers only, so that the device changes nothing. Called by
+staging.py.
 """
 
 import numpy as np
@@ -35,5 +36,11 @@ def window_pixels(
     cropped = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
     cropped.numpy()[...] = frames[:, top:bottom, left:right]
     planes = cropped.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    pixels = resize_bilinear(planes, (frame_size, frame_size))
+    square = draw.square
+    if square is None:
+        pixels = resize_bilinear(planes, (frame_size, frame_size))
+    else:  # cut after the resize, as the release does: at the cut, pixels know their neighbours
+        rows = slice(square.top, square.top + frame_size)
+        columns = slice(square.left, square.left + frame_size)
+        pixels = resize_bilinear(planes, (square.height, square.width))[..., rows, columns]
     return pixels.flip(-1) if draw.flipped else pixels

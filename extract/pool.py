@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from ..shards.records import Quarantined
 from .clips import Clip, source_to_json
 from .config import DecoderChoice
+from .evaluation import Policy
 from .exchange import Exchange, Result
 from .pump import Pump, PumpLimits
-from .sampling import SamplingPolicy, WindowDraw
+from .sampling import WindowDraw
 
 CHILD_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.child")
 """-P: the current folder is no place to import from."""
@@ -79,7 +80,7 @@ class DecodePool:
 
     def __init__(
         self,
-        policy: SamplingPolicy,
+        policy: Policy,
         *,
         num_workers: int,
         timeout_s: float,

@@ -9,6 +9,7 @@ making.py makes the shards, common.py what is around them. Called by pipeline/.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,17 @@ from ..shards.cache import open_cache, read_cache_info
 from ..shards.files import remove_partials
 from .backbone import Backbone
 from .calibration import patch_writer
+from .clips import Clip
 from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
-from .config import ExtractConfig, parse_shard_of
+from .config import ExtractConfig
 from .decoders import check_installed
 from .describe import describe_patches
 from .devices import load_backbone
+from .evaluation import EvaluationPolicy, Policy
 from .leases import Leases
 from .making import Means, Production
 from .progress import StageClock
+from .run_config import parse_shard_of
 from .sampling import SamplingPolicy
 from .sink import disk_errors
 from .sources_select import clips_of
@@ -58,7 +62,11 @@ class ExtractionSummary:
 
 
 def run_extraction(
-    config: ExtractConfig, *, backbone: Backbone | None = None, writer: ShardWriter | None = None
+    config: ExtractConfig,
+    *,
+    backbone: Backbone | None = None,
+    writer: ShardWriter | None = None,
+    targets: tuple[EvaluationPolicy, Sequence[Clip]] | None = None,
 ) -> ExtractionSummary:
     """Makes the cache `config.out`, or goes on with it, until all its shards are done.
 
@@ -66,7 +74,8 @@ def run_extraction(
     each returns when all is done; what a killed one had begun is made by another.
 
     backbone: instead of loading `config.backbone`. writer: what becomes of the features; by
-    default they are stored whole, as a patch-token cache.
+    default they are stored whole, as a patch-token cache. targets: the windows to make, instead of
+    those that `config` samples among its videos: those of an evaluation data set.
 
     Raises UsageError (2), TooManyQuarantined (3: all shards are written, or 100 clips and more
     are broken), CacheMismatch (4: `out` holds another cache), Stopped (75: by SIGTERM, SIGINT or
@@ -75,11 +84,11 @@ def run_extraction(
     """
     start_s = time.monotonic()
     check_installed(config.decoder)
-    clips = clips_of(config)
+    policy: Policy = SamplingPolicy.from_config(config) if targets is None else targets[0]
+    clips = clips_of(config) if targets is None else targets[1]
     with stop_on_signals(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():
             backbone = backbone or load_backbone(config)
-            policy = SamplingPolicy.from_config(config)
             writer = writer or patch_writer(config, policy, backbone, clips)
             wanted = writer.describe(describe_patches(config, policy, backbone))
         open_cache(config.out, wanted)

@@ -34,6 +34,27 @@ keep damaged timestamps from asking for years of video)."""
 
 
 @dataclass(frozen=True)
+class Square:
+    """A crop is resized to `height` x `width`, then a square of the frame size is cut from it."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    side: int
+
+    def in_pixels_of(self, crop: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
+        """Where the square lies in the frame of which `crop` is resized."""
+        top, left, height, width = crop
+        return (
+            top + self.top * height / self.height,
+            left + self.left * width / self.width,
+            self.side * height / self.height,
+            self.side * width / self.width,
+        )
+
+
+@dataclass(frozen=True)
 class WindowDraw:
     """One window: T frames of one clip under one crop and one flip."""
 
@@ -45,6 +66,15 @@ class WindowDraw:
     """top, left, height, width in pixels of the shown (rotated) frame."""
     flipped: bool
     """Mirrored left to right, after the crop."""
+    square: "Square | None" = None
+    """A square that is cut from the resized crop (evaluation); None: the crop is resized to it."""
+
+    @property
+    def source_crop(self) -> tuple[float, float, float, float]:
+        """Top, left, height, width of what is seen, in pixels of the shown frame."""
+        if self.square is None:
+            return self.crop
+        return self.square.in_pixels_of(self.crop)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ class _Windows:
     def to_rows(self, values: NDArray[Any], *, num_frames: int) -> ShardRows:
         times = [draw.timestamps_s for draw in self.draws]
         frames = [draw.frame_index for draw in self.draws]
-        crops = [draw.crop for draw in self.draws]
+        crops = [draw.source_crop for draw in self.draws]
         return ShardRows(
             values=values,
             timestamps_s=np.array(times, dtype=np.float32).reshape(-1, num_frames),

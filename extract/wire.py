@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import WindowDraw
+from .sampling import Square, WindowDraw
 from .shared_frames import BadFrames, map_frames, share_frames
 
 UInt8 = NDArray[np.uint8]
@@ -223,7 +223,7 @@ def read_windows(message: Message) -> DecodedFrames:
         draws = [_read_draw(fields) for fields in header["windows"]]
         windows = [(draw, [rows[frame] for frame in draw.frame_index]) for draw in draws]
         decoder = str(header["decoder"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError("sent windows that do not fit their pixels") from error
     if not windows:
         raise WireError("sent no windows")
@@ -232,11 +232,13 @@ def read_windows(message: Message) -> DecodedFrames:
 
 def _read_draw(fields: dict[str, Any]) -> WindowDraw:
     top, left, height, width = map(int, fields["crop"])
+    square = fields.get("square")
     return WindowDraw(
         frame_index=tuple(map(int, fields["frame_index"])),
         timestamps_s=tuple(map(float, fields["timestamps_s"])),
         crop=(top, left, height, width),
         flipped=bool(fields["flipped"]),
+        square=None if square is None else Square(**{k: int(v) for k, v in square.items()}),
     )
 
 

@@ -84,7 +84,9 @@ def add_config_flags(parser: argparse.ArgumentParser, config_type: type) -> None
         help="any setting, also nested",
     )
     docs, hints = field_docs(config_type), typing.get_type_hints(config_type)
-    for field in dataclasses.fields(config_type):
+    # What must be given comes first, wherever in the dataclasses it stands.
+    fields = sorted(dataclasses.fields(config_type), key=_has_default)
+    for field in fields:
         default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
         flags = [f"--{field.name.replace('_', '-')}"]
         if field.name in SHORT_FLAGS:
@@ -107,6 +109,11 @@ def add_config_flags(parser: argparse.ArgumentParser, config_type: type) -> None
                 metavar=field.name.upper(),
                 help=text,
             )
+
+
+def _has_default(field: "dataclasses.Field[Any]") -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
 
 
 def config_from_arguments(config_type: type[Config], arguments: argparse.Namespace) -> Config:

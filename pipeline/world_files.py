@@ -6,7 +6,8 @@ OUT/head/NNNN.mp4              clips to fit the head on
 OUT/val/NNNN.mp4               clips to evaluate on
 OUT/labels/head/NNNN.mp4.npy   uint8 (frames, H, W): 0 ground, 1 disc, 2 square, 3 triangle
 OUT/labels/val/NNNN.mp4.npy
-OUT/futures/NNNN.json          val clips: kind and every possible future after the context
+OUT/futures/NNNN.mp4.npz       val clips: every possible target frame of both horizons, with its
+                               probability given the context frames (evaluate/known_futures.py)
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..evaluate.known_futures import write_futures
 from ..shards.errors import CacheMismatch
 from ..shards.files import partial_path, publish, write_json
 from .config import as_plain
@@ -27,15 +29,17 @@ from .little_world import (
     Walker,
     draw_ground,
     draw_mask,
-    futures,
-    next_tick,
     position_at,
     simulate,
 )
+from .world_futures import BACKGROUND, seen_futures
 
-CONTEXT_TICKS = 3  # the last of 4 context frames is at tick 3
 SPLITS = ("train", "head", "val")
-HORIZON_TICKS = 3  # mid-term: 3 steps of one tick
+NUM_CONTEXT = 4
+"""Frames seen before a forecast, a tick apart, as the protocol has it."""
+TARGET_TICK = 6
+HORIZON_TICKS = (1, 3)
+"""Ticks from the last frame seen to the target, short and mid."""
 
 
 def make_little_world(config: LittleWorldConfig) -> Path:
@@ -49,6 +53,9 @@ def make_little_world(config: LittleWorldConfig) -> Path:
     done = out / "world.json"
     if done.exists():
         _same_settings(json.loads(done.read_text(encoding="utf-8"))["settings"], settings, out)
+        for index in range(config.num_val_clips):  # a world of an earlier version has none
+            if not (out / "futures" / f"{_name(index)}.npz").exists():
+                _write_futures(config, out, index, _simulate(config, "val", index)[1])
         return out
     jobs = [("train", i) for i in range(config.num_train_clips)]
     jobs += [("head", i) for i in range(config.num_head_clips)]
@@ -69,17 +76,30 @@ def _same_settings(found: dict[str, object], wanted: dict[str, object], out: Pat
 
 
 def _write_clip(config: LittleWorldConfig, out: Path, split: str, index: int) -> None:
-    rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
-    labelled = split != "train"
-    duration = config.labelled_duration_s if labelled else config.train_duration_s
-    path = simulate(config, rng, duration)
-    frames, labels = render(config, rng, path, round(duration * config.fps))
-    name = f"{index:04d}.mp4"
+    rng, path = _simulate(config, split, index)
+    frames, labels = render(config, rng, path, round(_duration_s(config, split) * config.fps))
+    name = _name(index)
     _write_mp4(out / split / name, frames, config.fps)
-    if labelled:
+    if split != "train":
         _write_npy(out / "labels" / split / f"{name}.npy", labels)
     if split == "val":
-        write_json(_made(out / "futures" / f"{index:04d}.json"), _what_could_happen(config, path))
+        _write_futures(config, out, index, path)
+
+
+def _simulate(
+    config: LittleWorldConfig, split: str, index: int
+) -> tuple[np.random.Generator, list[Walker]]:
+    """The walk of a clip, and the generator that draws the rest of it."""
+    rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
+    return rng, simulate(config, rng, _duration_s(config, split))
+
+
+def _duration_s(config: LittleWorldConfig, split: str) -> float:
+    return config.train_duration_s if split == "train" else config.labelled_duration_s
+
+
+def _name(index: int) -> str:
+    return f"{index:04d}.mp4"
 
 
 def render(
@@ -98,14 +118,19 @@ def render(
     return frames, labels
 
 
-def _what_could_happen(config: LittleWorldConfig, path: list[Walker]) -> dict[str, object]:
-    """All futures of the walker as it stands at the last context frame, before its decision."""
-    before = next_tick(config, path[CONTEXT_TICKS - 1])
-    ways = [
-        {"probability": probability, "positions_xy": positions}
-        for probability, positions in futures(config, before, HORIZON_TICKS)
-    ]
-    return {"kind": path[0].kind, "radius": config.radius, "futures": ways}
+def _write_futures(config: LittleWorldConfig, out: Path, index: int, path: list[Walker]) -> None:
+    """What can come after the context frames of both horizons, which end at one target."""
+    known = {}
+    for ticks in HORIZON_TICKS:
+        last = TARGET_TICK - ticks
+        first = last - NUM_CONTEXT + 1
+        frames = (_frame_at(config, last), _frame_at(config, TARGET_TICK))
+        known[frames] = seen_futures(config, path, first_tick=first, last_tick=last, ticks=ticks)
+    write_futures(out / "futures", _name(index), known, background=BACKGROUND)
+
+
+def _frame_at(config: LittleWorldConfig, tick: int) -> int:
+    return round(tick * config.tick_s * config.fps)
 
 
 def _write_mp4(path: Path, frames: NDArray[np.uint8], fps: int) -> None:

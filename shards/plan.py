@@ -1,7 +1,7 @@
 """plan.jsonl: which clip goes into which shard, fixed before any work starts.
 
 One JSON object a line: {"key", "source", "size_bytes", "shard"}, in shard order; "label" and
-"split" where they are known. The order of
+"split" where they are known, "target" in evaluation caches (plan_target.py). The order of
 clips and of windows comes from hashes, not from a random generator, so that it is the same with
 every release of every library and does not depend on the order the clips are found in.
 """
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .checked import Fields
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import create_bytes, write_bytes
+from .plan_target import PlanTarget, target_from_json, target_to_json
 from .strict_json import parse_json, read_file
 
 PLAN = "plan.jsonl"
@@ -69,6 +70,8 @@ class PlanEntry:
     """Class of the clip, if known."""
     split: str | None = None
     """Part of the data set it belongs to, if known."""
+    target: PlanTarget | None = None
+    """What its windows are evaluated on (evaluation caches)."""
 
 
 def make_plan(clips: Iterable[PlannedClip], *, clips_per_shard: int, seed: int) -> list[PlanEntry]:
@@ -232,6 +235,9 @@ def read_plan(folder: Path | str, *, sha256: str | None = None) -> list[PlanEntr
             shard=fields.integer("shard", high=len(lines) - 1),
             label=fields.optional_text("label"),
             split=fields.optional_text("split"),
+            target=target_from_json(fields.mapping("target"), where=f"{where}: target")
+            if fields.has("target")
+            else None,
         )
         if entry.key in keys:
             raise DamagedShard(f"{where}: clip {entry.key!r} a second time: restore the file")
@@ -258,16 +264,18 @@ def num_shards(plan: Iterable[PlanEntry]) -> int:
     return max((entry.shard for entry in plan), default=-1) + 1
 
 
-def _metadata(clip: PlannedClip) -> dict[str, str | None]:
+def _metadata(clip: PlannedClip) -> dict[str, Any]:
     if not isinstance(clip, LabelledClip):
         return {}
-    return {"label": clip.label, "split": clip.split}
+    return {"label": clip.label, "split": clip.split, "target": getattr(clip, "target", None)}
 
 
 def _to_json(entry: PlanEntry) -> dict[str, Any]:
-    """Its fields; label and split only where they are known."""
-    optional = ("label", "split")
+    """Its fields; label, split and target only where they are known."""
+    optional = ("label", "split", "target")
     fields = asdict(entry)
+    if entry.target is not None:
+        fields["target"] = target_to_json(entry.target)
     return {k: v for k, v in fields.items() if k not in optional or v is not None}
 
 

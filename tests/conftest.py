@@ -1,7 +1,10 @@
-"""For the whole suite: the --golden option, and a check of which deltatok is being tested."""
+"""For the whole suite: the --golden option, a check of which deltatok is being tested, and a
+writer of tiny evaluation caches."""
 
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,3 +37,116 @@ def pytest_report_header() -> str:
         f"the imported deltatok is {imported}, neither this tree ({TREE}) nor an installed wheel; "
         "install this tree with `pip install -e .`"
     )
+
+
+@pytest.fixture(scope="session")
+def write_evaluation_cache() -> Callable[..., dict[str, Any]]:
+    """Writes an evaluation cache of random tokens and its labels; see `_write_evaluation_cache`."""
+    return _write_evaluation_cache
+
+
+def _write_evaluation_cache(
+    folder: Path,
+    labels: Path,
+    *,
+    kind: str = "segmentation",
+    frame_shape: tuple[int, int] = (20, 34),
+    label_shape: tuple[int, int] | None = None,
+    sequences: tuple[str, ...] = ("a", "town/b"),
+    num_targets: int = 2,
+    num_frames: int = 7,
+    num_classes: int = 4,
+    hidden_size: int = 32,
+    frame_size: int = 48,
+    backbone: str = "aaaa",
+    dataset: str = "tiny",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`num_targets` targets of every sequence, two windows each (one if frames are square), in one
+    shard; labels in `labels`/SEQUENCE/NNNNNN.png. Gives read_targets(folder).
+
+    kind: segmentation (classes below num_classes and some 255) or depth (uint16, 256 a metre, some
+    0). Times are those of 15 frames a second, a frame every 0.2 s.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, finish_cache, open_cache
+    from deltatok.shards.crops import compute_resize_sizes, square_corners
+    from deltatok.shards.patch_writer import PatchRows, write_black, write_patch_shard
+    from deltatok.shards.plan import PlanEntry, write_plan
+    from deltatok.shards.plan_target import LabelRule, PlanTarget
+    from deltatok.train.targets import read_targets
+
+    rng = np.random.default_rng(seed)
+    side = frame_size // 16
+    shape = CacheShape(
+        num_frames=num_frames, num_tokens=side**2, grid=(side, side), hidden_size=hidden_size
+    )
+    identity = {
+        "backbone": {"config": {"hidden_size": hidden_size}, "weights_sha256": backbone},
+        "preprocessing": {
+            "frame_size": frame_size,
+            "patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+        },
+        "sampling": {
+            "policy": "evaluation",
+            "dataset": dataset,
+            "num_frames": num_frames,
+            "num_context": min(4, num_frames - 1),
+            "stride_s": 0.2,
+            "fps": 15.0,
+            "crops": "squares at both ends of the resized frame",
+            "seed": 0,
+        },
+        "storage": {"dtype": "float16"},
+        "autocast_dtype": "float32",
+    }
+    open_cache(folder, CacheInfo(format=PATCHES, identity=identity, shape=shape))
+    height, width = label_shape or frame_shape
+    entries, numbers = [], []
+    for sequence in sequences:
+        for number in range(19, 19 + 20 * num_targets, 20):
+            key = f"{sequence}/{number:06d}"
+            stored = rng.integers(0, num_classes, (-(-height // 4), -(-width // 4)))
+            stored = stored.repeat(4, 0).repeat(4, 1)[:height, :width]
+            stored[0] = 255
+            if kind == "depth":
+                stored = np.where(stored == 255, 0, 512 * (1 + stored)).astype(np.uint16)
+            path = labels / f"{key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(stored.astype(np.uint16 if kind == "depth" else np.uint8)).save(path)
+            rule = LabelRule(name="depth", steps_per_m=256.0) if kind == "depth" else LabelRule()
+            target = PlanTarget(
+                label=f"{key}.png",
+                label_size=(height, width),
+                kind="depth" if kind == "depth" else "segmentation",
+                sequence=sequence,
+                rule=rule,
+            )
+            entries.append(
+                PlanEntry(key=key, source=key, size_bytes=1, shard=0, split="val", target=target)
+            )
+            numbers.append(number)
+    write_plan(folder, entries)
+    write_black(folder, rng.normal(size=(side**2, hidden_size)).astype(np.float32))
+    resized = compute_resize_sizes(*frame_shape, frame_size)
+    scale = np.array([*frame_shape, *frame_shape]) / np.array([*resized, *resized])
+    crops = np.array([[*at, frame_size, frame_size] for at in square_corners(*resized)]) * scale
+    clip = np.repeat(np.arange(len(entries)), len(crops))
+    first = rng.normal(size=(len(clip), 1, side**2, hidden_size))
+    drift = rng.normal(size=(len(clip), num_frames, side**2, hidden_size)).cumsum(axis=1)
+    index = np.array(numbers)[clip][:, None] + 3 * np.arange(1 - num_frames, 1)
+    rows = PatchRows(
+        tokens=(first + 0.3 * drift).astype(np.float16),
+        timestamps_s=(index / 15).astype(np.float32),
+        frame_index=index.astype(np.int32),
+        crop=np.tile(crops, (len(entries), 1)).astype(np.float32),
+        flipped=np.zeros(len(clip), bool),
+        clip=clip.astype(np.int32),
+        keys=[entry.key for entry in entries],
+    )
+    write_patch_shard(folder, 0, rows, dtype="float16", seed=0)
+    finish_cache(folder, {"windows": len(clip), "clips": len(entries)})
+    return dict(read_targets(folder))

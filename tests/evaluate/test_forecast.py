@@ -20,6 +20,8 @@ from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
 from deltatok.train.models.heads import SegmentationHead
 
 NUM_CONTEXT, TARGET = 4, 6
+BOUNDS = {"copy_last", "reconstruction", "reconstruction_open_loop", "present"}
+DELTA_ROWS = [name for name in ROW_NAMES if not name.startswith("dinoworld")]
 STEPS = {"short": 1, "mid": 3}
 
 
@@ -56,8 +58,9 @@ class StraightLine:
 
     def roll(
         self, world: DeltaWorld, queries: torch.Tensor, x: torch.Tensor, times: torch.Tensor
-    ) -> torch.Tensor:
-        """Last features (1, N, D) of one sample; queries (H, 1, 1, Dp), x the context frames."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last features (1, N, D) and delta tokens (H, D) of one sample; queries (H, 1, 1, Dp), x
+        the context frames."""
         frames = [self.black, *(frame[None] for frame in x)]
         z = torch.stack([self.encode(a, b) for a, b in pairwise(frames)], dim=1)
         features = x[-1:]
@@ -67,7 +70,7 @@ class StraightLine:
             new = world.predict(query, now, z, times[None, :count])
             features = self.decode(new[:, 0], features)
             z = torch.cat([z, new], dim=1)
-        return features
+        return features, z[0, len(x) :]
 
     def window(self, index: int, horizon: str) -> dict[str, torch.Tensor]:
         """Every row's features (N, D) at the target frame."""
@@ -78,24 +81,53 @@ class StraightLine:
         context, clip_times = x[start : start + NUM_CONTEXT], (times - times[0])[start : TARGET + 1]
         drawn = torch.randn(steps, 6, 1, 24, generator=generator("forecast", 0, horizon, index))
         noise = drawn * self.world.config.initializer_range
-        samples = [
-            self.roll(self.world, noise[:, sample][:, None], context, clip_times)[0]
+        rolled = [
+            self.roll(self.world, noise[:, sample][:, None], context, clip_times)
             for sample in range(6)
         ]
+        samples = [features[0] for features, _ in rolled]
         losses = [loss(sample, x[TARGET]) for sample in samples]
         learned = self.discriminative.q_embed.weight[None, None].expand(steps, 1, 1, -1)
+        forecast, centre = self.roll(self.discriminative, learned, context, clip_times)
+        nulls = self.nulls(index, horizon, centre, torch.stack([z for _, z in rolled]), context)
+        null_losses = [loss(null, x[TARGET]) for null in nulls]
+        open_loop = context[-1:]
+        for frame in range(TARGET - steps + 1, TARGET + 1):
+            open_loop = self.decode(self.encode(x[frame - 1][None], x[frame][None]), open_loop)
         reconstruction = context[-1:]
         for frame in x[TARGET - steps + 1 : TARGET + 1]:
             z = self.encode(reconstruction, frame[None])
             reconstruction = self.decode(z, reconstruction)
         return {
             "copy_last": context[-1],
-            "discriminative": self.roll(self.discriminative, learned, context, clip_times)[0],
+            "discriminative": forecast[0],
+            "regressor_null": nulls[int(np.argmin(null_losses))],
             "mean": torch.stack(samples).mean(dim=0),
             "best": samples[int(np.argmin(losses))],
             "reconstruction": reconstruction[0],
+            "reconstruction_open_loop": open_loop[0],
             "present": x[TARGET],
         }
+
+    def nulls(
+        self,
+        index: int,
+        horizon: str,
+        centre: torch.Tensor,
+        samples: torch.Tensor,
+        context: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Features (N, D) of six draws around centre (H, D), spread as samples (6, H, D) are."""
+        drawn = torch.randn(6, 6, generator=generator("regressor null", 0, horizon, index))
+        features = []
+        for weights in drawn:
+            now = context[-1:]
+            for step, z in enumerate(centre):
+                away = samples[:, step] - samples[:, step].mean(dim=0)
+                offset = sum(w * one for w, one in zip(weights, away, strict=True)) / 5**0.5
+                now = self.decode((z + offset)[None], now)
+            features.append(now[0])
+        return features
 
     def label(self, index: int) -> np.ndarray[Any, Any]:
         key = self.cache.keys[int(self.cache.clip_index[index])]
@@ -127,8 +159,8 @@ def test_rows_equal_a_straight_line_computation(
     shared_evaluation: Any, rows: list[ReportRow], horizon: str
 ) -> None:
     plain = StraightLine(shared_evaluation)
-    losses: dict[str, list[float]] = {name: [] for name in ROW_NAMES}
-    confusion = {name: np.zeros((4, 4)) for name in ROW_NAMES}
+    losses: dict[str, list[float]] = {name: [] for name in DELTA_ROWS}
+    confusion = {name: np.zeros((4, 4)) for name in DELTA_ROWS}
     for index in range(len(plain.cache)):
         label = plain.label(index)
         seen = label != 255
@@ -137,7 +169,7 @@ def test_rows_equal_a_straight_line_computation(
             losses[name].append(loss(row, features["present"]))
             classes = plain.classes(row, (label.shape[0], label.shape[1]))
             np.add.at(confusion[name], (label[seen], classes[seen]), 1)
-    for name in ROW_NAMES:
+    for name in DELTA_ROWS:
         assert value(rows, horizon, name, "feature_loss") == pytest.approx(
             np.mean(losses[name]), rel=1e-5
         )
@@ -199,7 +231,7 @@ def test_without_a_world_model_only_the_bounds_are_left(
 ) -> None:
     config = shared_evaluation.config(out=str(tmp_path), world=None, discriminative=None)
     report = run_forecast(config)
-    assert {row.row for row in report.rows} == {"copy_last", "reconstruction", "present"}
+    assert {row.row for row in report.rows} == BOUNDS
     assert report.best_of_k == []
     assert "sample_spread" not in report.probes
 
@@ -208,7 +240,7 @@ def test_without_labels_only_features_are_scored(shared_evaluation: Any, tmp_pat
     config = shared_evaluation.config(out=str(tmp_path), head=None, labels=None, num_pictures=1)
     report = run_forecast(config)
     assert {row.metric for row in report.rows} == {"feature_loss"}
-    assert {row.row for row in report.rows} == set(ROW_NAMES)
+    assert {row.row for row in report.rows} == set(DELTA_ROWS)
 
 
 def test_report_json_holds_what_programs_read(shared_evaluation: Any, tmp_path: Path) -> None:
@@ -261,6 +293,6 @@ def test_bfloat16_gives_nearly_the_same_rows(
 ) -> None:
     report = run_forecast(shared_evaluation.config(out=str(tmp_path), autocast="bfloat16"))
     assert report.config["autocast"] == "bfloat16"
-    for name in ROW_NAMES:
+    for name in DELTA_ROWS:
         got, wanted = (value(r, "mid", name, "feature_loss") for r in (report.rows, rows))
         assert got == pytest.approx(wanted, rel=0.02)

@@ -7,11 +7,12 @@ Delta tokens are made straight from the quickstart's training videos by its toke
 cache of as many windows a clip as training takes, each used once. The validation loss of all is
 taken on the same windows: those that the 64-window cache has of the clips kept out of training.
 
-JSON: steps, batch_size, validation_windows, rows: [{windows_per_clip, epochs, fresh,
+JSON: steps, batch_size, validation_windows, rows: [{windows_per_clip, seed, epochs, fresh,
 validation_best_loss, validation_mean_loss, values: report rows as "mid best miou" -> value}].
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--windows", type=int, nargs="+", default=[1, 2, 4, 16, 64], help="windows a clip"
     )
+    parser.add_argument("--seeds", type=int, default=3, help="world models each [3]")
     arguments = parser.parse_args()
     stages = QuickstartRuns(arguments.quickstart, arguments.out)
     caches = {count: _cache(stages, arguments.quickstart, count) for count in arguments.windows}
@@ -48,12 +50,14 @@ def main() -> None:
     fresh = math.ceil(arguments.steps * BATCH_SIZE / num_clips)
     caches[fresh] = _cache(stages, arguments.quickstart, fresh)
     rows: list[dict[str, Any]] = []
-    for count, cache in caches.items():
+    for seed, (count, cache) in itertools.product(range(arguments.seeds), caches.items()):
+        name = f"{count}-seed{seed}"
         world = stages.run(
             "world-model",
-            f"world-{count}",
+            f"world-{name}",
             {
                 "deltas": str(cache),
+                "seed": seed,
                 "steps": arguments.steps,
                 "batch_size": BATCH_SIZE,
                 "validation_fraction": VALIDATION_FRACTION,
@@ -62,12 +66,13 @@ def main() -> None:
         )
         report = stages.run(
             "report",
-            f"report-{count}",
+            f"report-{name}",
             {"world": str(world), "curves": [str(world)]},
         )
         rows.append(
             {
                 "windows_per_clip": count,
+                "seed": seed,
                 "fresh": count == fresh,
                 "epochs": arguments.steps * BATCH_SIZE / len(_training(cache)),
                 **_validation(world, caches[max(arguments.windows)]),

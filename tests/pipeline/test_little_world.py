@@ -1,14 +1,15 @@
 """The little world: deterministic, exactly labelled, and its futures are all the futures."""
 
-import json
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from deltatok.pipeline.little_world import LittleWorldConfig, Walker, futures, simulate, walk
+from deltatok.evaluate.known_futures import FutureFolder
+from deltatok.pipeline.little_world import LittleWorldConfig, Walker, futures, walk
 from deltatok.pipeline.world_files import make_little_world
+from deltatok.pipeline.world_futures import possible_rests, seen_futures
 from deltatok.shards.errors import CacheMismatch
 from deltatok.shards.files import sha256_file
 
@@ -53,14 +54,41 @@ def test_labels_cover_the_shape_that_the_frames_show(tmp_path: Path) -> None:
 def test_the_future_that_happened_is_among_the_possible_ones(tmp_path: Path) -> None:
     config = small(tmp_path / "a")
     world = make_little_world(config)
-    for index in range(config.num_val_clips):
-        rng = np.random.default_rng([config.seed, 2, index])
-        path = simulate(config, rng, config.labelled_duration_s)
-        happened = [walker.position for walker in path[4:7]]
-        known = json.loads((world / "futures" / f"{index:04d}.json").read_text())["futures"]
-        distances = [np.abs(np.subtract(way["positions_xy"], happened)).max() for way in known]
-        assert min(distances) < 1e-9
-        assert sum(way["probability"] for way in known) == pytest.approx(1)
+    known = FutureFolder(str(world / "futures"))
+    for key in ("0000.mp4", "0001.mp4", "0002.mp4"):
+        happened = np.load(world / "labels" / "val" / f"{key}.npy")[30]
+        for seen in (15, 25):
+            found = known.window(key, seen, 30)
+            assert (found.classes == happened).all(axis=(1, 2)).any()
+            assert found.probability.sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_finished_world_without_futures_gets_them(tmp_path: Path) -> None:
+    config = small(tmp_path / "a")
+    world = make_little_world(config)
+    whole = files_of(world)
+    (world / "futures" / "0001.mp4.npz").unlink()
+    make_little_world(config)
+    assert files_of(world) == whole
+
+
+def test_a_turn_that_was_seen_rules_further_turns_out(tmp_path: Path) -> None:
+    walker = Walker(1, (0.5, 0.5), (1, 0), 0)
+    path = [walker, walker, *(Walker(1, (0.5, 0.5), (1, 0), since) for since in (1, 2, 3))]
+    found = seen_futures(small(tmp_path), path, first_tick=0, last_tick=3, ticks=1)
+    assert len(found.probability) == 1  # turned at tick 1, may turn again at tick 5
+
+
+def test_a_turn_at_the_first_frame_cannot_be_seen(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    turn = config.turn_probability
+    resting = [Walker(1, (0.5, 0.5), (1, 0), since) for since in (0, 1, 2, 3)]
+    rested = [Walker(1, (0.5, 0.5), (1, 0), 99)] * 4
+    for path in (resting, rested):  # the frames at ticks 0 to 3 look the same
+        rests = possible_rests(config, path, first_tick=0, last_tick=3)
+        assert rests == pytest.approx(
+            {3: turn / (turn + (1 - turn) ** 3), 4: (1 - turn) ** 3 / (turn + (1 - turn) ** 3)}
+        )
 
 
 def test_a_rested_walker_has_seven_futures_in_three_ticks(tmp_path: Path) -> None:

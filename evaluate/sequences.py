@@ -1,0 +1,183 @@
+"""Scores by sequence (clip): what intervals and comparisons are made from.
+
+Every metric of a report is a function of two sums over sequences, so that any choice of sequences
+can be scored again from their sums alone:
+
+    value = mean over classes with count > 0 of (sum of sums / sum of counts)
+
+    miou            sums: intersection, counts: union, pixels, of each class
+    feature_loss    sums: loss, counts: windows; one class. So with mode_recall, mode_precision.
+    rmse            sums: squared error, counts: pixels; and a square root at the end
+
+    OUT/sequences.jsonl    a line for each sequence:
+        {"sequence": KEY, "windows": W, "scores": {HORIZON: {ROW: {METRIC: {SEED: [CLASS, ...]}}}}}
+        CLASS: [class, sum, count]; classes without a count are left out
+
+Letters: Q sequences, C classes, K seeds.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ..shards.errors import UsageError
+from .protocol import IGNORE, NO_DEPTH
+
+FILE_NAME = "sequences.jsonl"
+ROOT_METRICS = ("rmse",)
+"""Metrics that are the square root of a mean."""
+
+
+class Score(NamedTuple):
+    """Which number of a report."""
+
+    horizon: str
+    row: str
+    metric: str
+
+
+Record = Callable[[Score, str, ArrayLike, ArrayLike], None]
+"""Takes what something adds to a score of one sequence: score, sequence, sums, counts."""
+
+
+class Sums(NamedTuple):
+    """One number of a report, by sequence; float64 (Q, C) both."""
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+
+@dataclass
+class SequenceScores:
+    """Takes in the parts of every score; one seed's or, read from a file, several seeds'."""
+
+    parts: dict[Score, dict[int, dict[str, NDArray[np.float64]]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    """Score -> seed -> sequence -> (2, C) sums and counts."""
+    windows: Counter[str] = field(default_factory=Counter)
+    """Sequence -> windows; in the order of the cache."""
+
+    def add(
+        self, score: Score, seed: int, sequence: str, sums: ArrayLike, counts: ArrayLike
+    ) -> None:
+        """Add to the sums and counts (C,) of a score in one sequence."""
+        part = np.array([np.atleast_1d(sums), np.atleast_1d(counts)], dtype=np.float64)
+        held = self.parts[score][seed]
+        held[sequence] = held[sequence] + part if sequence in held else part
+
+    def merge(self, other: "SequenceScores") -> None:
+        """Take in the scores of other seeds."""
+        for score, seeds in other.parts.items():
+            self.parts[score].update(seeds)
+
+    def by_seed(self, score: Score, sequences: Iterable[str]) -> dict[int, Sums]:
+        """Seed -> sums of a score in these sequences, zero where one has none."""
+        names = list(sequences)
+        found = {}
+        for seed, held in sorted(self.parts.get(score, {}).items()):
+            size = max(part.shape[1] for part in held.values())
+            nothing = np.zeros((2, size))
+            stacked = np.stack([_padded(held.get(name, nothing), size) for name in names], axis=1)
+            found[seed] = Sums(stacked[0], stacked[1])
+        return found
+
+
+def class_counts(
+    classes: Tensor, label: Tensor, *, num_classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pixels of intersection and of union of every class, (C,) each, of maps int64 of one shape;
+    pixels whose label is 255 count nowhere."""
+    counted = label != IGNORE
+    pairs = label[counted] * num_classes + classes[counted]
+    confusion = torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, -1)
+    both = confusion.diagonal()
+    either = confusion.sum(0) + confusion.sum(1) - both
+    return both.cpu().numpy(), either.cpu().numpy()
+
+
+def squared_errors(metres: Tensor, label: Tensor) -> tuple[float, int]:
+    """Summed squared error and number of the pixels that have a depth; metres (P, 1, h, w), label
+    (P, h, w)."""
+    valid = label > NO_DEPTH
+    errors = metres.reshape(label.shape)[valid].double() - label[valid]
+    return float(errors.square().sum()), int(valid.sum())
+
+
+def values(metric: str, sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Any:
+    """The metric float64 (...) from sums and counts (..., C) of the whole set; nan of nothing."""
+    known = counts > 0
+    ratios = np.where(known, sums / np.where(known, counts, 1), 0).sum(axis=-1)
+    number = known.sum(axis=-1)
+    mean = np.where(number > 0, ratios / np.maximum(number, 1), np.nan)
+    return np.sqrt(mean) if metric in ROOT_METRICS else mean
+
+
+def sequences_jsonl(scores: SequenceScores) -> bytes:
+    """The bytes of sequences.jsonl."""
+    lines = []
+    for sequence, windows in scores.windows.items():
+        found: dict[str, Any] = {}
+        for (horizon, row, metric), seeds in scores.parts.items():
+            place = found.setdefault(horizon, {}).setdefault(row, {}).setdefault(metric, {})
+            for seed, held in seeds.items():
+                if sequence in held:
+                    place[str(seed)] = _classes(held[sequence])
+        lines.append({"sequence": sequence, "windows": windows, "scores": found})
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
+
+
+def read_sequences(folder: Path) -> SequenceScores:
+    """The sequences.jsonl of a report folder; UsageError where it is none."""
+    path = folder / FILE_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); evaluate again") from None
+    scores = SequenceScores()
+    for number, text in enumerate(lines, start=1):
+        try:
+            _add_line(scores, json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise UsageError(
+                f"{path}: line {number} is no sequence's scores ({error!r}); evaluate again"
+            ) from None
+    if not scores.windows:
+        raise UsageError(f"{path}: no sequences; evaluate again")
+    return scores
+
+
+def _add_line(scores: SequenceScores, line: Mapping[str, Any]) -> None:
+    sequence = str(line["sequence"])
+    scores.windows[sequence] = int(line["windows"])
+    for horizon, rows in line["scores"].items():
+        for row, metrics in rows.items():
+            for metric, seeds in metrics.items():
+                for seed, classes in seeds.items():
+                    part = np.zeros((2, 1 + max((int(c[0]) for c in classes), default=0)))
+                    for index, total, count in classes:
+                        part[:, int(index)] = float(total), float(count)
+                    scores.parts[Score(horizon, row, metric)][int(seed)][sequence] = part
+
+
+def _classes(part: NDArray[np.float64]) -> list[list[float]]:
+    return [
+        [index, _plain(part[0, index]), _plain(part[1, index])]
+        for index in np.flatnonzero(part[1]).tolist()
+    ]
+
+
+def _plain(value: float) -> float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _padded(part: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    return np.pad(part, ((0, 0), (0, size - part.shape[1])))

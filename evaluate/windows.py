@@ -1,0 +1,238 @@
+"""Which windows of a cache belong together, what their labels are, what their noise is drawn for.
+
+A uniform cache: every window shows a whole frame, labels lie in LABELS/CLIP_KEY.npy. An evaluation
+cache (deltatok-extract --dataset): a clip's windows are the square crops of one labelled target,
+labels lie in the data set's own folder. Called by `inputs.py`.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..shards.errors import UsageError
+from ..shards.patches import PatchShards
+from ..train.models.heads import DepthHead, SegmentationHead
+from ..train.targets import Target, cut_of_crops, load_label, read_targets, windows_of_clips
+from .clip import NoiseName
+from .config import ForecastConfig
+from .crop_labels import label_of_crop
+from .dense import WHOLE, Head, Label, LabelledFrame
+from .labels import LabelFolder
+from .protocol import IGNORE, NO_DEPTH
+
+logger = logging.getLogger(__name__)
+
+NUM_CLASSES = {"vspw": 124, "cityscapes": 19, "binary": 2}
+"""Classes of the data sets whose label rule fixes them."""
+
+
+class Windows(Protocol):
+    """The windows of a cache in batches, with their labels."""
+
+    def batches(self) -> list[list[int]]:
+        """Every window once; windows of one target stay together, the first crop first."""
+
+    def names(self, indices: list[int]) -> list[NoiseName]:
+        """What each window's noise is drawn for."""
+
+    def labelled(self, indices: list[int]) -> list[LabelledFrame]:
+        """The labels of the target frames of a batch; none without labels."""
+
+    def shown_labels(self, index: int) -> tuple[Label, ...]:
+        """Labels of a window for pictures: of all frames, of the target alone, or none; each
+        covers what the window shows."""
+
+
+class UniformWindows:
+    """Windows of whole frames at a fixed rate, each a target of its own."""
+
+    def __init__(
+        self, config: ForecastConfig, cache: PatchShards, labels: LabelFolder | None
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._labels = labels
+
+    def batches(self) -> list[list[int]]:
+        size = self._config.batch_windows
+        numbers = list(range(len(self._cache)))
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def names(self, indices: list[int]) -> list[NoiseName]:
+        return [(index,) for index in indices]
+
+    def labelled(self, indices: list[int]) -> list[LabelledFrame]:
+        if self._labels is None:
+            return []
+        target = self._config.num_frames - 1
+        frames = self._cache.frame_index(indices)[:, target].tolist()
+        keys = [self._cache.keys[int(clip)] for clip in self._cache.clip_index[indices]]
+        return [
+            LabelledFrame(
+                sequence=key,
+                positions=(position,),
+                cut=WHOLE,
+                label=self._labels.frame(key, frame),
+            )
+            for position, (key, frame) in enumerate(zip(keys, frames, strict=True))
+        ]
+
+    def shown_labels(self, index: int) -> tuple[Label, ...]:
+        if self._labels is None:
+            return ()
+        frames = self._cache.frame_index([index])[0, : self._config.num_frames].tolist()
+        key = self._cache.keys[int(self._cache.clip_index[index])]
+        return tuple(self._labels.frame(key, frame) for frame in frames)
+
+
+class EvaluationWindows:
+    """The crops of labelled targets; the target is the last frame of its windows."""
+
+    def __init__(self, config: ForecastConfig, cache: PatchShards, head: Head | None) -> None:
+        """Check cache, targets and head against one another.
+
+        Raises:
+            UsageError: windows of another length than context and horizon; a head of another kind
+                or with another number of classes than the labels.
+        """
+        self._config = config
+        self._cache = cache
+        self._head = head
+        self._targets = read_targets(config.patches)
+        self._crops = windows_of_clips(cache)
+        _check_length(config, cache)
+        if head is not None:
+            for target in self._targets.values():
+                _check_head(config, head, target)
+        missing = len(self._targets) - len(self._crops)
+        if missing:
+            logger.warning(
+                "%s: %d of %d targets are in quarantine and not scored (quarantine.jsonl)",
+                config.patches,
+                missing,
+                len(self._targets),
+            )
+
+    def batches(self) -> list[list[int]]:
+        """As many whole targets at once as batch_windows allows, one at least; as stored."""
+        batches: list[list[int]] = []
+        for crops in sorted(self._crops.values(), key=min):
+            if batches and len(batches[-1]) + len(crops) <= self._config.batch_windows:
+                batches[-1] += crops
+            else:
+                batches.append(list(crops))
+        return batches
+
+    def names(self, indices: list[int]) -> list[NoiseName]:
+        """Target and crop, not the window's number: the same in every cache of the data set."""
+        keys = [self._key(index) for index in indices]
+        return [
+            (key, self._crops[key].index(index)) for key, index in zip(keys, indices, strict=True)
+        ]
+
+    def labelled(self, indices: list[int]) -> list[LabelledFrame]:
+        if self._config.labels is None:
+            return []
+        frames = []
+        for key in dict.fromkeys(map(self._key, indices)):
+            crops = self._crops[key]
+            frames.append(
+                LabelledFrame(
+                    sequence=self._targets[key].sequence,
+                    positions=tuple(indices.index(window) for window in crops),
+                    cut=cut_of_crops(self._cache.crop[crops]),
+                    label=self._label(key),
+                )
+            )
+        return frames
+
+    def shown_labels(self, index: int) -> tuple[Label, ...]:
+        if self._config.labels is None:
+            return ()
+        key = self._key(index)
+        crops = self._cache.crop[self._crops[key]]
+        which = self._crops[key].index(index)
+        return (label_of_crop(self._label(key), crops, which),)
+
+    def _key(self, index: int) -> str:
+        return self._cache.keys[int(self._cache.clip_index[index])]
+
+    def _label(self, key: str) -> Label:
+        target, config = self._targets[key], self._config
+        label = load_label(target, str(config.labels))
+        if isinstance(self._head, SegmentationHead):
+            _check_classes(config, self._head, target, label)
+        elif config.depth_range_m is not None:
+            low, high = config.depth_range_m
+            label = np.where((label >= low) & (label <= high), label, np.float32(NO_DEPTH))
+        return label
+
+
+def open_windows(
+    config: ForecastConfig, cache: PatchShards, head: Head | None, last_frames: Mapping[str, int]
+) -> Windows:
+    """The windows of a uniform or evaluation cache, checked against labels and head.
+
+    last_frames: clip key -> the highest frame whose label will be read (uniform).
+    """
+    if cache.info.identity["sampling"]["policy"] == "evaluation":
+        return EvaluationWindows(config, cache, head)
+    if config.depth_range_m is not None:
+        raise UsageError("--depth-range-m: only depth labels of an evaluation cache have metres")
+    if config.labels is None or head is None:
+        return UniformWindows(config, cache, None)
+    if not isinstance(head, SegmentationHead):
+        raise UsageError(
+            f"--head {config.head}: a {type(head).__name__}, but the labels of a cache of sampling "
+            "policy uniform are classes; give a SegmentationHead, or an evaluation cache "
+            "(deltatok-extract --dataset) of labels in metres"
+        )
+    labels = LabelFolder(
+        Path(config.labels), last_frames=last_frames, num_classes=head.config.num_classes
+    )
+    return UniformWindows(config, cache, labels)
+
+
+def _check_length(config: ForecastConfig, cache: PatchShards) -> None:
+    if cache.shape[0] != config.num_frames:
+        raise UsageError(
+            f"--patches {config.patches}: windows of {cache.shape[0]} frames that end at the "
+            f"labelled one, but num_context + mid_steps = {config.num_frames}; set --num-context "
+            "and --mid-steps so that they are as many"
+        )
+
+
+def _check_head(config: ForecastConfig, head: Head, target: Target) -> None:
+    wanted: dict[str, Any] = {"segmentation": SegmentationHead, "depth": DepthHead}
+    if target.kind not in wanted:
+        raise UsageError(
+            f"target {target.key}: labels of kind {target.kind!r}, wanted one of "
+            f"{', '.join(wanted)}; a newer release may know it"
+        )
+    if not isinstance(head, wanted[target.kind]):
+        raise UsageError(
+            f"--head {config.head}: a {type(head).__name__}, but the label of target {target.key} "
+            f"is of kind {target.kind}; give a {wanted[target.kind].__name__}"
+        )
+    known = NUM_CLASSES.get(target.rule.name)
+    if isinstance(head, SegmentationHead) and known not in (None, head.config.num_classes):
+        raise UsageError(
+            f"--head {config.head}: {head.config.num_classes} classes, the labels of target "
+            f"{target.key} ({target.rule.name}) have {known}; give a head of this data set"
+        )
+
+
+def _check_classes(
+    config: ForecastConfig, head: SegmentationHead, target: Target, label: NDArray[Any]
+) -> None:
+    classes = label[label != IGNORE]
+    if classes.size and int(classes.max()) >= head.config.num_classes:
+        raise UsageError(
+            f"target {target.key}: its label has class {int(classes.max())}, the head "
+            f"{config.head} knows 0 to {head.config.num_classes - 1} ({IGNORE} = ignore); give the "
+            "head of these labels"
+        )

@@ -1,0 +1,115 @@
+"""How windows of an evaluation data set are made: the frames up to a target, in two squares.
+
+The frames are known by number, nothing is drawn at random. NumPy only: it runs in the decoding
+processes. PAPER "Evaluation"; the geometry is that of shards/crops.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
+
+from ..shards.crops import MAX_ASPECT_RATIO, compute_resize_sizes, kb_region, square_corners
+from ..shards.errors import DeltatokError
+from .packets import Float64
+from .sampling import SamplingPolicy, Square, WindowDraw
+from .unusable import UnusableClip
+
+CROPS = (
+    "frame resized so that the short side is frame_size and the long one at most "
+    "max_aspect_ratio times that, then squares at both ends, left or top first"
+)
+KITTI_CROPS = f"KITTI benchmark crop (352 x 1216), then {CROPS}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPolicy:
+    """The windows of one data set."""
+
+    policy: Literal["evaluation"] = "evaluation"
+    dataset: str
+    num_frames: int
+    num_context: int
+    """How many of them a forecast sees."""
+    stride_s: float
+    """Seconds between two of them, a whole number of frames."""
+    fps: float
+    """Frames in a second of the data set."""
+    frame_size: int
+    region: Literal["whole", "kb"] = "whole"
+    """What is seen of a frame: all of it, or KITTI's benchmark crop."""
+    seed: int = 0
+    """Of the order of windows in a shard."""
+
+    def identity(self) -> dict[str, Any]:
+        """`sampling` of the cache identity."""
+        return {
+            "policy": self.policy,
+            "dataset": self.dataset,
+            "num_frames": self.num_frames,
+            "num_context": self.num_context,
+            "stride_s": self.stride_s,
+            "fps": self.fps,
+            "crops": CROPS if self.region == "whole" else KITTI_CROPS,
+            "max_aspect_ratio": MAX_ASPECT_RATIO,
+            "seed": self.seed,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values; `from_json` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The policy that `to_json` described."""
+        return cls(**fields)
+
+    def draw(
+        self, numbers: Sequence[int], times_s: Float64, height: int, width: int
+    ) -> list[WindowDraw]:
+        """The windows of a target: one for each square.
+
+        Args:
+            numbers: of the frames in their sequence.
+            times_s: float64 seconds of all frames of the sequence up to the last of them.
+            height, width: of the shown frame, in pixels.
+
+        Raises:
+            UnusableClip: the sequence ends before the last frame, or frames are too small.
+        """
+        if numbers[-1] >= len(times_s):
+            raise UnusableClip(
+                f"shows {len(times_s)} frames, the target is frame {numbers[-1]}", stage="sample"
+            )
+        region = (0, 0, height, width)
+        if self.region == "kb":
+            try:
+                region = kb_region(height, width)
+            except DeltatokError as error:
+                raise UnusableClip(str(error), stage="sample") from error
+        resized = compute_resize_sizes(*region[2:], self.frame_size)
+        return [
+            WindowDraw(
+                frame_index=tuple(numbers),
+                timestamps_s=tuple(times_s[list(numbers)].tolist()),
+                crop=region,
+                flipped=False,
+                square=Square(*resized, *corner, side=self.frame_size),
+            )
+            for corner in square_corners(*resized)
+        ]
+
+
+Policy = SamplingPolicy | EvaluationPolicy
+
+
+def policy_from_json(fields: dict[str, Any]) -> Policy:
+    """The policy that its `to_json` described."""
+    kind = EvaluationPolicy if fields["policy"] == "evaluation" else SamplingPolicy
+    return kind.from_json(fields)
+
+
+def one_window_a_clip(policy: Policy) -> Policy:
+    """The policy with as few windows as it can give."""
+    if isinstance(policy, EvaluationPolicy):
+        return policy
+    return replace(policy, num_windows=1)

@@ -1,0 +1,117 @@
+"""What a plan says of a clip of an evaluation cache: the label its forecast is held against.
+
+    {"label": "gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png", "label_size": [1024, 2048],
+     "kind": "segmentation", "sequence": "ulm_000001", "rule": {"name": "cityscapes"}}
+
+Labels stay with their data set; the cache only refers to them, by paths relative to the data set's
+folder. Part of plan.jsonl; train/targets.py reads the labels themselves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from .checked import Fields, is_count, is_number, shown
+from .errors import DamagedShard
+
+Kind = Literal["segmentation", "depth"]
+RuleName = Literal["stored", "binary", "vspw", "cityscapes", "depth", "kitti"]
+
+MAX_LABEL_SIDE = 2**16
+"""Pixels; more is no label (a guess)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRule:
+    """How the stored values of a label become classes or metres."""
+
+    name: RuleName = "stored"
+    """stored: class numbers as they are; binary: 0 and the rest; vspw, cityscapes: the tables of
+    these data sets; depth: whole steps of a metre; kitti: depth with KITTI's crop and mask."""
+    ignore: tuple[int, ...] = ()
+    """Stored values that count nowhere (stored: 255 too; depth: 0 too)."""
+    steps_per_m: float | None = None
+    """Stored steps in one metre (depth)."""
+    frame: int | None = None
+    """Which frame of a label file of many, a .npy of (frames, H, W)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTarget:
+    """The labelled frame that ends a clip's windows."""
+
+    label: str
+    """Its label file, a posix path relative to the data set's folder."""
+    label_size: tuple[int, int]
+    """Height and width in pixels of what the rule makes of it."""
+    kind: Kind
+    sequence: str
+    """The video or drive it is a frame of."""
+    rule: LabelRule = field(default_factory=LabelRule)
+
+
+def target_to_json(target: PlanTarget) -> dict[str, Any]:
+    """Its fields; of the rule only what is set."""
+    rule: dict[str, Any] = {"name": target.rule.name}
+    if target.rule.ignore:
+        rule["ignore"] = list(target.rule.ignore)
+    for name in ("steps_per_m", "frame"):
+        if getattr(target.rule, name) is not None:
+            rule[name] = getattr(target.rule, name)
+    return {
+        "label": target.label,
+        "label_size": list(target.label_size),
+        "kind": target.kind,
+        "sequence": target.sequence,
+        "rule": rule,
+    }
+
+
+def target_from_json(value: Mapping[str, Any], *, where: str) -> PlanTarget:
+    """The target that `target_to_json` described; DamagedShard for anything else, and for a label
+    path that leads out of the data set."""
+    fields = Fields(dict(value), where=where)
+    label, size, kind = fields.text("label"), fields.sequence("label_size"), fields.text("kind")
+    if not is_inside(label):
+        raise DamagedShard(f"{where}: label is {shown(label)}, wanted a path inside the data set")
+    if len(size) != 2 or not all(is_count(side) and 1 <= side <= MAX_LABEL_SIDE for side in size):
+        raise DamagedShard(f"{where}: label_size is {shown(size)}, wanted height and width")
+    known: dict[str, Kind] = {name: name for name in get_args(Kind)}
+    if kind not in known:
+        raise DamagedShard(f"{where}: kind is {shown(kind)}, wanted {' or '.join(known)}")
+    return PlanTarget(
+        label=label,
+        label_size=(size[0], size[1]),
+        kind=known[kind],
+        sequence=fields.text("sequence"),
+        rule=_rule(fields.mapping("rule"), where=f"{where}: rule")
+        if fields.has("rule")
+        else LabelRule(),
+    )
+
+
+def is_inside(path: str) -> bool:
+    """Whether a posix path is relative, is plain, and has no `..` in it."""
+    parts = path.split("/")
+    plain = all(part not in ("", ".", "..") for part in parts)
+    return plain and "\\" not in path and "\0" not in path and ":" not in parts[0]
+
+
+def _rule(value: Mapping[str, Any], *, where: str) -> LabelRule:
+    fields = Fields(dict(value), where=where)
+    name = fields.text("name")
+    known: dict[str, RuleName] = {name: name for name in get_args(RuleName)}
+    if name not in known:
+        raise DamagedShard(
+            f"{where}: name is {shown(name)}, wanted one of {', '.join(known)}: "
+            "a newer release may know it"
+        )
+    steps = value.get("steps_per_m")
+    if steps is not None and not (is_number(steps) and steps > 0):
+        raise DamagedShard(f"{where}: steps_per_m is {shown(steps)}, wanted a number above 0")
+    return LabelRule(
+        name=known[name],
+        ignore=fields.integers("ignore") if fields.has("ignore") else (),
+        steps_per_m=None if steps is None else float(steps),
+        frame=fields.integer("frame") if fields.has("frame") else None,
+    )

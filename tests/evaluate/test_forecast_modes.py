@@ -1,0 +1,190 @@
+"""Mode recall and precision of a forecast evaluation, several seeds, and intervals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deltatok.evaluate.forecast import run_forecast
+from deltatok.evaluate.known_futures import KnownFutures, write_futures
+from deltatok.evaluate.protocol import segment
+from deltatok.evaluate.report import Report
+from deltatok.evaluate.rows import find_row, find_value
+from deltatok.shards.errors import UsageError
+from deltatok.shards.patches import PatchShards
+from deltatok.train.models.heads import SegmentationHead
+
+SIZE = (10, 14)
+
+
+@pytest.fixture(scope="module")
+def known(shared_evaluation: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """KnownFutures of every window: what the head reads from the true target (0.6), and from the frame
+    the short horizon sees last (0.4), which is at the same time what `copy_last` shows there."""
+    folder = tmp_path_factory.mktemp("known")
+    cache = PatchShards(shared_evaluation.path("patches"))
+    head = SegmentationHead.from_pretrained(shared_evaluation.path("head"))
+    clips: dict[str, dict[tuple[int, int], KnownFutures]] = {}
+    for index in range(len(cache)):
+        frames = cache.frame_index([index])[0].tolist()
+        tokens = torch.tensor(cache.tokens([index])[0])
+        with torch.no_grad():
+            maps = segment(head, tokens[[6, 5]], grid=cache.grid, size=SIZE)
+        found = KnownFutures(
+            probability=np.array([0.6, 0.4]),
+            classes=maps.numpy().astype(np.uint8),
+            background=-1,
+        )
+        pairs = {(frames[3], frames[6]): found, (frames[5], frames[6]): found}
+        clips.setdefault(cache.keys[int(cache.clip_index[index])], {}).update(pairs)
+    for key, futures in clips.items():
+        write_futures(folder, key, futures, background=-1)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def report(shared_evaluation: Any, known: str, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """An evaluation with futures and two seeds; class maps are one future if they are equal."""
+    out = str(tmp_path_factory.mktemp("modes"))
+    return run_forecast(
+        shared_evaluation.config(out=out, futures=known, mode_overlap=1.0, num_seeds=2)
+    )
+
+
+def share_of_windows_whose_futures_look_alike(known: str) -> float:
+    alike = []
+    for path in Path(known).rglob("*.npz"):
+        with np.load(path) as file:
+            pairs = file["classes"].reshape(-1, 2, *SIZE)  # short and mid of every window
+        alike += [(one == other).all() for one, other in pairs]
+    return float(np.mean(alike))
+
+
+def value(report: Report, horizon: str, row: str, metric: str) -> float:
+    found = find_value(report.rows, horizon=horizon, row=row, metric=metric)
+    assert found is not None
+    return found
+
+
+def test_forecasts_of_known_futures_have_known_recall_and_precision(
+    report: Report, known: str
+) -> None:
+    merged = share_of_windows_whose_futures_look_alike(known)
+    assert merged < 0.5
+    for row, probability in (("present", 0.6), ("copy_last", 0.4)):
+        weighted = merged + (1 - merged) * probability
+        assert value(report, "short", row, "mode_precision") == 1
+        recall = value(report, "short", row, "mode_recall")
+        assert recall == pytest.approx(merged + (1 - merged) * 0.5)
+        assert value(report, "short", row, "mode_recall_weighted") == pytest.approx(weighted)
+
+
+def test_random_models_hit_no_future(report: Report) -> None:
+    """Random weights draw no picture that equals a future to the pixel."""
+    for row in ("samples", "discriminative"):
+        assert value(report, "mid", row, "mode_precision") == 0
+        assert value(report, "mid", row, "mode_recall") == 0
+
+
+def test_calibration_is_in_the_probes_and_on_the_page(report: Report, known: str) -> None:
+    modes, merged = report.probes["modes"], share_of_windows_whose_futures_look_alike(known)
+    assert modes["overlap"] == 1
+    for horizon in ("short", "mid"):
+        assert modes[horizon]["modes_per_window"] == 2 - merged
+        assert sum(part["modes"] for part in modes[horizon]["reliability"]) == 2 * 5 * (2 - merged)
+    assert modes["mid"]["frequency_distance"] == pytest.approx(1)  # no sample hits a future
+    page = (Path(report.config["out"]) / "report.html").read_text()
+    assert "<h2>Modes</h2>" in page
+    assert "6 true draws (expected)" in page
+
+
+def test_rows_of_samples_are_means_over_seeds(
+    shared_evaluation: Any, report: Report, tmp_path: Path
+) -> None:
+    single = [
+        run_forecast(shared_evaluation.config(out=str(tmp_path / str(seed)), seed=seed))
+        for seed in (0, 1)
+    ]
+    for row in report.rows:
+        if row.metric.startswith("mode"):
+            continue
+        alone = [value(one, row.horizon, row.row, row.metric) for one in single]
+        if row.row in ("best", "mean", "regressor_null"):
+            assert row.by_seed == pytest.approx(alone, rel=1e-5)
+            assert row.metric == "miou" or alone[0] != alone[1]
+        else:
+            assert row.by_seed == []
+        assert row.value == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+def test_probes_and_curve_are_those_of_the_first_seed(
+    shared_evaluation: Any, report: Report, tmp_path: Path
+) -> None:
+    single = run_forecast(shared_evaluation.config(out=str(tmp_path)))
+    assert report.best_of_k == single.best_of_k
+    assert report.probes["sample_spread"] == single.probes["sample_spread"]
+
+
+def test_intervals_hold_the_value_and_do_not_change_between_runs(
+    shared_evaluation: Any, report: Report, known: str, tmp_path: Path
+) -> None:
+    again = run_forecast(
+        shared_evaluation.config(
+            out=str(tmp_path), futures=known, mode_overlap=1.0, num_seeds=2, batch_windows=5
+        )
+    )
+    for row in report.rows:
+        assert row.interval_low is not None and row.interval_high is not None
+        assert row.interval_low <= row.interval_high
+        found = find_row(again.rows, horizon=row.horizon, row=row.row, metric=row.metric)
+        assert found is not None
+        assert (found.interval_low, found.interval_high) == pytest.approx(
+            (row.interval_low, row.interval_high), rel=1e-5
+        )
+    losses = find_row(report.rows, horizon="mid", row="copy_last", metric="feature_loss")
+    assert losses is not None and losses.interval_low is not None
+    assert losses.interval_low < losses.value < (losses.interval_high or 0)
+
+
+def test_noise_scale_zero_makes_all_samples_alike(shared_evaluation: Any, tmp_path: Path) -> None:
+    found = run_forecast(shared_evaluation.config(out=str(tmp_path), noise_scale=0.0))
+    assert found.probes["sample_spread"]["mid"] == pytest.approx(0, abs=1e-5)
+
+
+def test_futures_of_a_class_that_the_head_does_not_know_are_refused(
+    shared_evaluation: Any, known: str, tmp_path: Path
+) -> None:
+    for path in Path(known).rglob("*.npz"):
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        arrays["classes"][0, 0, 0] = 77
+        target = tmp_path / path.relative_to(known)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(target, **arrays)
+    with pytest.raises(UsageError, match="futures have class 77, the head knows 0 to 3"):
+        run_forecast(shared_evaluation.config(out=str(tmp_path / "out"), futures=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"futures": "x", "head": None, "labels": None}, "--futures without --head"),
+        ({"futures": "nowhere"}, "no such folder"),
+        ({"mode_overlap": 0.0}, "mode_overlap"),
+        ({"noise_scale": -1.0}, "noise_scale"),
+        ({"num_seeds": 0}, "num_seeds"),
+    ],
+)
+def test_settings_of_no_use_are_refused(
+    shared_evaluation: Any, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        run_forecast(shared_evaluation.config(out=str(tmp_path), **change))
+
+
+def test_report_json_is_strict_json(report: Report) -> None:
+    text = (Path(report.config["out"]) / "report.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in report.json"))
