@@ -116,8 +116,8 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
             arrays = {name: file[name] for name in _DTYPES}
     except FileNotFoundError:
         raise UsageError(
-            f"clip {key}: no futures, {path} does not exist; write it (see evaluate/known_futures.py) or "
-            "leave --futures out"
+            f"clip {key}: no futures, {path} does not exist; write it (see "
+            "evaluate/known_futures.py) or leave --futures out"
         ) from None
     except KeyError as error:
         raise UsageError(f"clip {key}: {path} has no array {error}") from None

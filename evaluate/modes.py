@@ -1,6 +1,6 @@
 """Modes: the possible futures that can be told apart, and which of them a forecast is.
 
-KnownFutures whose class maps look alike are one mode with the sum of their probabilities. A forecast
+Futures whose class maps look alike are one mode with the sum of their probabilities. A forecast
 *hits* the mode of the future it looks most like, where it looks like it at all: where the overlap
 of the two class maps is at least a threshold (0.5). Pure functions; used by `mode_scores.py`.
 

@@ -21,7 +21,7 @@ def seen_futures(
 ) -> KnownFutures:
     """What can be seen `ticks` after `last_tick`, given the frames at the ticks first..last.
 
-    `path`: the walker just after the decision of every tick, from 0 on. KnownFutures that end at one
+    `path`: the walker just after the decision of every tick, from 0 on. Futures that end at one
     place are one, most probable first.
     """
     now = next_tick(config, path[last_tick - 1])  # before the decision of last_tick

@@ -22,7 +22,7 @@ SIZE = (10, 14)
 
 @pytest.fixture(scope="module")
 def known(shared_evaluation: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """KnownFutures of every window: what the head reads from the true target (0.6), and from the frame
+    """Futures of every window: what the head reads from the true target (0.6), and from the frame
     the short horizon sees last (0.4), which is at the same time what `copy_last` shows there."""
     folder = tmp_path_factory.mktemp("known")
     cache = PatchShards(shared_evaluation.path("patches"))
