@@ -5,6 +5,8 @@ from typing import Literal
 
 from ..shards.errors import UsageError
 
+UNNAMED = "forecast"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastConfig:
@@ -22,8 +24,8 @@ class ForecastConfig:
     """Folder of the tokenizer."""
     out: str
     """Folder for report.json, report.html and pictures."""
-    dataset: str = "forecast"
-    """Name of the data set in every row of the report."""
+    dataset: str = UNNAMED
+    """Name of the data set in every row of the report; a cache of --dataset has its own."""
     world: str | None = None
     """Folder of the best-of-many world model; none: no rows `mean` and `best`."""
     discriminative: str | None = None
@@ -36,6 +38,8 @@ class ForecastConfig:
     draws around the discriminative forecast, spread as the samples are. As costly as they are."""
     head: str | None = None
     """Folder of a segmentation head, for mIoU, or of a depth head, for RMSE; needs labels."""
+    rgb_head: str | None = None
+    """Folder of an RGB head: the report shows what it draws from the features of every row."""
     labels: str | None = None
     """Folder of labels, needs head: the data set's own (cache of --dataset), or CLIP_KEY.npy, uint8
     (frames, H, W), 255 = ignore (uniform)."""

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from ..shards.errors import UsageError
 from ..train.devices import precision_name
-from ..train.models.heads import SegmentationHead
+from ..train.models.heads import DepthHead, SegmentationHead
 from .config import ForecastConfig
+from .head_panels import depth_panel, rgb_panel
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .mode_scores import ModeScorer
 from .panels import ShownWindow, class_panel, feature_panel
@@ -60,6 +61,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         with watch.stage("load"):
             out = make_folder(config.out)
             inputs = open_inputs(config, device)
+            config = inputs.config
         scorer, modes, shown = score_windows(inputs, watch)
         with watch.stage("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
@@ -186,9 +188,16 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
                 class_names=config.class_names,
             )
             classes.append(panel)
+    depth, rgb = [], []
+    if isinstance(head, DepthHead):
+        depth = [depth_panel(window, head, inputs.device) for window in shown]
+    if inputs.models.rgb_head is not None:
+        rgb = [rgb_panel(window, inputs.models.rgb_head, inputs.device) for window in shown]
     return Pictures(
         features=[feature_panel(window) for window in shown],
         classes=classes,
+        depth=depth,
+        rgb=rgb,
         curves=plot_curves(inputs.curves),
     )
 

@@ -4,7 +4,7 @@ Called by `forecast.py`.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..extract.clips import Clip
-from ..shards.cache import compare
+from ..shards.cache import CacheInfo, compare
 from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
-from .config import ForecastConfig
+from .config import UNNAMED, ForecastConfig
 from .loading import ForecastModels, load_models
 from .panels import ShownWindow, keep_features
 from .pictures import Tile
@@ -23,7 +23,7 @@ from .plots import Curve, read_curve
 from .predict import HorizonForecast
 from .prediction_rows import PredictionRows
 from .videos import clips_by_key, read_frames
-from .windows import Windows, open_windows
+from .windows import Windows, is_evaluation, open_windows
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ForecastInputs:
 
     def sequence(self, index: int) -> str:
         """What a window belongs to: windows of one sequence are alike, and resampled together."""
-        return self.key(index)
+        return self.arrangement.sequence(index)
 
     def shown_window(
         self, index: int, forecast: HorizonForecast, position: int, truth: Tensor
@@ -114,7 +114,9 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         UsageError: too few frames or no windows; models, labels, videos or curves of no use.
     """
     cache = PatchShards(config.patches)
-    if cache.info.identity.get("sampling", {}).get("policy") != "evaluation":
+    if is_evaluation(cache.info):
+        config = named(config, cache.info)
+    else:
         compare(
             cache.info.identity,
             {"sampling": {"policy": "uniform"}},
@@ -144,6 +146,12 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         device=device,
         predictions=PredictionRows(config, cache, device) if config.predictions else None,
     )
+
+
+def named(config: ForecastConfig, info: CacheInfo) -> ForecastConfig:
+    """The config with the data set's own name, where none was given."""
+    name = info.identity["sampling"].get("dataset")
+    return replace(config, dataset=name) if config.dataset == UNNAMED and name else config
 
 
 def _last_frames(cache: PatchShards, num_frames: int) -> dict[str, int]:
