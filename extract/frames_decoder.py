@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .frame_names import frame_seconds
 from .packets import MAX_MEAN_GAP_S, Float64, UInt8, describe
@@ -117,6 +117,9 @@ def _opened(name: str, data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except Image.DecompressionBombError as error:
         raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
+    except UnidentifiedImageError as error:  # whose text names an address in memory
+        reason = f"{name} cannot be decoded: is no JPEG or PNG image"
+        raise UnusableClip(reason, stage="decode") from error
     if image.width * image.height > MAX_FRAME_PIXELS:
         raise UnusableClip(
             f"{name}: {image.width}x{image.height} pixels, more than {MAX_FRAME_PIXELS} a frame",

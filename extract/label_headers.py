@@ -3,10 +3,11 @@
 Called by dataset.py.
 """
 
+import stat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .frames_decoder import read_shape
 from .unusable import UnusableClip
@@ -21,6 +22,15 @@ class BadLabel(ValueError):
     """A label that cannot be used, or its frame; says which and why."""
 
 
+def file_size(root: Path, name: str) -> int:
+    """Bytes; FileNotFoundError if it is not there, BadLabel if it is a folder, a pipe or the like,
+    which would be waited for."""
+    status = (root / name).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadLabel(f"{name} is no file")
+    return status.st_size
+
+
 def image_size(root: Path, name: str) -> tuple[int, int]:
     """Height and width of a frame as it is shown."""
     try:
@@ -30,14 +40,15 @@ def image_size(root: Path, name: str) -> tuple[int, int]:
 
 
 def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
-    """Height and width of a label; FileNotFoundError if it is not there."""
+    """Height and width of a label."""
     path = root / name
     if frame is not None:
         return _array_size(path, name, frame)
-    path.stat()
     try:
         with Image.open(path, formats=("PNG", "BMP", "TIFF")) as image:
             mode, (width, height) = image.mode, image.size
+    except UnidentifiedImageError as error:  # whose text names the whole path
+        raise BadLabel(f"{name} is no label that can be read: no PNG, BMP or TIFF") from error
     except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
         raise BadLabel(f"{name} is no label that can be read: {error}") from error
     if mode not in LABEL_MODES:
@@ -48,7 +59,6 @@ def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
 
 
 def _array_size(path: Path, name: str, frame: int) -> tuple[int, int]:
-    path.stat()
     try:
         shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
     except (OSError, ValueError) as error:
