@@ -43,6 +43,13 @@ class ForecastConfig:
     labels: str | None = None
     """Folder of labels, needs head: the data set's own (cache of --dataset), or CLIP_KEY.npy, uint8
     (frames, H, W), 255 = ignore (uniform)."""
+    predictions: str | None = None
+    """Folder of frames that another model predicted (layout: evaluate/predictions.py): adds rows
+    `predictions_best` and `predictions_mean`; needs backbone."""
+    predictions_subset: bool = False
+    """Score only the targets that have predictions, all rows on those; else all must have some."""
+    backbone: str | None = None
+    """Hub id or folder of the backbone that made the cache, for predictions."""
     depth_range_m: tuple[float, float] | None = None
     """Depth labels below or above these metres count nowhere; KITTI's own range always holds."""
     futures: str | None = None
@@ -94,6 +101,10 @@ class ForecastConfig:
             raise UsageError(
                 f"depth_range_m: got {self.depth_range_m}, wanted two depths above 0, nearest first"
             )
+        if (self.predictions is None) != (self.backbone is None):
+            raise UsageError("--predictions and --backbone: give both, or neither")
+        if self.predictions_subset and self.predictions is None:
+            raise UsageError("--predictions-subset without --predictions: of what?")
         if self.num_pictures < 0:
             raise UsageError(f"num_pictures: got {self.num_pictures}, wanted 0 or more")
         if self.seed < 0:

@@ -35,6 +35,7 @@ from .rows import HORIZONS, expected_order, markdown_table
 from .score import Scorer, class_map
 from .seeds import more_seeds, seeds_of, with_intervals
 from .sequences import sequences_jsonl
+from .windows import UniformWindows
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -69,17 +70,17 @@ def run_forecast(config: ForecastConfig) -> Report:
             rows = with_intervals(config, scorer.rows(), scorer.sequences)
         with watch.stage("pictures"):
             pictures = draw_pictures(inputs, shown)
-    cache = inputs.cache
+    cache, scored = inputs.cache, list(chain.from_iterable(inputs.batches()))
     report = Report(
         rows=rows,
         probes=probes,
         best_of_k=scorer.best_of_k(),
         per_class_iou=scorer.per_class_iou(),
-        provenance=inputs.models.provenance,
+        provenance=inputs.models.provenance | predictions_of(inputs),
         seconds=watch.seconds,
         config=asdict(config) | {"device": str(device), "autocast": precision},
-        num_windows=len(cache),
-        num_clips=len(set(cache.clip_index.tolist())),
+        num_windows=len(scored),
+        num_clips=len(set(cache.clip_index[scored].tolist())),
     )
     write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
     logger.info("%s\n%s", markdown_table(report.rows), expected_order(report.rows).text)
@@ -92,7 +93,7 @@ def score_windows(
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
     place: dict[str, Any] = {"black": inputs.black, "grid": cache.grid}
-    keys = [inputs.sequence(index) for index in range(len(cache))]
+    keys = [inputs.arrangement.sequence(index) for index in range(len(cache))]
     scorers = {
         seed: Scorer(replace(config, seed=seed), head=models.head, grid=cache.grid, keys=keys)
         for seed in seeds_of(config)
@@ -100,8 +101,11 @@ def score_windows(
     scorer, modes = scorers[config.seed], open_modes(inputs)
     to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
     shown: list[ShownWindow] = []
-    with tqdm(total=len(cache), desc="forecast", unit="window", disable=None) as progress:
-        for indices in inputs.arrangement.batches():
+    batches = inputs.batches()
+    with tqdm(
+        total=sum(map(len, batches)), desc="forecast", unit="window", disable=None
+    ) as progress:
+        for indices in batches:
             with watch.stage("read"):
                 x, times = inputs.windows(indices)
                 labels = inputs.arrangement.labelled(indices)
@@ -112,6 +116,10 @@ def score_windows(
             for horizon in HORIZONS:
                 with watch.stage("forecast"):
                     forecast = forecast_horizon(config, models, batch, horizon, **place)
+                if inputs.predictions is not None:
+                    with watch.stage("predictions"):
+                        rows = inputs.predictions.rows(indices, horizon, forecast.truth)
+                        forecast.rows.update(rows)
                 more = more_seeds(config, models, batch, horizon, **place)
                 for seed, found in chain([(config.seed, forecast)], watch.each("seeds", more)):
                     with watch.stage("score"):
@@ -130,6 +138,13 @@ def score_windows(
     return scorer, modes, shown
 
 
+def predictions_of(inputs: ForecastInputs) -> dict[str, Any]:
+    """What the report says of another model's frames; {} without any."""
+    if inputs.predictions is None:
+        return {}
+    return {"predictions": inputs.predictions.provenance()}
+
+
 def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
     """What scores modes, where futures are given."""
     head = inputs.models.head
@@ -137,6 +152,8 @@ def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
         return None
     if not isinstance(head, SegmentationHead):
         raise UsageError("--futures: known futures are class maps; give a segmentation --head")
+    if not isinstance(inputs.arrangement, UniformWindows):
+        raise UsageError("--futures: known futures are of whole frames; give a uniform cache")
     return ModeScorer(inputs.config, inputs.cache, head)
 
 

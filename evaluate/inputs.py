@@ -21,6 +21,7 @@ from .panels import ShownWindow, keep_features
 from .pictures import Tile
 from .plots import Curve, read_curve
 from .predict import HorizonForecast
+from .prediction_rows import PredictionRows
 from .videos import clips_by_key, read_frames
 from .windows import Windows, is_evaluation, open_windows
 
@@ -42,6 +43,17 @@ class ForecastInputs:
     black: Tensor
     """(N, D) tokens of a black frame."""
     device: torch.device
+    predictions: PredictionRows | None
+    """Another model's frames; None without any."""
+
+    def batches(self) -> list[list[int]]:
+        """The windows that are scored: all, or those that have predictions."""
+        batches = self.arrangement.batches()
+        if self.predictions is None or not self.config.predictions_subset:
+            return batches
+        kept = set(self.predictions.folder.windows(len(self.cache)))
+        rest = [[window for window in batch if window in kept] for batch in batches]
+        return [batch for batch in rest if batch]
 
     def windows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Features (B, T, N, D) and times (B, T) of the frames that take part, T = C + mid.
@@ -56,10 +68,6 @@ class ForecastInputs:
     def key(self, index: int) -> str:
         """The clip of a window."""
         return self.cache.keys[int(self.cache.clip_index[index])]
-
-    def sequence(self, index: int) -> str:
-        """What a window belongs to: windows of one sequence are alike, and resampled together."""
-        return self.arrangement.sequence(index)
 
     def shown_window(
         self, index: int, forecast: HorizonForecast, position: int, truth: Tensor
@@ -132,6 +140,7 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),
         device=device,
+        predictions=PredictionRows(config, cache, device) if config.predictions else None,
     )
 
 

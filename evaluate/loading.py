@@ -90,7 +90,8 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
         head = load_head(config.head, device)
         check_width("head", config.head, head.config.in_size, info)
         provenance["head"] = check_patches("head", config.head, info) | {
-            "weights_sha256": weights_sha256(head)
+            "weights_sha256": weights_sha256(head),
+            "num_classes": head.config.num_classes if isinstance(head, SegmentationHead) else None,
         }
     rgb_head = None
     if config.rgb_head is not None:

@@ -12,6 +12,8 @@ ROW_LABELS = {
     "dinoworld": "DINO-world, discriminative",
     "dinoworld_mean": "DINO-world, mean of samples",
     "dinoworld_best": "DINO-world, best sample",
+    "predictions_mean": "Predictions given, mean of samples",
+    "predictions_best": "Predictions given, best sample",
     "discriminative": "Discriminative",
     "regressor_null": "Regressor null (best draw)",
     "mean": "Mean of samples",
@@ -33,7 +35,12 @@ MODE_METRICS = ("mode_recall", "mode_recall_weighted", "mode_precision")
 """Fractions, 0 to 1, where all possible futures are known; in a table of their own."""
 MODE_ROWS = ("copy_last", "discriminative", "mean", "samples", "reconstruction", "present")
 """Rows that have them; `samples`: all samples of a window together."""
-_PERCENT = ("miou", *MODE_METRICS)
+PERCENT = ("miou", *MODE_METRICS)
+METRIC_TITLES = _METRIC_HEADS | {
+    "mode_recall": "mode recall % ↑",
+    "mode_recall_weighted": "mode recall by probability % ↑",
+    "mode_precision": "mode precision % ↑",
+}
 # The order of the paper's tables, mid-term: (better, worse)
 EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "copy_last"))
 
@@ -99,17 +106,22 @@ def show_row(row: ReportRow | None) -> str:
     if row is None:
         return "-"
     value = show(row.value, row.metric)
-    if row.interval_low is None or row.interval_high is None:
-        return value
-    low, high = show(row.interval_low, row.metric), show(row.interval_high, row.metric)
-    return f"{value} [{low},\u00a0{high}]"
+    return value + show_interval(row.interval_low, row.interval_high, row.metric)
+
+
+def show_interval(low: float | None, high: float | None, metric: str) -> str:
+    """` [low, high]`, with fewer digits than a value has; nothing without an interval."""
+    if low is None or high is None:
+        return ""
+    bounds = [show(bound, metric) if metric in PERCENT else f"{bound:.3g}" for bound in (low, high)]
+    return f" [{bounds[0]},\u00a0{bounds[1]}]"
 
 
 def show(value: float | None, metric: str) -> str:
     """A value as people read it: mIoU in percent, losses with four digits, a dash for none."""
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" if metric in _PERCENT else f"{value:.4g}"
+    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
 
 
 def markdown_table(rows: Sequence[ReportRow]) -> str:

@@ -76,6 +76,8 @@ class Scorer:
         """Take in the labels of a horizon's target frames; nothing without a head."""
         if self._labels is not None:
             self._labels.add(horizon, forecast.rows, frames)
+            for frame in frames if horizon == HORIZONS[0] else ():  # both have the same targets
+                self.sequences.add_label(frame.sequence, frame.label)
 
     def rows(self) -> list[ReportRow]:
         """All rows, mIoU or RMSE first."""

@@ -10,13 +10,15 @@ can be scored again from their sums alone:
     rmse            sums: squared error, counts: pixels; and a square root at the end
 
     OUT/sequences.jsonl    a line for each sequence:
-        {"sequence": KEY, "windows": W, "scores": {HORIZON: {ROW: {METRIC: {SEED: [CLASS, ...]}}}}}
-        CLASS: [class, sum, count]; classes without a count are left out
+        {"sequence": KEY, "windows": W, "labels": CRC-32 of its target frames' labels,
+         "scores": {HORIZON: {ROW: {METRIC: {SEED: [[class, sum, count], ...]}}}}}
+        classes without a count are left out, as is "labels" without labels
 
 Letters: Q sequences, C classes, K seeds.
 """
 
 import json
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +67,8 @@ class SequenceScores:
     """Score -> seed -> sequence -> (2, C) sums and counts."""
     windows: Counter[str] = field(default_factory=Counter)
     """Sequence -> windows; in the order of the cache."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """Sequence -> CRC-32 of the labels of its target frames; empty without labels."""
 
     def add(
         self, score: Score, seed: int, sequence: str, sums: ArrayLike, counts: ArrayLike
@@ -73,6 +77,10 @@ class SequenceScores:
         part = np.array([np.atleast_1d(sums), np.atleast_1d(counts)], dtype=np.float64)
         held = self.parts[score][seed]
         held[sequence] = held[sequence] + part if sequence in held else part
+
+    def add_label(self, sequence: str, label: NDArray[Any]) -> None:
+        """Take in one target frame's label, once."""
+        self.labels[sequence] = zlib.crc32(label.tobytes(), self.labels.get(sequence, 0))
 
     def merge(self, other: "SequenceScores") -> None:
         """Take in the scores of other seeds."""
@@ -131,7 +139,9 @@ def sequences_jsonl(scores: SequenceScores) -> bytes:
             for seed, held in seeds.items():
                 if sequence in held:
                     place[str(seed)] = _classes(held[sequence])
-        lines.append({"sequence": sequence, "windows": windows, "scores": found})
+        line = {"sequence": sequence, "windows": windows, "scores": found}
+        label = {"labels": scores.labels[sequence]} if sequence in scores.labels else {}
+        lines.append({**line, **label})
     return "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
 
 
@@ -158,6 +168,8 @@ def read_sequences(folder: Path) -> SequenceScores:
 def _add_line(scores: SequenceScores, line: Mapping[str, Any]) -> None:
     sequence = str(line["sequence"])
     scores.windows[sequence] = int(line["windows"])
+    if "labels" in line:
+        scores.labels[sequence] = int(line["labels"])
     for horizon, rows in line["scores"].items():
         for row, metrics in rows.items():
             for metric, seeds in metrics.items():

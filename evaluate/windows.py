@@ -41,7 +41,7 @@ class Windows(Protocol):
         """What each window's noise is drawn for."""
 
     def sequence(self, index: int) -> str:
-        """The video that a window is from."""
+        """What a window belongs to: windows of one sequence are alike, and resampled together."""
 
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         """The labels of the target frames of a batch; none without labels."""

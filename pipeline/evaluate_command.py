@@ -6,9 +6,10 @@ from pathlib import Path
 
 from .command import parse_config, run_command, run_subcommand
 
-USAGE = """usage: deltatok-evaluate {forecast,flops,cache-fidelity} [--help] ...
+USAGE = """usage: deltatok-evaluate {forecast,compare,flops,cache-fidelity} [--help] ...
 
   forecast         roll the world model out over an evaluation cache: report.json and report.html
+  compare          several reports side by side, paired by sequence, with intervals
   flops            GFLOPs of every part, counted from the real modules
   cache-fidelity   what a storage type costs: one cache held against another of the same windows
 
@@ -16,13 +17,19 @@ examples:
   deltatok-evaluate flops --frame-size 512
   deltatok-evaluate forecast --patches cache/val --labels labels/val --tokenizer runs/tokenizer \\
       --world runs/world --head runs/head --dataset little-world --out runs/report
+  deltatok-evaluate compare runs/report-a runs/report-b --out runs/compare
   deltatok-evaluate cache-fidelity --patches cache/int8 --reference cache/float16"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-evaluate`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    kinds = {"forecast": _forecast, "flops": _flops, "cache-fidelity": _cache_fidelity}
+    kinds = {
+        "forecast": _forecast,
+        "compare": _compare,
+        "flops": _flops,
+        "cache-fidelity": _cache_fidelity,
+    }
     return run_command(lambda: run_subcommand("deltatok-evaluate", kinds, USAGE, words))
 
 
@@ -41,6 +48,24 @@ def _forecast(words: list[str]) -> None:
 
     run_forecast(config)
     print(f"report: {Path(config.out) / 'report.html'}")
+
+
+def _compare(words: list[str]) -> None:
+    from ..evaluate.compare import CompareConfig, run_compare
+
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    folders = ["--reports", *words[:count]] if count else []
+    config = parse_config(
+        CompareConfig,
+        [*folders, *words[count:]],
+        prog="deltatok-evaluate compare",
+        summary="Set reports side by side, paired by sequence: values, and differences to the "
+        "first, with intervals.",
+        example="deltatok-evaluate compare runs/report-a runs/report-b --out runs/compare",
+    )
+    run_compare(config)
+    print((Path(config.out) / "compare.md").read_text(encoding="utf-8"))
+    print(f"comparison: {Path(config.out) / 'compare.html'}")
 
 
 def _flops(words: list[str]) -> None:

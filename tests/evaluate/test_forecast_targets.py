@@ -14,8 +14,10 @@ from PIL import Image
 from deltatok.evaluate.config import ForecastConfig
 from deltatok.evaluate.crop_labels import label_of_crop
 from deltatok.evaluate.forecast import run_forecast
+from deltatok.evaluate.intervals import Resamples
 from deltatok.evaluate.report import Report
 from deltatok.evaluate.rows import HORIZONS, find_value
+from deltatok.evaluate.sequences import read_sequences
 from deltatok.shards.patches import PatchShards
 from deltatok.train.draws import generator
 from deltatok.train.models.deltatok import DeltaTok
@@ -299,6 +301,17 @@ def test_the_batch_size_changes_no_number(evaluation: Evaluation, tmp_path: Path
         for got, wanted in zip(report.rows, reports[0].rows, strict=True):
             assert (got.horizon, got.row, got.metric) == (wanted.horizon, wanted.row, wanted.metric)
             assert got.value == pytest.approx(wanted.value, rel=1e-5)
+
+
+def test_scores_by_sequence_give_the_rows_again(evaluation: Evaluation, tmp_path: Path) -> None:
+    report = run_forecast(evaluation.config(out=str(tmp_path)))
+    scores = read_sequences(tmp_path)
+    assert scores.labels.keys() == scores.windows.keys()
+    assert len(scores.parts) == len(report.rows)
+    for score in scores.parts:
+        (sums,) = scores.by_seed(score, scores.windows).values()
+        again = Resamples(len(scores.windows)).value(score.metric, sums)
+        assert again == pytest.approx(value(report, *score), rel=1e-5)
 
 
 def test_pictures_of_crops_are_drawn(evaluation: Evaluation, tmp_path: Path) -> None:

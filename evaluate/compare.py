@@ -1,0 +1,261 @@
+"""`deltatok-evaluate compare`: several reports side by side, paired by sequence.
+
+Only sequences that every report has are compared. What differs between two reports is resampled
+together (the same sequences are drawn for both), so that what is hard for both does not widen the
+interval of their difference. Differences are to the first report.
+
+    OUT/compare.json, compare.md, compare.html
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..shards.errors import CacheMismatch, UsageError
+from ..shards.files import write_bytes, write_json
+from .intervals import Estimate, Resamples
+from .page import flatten
+from .rows import HORIZONS, METRICS, MODE_METRICS, MODE_ROWS, ROW_NAMES
+from .sequences import Score, SequenceScores, read_sequences
+
+LOWER_IS_BETTER = ("rmse", "feature_loss")
+SAME = {
+    "provenance.cache.fingerprint": "cache.fingerprint",
+    "config.dataset": "dataset",
+    "config.num_context": "num_context",
+    "config.short_steps": "short_steps",
+    "config.mid_steps": "mid_steps",
+    "config.num_samples": "num_samples",
+    "config.mode_overlap": "mode_overlap",
+    "provenance.head.num_classes": "num_classes",
+}
+"""What reports must share to be compared: where it lies in report.json, what it is called."""
+_OWN = ("config.out", "config.num_pictures", "config.batch_windows", "config.curves")
+"""Settings that may differ without a word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Which reports, and where the comparison goes."""
+
+    reports: tuple[str, ...]
+    """Report folders of `deltatok-evaluate forecast`; the first is what others are held against."""
+    out: str
+    """Folder for compare.json, compare.md and compare.html."""
+    names: tuple[str, ...] = ()
+    """What to call the reports, in their order; none: their folders' names."""
+    seed: int = 0
+    """Seed of the intervals' resampling."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        if len(self.reports) < 2:
+            raise UsageError(f"compare: got {len(self.reports)} reports, wanted two or more")
+        if self.names and len(self.names) != len(self.reports):
+            raise UsageError(
+                f"names: got {len(self.names)}, wanted one for each of {len(self.reports)} reports"
+            )
+        if len(set(self.names)) < len(self.names):
+            raise UsageError("names: two reports have the same name; give different ones")
+        if self.seed < 0:
+            raise UsageError(f"seed: got {self.seed}, wanted 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One report, as read."""
+
+    name: str
+    folder: str
+    report: Mapping[str, Any]
+    scores: SequenceScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One report's number minus the first one's."""
+
+    value: float
+    low: float | None
+    high: float | None
+    verdict: str
+    """`better` or `worse` where the interval does not hold 0, else `unclear`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRow:
+    """One number of all reports; None in those that do not have it."""
+
+    horizon: str
+    row: str
+    metric: str
+    values: list[Estimate | None]
+    differences: list[Difference | None]
+    """To the first report; None for itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What compare.json holds."""
+
+    runs: list[dict[str, Any]]
+    """[{"name", "folder", "num_sequences", "missing": sequences that others have}]."""
+    num_paired: int
+    rows: list[ComparedRow]
+    differing: dict[str, list[Any]]
+    """Setting or origin -> its value in each report, where they differ."""
+    best_of_k: dict[str, list[dict[str, Any]]]
+    """Name -> the report's curve."""
+
+
+def run_compare(config: CompareConfig) -> Comparison:
+    """Compare, and write the three files into `config.out`.
+
+    Raises:
+        UsageError: a folder without a report, or names of no use.
+        CacheMismatch: reports of different caches, protocols or classes; names the field.
+    """
+    from .compare_page import compare_markdown, compare_page
+
+    runs = [
+        _read_run(folder, name) for folder, name in zip(config.reports, _names(config), strict=True)
+    ]
+    for other in runs[1:]:
+        check_comparable(runs[0], other)
+    found = compare_runs(runs, seed=config.seed)
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made ({error.strerror})") from None
+    (out / "compare.json").unlink(missing_ok=True)
+    write_bytes(out / "compare.md", compare_markdown(found).encode())
+    write_bytes(out / "compare.html", compare_page(found).encode())
+    write_json(out / "compare.json", asdict(found))
+    return found
+
+
+def check_comparable(first: Run, other: Run) -> None:
+    """Raises CacheMismatch, naming the field, unless two reports scored the same thing."""
+    ours, theirs = flatten(first.report), flatten(other.report)
+    for place, field in SAME.items():
+        if ours.get(place) != theirs.get(place):
+            raise CacheMismatch(
+                f"{other.folder}: {field} is {theirs.get(place)!r}, but {ours.get(place)!r} in "
+                f"{first.folder}: only reports of the same cache and protocol can be compared; "
+                "evaluate one of them again"
+            )
+    for what in ("windows", "labels"):
+        held, found = getattr(first.scores, what), getattr(other.scores, what)
+        for sequence in held.keys() & found.keys():
+            if held[sequence] != found[sequence]:
+                raise CacheMismatch(
+                    f"{other.folder}: {what} of sequence {sequence!r} differ from those of "
+                    f"{first.folder}; evaluate both on the same cache with the same labels"
+                )
+
+
+def compare_runs(runs: Sequence[Run], *, seed: int) -> Comparison:
+    """All numbers on the sequences that all runs have."""
+    everything = sorted(set().union(*(run.scores.windows for run in runs)))
+    paired = [key for key in everything if all(key in run.scores.windows for run in runs)]
+    if not paired:
+        raise CacheMismatch(
+            "sequences: no sequence is in all reports; evaluate them on the same cache"
+        )
+    resamples = Resamples(len(paired), seed=seed)
+    scores = [
+        Score(horizon, row, metric)
+        for metric in (*METRICS, *MODE_METRICS)
+        for horizon in HORIZONS
+        for row in dict.fromkeys((*ROW_NAMES, *MODE_ROWS))
+    ]
+    rows = (_compare_score(score, runs, paired, resamples) for score in scores)
+    return Comparison(
+        runs=[
+            {
+                "name": run.name,
+                "folder": run.folder,
+                "num_sequences": len(run.scores.windows),
+                "missing": [key for key in everything if key not in run.scores.windows],
+            }
+            for run in runs
+        ],
+        num_paired=len(paired),
+        rows=[row for row in rows if any(value is not None for value in row.values)],
+        differing=_differing(runs),
+        best_of_k={run.name: list(run.report.get("best_of_k", [])) for run in runs},
+    )
+
+
+def _compare_score(
+    score: Score, runs: Sequence[Run], paired: Sequence[str], resamples: Resamples
+) -> ComparedRow:
+    by_run = [run.scores.by_seed(score, paired) for run in runs]
+    values = [resamples.estimate(score.metric, by_seed) if by_seed else None for by_seed in by_run]
+    draws = [resamples.resampled(score.metric, by_seed) if by_seed else None for by_seed in by_run]
+    differences: list[Difference | None] = []
+    for value, drawn in zip(values, draws, strict=True):
+        base, base_drawn = values[0], draws[0]
+        if value is None or base is None or drawn is None or base_drawn is None or value is base:
+            differences.append(None)
+            continue
+        found = resamples.interval(value.value - base.value, drawn - base_drawn)
+        verdict = _verdict(found, lower_is_better=score.metric in LOWER_IS_BETTER)
+        differences.append(Difference(**asdict(found), verdict=verdict))
+    return ComparedRow(
+        horizon=score.horizon,
+        row=score.row,
+        metric=score.metric,
+        values=values,
+        differences=differences,
+    )
+
+
+def _verdict(difference: Estimate, *, lower_is_better: bool) -> str:
+    if difference.low is None or difference.high is None:
+        return "unclear"
+    if difference.low <= 0 <= difference.high:
+        return "unclear"
+    return "better" if (difference.value < 0) == lower_is_better else "worse"
+
+
+def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    flat = [
+        flatten({part: run.report.get(part, {}) for part in ("provenance", "config")})
+        for run in runs
+    ]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    found = {name: [settings.get(name) for settings in flat] for name in names}
+    return {
+        name: values
+        for name, values in found.items()
+        if name not in _OWN and any(value != values[0] for value in values)
+    }
+
+
+def _names(config: CompareConfig) -> list[str]:
+    """The names given, else the last parts of the folders by which they differ."""
+    if config.names:
+        return list(config.names)
+    parts = [Path(folder).resolve().parts for folder in config.reports]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError("compare: the same report twice; give different ones, or --names")
+
+
+def _read_run(folder: str, name: str) -> Run:
+    path = Path(folder) / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error}); give a folder that deltatok-evaluate forecast made"
+        ) from None
+    if not isinstance(report, dict) or not {"rows", "config", "provenance"} <= report.keys():
+        raise UsageError(f"{path}: no report of deltatok-evaluate forecast")
+    return Run(name=name, folder=folder, report=report, scores=read_sequences(Path(folder)))
