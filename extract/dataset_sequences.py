@@ -67,7 +67,7 @@ def load_sequences(config: DatasetConfig) -> Dataset:
                     )
                 )
     return Dataset(
-        name="sequences",
+        name=config.name or "sequences",
         fps=fps,
         stride=stride,
         targets=targets,

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..shards.errors import UsageError
-from .config import TrainConfig, check_positive
+from .checks import check_positive
+from .config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
