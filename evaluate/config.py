@@ -5,6 +5,8 @@ from typing import Literal
 
 from ..shards.errors import UsageError
 
+UNNAMED = "forecast"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastConfig:
@@ -22,8 +24,8 @@ class ForecastConfig:
     """Folder of the tokenizer."""
     out: str
     """Folder for report.json, report.html and pictures."""
-    dataset: str = "forecast"
-    """Name of the data set in every row of the report."""
+    dataset: str = UNNAMED
+    """Name of the data set in every row of the report; a cache of --dataset has its own."""
     world: str | None = None
     """Folder of the best-of-many world model; none: no rows `mean` and `best`."""
     discriminative: str | None = None
@@ -36,9 +38,18 @@ class ForecastConfig:
     draws around the discriminative forecast, spread as the samples are. As costly as they are."""
     head: str | None = None
     """Folder of a segmentation head, for mIoU, or of a depth head, for RMSE; needs labels."""
+    rgb_head: str | None = None
+    """Folder of an RGB head: the report shows what it draws from the features of every row."""
     labels: str | None = None
     """Folder of labels, needs head: the data set's own (cache of --dataset), or CLIP_KEY.npy, uint8
     (frames, H, W), 255 = ignore (uniform)."""
+    predictions: str | None = None
+    """Folder of frames that another model predicted (layout: evaluate/predictions.py): adds rows
+    `predictions_best` and `predictions_mean`; needs backbone."""
+    predictions_subset: bool = False
+    """Score only the targets that have predictions, all rows on those; else all must have some."""
+    backbone: str | None = None
+    """Hub id or folder of the backbone that made the cache, for predictions."""
     depth_range_m: tuple[float, float] | None = None
     """Depth labels below or above these metres count nowhere; KITTI's own range always holds."""
     futures: str | None = None
@@ -90,6 +101,10 @@ class ForecastConfig:
             raise UsageError(
                 f"depth_range_m: got {self.depth_range_m}, wanted two depths above 0, nearest first"
             )
+        if (self.predictions is None) != (self.backbone is None):
+            raise UsageError("--predictions and --backbone: give both, or neither")
+        if self.predictions_subset and self.predictions is None:
+            raise UsageError("--predictions-subset without --predictions: of what?")
         if self.num_pictures < 0:
             raise UsageError(f"num_pictures: got {self.num_pictures}, wanted 0 or more")
         if self.seed < 0:

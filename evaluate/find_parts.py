@@ -46,10 +46,14 @@ def find_world(folder: Path) -> Path:
 def nearby(folder: Path, world_folder: Path) -> list[Path]:
     """The folders that are searched for parts: in `folder`, beside the world model, and beside the
     delta cache it was trained on, where that is still there."""
-    roots = [folder, world_folder.resolve().parent]
+    roots = [folder, world_folder.absolute().parent, world_folder.resolve().parent]
     if deltas := _recorded_deltas(world_folder):
-        roots.append(deltas.resolve().parent)
-    return list(dict.fromkeys(place for root in roots for place in _subfolders(root)))
+        roots.append(deltas.absolute().parent)
+    places: dict[Path, Path] = {}
+    for root in roots:
+        for place in _subfolders(root):
+            places.setdefault(place.resolve(), place)
+    return list(places.values())
 
 
 def find_tokenizer(world_folder: Path, wanted: str | None, places: Sequence[Path]) -> Path:
@@ -131,7 +135,7 @@ def _recorded_hub_id(world_folder: Path) -> str | None:
 
 
 def read_parts(world_folder: Path) -> dict[str, Any]:
-    return _read_json(world_folder.resolve().parent / PARTS_FILE)
+    return _read_json(world_folder.absolute().parent / PARTS_FILE)
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from ..shards.errors import UsageError
 from ..train.devices import precision_name
-from ..train.models.heads import SegmentationHead
+from ..train.models.heads import DepthHead, SegmentationHead
 from .config import ForecastConfig
+from .head_panels import depth_panel, rgb_panel
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .mode_scores import ModeScorer
 from .panels import ShownWindow, class_panel, feature_panel
@@ -61,6 +62,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         with watch.stage("load"):
             out = make_folder(config.out)
             inputs = open_inputs(config, device)
+            config = inputs.config
         scorer, modes, shown = score_windows(inputs, watch)
         with watch.stage("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
@@ -68,17 +70,17 @@ def run_forecast(config: ForecastConfig) -> Report:
             rows = with_intervals(config, scorer.rows(), scorer.sequences)
         with watch.stage("pictures"):
             pictures = draw_pictures(inputs, shown)
-    cache = inputs.cache
+    cache, scored = inputs.cache, list(chain.from_iterable(inputs.batches()))
     report = Report(
         rows=rows,
         probes=probes,
         best_of_k=scorer.best_of_k(),
         per_class_iou=scorer.per_class_iou(),
-        provenance=inputs.models.provenance,
+        provenance=inputs.models.provenance | predictions_of(inputs),
         seconds=watch.seconds,
         config=asdict(config) | {"device": str(device), "autocast": precision},
-        num_windows=len(cache),
-        num_clips=len(set(cache.clip_index.tolist())),
+        num_windows=len(scored),
+        num_clips=len(set(cache.clip_index[scored].tolist())),
     )
     write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
     logger.info("%s\n%s", markdown_table(report.rows), expected_order(report.rows).text)
@@ -99,8 +101,11 @@ def score_windows(
     scorer, modes = scorers[config.seed], open_modes(inputs)
     to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
     shown: list[ShownWindow] = []
-    with tqdm(total=len(cache), desc="forecast", unit="window", disable=None) as progress:
-        for indices in inputs.arrangement.batches():
+    batches = inputs.batches()
+    with tqdm(
+        total=sum(map(len, batches)), desc="forecast", unit="window", disable=None
+    ) as progress:
+        for indices in batches:
             with watch.stage("read"):
                 x, times = inputs.windows(indices)
                 labels = inputs.arrangement.labelled(indices)
@@ -111,6 +116,10 @@ def score_windows(
             for horizon in HORIZONS:
                 with watch.stage("forecast"):
                     forecast = forecast_horizon(config, models, batch, horizon, **place)
+                if inputs.predictions is not None:
+                    with watch.stage("predictions"):
+                        rows = inputs.predictions.rows(indices, horizon, forecast.truth)
+                        forecast.rows.update(rows)
                 more = more_seeds(config, models, batch, horizon, **place)
                 for seed, found in chain([(config.seed, forecast)], watch.each("seeds", more)):
                     with watch.stage("score"):
@@ -127,6 +136,13 @@ def score_windows(
     for seed in seeds_of(config)[1:]:
         scorer.sequences.merge(scorers[seed].sequences)
     return scorer, modes, shown
+
+
+def predictions_of(inputs: ForecastInputs) -> dict[str, Any]:
+    """What the report says of another model's frames; {} without any."""
+    if inputs.predictions is None:
+        return {}
+    return {"predictions": inputs.predictions.provenance()}
 
 
 def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
@@ -175,9 +191,16 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
                 class_names=config.class_names,
             )
             classes.append(panel)
+    depth, rgb = [], []
+    if isinstance(head, DepthHead):
+        depth = [depth_panel(window, head, inputs.device) for window in shown]
+    if inputs.models.rgb_head is not None:
+        rgb = [rgb_panel(window, inputs.models.rgb_head, inputs.device) for window in shown]
     return Pictures(
         features=[feature_panel(window) for window in shown],
         classes=classes,
+        depth=depth,
+        rgb=rgb,
         curves=plot_curves(inputs.curves),
     )
 

@@ -4,7 +4,7 @@ Called by `forecast.py`.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,17 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..extract.clips import Clip
-from ..shards.cache import compare
+from ..shards.cache import CacheInfo, compare
 from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
-from .config import ForecastConfig
+from .config import UNNAMED, ForecastConfig
 from .loading import ForecastModels, load_models
 from .panels import ShownWindow, keep_features
 from .pictures import Tile
 from .plots import Curve, read_curve
 from .predict import HorizonForecast
+from .prediction_rows import PredictionRows
 from .videos import clips_by_key, read_frames
-from .windows import Windows, open_windows
+from .windows import Windows, is_evaluation, open_windows
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,17 @@ class ForecastInputs:
     black: Tensor
     """(N, D) tokens of a black frame."""
     device: torch.device
+    predictions: PredictionRows | None
+    """Another model's frames; None without any."""
+
+    def batches(self) -> list[list[int]]:
+        """The windows that are scored: all, or those that have predictions."""
+        batches = self.arrangement.batches()
+        if self.predictions is None or not self.config.predictions_subset:
+            return batches
+        kept = set(self.predictions.folder.windows(len(self.cache)))
+        rest = [[window for window in batch if window in kept] for batch in batches]
+        return [batch for batch in rest if batch]
 
     def windows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Features (B, T, N, D) and times (B, T) of the frames that take part, T = C + mid.
@@ -98,7 +110,9 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         UsageError: too few frames or no windows; models, labels, videos or curves of no use.
     """
     cache = PatchShards(config.patches)
-    if cache.info.identity.get("sampling", {}).get("policy") != "evaluation":
+    if is_evaluation(cache.info):
+        config = named(config, cache.info)
+    else:
         compare(
             cache.info.identity,
             {"sampling": {"policy": "uniform"}},
@@ -126,7 +140,14 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),
         device=device,
+        predictions=PredictionRows(config, cache, device) if config.predictions else None,
     )
+
+
+def named(config: ForecastConfig, info: CacheInfo) -> ForecastConfig:
+    """The config with the data set's own name, where none was given."""
+    name = info.identity["sampling"].get("dataset")
+    return replace(config, dataset=name) if config.dataset == UNNAMED and name else config
 
 
 def _last_frames(cache: PatchShards, num_frames: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from ..train.models.deltatok import DeltaTok
 from ..train.models.deltaworld import DeltaWorld
 from ..train.models.dinoworld import DINOWorld
 from ..train.models.heads import DepthHead, SegmentationHead
+from ..train.models.rgb_head import RGBHead
 from ..train.pretrained import read_class, read_provenance, weights_sha256
 from .config import ForecastConfig
 
@@ -45,6 +46,7 @@ class ForecastModels:
     dinoworlds: tuple[DINOWorld, ...]
     """At most one with a learned query and one with noise queries."""
     head: SegmentationHead | DepthHead | None
+    rgb_head: RGBHead | None
     provenance: dict[str, Any]
 
 
@@ -91,12 +93,20 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
             "weights_sha256": weights_sha256(head),
             "num_classes": head.config.num_classes if isinstance(head, SegmentationHead) else None,
         }
+    rgb_head = None
+    if config.rgb_head is not None:
+        rgb_head = RGBHead.from_pretrained(config.rgb_head, device=device)
+        check_width("rgb_head", config.rgb_head, rgb_head.config.in_size, info)
+        provenance["rgb_head"] = check_patches("rgb_head", config.rgb_head, info) | {
+            "weights_sha256": weights_sha256(rgb_head)
+        }
     return ForecastModels(
         tokenizer=tokenizer,
         world=worlds["world"],
         discriminative=worlds["discriminative"],
         dinoworlds=dinoworlds,
         head=head,
+        rgb_head=rgb_head,
         provenance=provenance,
     )
 

@@ -87,7 +87,7 @@ def feature_panel(window: ShownWindow) -> Panel:
         picture = colours(tokens, window.grid)
         return resize_tile(picture, aspect=window.aspect, smooth=False)
 
-    strips = [*_frames_strip(window)]
+    strips = [*video_strip(window)]
     strips.append(
         Strip(
             label="truth",
@@ -95,7 +95,7 @@ def feature_panel(window: ShownWindow) -> Panel:
             tiles=tuple(map(tile, window.truth)),
         )
     )
-    for label, row in _forecasts(window, ("best", "mean", "discriminative", "copy_last")):
+    for label, row in panel_forecasts(window, ("best", "mean", "discriminative", "copy_last")):
         alt = f"Features of the row {label} at the target frames, in the colours of the truth."
         strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, row))))
     if window.spread is not None:
@@ -106,7 +106,7 @@ def feature_panel(window: ShownWindow) -> Panel:
         ]
         alt = "Where the samples differ at the target frames: black nowhere, bright most."
         strips.append(Strip(label="spread of samples", alt=alt, tiles=tuple(heat)))
-    return Panel(title=window.title, columns=_columns(window), strips=tuple(strips))
+    return Panel(title=window.title, columns=panel_columns(window), strips=tuple(strips))
 
 
 def class_panel(
@@ -122,7 +122,7 @@ def class_panel(
         picture = class_tile(classes, palette)
         return resize_tile(picture, aspect=window.aspect, smooth=False)
 
-    strips = [*_frames_strip(window)]
+    strips = [*video_strip(window)]
     strips.append(
         Strip(
             label="label",
@@ -131,20 +131,20 @@ def class_panel(
         )
     )
     names = ("present", "best", "mean", "discriminative", "copy_last")
-    for label, row in _forecasts(window, names):
+    for label, row in panel_forecasts(window, names):
         maps = [segment(tokens, (size[0], size[1])) for tokens in row]
         seen += maps
         alt = f"Classes of the row {label}: {_shares(maps[-1], class_names)} at the end."
         strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, maps))))
     return Panel(
         title=window.title,
-        columns=_columns(window),
+        columns=panel_columns(window),
         strips=tuple(strips),
         legend=class_legend(seen, palette, class_names),
     )
 
 
-def _forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:
+def panel_forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:
     """(label, (H, N, D)) of the rows that the window has, single samples after the mean."""
     found = []
     for name in names:
@@ -155,14 +155,16 @@ def _forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Fea
     return found
 
 
-def _frames_strip(window: ShownWindow) -> list[Strip]:
+def video_strip(window: ShownWindow) -> list[Strip]:
+    """The video's frames, or no strip."""
     if not window.frames:
         return []
     tiles = tuple(resize_tile(frame, aspect=window.aspect, smooth=True) for frame in window.frames)
     return [Strip(label="video", alt=f"Frames of {window.title}.", tiles=tiles)]
 
 
-def _columns(window: ShownWindow) -> tuple[str, ...]:
+def panel_columns(window: ShownWindow) -> tuple[str, ...]:
+    """The times of the frames, 0 at the last that was seen."""
     return tuple(f"{time:+.1f} s" if abs(time) > 0.005 else "0 s" for time in window.times_s)
 
 

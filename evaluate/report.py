@@ -36,6 +36,10 @@ PROBE_TEXTS = {
 }
 
 
+PICTURES = ("features", "classes", "depth", "rgb")
+"""Panels by kind, as `Pictures` has them and their files are called."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What report.json holds; plain JSON values but for the rows."""
@@ -59,6 +63,8 @@ class Pictures:
 
     features: Sequence[Panel] = ()
     classes: Sequence[Panel] = ()
+    depth: Sequence[Panel] = ()
+    rgb: Sequence[Panel] = ()
     curves: Sequence[Plot] = ()
 
 
@@ -67,10 +73,10 @@ def write_report(out: Path, report: Report, pictures: Pictures, *, sequences: by
     `sequences`: of sequences.jsonl."""
     (out / "report.json").unlink(missing_ok=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
-    for kind in ("features", "classes"):
+    for kind in PICTURES:
         for old in (out / "pictures").glob(f"{kind}-*.png"):
             old.unlink()
-    for kind, panels in (("features", pictures.features), ("classes", pictures.classes)):
+        panels: Sequence[Panel] = getattr(pictures, kind)
         for i, panel in enumerate(panels):
             write_bytes(out / "pictures" / f"{kind}-{i}.png", png_bytes(panel_image(panel)))
     write_bytes(out / SEQUENCES, sequences)
@@ -106,6 +112,8 @@ def report_page(report: Report, pictures: Pictures) -> str:
         _best_of_k(report),
         panels_html("Features", FEATURES_TEXT, pictures.features),
         panels_html("Segmentation", CLASSES_TEXT, pictures.classes),
+        panels_html("Depth", DEPTH_TEXT, pictures.depth),
+        panels_html("Pictures", RGB_TEXT, pictures.rgb),
         _curves(pictures.curves),
         _origin(report),
     ]
@@ -121,11 +129,20 @@ FEATURES_TEXT = (
 CLASSES_TEXT = (
     "What the segmentation head reads from the features. Forecasts start after the time 0."
 )
+DEPTH_TEXT = (
+    "What the depth head reads from the features: dark is near. Forecasts start after the time 0."
+)
+RGB_TEXT = (
+    "What the RGB head draws from the features; nothing is measured by it. Forecasts start after "
+    "the time 0."
+)
 SCORES_TEXT = (
     "All at the target frame. Best: the sample nearest to the true features at the last step, "
-    "chosen window by window. Mean: the samples' features averaged, then the head once. "
-    "Reconstruction: closed loop, each frame encoded and decoded against the reconstruction before "
-    "it. Feature loss: smooth-L1, beta 0.1. In brackets: 95 % intervals, clips (and seeds) drawn "
+    "chosen window by window (crop by crop). Mean: the samples' features averaged, then the head "
+    "once. Regressor null: the best of as many Gaussian draws around the discriminative forecast, "
+    "spread as the samples are. Reconstruction: closed loop, each frame encoded and decoded "
+    "against the reconstruction before it; open loop: encoded against the true frame before it. "
+    "Feature loss: smooth-L1, beta 0.1. In brackets: 95 % intervals, clips (and seeds) drawn "
     "again with replacement."
 )
 

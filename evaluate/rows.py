@@ -12,6 +12,8 @@ ROW_LABELS = {
     "dinoworld": "DINO-world, discriminative",
     "dinoworld_mean": "DINO-world, mean of samples",
     "dinoworld_best": "DINO-world, best sample",
+    "predictions_mean": "Predictions given, mean of samples",
+    "predictions_best": "Predictions given, best sample",
     "discriminative": "Discriminative",
     "regressor_null": "Regressor null (best draw)",
     "mean": "Mean of samples",

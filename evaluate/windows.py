@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.errors import UsageError
+from ..shards.cache import CacheInfo
+from ..shards.errors import DamagedShard, UsageError
 from ..shards.patches import PatchShards
 from ..train.models.heads import DepthHead, SegmentationHead
 from ..train.targets import Target, cut_of_crops, load_label, read_targets, windows_of_clips
@@ -91,8 +92,7 @@ class UniformWindows:
         if self._labels is None:
             return ()
         frames = self._cache.frame_index([index])[0, : self._config.num_frames].tolist()
-        key = self._cache.keys[int(self._cache.clip_index[index])]
-        return tuple(self._labels.frame(key, frame) for frame in frames)
+        return tuple(self._labels.frame(self.sequence(index), frame) for frame in frames)
 
 
 class EvaluationWindows:
@@ -104,6 +104,7 @@ class EvaluationWindows:
         Raises:
             UsageError: windows of another length than context and horizon; a head of another kind
                 or with another number of classes than the labels.
+            DamagedShard: windows without a target, or more of them than a target has.
         """
         self._config = config
         self._cache = cache
@@ -111,6 +112,13 @@ class EvaluationWindows:
         self._targets = read_targets(config.patches)
         self._crops = windows_of_clips(cache)
         _check_length(config, cache)
+        for key, crops in self._crops.items():
+            if key not in self._targets or len(crops) > 2:
+                raise DamagedShard(
+                    f"{config.patches}: clip {key} has {len(crops)} windows and "
+                    f"{'a' if key in self._targets else 'no'} target, wanted a target seen in one "
+                    "or two windows: extract it again"
+                )
         if head is not None:
             for target in self._targets.values():
                 _check_head(config, head, target)
@@ -181,6 +189,12 @@ class EvaluationWindows:
         return label
 
 
+def is_evaluation(info: CacheInfo) -> bool:
+    """Whether `deltatok-extract --dataset` made the cache."""
+    sampling = info.identity.get("sampling")
+    return isinstance(sampling, Mapping) and sampling.get("policy") == "evaluation"
+
+
 def open_windows(
     config: ForecastConfig, cache: PatchShards, head: Head | None, last_frames: Mapping[str, int]
 ) -> Windows:
@@ -188,10 +202,10 @@ def open_windows(
 
     last_frames: clip key -> the highest frame whose label will be read (uniform).
     """
-    if cache.info.identity["sampling"]["policy"] == "evaluation":
+    if config.depth_range_m is not None and not isinstance(head, DepthHead):
+        raise UsageError("--depth-range-m: no depth --head is given, so that nothing is in metres")
+    if is_evaluation(cache.info):
         return EvaluationWindows(config, cache, head)
-    if config.depth_range_m is not None:
-        raise UsageError("--depth-range-m: only depth labels of an evaluation cache have metres")
     if config.labels is None or head is None:
         return UniformWindows(config, cache, None)
     if not isinstance(head, SegmentationHead):

@@ -1,4 +1,4 @@
-"""deltatok-extract: videos, or patch-token shards, -> patch-token or delta-token shards."""
+"""deltatok-extract: videos, a data set or patch-token shards -> patch- or delta-token shards."""
 
 import argparse
 import logging
@@ -14,6 +14,9 @@ from .config import read_yaml
 if TYPE_CHECKING:
     from .videos_config import VideosConfig
 
+SOURCES = ("videos", "dataset", "patches")
+"""What a cache can be made from; one of them says which command it is."""
+
 EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
@@ -22,9 +25,11 @@ EXAMPLE = """examples:
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan
+  deltatok-extract --dataset vspw --root VSPW --out cache/vspw
 
 --videos reads videos: patch-token shards come out, or, with --tokenizer, delta-token shards at
 once. --patches (see --patches x --help) reads patch-token shards: delta-token shards come out.
+--dataset (see --dataset x --help) reads a labelled data set: an evaluation cache comes out.
 
 exit codes: 0 done; 2 bad usage; 3 finished, but too many clips are quarantined; 4 the cache does
 not match; 75 stopped by SIGTERM or --time-limit, run again to go on; 1 anything else"""
@@ -38,30 +43,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> None:
     given = _given(words)
-    if {"videos", "patches"} <= given:
+    if len(given) > 1:
         raise UsageError(
-            "--videos and --patches: wanted one of them, a cache is made either from videos or "
-            "from patch-token shards: leave one out"
+            f"{' and '.join(f'--{name}' for name in sorted(given, reverse=True))}: wanted one of "
+            "them, a cache is made either from videos, from a data set or from patch-token shards: "
+            "leave the others out"
         )
-    if "patches" in given:
+    if "dataset" in given:
+        from .dataset_command import run_dataset_command
+
+        run_dataset_command(words)
+    elif "patches" in given:
         _run_tokenize(words)
     else:
         _run_videos(words)
 
 
 def _given(words: list[str]) -> set[str]:
-    """Which of `videos` and `patches` flags, the --config file or --set name."""
+    """Which of SOURCES flags, the --config file or --set name."""
     finder = Parser(prog="deltatok-extract", add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     finder.add_argument("--set", action="append", default=[])
-    finder.add_argument("--videos")
-    finder.add_argument("--patches")
+    for name in SOURCES:
+        finder.add_argument(f"--{name}")
     found = finder.parse_known_args(words)[0]
     values = read_yaml(Path(found.config)) if found.config else {}
     set_keys = {setting.partition("=")[0] for setting in found.set}
     return {
         name
-        for name in ("videos", "patches")
+        for name in SOURCES
         if getattr(found, name) is not None or name in values or name in set_keys
     }
 

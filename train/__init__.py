@@ -1,6 +1,6 @@
 """Everything that has gradients, and patch tokens -> delta tokens. Reads caches, never videos.
 
-config.py          what each command is told, as frozen dataclasses
+config.py, config_selection.py, checks.py    what each command is told, as frozen dataclasses
 tokenizer.py       deltatok-train tokenizer    world.py   deltatok-train world
 dinoworld.py, config_dinoworld.py    deltatok-train dinoworld, the baseline
 head.py            deltatok-train head         tokenize.py   patch cache -> delta cache
@@ -10,7 +10,8 @@ logs.py, trackers.py, flops.py, finite.py, disk.py    what a run tells, and what
 order.py, data.py, labels.py, prefetch.py, memory.py    which samples a step sees; reading them
 draws.py           every random number, as a function of what it is for
 devices.py, schedule.py, first_weights.py, optim.py    device and ranks, when, from what, how
-losses.py, best_of_many.py, probes.py    the losses, the selection, is the tokenizer alive
+losses.py, probes.py    the losses, is the tokenizer alive
+best_of_many.py, noise.py, selection.py    the best of K candidates; their noise; a stage's use
 pretrained.py, official.py    model folders; the released checkpoints
 models/            the networks
 """

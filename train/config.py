@@ -7,11 +7,12 @@ The YAML files and the flags map 1:1 onto the fields. Every default is the relea
 paper's for a batch of 1,024 on many GPUs, unless its text says that it is a guess.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from ..shards.errors import UsageError
+from .checks import check_at_least, check_choice, check_positive
+from .config_selection import SelectionConfig
 from .models.configs import DeltaTokConfig, DeltaWorldConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -175,7 +176,7 @@ class TokenizerTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorldTrainConfig(TrainConfig):
+class WorldTrainConfig(TrainConfig, SelectionConfig):
     """deltatok-train world: delta-token cache -> DeltaWorld. A sample is a window."""
 
     deltas: str
@@ -191,9 +192,6 @@ class WorldTrainConfig(TrainConfig):
     """Learning rate after the warm-up."""
     weight_decay: float = 0.4
     """AdamW's decay, on the weights of linear and convolution layers only."""
-    selection_windows: int = 64
-    """Windows whose candidates are drawn and compared at a time: bounds memory, changes nothing
-    else (64 windows of 256 candidates: 0.35 GB of noise)."""
     eval_every: int = 5000
     """Steps between two evaluations."""
     save_every: int = 5000
@@ -201,11 +199,13 @@ class WorldTrainConfig(TrainConfig):
     validation_windows: int = 512
     """Windows of the validation clips that an evaluation uses, at most."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"deltas", "selection_windows"}
+    MAY_CHANGE: ClassVar[frozenset[str]] = (
+        TrainConfig.MAY_CHANGE | SelectionConfig.SELECTION_MAY_CHANGE | {"deltas"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, selection_windows=self.selection_windows)
+        self.check_selection()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,23 +279,3 @@ class TokenizeConfig:
         check_at_least(0, seed=self.seed)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("autocast", self.autocast, ("auto", "float32", "bfloat16"))
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """UsageError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UsageError(f"{name} {value!r}: wanted one of {', '.join(choices)}")
-
-
-def check_at_least(least: int, **values: float | None) -> None:
-    """UsageError for the first value that is set and below `least` (or no number)."""
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise UsageError(f"{name} {value}: wanted at least {least}")
-
-
-def check_positive(**values: float | None) -> None:
-    """UsageError for the first value that is set and not a finite number above 0."""
-    for name, value in values.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UsageError(f"{name} {value}: wanted a finite number above 0")

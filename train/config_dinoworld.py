@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .config import TrainConfig, check_at_least
+from .config import TrainConfig
+from .config_selection import SelectionConfig
 from .models.configs import DINOWorldConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DINOWorldTrainConfig(TrainConfig):
+class DINOWorldTrainConfig(TrainConfig, SelectionConfig):
     """deltatok-train dinoworld: patch-token cache -> DINO-world, the baseline without delta tokens.
     A sample is a window. Optimizer settings are DeltaWorld's; the paper gives no others."""
 
@@ -26,20 +27,11 @@ class DINOWorldTrainConfig(TrainConfig):
     """Learning rate after the warm-up."""
     weight_decay: float = 0.4
     """AdamW's decay, on the weights of linear and convolution layers only."""
-    selection_windows: int = 1
-    """Windows whose candidates are compared at a time: bounds memory, changes nothing else."""
-    selection_samples: int = 4
-    """Candidates of a position that are predicted at a time: bounds memory, changes nothing else
-    (4 at 256 px: 7,168 queries a window)."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {
-        *("patches", "selection_windows", "selection_samples")
-    }
+    MAY_CHANGE: ClassVar[frozenset[str]] = (
+        TrainConfig.MAY_CHANGE | SelectionConfig.SELECTION_MAY_CHANGE | {"patches"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(
-            1,
-            selection_windows=self.selection_windows,
-            selection_samples=self.selection_samples,
-        )
+        self.check_selection()

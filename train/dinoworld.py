@@ -7,7 +7,7 @@ loss and draws as world.py, without the tokenizer between.
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..shards.patches import PatchShards
-from .best_of_many import chosen_queries, select_patches
 from .config_dinoworld import DINOWorldTrainConfig
 from .data import Batch, check_frames
 from .devices import make_accelerator
-from .draws import generator
 from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
@@ -29,12 +27,10 @@ from .models.dinoworld import DINOWorld
 from .order import Indices, Share, evenly, split_windows
 from .run_folder import Run
 from .run_lock import locked
+from .selection import Selector
 from .sources import Read, order_data, patch_source, settled
 
 logger = logging.getLogger(__name__)
-
-Names = Sequence[tuple[int | str, ...]]
-"""What each window's noise is drawn for."""
 
 
 def train_dinoworld(config: DINOWorldTrainConfig) -> Path:
@@ -94,6 +90,7 @@ class DINOWorldStage:
         self._config = config
         self._shards = shards
         self._device = device
+        self._selector = Selector(model, config, device=device, grid=shards.grid)
         self._source = patch_source(shards, residency=config.residency, device=device)
         self._slice = share.of(config.batch_size)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
@@ -130,10 +127,11 @@ class DINOWorldStage:
         if self.model.config.use_bom:
             names = [("noise", step, int(number)) for number in batch.samples[samples]]
             with meter.computing("selection"):
-                queries, candidates = self._select(
+                selection = self._selector(
                     x, timestamps, names, num_samples=self.model.config.num_samples_train
                 )
-            extras["mean_candidate_loss"] = candidates.mean()
+            queries = selection.queries
+            extras["mean_candidate_loss"] = selection.mean_losses.mean()
         prediction = forward(x, timestamps, queries, grid=self._shards.grid)
         return smooth_l1(prediction, x[:, 1:]).flatten(1).mean(1), extras
 
@@ -149,18 +147,18 @@ class DINOWorldStage:
             x = self._validation.tensors["x"][row : row + 1].to(self._device).float()
             times = self._validation.tensors["timestamps"][row : row + 1].to(self._device)
             if self.model.config.use_bom:
-                _, losses = self._select(
+                selection = self._selector(
                     x,
                     times,
                     [("validation noise", int(window))],
                     num_samples=self.model.config.num_samples_eval,
                 )
+                best, mean = selection.best_losses.mean(), selection.mean_losses.mean()
             else:
                 prediction = self.model(x, times, grid=self._shards.grid)
-                losses = smooth_l1(prediction, x[:, 1:]).flatten(2).mean(2)[..., None]
-            copied = smooth_l1(x[:, :-1], x[:, 1:])
-            means = [losses.min(2).values.mean(), losses.mean(), copied.mean()]
-            sums += torch.stack(means).double().cpu()
+                best = mean = smooth_l1(prediction, x[:, 1:]).mean()
+            copied = smooth_l1(x[:, :-1], x[:, 1:]).mean()
+            sums += torch.stack([best, mean, copied]).double().cpu()
         best, mean, copied_last = (sums / len(windows)).tolist()
         return {
             "validation_best_loss": best,
@@ -190,37 +188,3 @@ class DINOWorldStage:
             samples=numbers,
             windows=windows,
         )
-
-    @torch.no_grad()
-    def _select(
-        self, x: Tensor, timestamps: Tensor, names: Names, *, num_samples: int
-    ) -> tuple[Tensor, Tensor]:
-        """The best noise queries (B, P, Dp) and the losses (B, P, K) of x (B, T, N, D). Each
-        window's noise is its own, so that neither ranks nor portions change it."""
-        queries, losses = [], []
-        size = self._config.selection_windows
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            noise = torch.stack(
-                [
-                    self.model.draw_noise(
-                        x.shape[1] - 1,
-                        num_samples,
-                        generator=generator(self._config.seed, *name, device=self._device),
-                    )
-                    for name in names[part]
-                ]
-            )
-            indices, loss = select_patches(
-                self.model,
-                x[part],
-                timestamps[part],
-                noise,
-                grid=self._shards.grid,
-                chunk_samples=self._config.selection_samples,
-            )
-            queries.append(chosen_queries(noise, indices))
-            losses.append(loss)
-        # Weights that autocast has cast without gradient must not serve the pass with gradient.
-        torch.clear_autocast_cache()
-        return torch.cat(queries), torch.cat(losses)

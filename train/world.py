@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from ..shards.cache import DELTAS, read_cache_info
 from ..shards.deltas import DeltaShards
-from .best_of_many import chosen_queries, select
 from .config import WorldTrainConfig
 from .data import Batch, WorldBatches, check_frames
 from .devices import make_accelerator
-from .draws import generator
 from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
@@ -29,9 +27,13 @@ from .models.deltaworld import DeltaWorld
 from .order import Share, evenly, split_windows
 from .run_folder import Run
 from .run_lock import locked
+from .selection import Selector
 from .sources import delta_source, order_data, settled
 
 logger = logging.getLogger(__name__)
+
+EVALUATED = 64
+"""Windows that a discriminative model predicts at once in an evaluation: bounds memory."""
 
 
 def train_world(config: WorldTrainConfig) -> Path:
@@ -94,6 +96,7 @@ class WorldStage:
         self._config = config
         self._shards = shards
         self._device = device
+        self._selector = Selector(model, config, device=device)
         rows = delta_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = WorldBatches(
@@ -125,15 +128,13 @@ class WorldStage:
         timestamps = batch.tensors["timestamps"][samples]
         queries, extras = None, {}
         if self.model.config.use_bom:
-            numbers = batch.samples[samples]
+            names = [("noise", step, int(number)) for number in batch.samples[samples]]
             with meter.computing("selection"):
-                queries, candidates = self._select(
-                    z,
-                    timestamps,
-                    [("noise", step, int(number)) for number in numbers],
-                    num_samples=self.model.config.num_samples_train,
+                selection = self._selector(
+                    z, timestamps, names, num_samples=self.model.config.num_samples_train
                 )
-            extras["mean_candidate_loss"] = candidates.mean()
+            queries = selection.queries
+            extras["mean_candidate_loss"] = selection.mean_losses.mean()
         prediction = forward(z, timestamps, queries)
         return smooth_l1(prediction, z[:, 1:]).flatten(1).mean(1), extras
 
@@ -144,24 +145,18 @@ class WorldStage:
         z = z.float()
         constant = z[:, 1:].mean((0, 1)).expand_as(z[:, 1:])
         if self.model.config.use_bom:
-            _, losses = self._select(
-                z,
-                timestamps,
-                [("validation noise", int(window)) for window in self._validation],
-                num_samples=self.model.config.num_samples_eval,
+            names = [("validation noise", int(window)) for window in self._validation]
+            selection = self._selector(
+                z, timestamps, names, num_samples=self.model.config.num_samples_eval
             )
+            best, mean = selection.best_losses.mean(), selection.mean_losses.mean()
         else:
-            size = self._config.selection_windows
-            predictions = [
-                self.model(part, times)
-                for part, times in zip(
-                    torch.split(z, size), torch.split(timestamps, size), strict=True
-                )
-            ]
-            losses = smooth_l1(torch.cat(predictions), z[:, 1:]).mean(2)[..., None]
+            parts = zip(torch.split(z, EVALUATED), torch.split(timestamps, EVALUATED), strict=True)
+            predictions = torch.cat([self.model(part, times) for part, times in parts])
+            best = mean = smooth_l1(predictions, z[:, 1:]).mean()
         return {
-            "validation_best_loss": losses.min(2).values.mean().item(),
-            "validation_mean_loss": losses.mean().item(),
+            "validation_best_loss": best.item(),
+            "validation_mean_loss": mean.item(),
             "validation_constant_loss": smooth_l1(constant, z[:, 1:]).mean().item(),
         }
 
@@ -176,44 +171,6 @@ class WorldStage:
             "deltas": self._shards.info.identity,
             "deltas_fingerprint": self._shards.fingerprint,
         }
-
-    @torch.no_grad()
-    def _select(
-        self,
-        z: Tensor,
-        timestamps: Tensor,
-        names: list[tuple[int | str, ...]],
-        *,
-        num_samples: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The best noise queries (B, P, Dp) and the losses (B, P, K) of z (B, T, D); names: what
-        each window's noise is drawn for. A few windows at a time."""
-        queries, losses = [], []
-        size = self._config.selection_windows
-        for start in range(0, len(z), size):
-            part = slice(start, start + size)
-            noise = self._noise(names[part], positions=z.shape[1] - 1, num_samples=num_samples)
-            indices, loss = select(self.model, z[part], timestamps[part], noise)
-            queries.append(chosen_queries(noise, indices))
-            losses.append(loss)
-        # Weights that autocast has cast without gradient must not serve the pass with gradient.
-        torch.clear_autocast_cache()
-        return torch.cat(queries), torch.cat(losses)
-
-    def _noise(
-        self, names: list[tuple[int | str, ...]], *, positions: int, num_samples: int
-    ) -> Tensor:
-        """Noise queries (b, P, K, Dp): each window's from a generator of its own, so that they
-        depend neither on ranks nor on how many windows are drawn at a time."""
-        drawn = [
-            self.model.draw_noise(
-                positions,
-                num_samples,
-                generator=generator(self._config.seed, *name, device=self._device),
-            )
-            for name in names
-        ]
-        return torch.stack(drawn)
 
 
 def _log_statistics(z: Tensor) -> None:

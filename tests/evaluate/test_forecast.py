@@ -21,7 +21,7 @@ from deltatok.train.models.heads import SegmentationHead
 
 NUM_CONTEXT, TARGET = 4, 6
 BOUNDS = {"copy_last", "reconstruction", "reconstruction_open_loop", "present"}
-DELTA_ROWS = [name for name in ROW_NAMES if not name.startswith("dinoworld")]
+DELTA_ROWS = [name for name in ROW_NAMES if not name.startswith(("dinoworld", "predictions"))]
 STEPS = {"short": 1, "mid": 3}
 
 

@@ -1,5 +1,6 @@
 """The protocol on evaluation caches, whole, against a second computation in plain loops."""
 
+import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -317,8 +318,8 @@ def test_pictures_of_crops_are_drawn(evaluation: Evaluation, tmp_path: Path) -> 
     run_forecast(evaluation.config(out=str(tmp_path), num_pictures=3))
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {f"features-{i}.png" for i in range(3)} <= names
-    if evaluation.case.kind == "segmentation":
-        assert {f"classes-{i}.png" for i in range(3)} <= names
+    kind = "classes" if evaluation.case.kind == "segmentation" else "depth"
+    assert {f"{kind}-{i}.png" for i in range(3)} <= names
 
 
 def test_the_label_of_a_crop_is_what_it_shows() -> None:
@@ -326,3 +327,13 @@ def test_the_label_of_a_crop_is_what_it_shows() -> None:
     crops = np.array([[10, 5, 40, 40], [10, 35, 40, 40]], np.float32)  # of a frame 40 x 70
     np.testing.assert_array_equal(label_of_crop(label, crops, 0), label[:, :4])
     np.testing.assert_array_equal(label_of_crop(label, crops, 1), label[:, 3:])
+
+
+def test_targets_of_one_sequence_are_kept_together(evaluation: Evaluation, tmp_path: Path) -> None:
+    run_forecast(evaluation.config(out=str(tmp_path)))
+    lines = [json.loads(line) for line in (tmp_path / "sequences.jsonl").read_text().splitlines()]
+    crops = 1 if evaluation.case.frame == (16, 16) else 2
+    assert {line["sequence"]: line["windows"] for line in lines} == {
+        "a": 2 * crops,
+        "town/b": 2 * crops,
+    }

@@ -13,7 +13,7 @@ from PIL import Image
 
 from deltatok.evaluate.config import ForecastConfig
 from deltatok.evaluate.forecast import run_forecast
-from deltatok.shards.errors import CacheMismatch, UsageError
+from deltatok.shards.errors import CacheMismatch, DamagedShard, UsageError
 from deltatok.shards.patches import PatchShards
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.heads import (
@@ -131,6 +131,23 @@ def test_a_set_without_a_valid_depth_is_refused(folders: Folders) -> None:
 def test_windows_of_another_length_are_refused(folders: Folders) -> None:
     with pytest.raises(UsageError, match=r"windows of 7 frames .* num_context \+ mid_steps = 6"):
         run_forecast(folders.config(mid_steps=2))
+
+
+def test_a_depth_range_without_depth_is_refused(folders: Folders) -> None:
+    with pytest.raises(UsageError, match=r"--depth-range-m: no depth --head"):
+        run_forecast(folders.config(depth_range_m=(1.0, 3.0)))
+
+
+def test_windows_without_a_target_are_refused(folders: Folders) -> None:
+    folders.edit_plan(lambda text: "".join(text.splitlines(keepends=True)[1:]))
+    with pytest.raises(DamagedShard, match=r"clip a/000019 has 2 windows and no target"):
+        run_forecast(folders.config())
+
+
+def test_rows_have_the_name_of_the_data_set(folders: Folders) -> None:
+    assert {row.dataset for row in run_forecast(folders.config()).rows} == {"tiny"}
+    named = run_forecast(folders.config(dataset="mine"))
+    assert {row.dataset for row in named.rows} == {"mine"} == {named.config["dataset"]}
 
 
 def test_a_depth_range_that_is_none_is_refused(folders: Folders) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deltatok.evaluate import rollout
 from deltatok.train import best_of_many, losses
-from deltatok.train.models import blocks, deltatok, deltaworld, dinoworld, rope
+from deltatok.train.models import blocks, deltatok, deltaworld, dinoworld, folded, rope
 
 MODELS = Path(__file__).resolve().with_name("test_parity_models.py")
 split = blocks._split_heads
@@ -114,17 +114,40 @@ def current_frame_visible() -> None:
 
     _patch(deltaworld, "causal", causal)
     _patch(dinoworld, "causal", causal)
+    _patch(folded, "causal", causal)
 
 
 def worst_candidate_selected() -> None:
     """argmax for argmin in best-of-many"""
-    original = best_of_many._running_best
+    original = best_of_many.running_best
 
-    def running_worst(*arguments: Any) -> best_of_many.Selection:
-        found = original(*arguments)
-        return found._replace(indices=found.losses.argmax(dim=2))
+    def running_worst(chunks: Any) -> tuple[Tensor, ...]:
+        losses = torch.cat(list(chunks), dim=2)
+        return losses.argmax(dim=2), *original([losses])[1:]
 
-    _patch(best_of_many, "_running_best", running_worst)
+    _patch(best_of_many, "running_best", running_worst)
+
+
+def folded_keys_turned_back() -> None:
+    """selection: keys rotated away from the target instead of into its frame"""
+    original = folded._relative_rope
+
+    def relative_rope(*arguments: Any) -> rope.AxisRope:
+        table = original(*arguments)
+        return table._replace(sin=tuple(-sin for sin in table.sin))
+
+    _patch(folded, "_relative_rope", relative_rope)
+
+
+def folded_query_bias_left_out() -> None:
+    """selection: bias of the query projection not folded into the scores"""
+    original = folded._fold_layer
+
+    def fold_layer(layer: folded.LayerWeights, *arguments: Any) -> folded.Folded:
+        queries = layer.queries._replace(bias=torch.zeros_like(layer.queries.bias))
+        return original(layer._replace(queries=queries), *arguments)
+
+    _patch(folded, "_fold_layer", fold_layer)
 
 
 def worst_sample_reported() -> None:
@@ -190,6 +213,8 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         prefix_rotated,
         current_frame_visible,
         worst_candidate_selected,
+        folded_keys_turned_back,
+        folded_query_bias_left_out,
         worst_sample_reported,
         mean_after_scoring,
         decoder_normed,

@@ -1,6 +1,9 @@
 """Every model case of the golden folders is reproduced: outputs, losses, gradients, rollouts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,13 +17,15 @@ from deltatok.evaluate.rollout import (
     step_losses,
 )
 from deltatok.extract.backbone import Backbone
-from deltatok.train.best_of_many import chosen_queries, select, select_patches
+from deltatok.train import best_of_many
+from deltatok.train.best_of_many import Chunks, select, select_patches
 from deltatok.train.losses import log_cosh, mse, smooth_l1
 from deltatok.train.models.deltatok import draw_rope_rescale
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.models.heads import feature_map
 from deltatok.train.models.rgb_head import RGBHead, sine_cosine_table
 from deltatok.train.models.rope import patch_rope
+from deltatok.train.noise import GivenNoise
 from deltatok.train.official_configs import rgb_constants
 
 
@@ -194,9 +199,17 @@ def _deltaworld_outputs(case, world, backbone, tokenizer) -> dict[str, Tensor]:
     queries = None
     if world.config.use_bom:
         noise = inputs["train_noise"]
-        indices, losses = select(world, z, times, noise, chunk_samples=3)
-        queries = chosen_queries(noise, indices)
-        got |= _selection_outputs(indices, losses)
+        with collected() as losses:
+            found = select(
+                world,
+                z,
+                times,
+                GivenNoise(noise),
+                num_samples=noise.shape[2],
+                chunks=Chunks(windows=len(z), samples=3),
+            )
+        queries = found.queries
+        got |= _selection_outputs(found.indices, torch.cat(losses, dim=2))
     got |= _training_outputs(case, world, world(z, times, queries), z[:, 1:])
     for rollout in case.config["rollouts"]:
         tag, context, horizon = rollout["tag"], rollout["ctx_len"], rollout["horizon"]
@@ -223,9 +236,18 @@ def _dinoworld_outputs(case, world, backbone) -> dict[str, Tensor]:
     queries = None
     if world.config.use_bom:
         noise = inputs["train_noise"]
-        indices, losses = select_patches(world, x, times, noise, grid=grid, chunk_samples=4)
-        queries = chosen_queries(noise, indices)
-        got |= _selection_outputs(indices, losses)
+        with collected() as losses:
+            found = select_patches(
+                world,
+                x,
+                times,
+                GivenNoise(noise),
+                grid=grid,
+                num_samples=noise.shape[2],
+                chunks=Chunks(windows=len(x), samples=4),
+            )
+        queries = found.queries
+        got |= _selection_outputs(found.indices, torch.cat(losses, dim=2))
     got |= _training_outputs(case, world, world(x, times, queries, grid=grid), x[:, 1:])
     for rollout in case.config["rollouts"]:
         tag, context, horizon = rollout["tag"], rollout["ctx_len"], rollout["horizon"]
@@ -259,6 +281,21 @@ def _predictor_outputs(case, world) -> dict[str, Tensor]:
                 inputs["pred_q"], q_positions, memory, visible=visible
             ),
         }
+
+
+@contextmanager
+def collected() -> Iterator[list[Tensor]]:
+    """The losses (B, P, s) of all chunks that a selection of one portion goes through."""
+    losses: list[Tensor] = []
+    original = best_of_many.losses_in_chunks
+
+    def losses_in_chunks(*arguments, **keywords) -> Iterator[Tensor]:
+        for chunk in original(*arguments, **keywords):
+            losses.append(chunk)
+            yield chunk
+
+    with mock.patch.object(best_of_many, "losses_in_chunks", losses_in_chunks):
+        yield losses
 
 
 def _selection_outputs(indices: Tensor, losses: Tensor) -> dict[str, Tensor]:

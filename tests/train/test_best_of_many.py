@@ -1,119 +1,260 @@
-"""Best-of-many selection equals trying every sample in one go, whatever the chunks."""
+"""Best-of-many selection equals the plain form, whatever the algebra, the chunks, the portions."""
+
+import math
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from deltatok.train.best_of_many import (
-    candidate_losses,
-    chosen_queries,
+    CPU_MEMORY_MB,
+    Chunks,
+    Selection,
+    default_chunks,
+    running_best,
     select,
-    select_from,
     select_patches,
 )
 from deltatok.train.losses import smooth_l1
 from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
 from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
+from deltatok.train.models.folded import fold, predictions, weights_of
+from deltatok.train.noise import CounterNoise, GivenNoise
+
+sys.path.append(str(Path(__file__).parent))
+from plain_best_of_many import plain_select, plain_select_one_by_one, plain_select_patches
 
 SIZES = {
-    "hidden_size": 16,
-    "predictor_hidden_size": 16,
-    "predictor_num_hidden_layers": 1,
-    "predictor_num_heads": 1,
-    "layer_scale_init": 0.5,
-    "initializer_range": 0.5,
+    "hidden_size": 12,
+    "predictor_hidden_size": 32,
+    "predictor_num_hidden_layers": 3,
+    "predictor_num_heads": 2,
+    "layer_scale_init": 0.7,
+    "initializer_range": 0.3,
 }
-WORLD = DeltaWorld(
-    DeltaWorldConfig(rope_axis_sizes=(12,), **SIZES), generator=torch.Generator().manual_seed(0)
-)
-BATCH, FRAMES = 2, 4
+"""Wide weights and LayerScale near 1: at the first values of training all candidates are alike."""
+FRAMES, GRID = 5, (2, 3)
 
 
-def draw(seed: int, *shape: int) -> torch.Tensor:
+def made(world: torch.nn.Module) -> torch.nn.Module:
+    """Biases, norms and LayerScales that are no longer what they were initialised to."""
+    for number, parameter in enumerate(world.parameters()):
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * draw(number, *parameter.shape)
+    return world.eval()
+
+
+def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def problem(seed: int, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    times = draw(seed, BATCH, FRAMES).abs().cumsum(1)
-    return draw(seed, BATCH, FRAMES, 16), times, draw(seed + 1, BATCH, FRAMES - 1, samples, 16)
+def a_world(**changed: object) -> DeltaWorld:
+    config = DeltaWorldConfig(**{**SIZES, "rope_axis_sizes": (12,), **changed})
+    world = made(DeltaWorld(config, generator=torch.Generator().manual_seed(0)))
+    assert isinstance(world, DeltaWorld)
+    return world
 
 
-def every_loss(z: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The plain form: one teacher-forced pass a sample, no chunks, no running best."""
-    losses = []
-    for sample in range(noise.shape[2]):
-        prediction = WORLD.teacher_forced(z, times, noise[:, :, sample])
-        losses.append(smooth_l1(prediction, z[:, 1:]).mean(dim=2))
-    return torch.stack(losses, dim=2)
+WORLD = a_world()
 
 
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), samples=st.integers(1, 9), chunk=st.integers(1, 10))
-def test_selection_equals_the_plain_form(seed, samples, chunk):
-    z, times, noise = problem(seed, samples)
+def problem(seed: int, samples: int, *, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    times = draw(seed, batch, FRAMES).abs().cumsum(1)
+    return draw(seed, batch, FRAMES, 12), times, draw(seed + 1, batch, FRAMES - 1, samples, 32)
+
+
+def check_equal(found: Selection, losses: Tensor, *, atol: float = 1e-5) -> None:
+    """What was found is what the plain losses (B, P, S) say; argmin may differ in ties only."""
+    lowest = losses.amin(dim=2)
+    torch.testing.assert_close(found.best_losses, lowest, atol=atol, rtol=1e-5)
+    torch.testing.assert_close(found.mean_losses, losses.mean(dim=2), atol=atol, rtol=1e-5)
+    picked = losses.gather(2, found.indices[..., None])[..., 0]
+    assert torch.all(picked <= lowest + atol)
+    second = losses.topk(min(2, losses.shape[2]), dim=2, largest=False).values[..., -1]
+    clear = second > lowest + 2 * atol
+    assert torch.equal(found.indices[clear], losses.argmin(dim=2)[clear])
+
+
+def test_the_two_plain_forms_are_one():
+    given_problem = problem(0, 4)
     with torch.no_grad():
-        wanted = every_loss(z, times, noise)
-    indices, losses = select(WORLD, z, times, noise, chunk_samples=chunk)
-    torch.testing.assert_close(losses, wanted, atol=1e-6, rtol=1e-5)
-    assert torch.equal(indices, losses.argmin(dim=2))
+        at_once, losses = plain_select(WORLD, *given_problem)
+    one_by_one, other = plain_select_one_by_one(WORLD, *given_problem)
+    torch.testing.assert_close(losses, other, atol=1e-5, rtol=1e-5)
+    assert torch.equal(at_once, one_by_one)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    samples=st.integers(1, 9),
+    windows=st.integers(1, 4),
+    chunk=st.integers(1, 10),
+    batch=st.integers(1, 3),
+)
+def test_selection_equals_the_plain_form(seed, samples, windows, chunk, batch):
+    z, times, noise = problem(seed, samples, batch=batch)
+    found = select(
+        WORLD, z, times, GivenNoise(noise), num_samples=samples, chunks=Chunks(windows, chunk)
+    )
+    check_equal(found, plain_select_one_by_one(WORLD, z, times, noise)[1])
+    assert torch.equal(found.queries, GivenNoise(noise).at(found.indices))
+
+
+def test_candidates_really_differ_in_these_tests():
+    """Else an equal argmin would say nothing."""
+    _, losses = plain_select_one_by_one(WORLD, *problem(1, 9))
+    assert losses.std(dim=2).min() > 1e-3
+
+
+@pytest.mark.parametrize("times", ["spread", "equal", "late"])
+@pytest.mark.parametrize("frames", [2, 3, 8])
+def test_folded_predictions_are_the_models_own(times, frames):
+    z, noise = draw(1, 2, frames, 12), draw(2, 2, frames - 1, 3, 32)
+    at = {
+        "spread": draw(3, 2, frames).abs().cumsum(1),
+        "equal": torch.zeros(2, frames),
+        "late": 1000 + draw(3, 2, frames).abs().cumsum(1),  # angles of 600,000 radians
+    }[times]
+    with torch.no_grad():
+        weights = weights_of(WORLD, torch.float32)
+        got = predictions(weights, fold(weights, z, at), noise)
+        wanted = WORLD.candidates(WORLD.memory(z, at), at, noise)
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_folded_predictions_are_exact_algebra():
+    """In float64, where nothing hides behind rounding."""
+    world = a_world().double()
+    z, noise = draw(1, 2, 6, 12).double(), draw(2, 2, 5, 3, 32).double()
+    at = draw(3, 2, 6).double().abs().cumsum(1)
+    with torch.no_grad():
+        weights = weights_of(world, torch.float64)
+        got = predictions(weights, fold(weights, z, at), noise)
+        wanted = world.candidates(world.memory(z, at), at, noise)
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-10)
+
+
+def test_later_tokens_are_not_seen():
+    z, times, noise = problem(9, 3)
+    changed = z.clone()
+    changed[:, 3] += 1
+    runs = [
+        select(WORLD, tokens, times, GivenNoise(noise), num_samples=3).best_losses
+        for tokens in (z, changed)
+    ]
+    assert torch.equal(runs[0][:, :2], runs[1][:, :2])
+    assert not torch.any(runs[0][:, 2:] == runs[1][:, 2:])
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_first_of_equal_losses_wins(chunk):
     z, times, noise = problem(3, 1)
-    indices, _ = select(WORLD, z, times, noise.expand(-1, -1, 5, -1), chunk_samples=chunk)
-    assert torch.all(indices == 0)
+    same = GivenNoise(noise.expand(-1, -1, 5, -1))
+    found = select(WORLD, z, times, same, num_samples=5, chunks=Chunks(2, chunk))
+    assert torch.all(found.indices == 0)
 
 
 def test_winner_in_a_late_chunk_is_found():
-    z, times, noise = problem(4, 6)
-    indices, losses = select(WORLD, z, times, noise, chunk_samples=2)
+    losses = torch.tensor([[[5.0, 4.0, 3.0, 3.0, 1.0, 2.0, 1.0]]])
+    indices, best, mean = running_best(losses.split(2, dim=2))
+    assert (indices.item(), best.item(), mean.item()) == (4, 1.0, pytest.approx(19 / 7))
+
+
+def test_what_fills_up_the_last_chunk_never_wins():
+    """Samples beyond num_samples are computed for the sake of equal shapes, and cut off."""
+    z, times, noise = problem(4, 8)
+    _, losses = plain_select_one_by_one(WORLD, z, times, noise)
     order = losses[0, 0].argsort(descending=True)  # the best one comes last
-    moved, _ = select(WORLD, z[:1], times[:1], noise[:1, :, order], chunk_samples=2)
-    assert moved[0, 0] == 5
-    assert order[5] == indices[0, 0]
+    moved = GivenNoise(noise[:1, :, order])
+    found = select(WORLD, z[:1], times[:1], moved, num_samples=7, chunks=Chunks(1, 4))
+    assert found.indices[0, 0] == 6
+    check_equal(found, losses[:1, :, order[:7]])
 
 
 def test_selection_makes_no_gradient():
     z, times, noise = problem(5, 3)
-    _, losses = select(WORLD, z, times, noise.requires_grad_())
-    assert not losses.requires_grad
+    found = select(WORLD, z, times, GivenNoise(noise.requires_grad_()), num_samples=3)
+    assert not any(tensor.requires_grad for tensor in found[:3])
 
 
-def test_the_chosen_queries_give_the_lowest_loss_again():
-    z, times, noise = problem(6, 8)
-    indices, losses = select(WORLD, z, times, noise)
-    prediction = WORLD(z, times, chosen_queries(noise, indices))
+def test_the_winners_pass_with_gradient_gives_the_lowest_loss_again():
+    """From noise that is drawn anew, by teacher_forced: the training step's own pass."""
+    z, times, _ = problem(6, 1)
+    noise = CounterNoise(torch.tensor([5, 6]), FRAMES - 1, 32, 1.0)
+    found = select(WORLD, z, times, noise, num_samples=50)
+    prediction = WORLD(z, times, noise.at(found.indices))
     again = smooth_l1(prediction, z[:, 1:]).mean(dim=2)
-    torch.testing.assert_close(again, losses.amin(dim=2), atol=1e-6, rtol=1e-5)
+    assert again.requires_grad
+    torch.testing.assert_close(again, found.best_losses, atol=1e-5, rtol=1e-5)
+    assert torch.equal(noise.at(found.indices), found.queries)
 
 
-def test_streamed_noise_gives_the_same_and_keeps_the_winners():
-    z, times, noise = problem(7, 7)
-    streamed = select_from(WORLD, z, times, iter(torch.split(noise, 3, dim=2)))
-    indices, losses = select(WORLD, z, times, noise, chunk_samples=3)
-    assert torch.equal(streamed.indices, indices)
-    assert torch.equal(streamed.best_losses, losses.amin(dim=2))
-    assert torch.equal(streamed.queries, chosen_queries(noise, indices))
+def test_memory_of_the_losses_does_not_grow_with_the_samples():
+    """Of a thousand chunks, only the one at hand is alive."""
+    made_so_far: list[weakref.ref[Tensor]] = []
+
+    def chunks() -> Iterator[Tensor]:
+        for number in range(1000):
+            losses = torch.full((2, 3, 4), float(1000 - number))
+            made_so_far.append(weakref.ref(losses))
+            assert sum(made() is not None for made in made_so_far) <= 2
+            yield losses
+
+    assert torch.all(running_best(chunks())[0] == 3996)
 
 
 def test_no_samples_are_refused():
-    z, times, _ = problem(8, 1)
+    z, times, noise = problem(8, 1)
     with pytest.raises(ValueError, match="at least one sample"):
-        select_from(WORLD, z, times, iter([]))
+        select(WORLD, z, times, GivenNoise(noise), num_samples=0, chunks=Chunks(1, 1))
 
 
-def test_patch_selection_chooses_once_a_frame():
-    world = DINOWorld(
-        DINOWorldConfig(rope_axis_sizes=(4, 4, 4), use_bom=True, **SIZES),
-        generator=torch.Generator().manual_seed(0),
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.integers(1, 300),
+    samples=st.integers(1, 2000),
+    memory=st.integers(1, 4000),
+    low=st.booleans(),
+)
+def test_chunks_keep_within_their_memory(batch, samples, memory, low):
+    tokens = torch.empty(batch, FRAMES, 12, device="meta")
+    dtype = torch.bfloat16 if low else torch.float32
+    chunks = default_chunks(WORLD, tokens, num_samples=samples, dtype=dtype, memory_mb=memory)
+    assert 1 <= chunks.windows <= batch
+    assert 1 <= chunks.samples <= samples
+    hidden = 4 * 32 * 2 * dtype.itemsize
+    queries = chunks.windows * chunks.samples * (FRAMES - 1)
+    assert queries * hidden <= memory * 10**6 or queries == FRAMES - 1
+    assert chunks.windows == 1 or chunks.samples == samples
+    if samples > chunks.samples:  # equal chunks: little is computed for nothing
+        assert math.ceil(samples / chunks.samples) * chunks.samples - samples < chunks.samples
+
+
+def test_the_released_size_is_chunked_for_the_cache():
+    with torch.device("meta"):
+        world = DeltaWorld(DeltaWorldConfig())
+    tokens = torch.empty(1024, 8, 768, device="meta")
+    chunks = default_chunks(
+        world, tokens, num_samples=256, dtype=torch.float32, memory_mb=CPU_MEMORY_MB
     )
-    x, times, noise = draw(1, 2, 3, 4, 16), draw(2, 2, 3).abs().cumsum(1), draw(3, 2, 2, 5, 16)
-    indices, losses = select_patches(world, x, times, noise, grid=(2, 2), chunk_samples=2)
-    with torch.no_grad():
-        memory = world.memory(x, times, grid=(2, 2))
-        predictions = world.candidates(memory, times, noise, grid=(2, 2))
-    wanted = candidate_losses(predictions, x[:, 1:])
-    torch.testing.assert_close(losses, wanted, atol=1e-6, rtol=1e-5)
-    assert torch.equal(indices, losses.argmin(dim=2))
+    assert chunks == Chunks(windows=1, samples=64)
+
+
+@pytest.mark.parametrize("chunks", [Chunks(1, 1), Chunks(2, 5), Chunks(2, 2), None])
+def test_patch_selection_chooses_once_a_frame(chunks):
+    config = DINOWorldConfig(**{**SIZES, "rope_axis_sizes": (4, 4, 4), "use_bom": True})
+    world = made(DINOWorld(config, generator=torch.Generator().manual_seed(0)))
+    assert isinstance(world, DINOWorld)
+    x, times, noise = draw(1, 2, 3, 6, 12), draw(2, 2, 3).abs().cumsum(1), draw(3, 2, 2, 5, 32)
+    found = select_patches(
+        world, x, times, GivenNoise(noise), grid=GRID, num_samples=5, chunks=chunks
+    )
+    check_equal(found, plain_select_patches(world, x, times, noise, grid=GRID)[1])
+    assert torch.equal(found.queries, GivenNoise(noise).at(found.indices))

@@ -38,9 +38,9 @@ def test_tokenizer_config_refuses(field: str, value: Any, words: str) -> None:
         TokenizerTrainConfig(patches="p", out="o", **{field: value})
 
 
-def test_world_config_refuses_no_windows_at_once() -> None:
-    with pytest.raises(UsageError, match="selection_windows 0"):
-        WorldTrainConfig(deltas="d", out="o", selection_windows=0)
+def test_world_config_refuses_no_memory_for_selection() -> None:
+    with pytest.raises(UsageError, match="selection_memory_mb 0"):
+        WorldTrainConfig(deltas="d", out="o", selection_memory_mb=0)
 
 
 @pytest.mark.parametrize("num_classes", [1, 256])

@@ -11,7 +11,8 @@ import torch
 
 from deltatok.shards import PatchShards, Stopped, UsageError
 from deltatok.shards.files import sha256_file
-from deltatok.train import loop
+from deltatok.train import loop, selection
+from deltatok.train.best_of_many import Chunks
 from deltatok.train.config_dinoworld import DINOWorldTrainConfig
 from deltatok.train.dinoworld import DINOWorldStage, train_dinoworld
 from deltatok.train.first_weights import make_model
@@ -135,12 +136,14 @@ def test_dino_world_folder_tells_its_story(dino_config: Make, patches: Path) -> 
     assert json.loads((out / "train.json").read_text())["command"] == "dinoworld"
 
 
-def test_portions_of_windows_and_samples_change_no_choice(dino_config: Make) -> None:
+@pytest.mark.parametrize("chunks", [Chunks(1, 4), Chunks(4, 1), Chunks(2, 3)])
+def test_portions_of_windows_and_samples_change_no_choice(
+    dino_config: Make, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = dino_config()
-    whole = losses_of(stage_of(dataclasses.replace(config, selection_windows=6)))
-    for windows, samples in ((1, 4), (4, 1), (2, 3)):
-        portions = dataclasses.replace(config, selection_windows=windows, selection_samples=samples)
-        torch.testing.assert_close(losses_of(stage_of(portions)), whole, atol=1e-6, rtol=1e-5)
+    whole = losses_of(stage_of(config))
+    monkeypatch.setattr(selection, "default_chunks", lambda *_, **__: chunks)
+    torch.testing.assert_close(losses_of(stage_of(config)), whole, atol=1e-6, rtol=1e-5)
 
 
 def test_ranks_compute_the_windows_of_one_process(dino_config: Make) -> None:
@@ -157,11 +160,12 @@ def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Mak
     batch = stage.read(1)
     names = [("noise", 1, int(number)) for number in batch.samples]
     x, times = batch.tensors["x"].float(), batch.tensors["timestamps"]
-    _, candidates = stage._select(x, times, names, num_samples=4)
-    assert candidates.shape == (6, 3, 4)
-    torch.testing.assert_close(losses_of(stage), candidates.min(2).values.mean(1))
+    found = stage._selector(x, times, names, num_samples=4)
+    assert found.best_losses.shape == (6, 3)
+    assert torch.all(found.best_losses < found.mean_losses)
+    torch.testing.assert_close(losses_of(stage), found.best_losses.mean(1))
 
 
-def test_dino_world_config_refuses_no_samples_at_a_time() -> None:
-    with pytest.raises(UsageError, match="selection_samples 0"):
-        DINOWorldTrainConfig(patches="p", out="o", selection_samples=0)
+def test_dino_world_config_refuses_no_memory_for_selection() -> None:
+    with pytest.raises(UsageError, match="selection_memory_mb 0"):
+        DINOWorldTrainConfig(patches="p", out="o", selection_memory_mb=0)

@@ -1,6 +1,5 @@
 """World model training from delta-token caches: best-of-many, its noise, its validation."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,8 @@ import pytest
 import torch
 
 from deltatok.shards import CacheMismatch, DeltaShards, UsageError
+from deltatok.train import selection
+from deltatok.train.best_of_many import Chunks, Selection
 from deltatok.train.first_weights import make_model
 from deltatok.train.logs import Meter
 from deltatok.train.models.deltaworld import DeltaWorld
@@ -27,10 +28,10 @@ def stage_of(config: Any, share: Share | None = None) -> WorldStage:
     return WorldStage(model, DeltaShards(config.deltas), config, share or Share(), device=CPU)
 
 
-def selected(stage: WorldStage, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a step's selection gives for the stage's batch: queries and all losses."""
+def selected(stage: WorldStage, step: int) -> Selection:
+    """What a step's selection gives for the stage's batch."""
     batch = stage.read(step)
-    return stage._select(
+    return stage._selector(
         batch.tensors["z"].float(),
         batch.tensors["timestamps"],
         [("noise", step, int(number)) for number in batch.samples],
@@ -63,36 +64,41 @@ def test_world_loss_falls_below_the_mean_tokens(
 def test_selection_takes_the_lowest_loss_and_the_step_trains_it(world_config: Make) -> None:
     stage = stage_of(world_config())
     batch = stage.read(3)
-    queries, candidates = selected(stage, 3)
+    found = selected(stage, 3)
     losses, extras = stage.losses(
         stage.model, batch, slice(None), step=3, meter=Meter("windows", CPU)
     )
-    best = candidates.min(2).values.mean(1)
-    assert torch.allclose(losses, best, rtol=1e-4)
-    assert extras["mean_candidate_loss"].item() == pytest.approx(candidates.mean().item())
+    assert torch.allclose(losses, found.best_losses.mean(1), rtol=1e-4)
+    mean = found.mean_losses.mean().item()
+    assert extras["mean_candidate_loss"].item() == pytest.approx(mean)
     assert losses.requires_grad
-    assert queries.shape == (8, 4, 16)
+    assert found.queries.shape == (8, 4, 16)
 
 
-def test_windows_at_a_time_change_no_choice(world_config: Make) -> None:
+@pytest.mark.parametrize("chunks", [Chunks(3, 6), Chunks(1, 2), Chunks(8, 4)])
+def test_chunks_change_no_choice(
+    world_config: Make, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = world_config()
     whole = selected(stage_of(config), 2)
-    parts = selected(stage_of(dataclasses.replace(config, selection_windows=3)), 2)
-    assert torch.equal(whole[0], parts[0])
-    assert torch.allclose(whole[1], parts[1], rtol=1e-4)
+    monkeypatch.setattr(selection, "default_chunks", lambda *_, **__: chunks)
+    parts = selected(stage_of(config), 2)
+    assert torch.equal(whole.queries, parts.queries)
+    torch.testing.assert_close(whole.best_losses, parts.best_losses)
+    torch.testing.assert_close(whole.mean_losses, parts.mean_losses)
 
 
 def test_ranks_draw_the_noise_of_one_process(world_config: Make) -> None:
     config = world_config()
     whole = selected(stage_of(config), 2)
     parts = [selected(stage_of(config, Share(rank=r, num_ranks=2)), 2) for r in range(2)]
-    assert torch.equal(whole[0], torch.cat([part[0] for part in parts]))
+    assert torch.equal(whole.queries, torch.cat([part.queries for part in parts]))
 
 
 def test_noise_differs_between_steps_and_windows(world_config: Make) -> None:
     stage = stage_of(world_config())
     names: list[tuple[int | str, ...]] = [("noise", 0, 0), ("noise", 0, 1), ("noise", 1, 0)]
-    noise = stage._noise(names, positions=4, num_samples=6)
+    noise = stage._selector.noise(names, positions=4).chunk(torch.tensor(0), 6)
     assert noise.shape == (3, 4, 6, 16)
     assert noise.std().item() == pytest.approx(0.02, rel=0.1)
     assert len({tuple(drawn.flatten().tolist()) for drawn in noise}) == 3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .configs import DINOWorldConfig
-from .predictor import KeysValues, causal, extend, repeat_batch
+from .predictor import KeysValues, causal, extend, first_keys, repeat_batch
 from .world import World, check_timestamps
 
 __all__ = ["DINOWorld", "DINOWorldConfig"]
@@ -73,6 +73,26 @@ class DINOWorld(World):
             ),
         )
         return out.reshape(batch, frames, samples, patches, -1)
+
+    def candidates_at(
+        self,
+        memory: KeysValues,
+        timestamps: Tensor,
+        queries: Tensor,
+        *,
+        position: int,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """Predictions (B, S, N, D) of one target position for queries (B, S, Dp): `candidates`
+        without a mask, from the frames before it only."""
+        patches = grid[0] * grid[1]
+        times = timestamps[:, position + 1, None].expand(-1, queries.shape[1])
+        out: Tensor = self.predictor(
+            queries.repeat_interleave(patches, 1),
+            grid_positions(times, grid),
+            first_keys(memory, (position + 1) * patches),
+        )
+        return out.reshape(*queries.shape[:2], patches, -1)
 
     def rollout(
         self,

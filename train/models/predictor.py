@@ -66,6 +66,11 @@ def extend(cache: KeysValues, new: KeysValues) -> KeysValues:
     ]
 
 
+def first_keys(cache: KeysValues, count: int) -> KeysValues:
+    """The first `count` keys and values of every block."""
+    return [(k[:, :, :count], v[:, :, :count]) for k, v in cache]
+
+
 def repeat_batch(cache: KeysValues, count: int) -> KeysValues:
     """Every batch row `count` times in a row: (B, ...) -> (B * count, ...)."""
     return [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0)) for k, v in cache]

@@ -1,0 +1,233 @@
+"""Frames that any other model predicted, in a folder laid out by the sequences that are scored.
+
+    DIR/CLIP_KEY/HORIZON-TARGET/SAMPLE      HORIZON: short or mid; TARGET: index of the target frame
+                                            in the clip, six digits (a.mp4/mid-000036/0)
+
+SAMPLE is one predicted future, its frames from the first after the context to the target, one for
+every step of the horizon: a folder of images (names in order of time), a `.npy` uint8 (steps, H, W,
+3), or a video. A frame shows what the cache's windows show of a frame (all of it; KITTI's benchmark
+crop), at any size of about that shape. All sequences have the same number of samples.
+
+Read by `prediction_rows.py`. Where sequences are missing, OUT/predictions-wanted.jsonl says what a
+model has to predict, and from which frames.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..extract.decoders import decode_drawn
+from ..extract.sampling import WindowDraw
+from ..extract.suffixes import VIDEO_SUFFIXES
+from ..extract.unusable import UnusableClip
+from ..shards.errors import UsageError
+from ..shards.files import write_bytes
+from ..shards.patches import PatchShards
+from .config import ForecastConfig
+from .rows import HORIZONS
+
+WANTED_FILE = "predictions-wanted.jsonl"
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+_NAMED = 5  # sequences named in a message
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a model has to predict for one target at one horizon. Times: seconds in the clip."""
+
+    folder: str
+    """CLIP_KEY/HORIZON-TARGET."""
+    clip: str
+    context_frames: tuple[int, ...]
+    context_times_s: tuple[float, ...]
+    target_frames: tuple[int, ...]
+    """One for every step."""
+    target_times_s: tuple[float, ...]
+
+
+class PredictionFolder:
+    """Knows what is there when it is made; reads frames when they are asked for."""
+
+    def __init__(self, config: ForecastConfig, cache: PatchShards) -> None:
+        """Look through `config.predictions` for what the windows of `cache` need.
+
+        Raises:
+            UsageError: no such folder; sequences without predictions (unless
+                `config.predictions_subset`), all of them, or with another number of samples.
+        """
+        self.root = Path(str(config.predictions))
+        if not self.root.is_dir():
+            raise UsageError(f"--predictions {self.root}: no such folder")
+        self._wanted = wanted(config, cache)
+        self._samples: dict[str, list[Path]] = {}
+        for one in {one.folder: one for one in self._wanted.values()}.values():
+            if found := _samples(self.root, one.folder):
+                self._samples[one.folder] = found
+        self._check_missing(config)
+        counts = {folder: len(found) for folder, found in self._samples.items()}
+        first = next(iter(counts))
+        for folder, count in counts.items():
+            if count != counts[first]:
+                raise UsageError(
+                    f"--predictions {self.root}: {count} samples in {folder}, {counts[first]} in "
+                    f"{first}: best of more is better, so all sequences need as many"
+                )
+        self.num_samples = counts[first]
+        self._last: tuple[str, list[Frames]] | None = None
+
+    def windows(self, num_windows: int) -> list[int]:
+        """The windows that have predictions at every horizon, in order."""
+        return [
+            window
+            for window in range(num_windows)
+            if all(self._wanted[window, name].folder in self._samples for name in HORIZONS)
+        ]
+
+    def frames(self, window: int, horizon: str) -> list[Frames]:
+        """Every sample's frames (steps, H, W, 3).
+
+        Raises UsageError for one that cannot be read or has another number of frames.
+        """
+        one = self._wanted[window, horizon]
+        if self._last is None or self._last[0] != one.folder:  # both crops of a target ask for it
+            steps = len(one.target_frames)
+            read = [_read_sample(path, steps) for path in self._samples[one.folder]]
+            self._last = (one.folder, read)
+        return self._last[1]
+
+    def folder(self, window: int, horizon: str) -> Path:
+        """Where the predictions of a window lie."""
+        return self.root / self._wanted[window, horizon].folder
+
+    def _check_missing(self, config: ForecastConfig) -> None:
+        missing = [one for one in self._wanted.values() if one.folder not in self._samples]
+        names = list(dict.fromkeys(one.folder for one in missing))
+        if not names:
+            return
+        total = len({one.folder for one in self._wanted.values()})
+        if config.predictions_subset and len(names) < total:
+            keys = {window for window, _ in self._wanted}
+            if any(
+                all(self._wanted[window, name].folder in self._samples for name in HORIZONS)
+                for window in keys
+            ):
+                return
+        unique = {one.folder: one for one in self._wanted.values()}.values()
+        lines = "".join(json.dumps(asdict(one), sort_keys=True) + "\n" for one in unique)
+        listing = Path(config.out) / WANTED_FILE
+        write_bytes(listing, lines.encode())
+        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        raise UsageError(
+            f"--predictions {self.root}: nothing for {len(names)} of {total} sequences ({shown}); "
+            f"{listing} lists what is wanted; predict them, or pass --predictions-subset to score "
+            "only targets that have both horizons"
+        )
+
+
+def wanted(config: ForecastConfig, cache: PatchShards) -> dict[tuple[int, str], Wanted]:
+    """(window, horizon) -> what is wanted; the crops of a target want the same."""
+    frames = cache.table().frame_index[:, : config.num_frames]
+    times = cache.table().timestamps_s[:, : config.num_frames]
+    found = {}
+    for window, (row, row_s) in enumerate(zip(frames.tolist(), times.tolist(), strict=True)):
+        clip = cache.keys[int(cache.clip_index[window])]
+        for horizon in HORIZONS:
+            start = config.context_start(horizon)
+            now = start + config.num_context
+            found[window, horizon] = Wanted(
+                folder=f"{clip}/{horizon}-{row[-1]:06d}",
+                clip=clip,
+                context_frames=tuple(row[start:now]),
+                context_times_s=tuple(row_s[start:now]),
+                target_frames=tuple(row[now:]),
+                target_times_s=tuple(row_s[now:]),
+            )
+    return found
+
+
+def _samples(root: Path, folder: str) -> list[Path]:
+    """The samples in a sequence's folder, in natural order; none if it is not there."""
+    place = root / folder
+    if not place.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"clip {folder}: its name leaves the folder of predictions {root}")
+    try:
+        inside = list(place.iterdir())
+    except OSError:
+        return []
+    kept = [
+        path
+        for path in inside
+        if not path.name.startswith(".")
+        and (path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES | {".npy"})
+    ]
+    return _in_order(kept)
+
+
+def _in_order(paths: Sequence[Path]) -> list[Path]:
+    """By name, numbers in it by value: frame-2 comes before frame-10."""
+
+    def key(path: Path) -> list[tuple[int, int, str]]:
+        parts = re.split(r"(\d+)", path.name)
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+    return sorted(paths, key=key)
+
+
+def _read_sample(path: Path, steps: int) -> Frames:
+    if path.is_dir():
+        frames = _read_images(path)
+    elif path.suffix.lower() == ".npy":
+        try:
+            frames = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: cannot be read as .npy ({error})") from None
+    else:
+        frames = _read_video(path)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise UsageError(
+            f"{path}: holds {frames.dtype} {frames.shape}, wanted uint8 (steps, H, W, 3)"
+        )
+    if len(frames) != steps:
+        raise UsageError(
+            f"{path}: {len(frames)} frames, wanted {steps}: one for every step, the last one at "
+            "the target"
+        )
+    return frames
+
+
+def _read_images(folder: Path) -> Frames:
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = []
+    for file in _in_order(files):
+        try:
+            with Image.open(file, formats=("PNG", "JPEG")) as image:
+                images.append(np.asarray(image.convert("RGB"), np.uint8))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UsageError(f"{file}: cannot be read as an image ({error})") from None
+    if not images:
+        raise UsageError(f"{folder}: no image in it, wanted PNG or JPEG files, one for each step")
+    if len({image.shape for image in images}) > 1:
+        raise UsageError(f"{folder}: images of different sizes; wanted one size in a sample")
+    return np.stack(images)
+
+
+def _read_video(path: Path) -> Frames:
+    def draw(times_s: NDArray[np.float64], height: int, width: int) -> list[WindowDraw]:
+        every = tuple(range(len(times_s)))
+        crop = (0, 0, height, width)
+        stamps = tuple(times_s.tolist())
+        return [WindowDraw(frame_index=every, timestamps_s=stamps, crop=crop, flipped=False)]
+
+    try:
+        decoded = decode_drawn(path, draw=draw, decoder="pyav").frames
+    except UnusableClip as error:
+        raise UsageError(f"{path}: cannot be decoded: {error}") from error
+    return np.stack([decoded[index] for index in sorted(decoded)])

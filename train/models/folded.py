@@ -1,0 +1,184 @@
+"""DeltaWorld's teacher-forced predictions for many queries a position, by exact algebra.
+
+    predictions(weights, fold(weights, z, timestamps), queries)   equals, but for rounding,
+    world.candidates(world.memory(z, timestamps), timestamps, queries)
+
+All queries of a position share its time and see its few keys. So, once a window and layer:
+- the keys are rotated into each target's frame; queries are not rotated at all;
+- the query projection goes into the keys and the output projection (with its bias and LayerScale)
+  into the values: a query meets A * K vectors of Dp channels (84 at 7 keys) instead of two
+  Dp x Dp matrices. From about 5 candidates a position on, that is less work;
+- what is not visible gets a bias of -inf over (P, K); there is no mask over queries.
+What is left of a candidate's work is the MLP. Without gradient; best_of_many.py calls it.
+
+Letters: B windows, T frames, P = T - 1 target positions, K = P keys, S samples, A heads,
+E channels of a head, D channels of a token, Dp of a query.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import PredictorBlock
+from .deltaworld import DeltaWorld
+from .predictor import causal
+from .rope import AxisRope, axis_rope, rotate_axes
+
+
+class Affine(NamedTuple):
+    """A linear layer's or a norm's weight and bias."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class LayerWeights(NamedTuple):
+    """One block: of products in the dtype that is asked for, all else at least float32."""
+
+    norm1: Affine
+    queries: Affine
+    keys_values: Affine
+    out: Affine
+    scale1: Tensor
+    norm2: Affine
+    up: Affine
+    down: Affine
+    scale2: Tensor
+
+
+class WorldWeights(NamedTuple):
+    """A DeltaWorld's weights as `fold` and `predictions` take them."""
+
+    layers: list[LayerWeights]
+    norm: Affine
+    head: Affine
+    num_heads: int
+    axis_sizes: tuple[int, ...]
+    eps: float
+
+
+class Folded(NamedTuple):
+    """What a layer's queries meet, for some windows."""
+
+    keys: Tensor
+    """(B * P, A * K, Dp): rotated for the position, query projection and scaling inside."""
+    bias: Tensor
+    """(B * P, 1, A * K): the query bias's share, and -inf where a key is not visible."""
+    values: Tensor
+    """(B, A * K, Dp): output projection, its bias and LayerScale inside; of all positions."""
+
+
+def weights_of(world: DeltaWorld, dtype: torch.dtype) -> WorldWeights:
+    """The weights for products in `dtype` (float32: the model's own tensors, not copied)."""
+    predictor, stream = world.predictor, torch.promote_types(dtype, torch.float32)
+    layers = []
+    for block in predictor.blocks:
+        if not isinstance(block, PredictorBlock):
+            raise AssertionError("a predictor is made of PredictorBlocks")
+        attention, mlp = block.attention, block.mlp
+        layers.append(
+            LayerWeights(
+                norm1=_affine(block.norm1, stream),
+                queries=_affine(attention.q_proj, dtype),
+                keys_values=_affine(attention.kv_proj, dtype),
+                out=_affine(attention.out_proj, dtype),
+                scale1=block.layer_scale1.lambda1.detach(),
+                norm2=_affine(block.norm2, stream),
+                up=_affine(mlp.up_proj, dtype),
+                down=_affine(mlp.down_proj, dtype),
+                scale2=block.layer_scale2.lambda1.detach(),
+            )
+        )
+    return WorldWeights(
+        layers=layers,
+        norm=_affine(predictor.norm, stream),
+        head=_affine(predictor.head, dtype),
+        num_heads=world.config.predictor_num_heads,
+        axis_sizes=predictor.axis_sizes,
+        eps=world.config.layer_norm_eps,
+    )
+
+
+def fold(weights: WorldWeights, z: Tensor, timestamps: Tensor) -> list[Folded]:
+    """Every layer's keys and values for teacher forcing on z (B, T, D), timestamps (B, T)."""
+    rope = _relative_rope(timestamps, weights.axis_sizes)
+    visible = causal(z.shape[1] - 1, device=z.device)  # (P, K)
+    hidden = torch.zeros_like(visible, dtype=weights.norm.weight.dtype)
+    hidden = hidden.masked_fill(~visible, -math.inf)
+    tokens = z[:, :-1].to(weights.head.weight.dtype)
+    return [_fold_layer(layer, tokens, rope, hidden, weights) for layer in weights.layers]
+
+
+def predictions(weights: WorldWeights, folded: list[Folded], queries: Tensor) -> Tensor:
+    """Predictions (B, P, S, D), in the products' dtype, for queries (B, P, S, Dp). The stream
+    between the layers is float32 or more."""
+    batch, positions, samples, _ = queries.shape
+    dtype = weights.head.weight.dtype
+    x = queries.to(weights.norm.weight.dtype)
+    for layer, memory in zip(weights.layers, folded, strict=True):
+        normed = _norm(x, layer.norm1, weights.eps).to(dtype)
+        scores = torch.baddbmm(
+            memory.bias, normed.flatten(0, 1), memory.keys.transpose(1, 2)
+        )  # (B * P, S, A * K)
+        shares = scores.view(*scores.shape[:2], weights.num_heads, -1).softmax(3)
+        shares = shares.reshape(batch, positions * samples, -1)
+        x = x + torch.bmm(shares, memory.values).view(x.shape)
+        normed = _norm(x, layer.norm2, weights.eps).to(dtype)
+        x = torch.addcmul(
+            x, F.linear(F.gelu(F.linear(normed, *layer.up)), *layer.down), layer.scale2
+        )
+    return F.linear(_norm(x, weights.norm, weights.eps).to(dtype), *weights.head)
+
+
+def _fold_layer(
+    layer: LayerWeights, tokens: Tensor, rope: AxisRope, hidden: Tensor, weights: WorldWeights
+) -> Folded:
+    """tokens (B, K, D); rope: of every (target, key); hidden (P, K): 0 or -inf."""
+    dtype, heads = tokens.dtype, weights.num_heads
+    batch, num_keys, _ = tokens.shape
+    positions = len(hidden)
+    k, v = F.linear(tokens, *layer.keys_values).chunk(2, dim=-1)
+    k = k.view(batch, num_keys, heads, -1).transpose(1, 2)  # (B, A, K, E)
+    v = v.view(batch, num_keys, heads, -1).permute(2, 0, 1, 3)  # (A, B, K, E)
+    k = rotate_axes(k[:, :, None].expand(-1, -1, positions, -1, -1), rope)
+    k = k.permute(1, 0, 2, 3, 4) / math.sqrt(k.shape[-1])  # (A, B, P, K, E), float32
+    query_bias = layer.queries.bias.to(hidden.dtype).view(heads, 1, 1, 1, -1)
+    bias = (k * query_bias).sum(-1).permute(1, 2, 0, 3) + hidden[:, None]  # (B, P, A, K)
+    # Row a * E + e of the query projection makes channel e of head a.
+    query_weight = layer.queries.weight.view(heads, -1, layer.queries.weight.shape[1])
+    keys = torch.bmm(k.flatten(1, 3).to(dtype), query_weight)  # (A, B * P * K, Dp)
+    keys = keys.view(heads, batch, positions, num_keys, -1).permute(1, 2, 0, 3, 4)
+    out_weight = layer.out.weight.t().reshape(heads, -1, layer.out.weight.shape[0])
+    values = torch.bmm(v.flatten(1, 2), out_weight).view(heads, batch, num_keys, -1)
+    # A head's shares add up to 1, so each head brings its part of the bias.
+    values = (values + layer.out.bias / heads) * layer.scale1
+    return Folded(
+        keys=keys.reshape(batch * positions, heads * num_keys, -1),
+        bias=bias.reshape(batch * positions, 1, -1).to(dtype),
+        values=values.transpose(0, 1).reshape(batch, heads * num_keys, -1).to(dtype),
+    )
+
+
+def _relative_rope(timestamps: Tensor, axis_sizes: tuple[int, ...]) -> AxisRope:
+    """Tables (B, 1, P, K, size / 2) of the angle of each key minus that of each target: turning a
+    key by it gives the product that turning both would give. From the two angles' own cosines and
+    sines, so that their rounding (up to 1e-4 at thousands of radians) is the plain form's."""
+    times = axis_rope(timestamps[..., None], axis_sizes)
+    cos, sin = [], []
+    for c, s in zip(times.cos, times.sin, strict=True):
+        key_c, key_s = c[:, :, None, :-1], s[:, :, None, :-1]
+        target_c, target_s = c[:, :, 1:, None], s[:, :, 1:, None]
+        cos.append(key_c * target_c + key_s * target_s)
+        sin.append(key_s * target_c - key_c * target_s)
+    return AxisRope(tuple(cos), tuple(sin))
+
+
+def _affine(module: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> Affine:
+    return Affine(module.weight.detach().to(dtype), module.bias.detach().to(dtype))
+
+
+def _norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), affine.weight, affine.bias, eps)
