@@ -64,7 +64,9 @@ def test_recall_of_draws_is_that_of_draws() -> None:
     probability = np.array([0.7, 0.2, 0.1])
     rng = np.random.default_rng(0)
     counts = rng.multinomial(5, probability, size=20_000)
-    assert recall_of_draws(probability, 5) == pytest.approx((counts > 0).mean(), abs=0.005)
+    plain, weighted = recall_of_draws(probability, 5)
+    assert plain == pytest.approx((counts > 0).mean(), abs=0.005)
+    assert weighted == pytest.approx(((counts > 0) @ probability).mean(), abs=0.005)
 
 
 def test_calibration_of_samples_with_known_frequencies() -> None:
@@ -76,7 +78,7 @@ def test_calibration_of_samples_with_known_frequencies() -> None:
     assert found["modes_per_window"] == 2
     assert found["frequency_distance"] == pytest.approx((0.25 + 0 + 0.25) / 2)
     assert found["calibration_error"] == pytest.approx(0.25 / 2)
-    assert found["recall_of_one_true_draw"] == pytest.approx(0.5)
+    assert found["one_true_draw"]["mode_recall"] == pytest.approx(0.5)
 
 
 def test_reliability_bins_hold_every_mode_once() -> None:
