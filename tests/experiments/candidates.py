@@ -27,9 +27,6 @@ def main() -> None:
     parser.add_argument(
         "--candidates", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="values of K"
     )
-    parser.add_argument(
-        "--selection-dtype", default="float32", help="arithmetic of the selection [float32]"
-    )
     arguments = parser.parse_args()
     stages = QuickstartRuns(arguments.quickstart, arguments.out)
     common = {"steps": arguments.steps, "batch_size": arguments.batch_size}
@@ -43,7 +40,6 @@ def main() -> None:
                 {
                     **common,
                     "model": {"num_samples_train": candidates},
-                    "selection_dtype": arguments.selection_dtype,
                 },
             )
         else:
