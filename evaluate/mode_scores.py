@@ -121,7 +121,7 @@ class ModeScorer:
                     draws = seed_for("true draws", self._config.seed, horizon, index)
                     self._calibration.setdefault(horizon, Calibration()).add(modes, found, draws)
                 key = self._cache.keys[int(self._cache.clip_index[index])]
-                for metric, value in zip(MODE_METRICS, _values(modes, found), strict=True):
+                for metric, value in zip(MODE_METRICS, mode_values(modes, found), strict=True):
                     scores.add(Score(horizon, name, metric), seed, key, value, 1)
 
     def probes(self) -> dict[str, Any]:
@@ -166,8 +166,8 @@ def reliability(predicted: NDArray[np.float64], true: NDArray[np.float64]) -> li
     ]
 
 
-def _values(modes: Modes, found: NDArray[np.int64]) -> tuple[float, float, float]:
-    """The MODE_METRICS of one window, from the modes that its forecasts hit."""
+def mode_values(modes: Modes, found: NDArray[np.int64]) -> tuple[float, float, float]:
+    """The MODE_METRICS of one window, from the modes (S,) that its forecasts hit."""
     is_hit = np.isin(np.arange(len(modes.probability)), found)
     weighted = float(modes.probability[is_hit].sum() / modes.probability.sum())
     return float(is_hit.mean()), float(np.mean(found != NO_MODE)), weighted
