@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .frames_decoder import read_shape
-from .unusable import UnusableClip
+from .frames_decoder import EXIF_ORIENTATION
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 """Pillow's names of one whole number a pixel."""
@@ -32,11 +31,18 @@ def file_size(root: Path, name: str) -> int:
 
 
 def image_size(root: Path, name: str) -> tuple[int, int]:
-    """Height and width of a frame as it is shown."""
+    """Height and width of a frame as it is shown, from its header alone: asking a PNG for metadata
+    that it does not begin with would decode it."""
     try:
-        return read_shape(name, (root / name).read_bytes())
-    except UnusableClip as error:
-        raise BadLabel(str(error)) from error
+        with Image.open(root / name, formats=("JPEG", "PNG")) as image:
+            told = image.format == "JPEG" or "exif" in image.info
+            turned = told and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = image.size
+    except UnidentifiedImageError as error:  # whose text names the whole path
+        raise BadLabel(f"{name} is no JPEG or PNG image") from error
+    except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
+        raise BadLabel(f"{name} cannot be read: {error}") from error
+    return (width, height) if turned else (height, width)
 
 
 def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:

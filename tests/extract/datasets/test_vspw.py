@@ -99,6 +99,17 @@ def test_a_label_one_pixel_off_is_taken_as_it_is(vspw, config, shape):
     assert clips[-1].target.label_size == shape
 
 
+def test_a_turned_photograph_counts_as_it_is_shown(vspw, config):
+    path = vspw / "data/2_def/origin/00000019.jpg"
+    with Image.open(path) as image:
+        turned = image.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(path, exif=exif)
+    _, clips = find_targets(config("vspw", vspw))
+    assert clips[-1].target.label_size == (24, 40)
+
+
 def test_labels_that_are_pictures_are_out(vspw, config, write_image):
     write_image(vspw / "data/2_def/mask/00000019.png")
     _, clips = find_targets(config("vspw", vspw))
