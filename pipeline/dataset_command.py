@@ -35,7 +35,18 @@ def run_dataset_command(words: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_flags(parser, DatasetConfig)
-    config = config_from_arguments(DatasetConfig, parser.parse_args(words))
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="say which targets there are and what they would take, and exit; writes nothing",
+    )
+    arguments = parser.parse_args(words)
+    config = config_from_arguments(DatasetConfig, arguments)
+    if arguments.plan:
+        from .dataset_plan import dataset_plan
+
+        print(dataset_plan(config))
+        return
     from ..extract.datasets import run_dataset
 
     logging.info("%s", run_dataset(config))

@@ -158,6 +158,9 @@ class HeadStage:
     def judge(self, values: Mapping[str, float], *, step: int) -> None:
         """A linear head has no way of being stuck."""
 
+    def work_at(self, step: int) -> int:
+        return 0
+
     def clip_of(self, window: int) -> str:
         return self._shards.keys[int(self._shards.clip_index[window])]
 

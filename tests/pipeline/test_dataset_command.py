@@ -77,6 +77,17 @@ def test_help_names_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cityscapes" in said and "--steps-per-m" in said and "--split-file" in said
 
 
+def test_a_plan_counts_targets_and_writes_nothing(
+    tiny_inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert extract([*_words(tiny_inputs, tmp_path / "cache"), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "targets              2 complete, 0 incomplete" in said
+    assert "windows              2 " in said
+    assert f"bytes of tokens      {2 * 7 * 4 * 16 * 2:,} (float16)" in said
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

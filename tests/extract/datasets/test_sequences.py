@@ -101,6 +101,15 @@ def test_one_folder_is_one_sequence_named_after_the_root(
     assert (clip.target.rule.steps_per_m, clip.target.rule.ignore) == (1000.0, (65535,))
 
 
+def test_brackets_in_names_are_no_patterns(tmp_path, write_image, write_label, config):
+    for number in range(19):
+        write_image(tmp_path / f"set/[a]/{number}.jpg")
+        write_label(tmp_path / f"set/b?/{number}.png")
+    brackets = PATTERNS | {"images": "[a]/*.jpg", "labels": "b?/*.png"}
+    _, (clip,) = find_targets(config("sequences", tmp_path / "set", **brackets))
+    assert clip.source.names[-1] == "[a]/18.jpg"
+
+
 def test_label_options_become_the_rule(write_sequence, config):
     root = write_sequence("car", _names(*range(19)), _names(18))
     _, (clip,) = find_targets(config("sequences", root, **PATTERNS, binary=True, ignore=(7,)))
