@@ -309,6 +309,8 @@ def test_pictures_of_crops_are_drawn(evaluation: Evaluation, report: Report) -> 
     kind = "classes" if evaluation.case.kind == "segmentation" else "depth"
     assert {f"{kind}-{i}.png" for i in range(3)} <= names
     assert {f"features-{i}.png" for i in range(3)} <= names
+    crops = 4 if evaluation.case.frame == (16, 16) else 8
+    assert f"{crops} crops of 4 targets" in (evaluation.root / "out" / "report.html").read_text()
 
 
 def test_the_label_of_a_crop_is_what_it_shows() -> None:
