@@ -109,8 +109,8 @@ def report_page(report: Report, pictures: Pictures) -> str:
     windows, clips = ("crops", "targets") if is_evaluation else ("windows", "clips")
     summary = (
         f"{report.num_windows} {windows} of {report.num_clips} {clips}; {config['num_context']} "
-        f"frames seen, target {config['short_steps']} (short) and {config['mid_steps']} (mid) steps "
-        "later"
+        f"frames seen, target {config['short_steps']} (short) and {config['mid_steps']} (mid) "
+        "steps later"
     )
     if report.best_of_k:
         last = config["seed"] + config["num_seeds"] - 1
