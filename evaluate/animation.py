@@ -19,7 +19,7 @@ from ..shards.errors import DeltatokError, UsageError
 from ..shards.files import partial_path, publish
 from .pictures import Tile
 
-LINE = 20  # pixels of a line of text
+LINE = 22  # pixels of a line of text
 GAP = 6  # pixels between cells
 PAPER, INK, NOW = (24, 28, 34), (230, 234, 239), (240, 160, 75)
 HOLD = 4
@@ -39,7 +39,7 @@ def draw_moments(
     cells: Sequence[Cell], captions: Sequence[str], *, columns: int, first_future: int
 ) -> list[Image.Image]:
     """A picture for every moment, `captions` above it; from `first_future` on it is marked."""
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(14)
     height, width = cells[0].tiles[0].shape[:2]
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)

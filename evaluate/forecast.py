@@ -25,7 +25,9 @@ from .config import ForecastConfig
 from .head_panels import depth_panel, rgb_panel
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .mode_scores import ModeScorer
+from .moving import moving_panels
 from .panels import ShownWindow, class_panel, feature_panel
+from .paper_rows import compare_with_paper
 from .pick_device import pick_device
 from .plots import plot_curves
 from .predict import encode_windows, forecast_horizon
@@ -81,6 +83,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         config=asdict(config) | {"device": str(device), "autocast": precision},
         num_windows=len(scored),
         num_clips=len(set(cache.clip_index[scored].tolist())),
+        paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
     )
     write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
     logger.info("%s\n%s", markdown_table(report.rows), expected_order(report.rows).text)
@@ -196,8 +199,11 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
         depth = [depth_panel(window, head, inputs.device) for window in shown]
     if inputs.models.rgb_head is not None:
         rgb = [rgb_panel(window, inputs.models.rgb_head, inputs.device) for window in shown]
+    features = [feature_panel(window) for window in shown]
+    plainest = rgb or classes or depth or features
     return Pictures(
-        features=[feature_panel(window) for window in shown],
+        moving=moving_panels(plainest, [window.times_s for window in shown]),
+        features=features,
         classes=classes,
         depth=depth,
         rgb=rgb,

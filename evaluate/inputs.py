@@ -78,7 +78,8 @@ class ForecastInputs:
         frame_index = self.cache.frame_index([index])[0, : config.num_frames].tolist()
         times = self.cache.timestamps_s([index])[0, : config.num_frames]
         _, _, height, width = self.cache.crop[index].tolist()
-        rows, samples, spread = keep_features(forecast, position, grid=self.cache.grid)
+        kept = keep_features(forecast, position, grid=self.cache.grid)
+        rows, samples, numbers, spread = kept
         return ShownWindow(
             title=f"{key}, window {index}",
             times_s=tuple((times - times[config.num_context - 1]).tolist()),
@@ -87,6 +88,7 @@ class ForecastInputs:
             truth=truth.float().cpu().numpy(),
             rows=rows,
             samples=samples,
+            sample_numbers=numbers,
             spread=spread,
             labels=self.arrangement.shown_labels(index),
             frames=self._frames(key, frame_index),

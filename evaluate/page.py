@@ -32,7 +32,7 @@ def panel_html(panel: Panel) -> str:
             f'<div class="{kind}" style="--free: {num_columns - len(strip.tiles)}">'
             f"{escape(strip.label)}</div>"
             f'<img style="--tiles: {len(strip.tiles)}" alt="{escape(strip.alt)}" '
-            f'src="{_data_uri(png_bytes(strip_image(strip)))}">'
+            f'src="{data_uri(png_bytes(strip_image(strip)))}">'
         )
     legend = "".join(
         f'<li><i style="background: rgb({red} {green} {blue})"></i>{escape(name)}</li>'
@@ -48,9 +48,9 @@ def panel_html(panel: Panel) -> str:
 
 def plot_html(plot: Plot) -> str:
     """The dark version where the reader's page is dark, the light one elsewhere."""
-    return f"""<figure><picture>
-<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(plot.dark)}">
-<img src="{_data_uri(plot.light)}" alt="{escape(plot.alt)}" width="640">
+    return f"""<figure class="wide plot"><picture>
+<source media="(prefers-color-scheme: dark)" srcset="{data_uri(plot.dark)}">
+<img src="{data_uri(plot.light)}" alt="{escape(plot.alt)}" width="640">
 </picture></figure>"""
 
 
@@ -93,10 +93,19 @@ def table_html(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A table of texts."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in body
+        "<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>" for cells in body
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table>"
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _cell(text: str) -> str:
+    """A cell's text; an interval `[low, high]` behind a number on a line of its own."""
+    value, space, interval = text.partition(" [")
+    if not (space and interval.endswith("]")):
+        return escape(text)
+    return f"{escape(value)}<small>[{escape(interval)}</small>"
+
+
+def data_uri(picture: bytes, *, kind: str = "png") -> str:
+    """The bytes of a picture of MIME type image/KIND as an address."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

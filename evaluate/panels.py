@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .dense import Label
+from .differing import most_different
 from .pictures import (
     Panel,
     Strip,
@@ -26,7 +27,16 @@ from .pictures import (
 from .predict import HorizonForecast
 from .protocol import IGNORE
 
-NUM_SAMPLES_SHOWN = 3
+NUM_SAMPLES_SHOWN = 4
+FORECASTS = (
+    "best",
+    "mean",
+    "predictions_best",
+    "predictions_mean",
+    "discriminative",
+    "copy_last",
+)
+"""Rows of a panel, where there are any, in order; single samples come after the mean."""
 Features = NDArray[np.float32]
 ClassMap = NDArray[np.uint8]
 Segment = Callable[[Features, tuple[int, int]], ClassMap]
@@ -37,6 +47,8 @@ _FORECAST_LABELS = {
     "reconstruction": "reconstruction",
     "best": "best sample",
     "mean": "mean of samples",
+    "predictions_mean": "predictions, mean",
+    "predictions_best": "predictions, best",
     "discriminative": "discriminative",
     "copy_last": "copy last",
 }
@@ -58,6 +70,8 @@ class ShownWindow:
     """Row name -> (H, N, D)."""
     samples: Features
     """(S, H, N, D), S up to NUM_SAMPLES_SHOWN, 0 without a world model."""
+    sample_numbers: tuple[int, ...] = ()
+    """Which samples these are, from 0; by default the first ones."""
     spread: NDArray[np.float32] | None
     """(H, h, w): standard deviation of all samples, root mean square over channels."""
     labels: tuple[Label, ...] = ()
@@ -68,15 +82,17 @@ class ShownWindow:
 
 def keep_features(
     forecast: HorizonForecast, i: int, *, grid: tuple[int, int]
-) -> tuple[dict[str, Features], Features, NDArray[np.float32] | None]:
-    """Rows, shown samples and spread of window `i` of a batch, as ShownWindow holds them."""
+) -> tuple[dict[str, Features], Features, tuple[int, ...], NDArray[np.float32] | None]:
+    """Rows, the samples that differ most with their numbers, and spread of window `i` of a batch,
+    as ShownWindow holds them."""
     rows = {name: _array(row[i]) for name, row in forecast.rows.items()}
     if forecast.samples is None:
         nothing = np.empty((0, *rows["copy_last"].shape), np.float32)
-        return rows, nothing, None
+        return rows, nothing, (), None
     samples = forecast.samples[i]
     spread = samples.var(dim=0, correction=0).mean(dim=-1).sqrt()
-    return rows, _array(samples[:NUM_SAMPLES_SHOWN]), _array(spread).reshape(-1, *grid)
+    numbers = most_different(samples[:, -1], NUM_SAMPLES_SHOWN)
+    return rows, _array(samples[numbers]), tuple(numbers), _array(spread).reshape(-1, *grid)
 
 
 def feature_panel(window: ShownWindow) -> Panel:
@@ -95,7 +111,7 @@ def feature_panel(window: ShownWindow) -> Panel:
             tiles=tuple(map(tile, window.truth)),
         )
     )
-    for label, row in panel_forecasts(window, ("best", "mean", "discriminative", "copy_last")):
+    for label, row in panel_forecasts(window, FORECASTS):
         alt = f"Features of the row {label} at the target frames, in the colours of the truth."
         strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, row))))
     if window.spread is not None:
@@ -130,8 +146,7 @@ def class_panel(
             tiles=tuple(map(tile, labels)),
         )
     )
-    names = ("present", "best", "mean", "discriminative", "copy_last")
-    for label, row in panel_forecasts(window, names):
+    for label, row in panel_forecasts(window, ("present", *FORECASTS)):
         maps = [segment(tokens, (size[0], size[1])) for tokens in row]
         seen += maps
         alt = f"Classes of the row {label}: {_shares(maps[-1], class_names)} at the end."
@@ -151,7 +166,9 @@ def panel_forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str
         if name in window.rows:
             found.append((_FORECAST_LABELS[name], window.rows[name]))
         if name == "mean":
-            found += [(f"sample {i + 1}", sample) for i, sample in enumerate(window.samples)]
+            numbers = window.sample_numbers or range(len(window.samples))
+            labels = [f"sample {number + 1}" for number in numbers]
+            found += list(zip(labels, window.samples, strict=True))
     return found
 
 

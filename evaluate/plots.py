@@ -25,6 +25,7 @@ _LIGHT = {"ink": "#24292f", "faint": "#d0d7de"}
 _DARK = {"ink": "#d6dce3", "faint": "#3d444d"}
 # Okabe and Ito's colours, told apart with colour-blind eyes; light enough for both schemes.
 COLOURS = ("#0090d0", "#e08000", "#00a070", "#cc70a0", "#d05a20", "#56b4e9", "#a0a000")
+STYLES = ("-", "--", "-.", ":")  # of two lines that are equal, both are seen
 _DPI = 144  # twice the page's pixels, for sharp text on high-density screens
 _BEST_OF_K_LINES = ("copy_last", "discriminative", "mean", "reconstruction")
 
@@ -144,16 +145,19 @@ def _dress(axes: Any, ink: dict[str, str]) -> None:
             text.set_fontsize(8)
 
 
-def _draw_curve(figure: Figure, _ink: dict[str, str], *, curve: Curve) -> None:
+def _draw_curve(figure: Figure, ink: dict[str, str], *, curve: Curve) -> None:
     axes = figure.add_subplot()
-    for colour, key in zip(cycle(COLOURS), sorted(curve.losses), strict=False):
+    kinds = zip(cycle(COLOURS), cycle(STYLES), sorted(curve.losses), strict=False)
+    for colour, style, key in kinds:
         steps, values = curve.losses[key]
         marker = "o" if len(steps) == 1 else None
-        axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=key)
+        axes.plot(
+            steps, values, color=colour, linestyle=style, linewidth=1.4, marker=marker, label=key
+        )
     if all(value > 0 for _, values in curve.losses.values() for value in values):
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="loss", title=curve.name)
-    axes.legend(loc="upper right")
+    _legend_below(figure, ink, columns=3)
 
 
 def _curve_alt(curve: Curve) -> str:
@@ -196,9 +200,16 @@ def _draw_best_of_k(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if i == 0:
             axes.set_ylabel("feature loss")
+    _legend_below(figure, ink, columns=4)
+
+
+def _legend_below(figure: Figure, ink: dict[str, str], *, columns: int) -> None:
+    """The legend of the first axes below all of them, where it covers no line."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, fontsize=8
+        )
         legend.get_frame().set_alpha(0)
         for text in legend.get_texts():
             text.set_color(ink["ink"])

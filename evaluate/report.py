@@ -4,7 +4,7 @@
                        "provenance", "seconds", "config", "num_windows", "num_clips"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
-    OUT/pictures/     the panels as single PNG files, to show elsewhere
+    OUT/pictures/     the panels as PNG files and the moving pictures as GIFs, to show elsewhere
 
 report.json is written last: where it is, the report is whole.
 """
@@ -18,7 +18,9 @@ from typing import Any
 from ..shards.files import write_bytes, write_json
 from .class_table import classes_html
 from .mode_section import modes_html
+from .moving import Moving, moving_html
 from .page import facts_html, flatten, panels_html, plot_html, table_html, value_text
+from .paper_rows import PaperComparison, paper_html
 from .pictures import Panel, panel_image, png_bytes
 from .plots import Plot, plot_best_of_k
 from .rows import ROW_LABELS, ReportRow, expected_order, markdown_table, table
@@ -55,12 +57,15 @@ class Report:
     config: dict[str, Any]
     num_windows: int
     num_clips: int
+    paper: PaperComparison | None = None
+    """Whether the paper's rows may stand beside these; None: it has none of this data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
     """What only report.html holds."""
 
+    moving: Sequence[Moving] = ()
     features: Sequence[Panel] = ()
     classes: Sequence[Panel] = ()
     depth: Sequence[Panel] = ()
@@ -79,6 +84,10 @@ def write_report(out: Path, report: Report, pictures: Pictures, *, sequences: by
         panels: Sequence[Panel] = getattr(pictures, kind)
         for i, panel in enumerate(panels):
             write_bytes(out / "pictures" / f"{kind}-{i}.png", png_bytes(panel_image(panel)))
+    for old in (out / "pictures").glob("moving-*.gif"):
+        old.unlink()
+    for i, moving in enumerate(pictures.moving):
+        write_bytes(out / "pictures" / f"moving-{i}.gif", moving.gif)
     write_bytes(out / SEQUENCES, sequences)
     write_bytes(out / "report.html", report_page(report, pictures).encode())
     write_json(out / "report.json", report_json(report))
@@ -106,8 +115,10 @@ def report_page(report: Report, pictures: Pictures) -> str:
         summary += f"; {config['num_samples']} samples, {seeds}"
     sections = [
         _scores(report),
+        paper_html(report.rows, report.paper),
         classes_html(report.per_class_iou, report.config["class_names"]),
         modes_html(report.rows, report.probes.get("modes", {}), report.config),
+        moving_html(pictures.moving),
         _probes(report),
         _best_of_k(report),
         panels_html("Features", FEATURES_TEXT, pictures.features),
@@ -117,14 +128,16 @@ def report_page(report: Report, pictures: Pictures) -> str:
         _curves(pictures.curves),
         _origin(report),
     ]
+    body = "\n".join(filter(None, sections))
     return PAGE.substitute(
-        title=escape(title), summary=escape(summary), style=STYLE, body="\n".join(sections)
+        title=escape(title), summary=escape(summary), style=STYLE, body=body + _size(body)
     )
 
 
 FEATURES_TEXT = (
     "Patch tokens as colours: the three main directions of the true features are red, green and "
-    "blue, the same for all rows of a window. Forecasts start after the time 0."
+    "blue, the same for all rows of a window. Forecasts start after the time 0. Of the samples, "
+    "those that differ most are shown; the spread is that of all of them, bright where they differ."
 )
 CLASSES_TEXT = (
     "What the segmentation head reads from the features. Forecasts start after the time 0."
@@ -155,7 +168,8 @@ def _scores(report: Report) -> str:
 <p class="order{mood}">{escape(order.text)}</p>
 <div class="wide">{table_html(header, body)}</div>
 <p class="soft">{escape(SCORES_TEXT)}</p>
-<details><summary>As Markdown</summary><pre>{escape(markdown_table(report.rows))}</pre></details>"""
+<details><summary>As Markdown, to paste</summary>
+<pre class="copy" tabindex="0">{escape(markdown_table(report.rows))}</pre></details>"""
 
 
 def _probes(report: Report) -> str:
@@ -206,3 +220,8 @@ def _origin(report: Report) -> str:
         for title, facts in parts
     ]
     return "\n".join(["<h2>Where this comes from</h2>", *blocks])
+
+
+def _size(body: str) -> str:
+    size_mb = (len(body) + len(STYLE) + len(PAGE.template)) / 1e6
+    return f'<p class="soft">This page is one file of {size_mb:.1f} MB; it fetches nothing.</p>'

@@ -39,6 +39,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td small { display: block; font-size: .8rem; color: var(--soft); white-space: nowrap; }
+.wide th:first-child, .wide td:first-child {
+  position: sticky; left: 0; background: var(--paper);
+}
 table.facts td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
 table.facts td:first-child { color: var(--soft); min-width: 10rem; }
 table.probes td:nth-child(2) { min-width: 13rem; }
@@ -47,6 +51,13 @@ pre { background: var(--wash); padding: .75rem; overflow-x: auto; font-size: .8r
 details summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin: .5rem 0; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; display: block; }
+.copy { -webkit-user-select: all; user-select: all; }
+.moving {
+  display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
+}
+.moving figure { margin: .5rem 0; min-width: 0; }
+.moving figcaption { overflow-wrap: anywhere; }
 .panel {
   display: grid; grid-template-columns: 8.5rem repeat(var(--columns), minmax(0, 1fr));
   align-items: center;
@@ -79,6 +90,8 @@ figure img { max-width: 100%; height: auto; display: block; }
   }
   table.probes td, table.probes td:nth-child(2) { border: 0; min-width: 0; }
   table.probes td:last-child { grid-column: 1 / -1; padding: 0 0 .3rem; }
+  td small { font-size: .7rem; }
+  .plot img { max-width: none; width: 34rem; }
   .panel { grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
   .panel .times { grid-column: 1 / -1; }
   .panel .name { grid-column: 1 / -1; justify-self: start; padding-top: .35rem; }

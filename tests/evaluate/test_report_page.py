@@ -69,7 +69,7 @@ def test_page_refers_to_nothing_outside(page_text: str) -> None:
     assert not re.search(r"https?:|//cdn|url\(|@import", page_text)
     for name in ("src", "srcset", "href"):
         for target in re.findall(rf'{name}="([^"]{{0,40}})', page_text):
-            assert target.startswith("data:image/png;base64,")
+            assert re.match("data:image/(png|gif);base64,", target)
     assert not Page(page_text).all("script")
 
 
@@ -84,7 +84,8 @@ def test_page_follows_dark_mode_and_phones(page_text: str) -> None:
     assert 'content="width=device-width, initial-scale=1"' in page_text
     sources = Page(page_text).all("source")
     assert sources
-    assert all(source["media"] == "(prefers-color-scheme: dark)" for source in sources)
+    media = {source["media"] for source in sources}
+    assert media == {"(prefers-color-scheme: dark)", "(prefers-reduced-motion: reduce), print"}
 
 
 def test_names_cannot_break_the_page(page_text: str) -> None:
@@ -105,9 +106,9 @@ def test_page_says_where_the_numbers_come_from(page_text: str) -> None:
 def test_pictures_of_an_earlier_report_are_removed(tiny: Any) -> None:
     run_forecast(tiny.config(num_pictures=2))
     pictures = tiny.root / "report" / "pictures"
-    assert len(list(pictures.iterdir())) == 4
+    assert len(list(pictures.iterdir())) == 6
     run_forecast(tiny.config(num_pictures=1, head=None, labels=None))
-    assert [path.name for path in pictures.iterdir()] == ["features-0.png"]
+    assert sorted(path.name for path in pictures.iterdir()) == ["features-0.png", "moving-0.gif"]
 
 
 def test_frames_of_the_videos_are_shown(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,101 @@
+"""Moving pictures of a report: every moment, side by side, and a text for who cannot see them."""
+
+import io
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deltatok.evaluate.animation import GAP, LINE
+from deltatok.evaluate.moving import moving_html, moving_panel, moving_panels
+from deltatok.evaluate.pictures import Panel, Strip
+
+TIMES_S = (-0.4, -0.2, 0.0, 0.2, 0.4)
+SIDE = 20
+
+
+def strip(label: str, count: int, grey: int) -> Strip:
+    tiles = tuple(np.full((SIDE, SIDE, 3), grey + 10 * i, np.uint8) for i in range(count))
+    return Strip(label=label, alt=f"About {label}.", tiles=tiles)
+
+
+def panel(*strips: Strip) -> Panel:
+    columns = tuple(f"{time_s:+.1f} s" for time_s in TIMES_S)
+    return Panel(title="<clip>, window 3", columns=columns, strips=strips)
+
+
+def moments(gif: bytes) -> list[Image.Image]:
+    with Image.open(io.BytesIO(gif)) as film:
+        found = []
+        for i in range(getattr(film, "n_frames", 1)):
+            film.seek(i)
+            found.append(film.convert("RGB"))
+        assert film.info["loop"] == 0
+        return found
+
+
+def cell(picture: Image.Image, column: int) -> int:
+    """Grey in the middle of a cell of the first line."""
+    place = (GAP + column * (SIDE + GAP) + SIDE // 2, LINE + SIDE // 2)
+    found = picture.getpixel(place)
+    assert isinstance(found, tuple)
+    return int(found[0])
+
+
+def test_futures_part_after_what_was_seen() -> None:
+    moving = moving_panel(
+        panel(strip("truth", 5, 50), strip("sample 4", 2, 150), strip("best sample", 2, 200)),
+        times_s=TIMES_S,
+    )
+    assert moving is not None
+    pictures = moments(moving.gif)
+    assert len(pictures) == 5
+    for i in range(3):  # all cells show the truth
+        assert [cell(pictures[i], column) for column in range(3)] == pytest.approx(
+            [50 + 10 * i] * 3, abs=4
+        )
+    shown = [cell(pictures[4], column) for column in range(3)]
+    assert shown == pytest.approx([90, 210, 160], abs=4)  # truth, best, sample
+    with Image.open(io.BytesIO(moving.still)) as still:
+        assert [cell(still.convert("RGB"), column) for column in range(3)] == pytest.approx(
+            shown, abs=4
+        )
+
+
+def test_the_text_names_what_is_shown_and_how_it_ends() -> None:
+    whole = panel(strip("truth", 5, 0), strip("sample 4", 2, 0), strip("spread of samples", 2, 0))
+    moving = moving_panel(whole, times_s=TIMES_S)
+    assert moving is not None
+    assert "3 moments that are seen, then 2 of the future" in moving.alt
+    assert "truth, sample 4" in moving.alt
+    assert "About sample 4." in moving.alt
+    assert "spread" not in moving.alt
+
+
+def test_a_panel_without_forecasts_does_not_move() -> None:
+    assert moving_panels([panel(strip("truth", 5, 0))], [TIMES_S]) == []
+    assert moving_html([]) == ""
+
+
+def test_names_cannot_break_the_page_and_motion_can_be_refused() -> None:
+    whole = panel(strip("truth", 5, 0), strip('best sample"><b>', 2, 0), strip("sample 1", 2, 0))
+    page = moving_html(moving_panels([whole], [TIMES_S]))
+    tags: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append(tag)  # type: ignore[method-assign]
+    parser.feed(page)
+    assert "b" not in tags
+    assert "clip" not in tags
+    assert "(prefers-reduced-motion: reduce)" in page
+
+
+def test_a_gif_of_a_video_is_small() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 60, (5, 112, 199, 3), dtype=np.uint8) + 90
+    tiles = tuple(noise)
+    strips = [Strip(label="video", alt="v", tiles=tiles)]
+    strips += [Strip(label=f"sample {i}", alt="s", tiles=tiles[3:]) for i in range(8)]
+    moving = moving_panel(panel(*strips), times_s=TIMES_S)
+    assert moving is not None
+    assert len(moving.gif) < 1_500_000  # noise, which nothing compresses; nine tiles, five moments
