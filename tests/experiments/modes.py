@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from deltatok.train import world as world_training
 from deltatok.train.losses import smooth_l1
+from deltatok.train.selection import Windows
 
 WORLD_STAGE = world_training.WorldStage
 PLAIN = {
@@ -50,7 +51,7 @@ class SharedStage(WORLD_STAGE):  # type: ignore[misc, valid-type]
         timestamps = batch.tensors["timestamps"][samples]
         count = self.model.config.num_samples_train
         names = [("noise", step, int(number)) for number in batch.samples[samples]]
-        noise = self._selector.noise(names, positions=z.shape[1] - 1)
+        noise = self._selector.noise(Windows(z, timestamps, names))
         queries = noise.chunk(torch.tensor(0), count)
         target = z[:, 1:, None]
         with torch.no_grad():
