@@ -3,7 +3,9 @@
 forecast.py    the protocol from a cache       rollout.py   samples -> features
 protocol.py    crops, labels, metrics          probes.py    spread, best-of-k, use of the token
 report.py      report.json and report.html     flops.py     GFLOPs of the real modules
-page.py        parts of HTML pages
+page.py        parts of HTML pages            modes.py     which possible future a forecast is
+sequences.py   scores by sequence             intervals.py bootstrap intervals of them
+compare.py     several reports side by side
 cache_fidelity.py  what a storage type costs
 api.py         DeltaWorld for Python: from pixels to possible futures
 

@@ -72,7 +72,7 @@ class ForecastConfig:
     target and crop, alone."""
     num_seeds: int = 1
     """Seeds of the samples, from `seed` on: rows of samples are means over them. The best-of-k
-    curve, probes and pictures are those of the first."""
+    curve, IoU by class, probes and pictures are those of the first."""
     noise_scale: float = 1.0
     """The samples' noise is multiplied by this; 1 = as in training."""
     batch_windows: int = 4

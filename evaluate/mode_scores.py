@@ -45,8 +45,10 @@ class Calibration:
     distance: list[float] = field(default_factory=list)
     """By window: half the summed difference of frequency and probability, 0 to 1."""
     distance_of_draws: list[float] = field(default_factory=list)
-    recall_of_draws: list[float] = field(default_factory=list)
-    recall_of_one: list[float] = field(default_factory=list)
+    recall_of_draws: list[tuple[float, float]] = field(default_factory=list)
+    """By window: mode recall of as many true draws, plain and by probability."""
+    recall_of_one: list[tuple[float, float]] = field(default_factory=list)
+    """The same of one true draw."""
 
     def add(self, modes: Modes, found: NDArray[np.int64], seed: int) -> None:
         """Take in the modes that a window's samples hit."""
@@ -63,7 +65,7 @@ class Calibration:
         self.recall_of_one.append(recall_of_draws(true, 1))
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON values; see `REFERENCES` in mode_section.py for the words."""
+        """Plain JSON values; mode_section.py has the words."""
         bins = reliability(np.array(self.predicted), np.array(self.true))
         gaps = [abs(found["frequency"] - found["probability"]) * found["modes"] for found in bins]
         return {
@@ -71,8 +73,8 @@ class Calibration:
             "calibration_error": sum(gaps) / len(self.true),
             "frequency_distance": float(np.mean(self.distance)),
             "frequency_distance_of_true_draws": float(np.mean(self.distance_of_draws)),
-            "recall_of_true_draws": float(np.mean(self.recall_of_draws)),
-            "recall_of_one_true_draw": float(np.mean(self.recall_of_one)),
+            "true_draws": _recalls(self.recall_of_draws),
+            "one_true_draw": _recalls(self.recall_of_one),
             "reliability": bins,
         }
 
@@ -119,7 +121,7 @@ class ModeScorer:
                     draws = seed_for("true draws", self._config.seed, horizon, index)
                     self._calibration.setdefault(horizon, Calibration()).add(modes, found, draws)
                 key = self._cache.keys[int(self._cache.clip_index[index])]
-                for metric, value in zip(MODE_METRICS, _values(modes, found), strict=True):
+                for metric, value in zip(MODE_METRICS, mode_values(modes, found), strict=True):
                     scores.add(Score(horizon, name, metric), seed, key, value, 1)
 
     def probes(self) -> dict[str, Any]:
@@ -164,8 +166,13 @@ def reliability(predicted: NDArray[np.float64], true: NDArray[np.float64]) -> li
     ]
 
 
-def _values(modes: Modes, found: NDArray[np.int64]) -> tuple[float, float, float]:
-    """The MODE_METRICS of one window, from the modes that its forecasts hit."""
+def mode_values(modes: Modes, found: NDArray[np.int64]) -> tuple[float, float, float]:
+    """The MODE_METRICS of one window, from the modes (S,) that its forecasts hit."""
     is_hit = np.isin(np.arange(len(modes.probability)), found)
     weighted = float(modes.probability[is_hit].sum() / modes.probability.sum())
-    return float(is_hit.mean()), weighted, float(np.mean(found != NO_MODE))
+    return float(is_hit.mean()), float(np.mean(found != NO_MODE)), weighted
+
+
+def _recalls(found: list[tuple[float, float]]) -> dict[str, float]:
+    plain, weighted = np.mean(found, axis=0).tolist()
+    return {"mode_recall": plain, "mode_precision": 1.0, "mode_recall_weighted": weighted}

@@ -38,13 +38,12 @@ def mode_table(
         if any(cell is not None for cell in cells):
             body.append([_LABELS[name], *map(show_row, cells)])
     drawn = {
-        f"{num_samples} true draws (expected)": "recall_of_true_draws",
-        "1 true draw (expected)": "recall_of_one_true_draw",
+        f"{num_samples} true draws (expected)": "true_draws",
+        "1 true draw (expected)": "one_true_draw",
     }
     for label, key in drawn.items():
-        if any(h in found for h in HORIZONS):
-            recalls = [show(found[h][key], "mode_recall") if h in found else "-" for h in HORIZONS]
-            body.append([label, *recalls, "-", "-", "100.0", "100.0"])
+        if all(horizon in found for horizon in HORIZONS):
+            body.append([label, *(show(found[h][key][metric], metric) for metric, h in columns)])
     return header, body
 
 

@@ -83,6 +83,8 @@ def hits(modes: Modes, classes: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.where(is_hit, modes.mode_of[nearest], NO_MODE)
 
 
-def recall_of_draws(probability: NDArray[np.float64], num_draws: int) -> float:
-    """Share of the modes that `num_draws` draws from their probabilities (G,) hit, expected."""
-    return float(np.mean(1 - (1 - probability) ** num_draws))
+def recall_of_draws(probability: NDArray[np.float64], num_draws: int) -> tuple[float, float]:
+    """Share of the modes that `num_draws` draws from their probabilities (G,) hit, expected; and
+    the same with each mode counting as much as it is probable."""
+    hit = 1 - (1 - probability) ** num_draws
+    return float(hit.mean()), float(hit @ probability)

@@ -31,7 +31,7 @@ _ORDER_TEXTS = {
     "rmse": "mid-term RMSE, > meaning better",
     "feature_loss": "mid-term feature loss, > meaning better",
 }
-MODE_METRICS = ("mode_recall", "mode_recall_weighted", "mode_precision")
+MODE_METRICS = ("mode_recall", "mode_precision", "mode_recall_weighted")
 """Fractions, 0 to 1, where all possible futures are known; in a table of their own."""
 MODE_ROWS = ("copy_last", "discriminative", "mean", "samples", "reconstruction", "present")
 """Rows that have them; `samples`: all samples of a window together."""

@@ -37,6 +37,9 @@ FILE_NAME = "sequences.jsonl"
 ROOT_METRICS = ("rmse",)
 """Metrics that are the square root of a mean."""
 
+MAX_CLASSES = 65_536
+"""No head has more; a larger number in a file is damage."""
+
 
 class Score(NamedTuple):
     """Which number of a report."""
@@ -174,9 +177,14 @@ def _add_line(scores: SequenceScores, line: Mapping[str, Any]) -> None:
         for row, metrics in rows.items():
             for metric, seeds in metrics.items():
                 for seed, classes in seeds.items():
-                    part = np.zeros((2, 1 + max((int(c[0]) for c in classes), default=0)))
+                    numbers = [int(entry[0]) for entry in classes]
+                    if not all(0 <= number < MAX_CLASSES for number in numbers):
+                        raise ValueError(f"classes of {row} {metric}")
+                    part = np.zeros((2, 1 + max(numbers, default=0)))
                     for index, total, count in classes:
                         part[:, int(index)] = float(total), float(count)
+                    if not np.isfinite(part).all() or (part[1] < 0).any():
+                        raise ValueError(f"sums or counts of {row} {metric}")
                     scores.parts[Score(horizon, row, metric)][int(seed)][sequence] = part
 
 

@@ -148,7 +148,7 @@ def _planned(dataset: Dataset, target: DatasetTarget, root: Path) -> PlanTarget:
     if not is_inside(target.label):
         raise BadLabel(f"{target.label!r} cannot be stored as a path: rename it")
     if not (root / target.label).resolve().is_relative_to(root.resolve()):
-        raise BadLabel(f"{target.label} is a link that leads out of {root}")
+        raise BadLabel(f"{target.label} is a link that leads out of {root}: labels must lie in it")
     stored = label_size(root, target.label, frame=target.frame)
     if not dataset.is_video:
         frame = image_size(root, target.frames[-1])

@@ -12,6 +12,7 @@ frames count as they come. Frames without a label are context only; a label with
 frame is a missing frame.
 """
 
+import glob
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ def load_sequences(config: DatasetConfig) -> Dataset:
                     )
                 )
     return Dataset(
-        name="sequences",
+        name=config.name or "sequences",
         fps=fps,
         stride=stride,
         targets=targets,
@@ -93,7 +94,7 @@ def _matches(root: Path, pattern: str) -> dict[tuple[str, ...], str]:
         )
     stars = re.compile("([^/]*)".join(map(re.escape, pattern.split("*"))))
     found: dict[tuple[str, ...], str] = {}
-    for path in sorted(root.glob(pattern)):
+    for path in sorted(root.glob("*".join(map(glob.escape, pattern.split("*"))))):
         name = path.relative_to(root).as_posix()
         match = stars.fullmatch(name)
         if match is not None and not path.name.startswith(".") and path.is_file():

@@ -41,7 +41,7 @@ def find_targets(config: DatasetConfig) -> tuple[EvaluationPolicy, list[Clip]]:
     Raises UsageError for another layout than the published one, and where no target can be used.
     """
     dataset = LOADERS[config.dataset](config)
-    clips = clips_of_dataset(dataset, Path(config.root), split=config.split)
+    clips = clips_of_dataset(dataset, Path(config.root).absolute(), split=config.split)
     if config.limit is not None:
         clips = first_clips(clips, config.limit, seed=config.seed)
     num_frames = config.frames_a_window

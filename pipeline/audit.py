@@ -264,6 +264,11 @@ def _extraction(config: AuditConfig, info: CacheInfo, identity: dict[str, Any]) 
             for name, value in identity["sampling"].items()
         }
         policy = sampling.pop("policy")
+        if policy == "evaluation":
+            raise UsageError(
+                f"{config.cache}: is an evaluation cache, which has no videos to be audited by: "
+                "extract it again, with --limit a part of it, and compare the two"
+            )
         return ExtractConfig(
             videos=config.videos or ("the plan's sources",),
             out=config.cache,

@@ -9,9 +9,10 @@ EXAMPLE = """examples:
   deltatok-extract --dataset vspw --root VSPW --out cache/vspw
   deltatok-extract --dataset cityscapes --root cityscapes --out cache/cityscapes
   deltatok-extract --dataset kitti --root kitti --split-file eigen_test.txt --out cache/kitti
-  deltatok-extract --dataset sequences --root DAVIS --images "JPEGImages/480p/*/*.jpg" \\
-      --labels "Annotations/480p/*/*.png" --binary --fps 24 --out cache/davis
-  deltatok-extract --dataset sequences --root scene --images "*.color.png" \\
+  deltatok-extract --dataset sequences --name davis --root DAVIS \\
+      --images "JPEGImages/480p/*/*.jpg" --labels "Annotations/480p/*/*.png" --binary --fps 24 \\
+      --out cache/davis
+  deltatok-extract --dataset sequences --name scene --root scene --images "*.color.png" \\
       --labels "*.depth.png" --kind depth --steps-per-m 1000 --ignore 65535 --fps 30 --out cache/d
   deltatok-extract --dataset vspw --root VSPW --split train --out cache/vspw_train
 
@@ -34,7 +35,18 @@ def run_dataset_command(words: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_flags(parser, DatasetConfig)
-    config = config_from_arguments(DatasetConfig, parser.parse_args(words))
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="say which targets there are and what they would take, and exit; writes nothing",
+    )
+    arguments = parser.parse_args(words)
+    config = config_from_arguments(DatasetConfig, arguments)
+    if arguments.plan:
+        from .dataset_plan import dataset_plan
+
+        print(dataset_plan(config))
+        return
     from ..extract.datasets import run_dataset
 
     logging.info("%s", run_dataset(config))

@@ -10,7 +10,7 @@ USAGE = """usage: deltatok-train {tokenizer,world,dinoworld,head} [--help] ...
   tokenizer  DeltaTok on patch-token shards
   world      DeltaWorld on delta-token shards
   dinoworld  DINO-world, the baseline, on patch-token shards
-  head       a linear segmentation head on patch-token shards and labels
+  head       a linear segmentation or depth head on patch-token shards and labels
 
 examples:
   deltatok-train tokenizer --patches cache/patches --out runs/tokenizer
@@ -75,14 +75,14 @@ def _dinoworld(words: list[str]) -> None:
 
 
 def _head(words: list[str]) -> None:
-    from ..train.config import HeadTrainConfig
+    from ..train.config_head import HeadTrainConfig
 
     config = parse_config(
         HeadTrainConfig,
         words,
         prog="deltatok-train head",
-        summary="Train a linear segmentation head on cached patch tokens.",
-        example="deltatok-train head --patches cache/uniform --labels labels/ --out runs/head",
+        summary="Train a linear segmentation or depth head on cached patch tokens.",
+        example="deltatok-train head --patches cache/vspw_train --labels VSPW --out runs/head",
     )
     from ..train.head import train_head
 

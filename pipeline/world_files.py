@@ -119,7 +119,10 @@ def render(
 
 
 def _write_futures(config: LittleWorldConfig, out: Path, index: int, path: list[Walker]) -> None:
-    """What can come after the context frames of both horizons, which end at one target."""
+    """What can come after the context frames of both horizons, which end at one target; nothing
+    for clips that end before it."""
+    if _frame_at(config, TARGET_TICK) >= round(config.labelled_duration_s * config.fps):
+        return
     known = {}
     for ticks in HORIZON_TICKS:
         last = TARGET_TICK - ticks

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .checked import Fields
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import create_bytes, write_bytes
-from .plan_target import PlanTarget, target_from_json, target_to_json
+from .plan_target import PlanTarget, check_same_target, target_from_json, target_to_json
 from .strict_json import parse_json, read_file
 
 PLAN = "plan.jsonl"
@@ -198,7 +198,7 @@ def _refuse_other_names(
 def _with_new_sources(
     folder: Path, stored: Sequence[PlanEntry], asked: Mapping[str, PlanEntry]
 ) -> list[PlanEntry]:
-    """`stored` with the sources of `asked`; CacheMismatch where the two differ in size."""
+    """`stored` with the sources of `asked`; CacheMismatch where size or target differ."""
     for entry in stored:
         size = asked.get(entry.key, entry).size_bytes
         if entry.size_bytes != size:
@@ -206,6 +206,8 @@ def _with_new_sources(
                 f"{folder}: clip {entry.key!r} had {entry.size_bytes} bytes when the plan was "
                 f"made, now {size}: restore the file, or extract into another folder"
             )
+        if entry.key in asked:
+            check_same_target(f"{folder}: {entry.key!r}", entry.target, asked[entry.key].target)
     return [
         replace(entry, source=asked[entry.key].source) if entry.key in asked else entry
         for entry in stored

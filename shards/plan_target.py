@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .checked import Fields, is_count, is_number, shown
-from .errors import DamagedShard
+from .errors import CacheMismatch, DamagedShard
 
 Kind = Literal["segmentation", "depth"]
 RuleName = Literal["stored", "binary", "vspw", "cityscapes", "depth", "kitti"]
@@ -87,6 +87,18 @@ def target_from_json(value: Mapping[str, Any], *, where: str) -> PlanTarget:
         rule=_rule(fields.mapping("rule"), where=f"{where}: rule")
         if fields.has("rule")
         else LabelRule(),
+    )
+
+
+def check_same_target(where: str, stored: PlanTarget | None, asked: PlanTarget | None) -> None:
+    """CacheMismatch, naming the field, unless the two are the same."""
+    if stored == asked:
+        return
+    known, wanted = ({} if t is None else target_to_json(t) for t in (stored, asked))
+    name = next(name for name in {**known, **wanted} if known.get(name) != wanted.get(name))
+    raise CacheMismatch(
+        f"{where}: target.{name} is {shown(known.get(name))} in the plan of this cache, now "
+        f"{shown(wanted.get(name))}: give the same options and labels as before, or another folder"
     )
 
 

@@ -12,15 +12,17 @@ frame's tokens); argmin.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .losses import SMOOTH_L1_BETA, smooth_l1
 from .models.deltaworld import DeltaWorld
 from .models.dinoworld import DINOWorld
 from .models.folded import Folded, WorldWeights, fold, predictions, weights_of
+from .models.products import ProductsName
 from .noise import Noise
 
 CPU_MEMORY_MB = 16
@@ -40,6 +42,8 @@ class Selection(NamedTuple):
     """float32 (B, P): over all samples."""
     queries: Tensor
     """(B, P, Dp): the winners' noise."""
+    finalists: Tensor
+    """int64 (B, P, F): the F lowest, the winner first."""
 
 
 class Chunks(NamedTuple):
@@ -61,25 +65,27 @@ def select(
     noise: Noise,
     *,
     num_samples: int,
-    dtype: torch.dtype = torch.float32,
+    num_finalists: int = 1,
+    products: ProductsName = "float32",
     chunks: Chunks | None = None,
+    chunk_losses: "ChunkLosses | None" = None,
 ) -> Selection:
-    """The best of num_samples candidates, predicted with products in `dtype`.
+    """The best of num_samples candidates, predicted with `products` (models/products.py).
 
     z (B, T, D), timestamps (B, T) seconds. chunks None: as many as activations of CPU_MEMORY_MB or
-    CUDA_MEMORY_MB allow.
+    CUDA_MEMORY_MB allow. chunk_losses: a compiled one.
     """
+    score = chunk_losses or ChunkLosses()
     if chunks is None:
-        chunks = default_chunks(world, z, num_samples=num_samples, dtype=dtype)
+        chunks = default_chunks(world, z, num_samples=num_samples, products=products)
     with torch.autocast(z.device.type, enabled=False):
-        weights = weights_of(world, dtype)
+        weights = weights_of(world, products)
 
         def scorer(part: slice) -> Score:
             folded = fold(weights, z[part], timestamps[part])
-            targets, drawn = z[part, 1:], noise.windows(part)
-            return lambda first, count: chunk_losses(weights, folded, targets, drawn, first, count)
+            return partial(score, weights, folded, z[part, 1:], noise.windows(part))
 
-        return _select(scorer, z, noise, num_samples=num_samples, chunks=chunks)
+        return _select(scorer, z, noise, chunks, num_samples, num_finalists)
 
 
 @torch.no_grad()
@@ -91,17 +97,19 @@ def select_patches(
     *,
     grid: tuple[int, int],
     num_samples: int,
-    dtype: torch.dtype = torch.float32,
+    num_finalists: int = 1,
+    products: ProductsName = "float32",
     chunks: Chunks | None = None,
 ) -> Selection:
     """`select` for DINO-world: one noise query for all patches of a frame; one choice a frame.
 
     x (B, T, N, D); the loss is averaged over the frame's patch tokens. With as many keys as
     patches nothing is folded; a frame's queries meet the frames before it, without a mask.
+    products: float32 or bfloat16.
     """
     if chunks is None:
-        chunks = default_chunks(world, x, num_samples=num_samples, dtype=dtype)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        chunks = default_chunks(world, x, num_samples=num_samples, products=products)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=products == "bfloat16"):
 
         def scorer(part: slice) -> Score:
             memory = world.memory(x[part], timestamps[part], grid=grid)
@@ -122,7 +130,7 @@ def select_patches(
 
             return score
 
-        selection = _select(scorer, x, noise, num_samples=num_samples, chunks=chunks)
+        selection = _select(scorer, x, noise, chunks, num_samples, num_finalists)
     # Weights that autocast has cast without gradient must not serve the pass with gradient.
     torch.clear_autocast_cache()
     return selection
@@ -133,7 +141,7 @@ def default_chunks(
     tokens: Tensor,
     *,
     num_samples: int,
-    dtype: torch.dtype,
+    products: ProductsName,
     memory_mb: int | None = None,
 ) -> Chunks:
     """As many windows and samples as activations of memory_mb allow (None: by device), in chunks
@@ -143,7 +151,7 @@ def default_chunks(
         memory_mb = CUDA_MEMORY_MB if tokens.is_cuda else CPU_MEMORY_MB
     size, ratio = world.config.predictor_hidden_size, world.config.mlp_ratio
     # The MLP's hidden channels before and after GELU; stream, norm and predictions in float32.
-    query_bytes = size * (2 * ratio * dtype.itemsize + 3 * 4)
+    query_bytes = size * (2 * ratio * (4 if products == "float32" else 2) + 3 * 4)
     # DINO-world takes a frame's position at a time, but all of its patches.
     per_sample = tokens.shape[1] - 1 if tokens.ndim == 3 else tokens.shape[2]
     at_once = max(1, memory_mb * 10**6 // (query_bytes * per_sample))  # samples of a window
@@ -154,20 +162,22 @@ def default_chunks(
     )
 
 
-def chunk_losses(
-    weights: WorldWeights,
-    folded: list[Folded],
-    targets: Tensor,
-    noise: Noise,
-    first: Tensor,
-    count: int,
-) -> Tensor:
-    """Losses float32 (B, P, count) of samples first, first + 1, ... to targets (B, P, D).
+class ChunkLosses(nn.Module):
+    """The losses of a chunk of candidates: what takes the time, as a module of its own so that it
+    can be compiled. It has no state, and waits for nothing from the device."""
 
-    Draws, predicts and compares; waits for nothing from the device, so it can be compiled whole
-    or captured.
-    """
-    return prediction_losses(predictions(weights, folded, noise.chunk(first, count)), targets)
+    def forward(
+        self,
+        weights: WorldWeights,
+        folded: list[Folded],
+        targets: Tensor,
+        noise: Noise,
+        first: Tensor,
+        count: int,
+    ) -> Tensor:
+        """float32 (B, P, count): of samples first, first + 1, ... to targets (B, P, D)."""
+        predicted = predictions(weights, folded, noise.chunk(first, count))
+        return prediction_losses(predicted, targets)
 
 
 def prediction_losses(predicted: Tensor, targets: Tensor) -> Tensor:
@@ -186,46 +196,56 @@ def losses_in_chunks(
         yield score(first, size)[:, :, : num_samples - start]
 
 
-def running_best(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Index int64, lowest and mean loss float32, (b, P) each, of losses (b, P, s) that come in
-    chunks; of equal ones the first."""
-    indices: Tensor | None = None
-    best = total = torch.empty(0)
+def running_best(chunks: Iterable[Tensor], *, keep: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Of losses (b, P, s) that come in chunks: the indices int64 (b, P, keep) and values of the
+    lowest, in order, the first of equal ones before the others; and the mean (b, P)."""
+    indices = best = total = torch.empty(0)
     start = 0
     for losses in chunks:
-        lowest, index = losses.min(dim=2)
-        if indices is None:
+        lowest, index = _lowest(losses, keep)
+        if start == 0:
             indices, best, total = index, lowest, losses.sum(dim=2)
         else:
-            better = lowest < best  # strict: the first of equal losses stays
-            best = torch.where(better, lowest, best)
-            indices = torch.where(better, index + start, indices)
+            best, order = _lowest(torch.cat([best, lowest], dim=2), keep)
+            indices = torch.cat([indices, index + start], dim=2).gather(2, order)
             total = total + losses.sum(dim=2)
         start += losses.shape[2]
-    if indices is None:
+    if start == 0:
         raise ValueError("no candidates to choose from: ask for at least one sample")
     return indices, best, total / start
+
+
+def _lowest(losses: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    if keep == 1:
+        found = losses.min(dim=2, keepdim=True)
+        return found.values, found.indices
+    values, indices = losses.sort(dim=2, stable=True)
+    return values[:, :, :keep], indices[:, :, :keep]
 
 
 def _select(
     scorer: Callable[[slice], Score],
     tokens: Tensor,
     noise: Noise,
-    *,
-    num_samples: int,
     chunks: Chunks,
+    num_samples: int,
+    num_finalists: int,
 ) -> Selection:
     """scorer(windows): what scores their candidates; tokens (B, T, ...)."""
     count, positions = len(tokens), tokens.shape[1] - 1
     size = min(chunks.windows, count)
+    keep = min(num_finalists, num_samples)
     device = tokens.device
-    indices = torch.empty((count, positions), dtype=torch.int64, device=device)
-    best, mean = (torch.empty((count, positions), device=device) for _ in range(2))
+    finalists = torch.empty((count, positions, keep), dtype=torch.int64, device=device)
+    best = torch.empty((count, positions), device=device)
+    mean = torch.empty_like(best)
     for start in range(0, count, size):
         start = min(start, count - size)  # all portions alike: the last may overlap
         part = slice(start, start + size)
         losses = losses_in_chunks(
             scorer(part), num_samples=num_samples, size=chunks.samples, device=device
         )
-        indices[part], best[part], mean[part] = running_best(losses)
-    return Selection(indices, best, mean, noise.at(indices))
+        finalists[part], lowest, mean[part] = running_best(losses, keep=keep)
+        best[part] = lowest[:, :, 0]
+    indices = finalists[:, :, 0]
+    return Selection(indices, best, mean, noise.at(indices[..., None])[:, :, 0], finalists)

@@ -1,7 +1,7 @@
 """What each training command is told: one frozen dataclass a command, checked when it is made.
 
     TokenizerTrainConfig   deltatok-train tokenizer    TokenizeConfig   patch cache -> delta cache
-    WorldTrainConfig       deltatok-train world        HeadTrainConfig  deltatok-train head
+    WorldTrainConfig       deltatok-train world        (head, dinoworld: files of their own)
 
 The YAML files and the flags map 1:1 onto the fields. Every default is the released code's or the
 paper's for a batch of 1,024 on many GPUs, unless its text says that it is a guess.
@@ -206,38 +206,6 @@ class WorldTrainConfig(TrainConfig, SelectionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_selection()
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadTrainConfig(TrainConfig):
-    """deltatok-train head: patch-token cache + labels -> linear segmentation head. A sample is a
-    labelled frame. The optimizer settings are guesses after the usual linear protocol."""
-
-    patches: str
-    """Patch-token cache of whole frames (uniform sampling: no crop, no flip)."""
-    labels: str
-    """Folder with CLIP_KEY.npy: uint8 (frames, height, width), 255 = ignore."""
-    num_classes: int
-    """Classes, labelled 0 to num_classes - 1."""
-    steps: int = 40_000
-    """Optimizer steps in all."""
-    batch_size: int = 16
-    """Frames of one step over all ranks."""
-    lr: float = 1e-3
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 1500
-    """Steps of linear warm-up; the very first step has learning rate 0."""
-    weight_decay: float = 1e-3
-    """AdamW's decay, on the weights of linear and convolution layers only."""
-
-    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"patches"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.num_classes <= 255:
-            raise UsageError(
-                f"num_classes {self.num_classes}: wanted 2 to 255 (255 itself means ignore)"
-            )
 
 
 DRAWN_WINDOWS = 4

@@ -27,7 +27,7 @@ from .models.dinoworld import DINOWorld
 from .order import Indices, Share, evenly, split_windows
 from .run_folder import Run
 from .run_lock import locked
-from .selection import Selector
+from .selection import Selector, Windows
 from .sources import Read, order_data, patch_source, settled
 
 logger = logging.getLogger(__name__)
@@ -123,15 +123,15 @@ class DINOWorldStage:
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         x = batch.tensors["x"][samples].float()
         timestamps = batch.tensors["timestamps"][samples]
-        queries, extras = None, {}
+        queries: Tensor | None = None
+        extras: Mapping[str, Tensor] = {}
         if self.model.config.use_bom:
             names = [("noise", step, int(number)) for number in batch.samples[samples]]
             with meter.computing("selection"):
-                selection = self._selector(
-                    x, timestamps, names, num_samples=self.model.config.num_samples_train
+                selection, extras = self._selector.train(
+                    Windows(x, timestamps, names), step=step, checks=not meter.is_counting
                 )
             queries = selection.queries
-            extras["mean_candidate_loss"] = selection.mean_losses.mean()
         prediction = forward(x, timestamps, queries, grid=self._shards.grid)
         return smooth_l1(prediction, x[:, 1:]).flatten(1).mean(1), extras
 
@@ -147,12 +147,8 @@ class DINOWorldStage:
             x = self._validation.tensors["x"][row : row + 1].to(self._device).float()
             times = self._validation.tensors["timestamps"][row : row + 1].to(self._device)
             if self.model.config.use_bom:
-                selection = self._selector(
-                    x,
-                    times,
-                    [("validation noise", int(window))],
-                    num_samples=self.model.config.num_samples_eval,
-                )
+                names = [("validation noise", int(window))]
+                selection = self._selector.evaluate(Windows(x, times, names))
                 best, mean = selection.best_losses.mean(), selection.mean_losses.mean()
             else:
                 prediction = self.model(x, times, grid=self._shards.grid)
@@ -168,6 +164,9 @@ class DINOWorldStage:
 
     def judge(self, values: Mapping[str, float], *, step: int) -> None:
         """A world model has no known way of being stuck."""
+
+    def work_at(self, step: int) -> int:
+        return self._selector.num_samples_at(step)
 
     def clip_of(self, window: int) -> str:
         return self._shards.keys[int(self._shards.clip_index[window])]

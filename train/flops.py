@@ -1,4 +1,5 @@
-"""FLOPs of a training step, counted once from the step itself. Used by loop.py for its log.
+"""FLOPs of a training step, counted from the step itself: at the first one, and where the work of
+a step changes (the number of candidates may follow a schedule). Used by loop.py for its log.
 
 2 per multiply-add, products only, backward as it runs; of best-of-many, the selection too.
 """
@@ -27,10 +28,10 @@ def flops_per_sample(stage: Stage, batch: Batch, *, step: int, device: torch.dev
         for tensor in twin.state_dict().values():
             tensor.zero_()
     count = min(COUNTED_SAMPLES, len(batch.samples))
+    meter = Meter(stage.unit, device)
+    meter.is_counting = True
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        losses, _ = stage.losses(
-            twin, batch, slice(0, count), step=step, meter=Meter(stage.unit, device)
-        )
+        losses, _ = stage.losses(twin, batch, slice(0, count), step=step, meter=meter)
         losses.sum().backward()  # type: ignore[no-untyped-call]
     total: int = counter.get_total_flops()
     return total / count

@@ -1,7 +1,8 @@
-"""deltatok-train head: train_head(config), a linear segmentation head on cached patch tokens.
+"""deltatok-train head: train_head(config), a linear segmentation or depth head on cached tokens.
 
-A step: patch tokens of labelled frames -> BatchNorm and 1x1 convolution -> logits, enlarged
-bilinearly to the labels' size -> cross-entropy over the labelled pixels. PAPER "Evaluation".
+A step: patch tokens of labelled frames -> BatchNorm and 1x1 convolution -> logits or metres,
+enlarged bilinearly to the labels' size -> the task's loss over the labelled pixels (head_tasks.py).
+PAPER "Evaluation".
 """
 
 import logging
@@ -11,22 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
-from .config import HeadTrainConfig
+from .config_head import HeadTrainConfig
 from .data import Batch
 from .devices import make_accelerator
 from .first_weights import make_model, start_folder
-from .labels import IGNORE, Labels
+from .head_tasks import Task, task_of
+from .labels import Labels, LabelSource
 from .logs import Meter
 from .loop import Trainer
-from .models.heads import SegmentationHead, SegmentationHeadConfig, feature_map
+from .models.heads import DepthHead, SegmentationHead, feature_map
 from .order import BatchOrder, Indices, Share, evenly, split_windows
 from .run_folder import Run
 from .run_lock import locked
 from .sources import patch_source
+from .target_labels import TargetLabels
 
 EVALUATION_FRAMES_AT_ONCE = 8
 """Frames of an evaluation on the device at a time (a guess)."""
@@ -41,9 +44,16 @@ def train_head(config: HeadTrainConfig) -> Path:
     for an OUT that another run or another cache made.
     """
     shards = PatchShards(config.patches)
+    labels = open_labels(config, shards)
+    task = task_of(
+        labels,
+        in_size=shards.shape[2],
+        num_classes=config.num_classes,
+        max_depth=config.max_depth,
+    )
     model, started_from = make_model(
-        SegmentationHead,
-        SegmentationHeadConfig(in_size=shards.shape[2], num_classes=config.num_classes),
+        task.head_class,
+        task.head_config,
         seed=config.seed,
         start_from=start_folder(config),
     )
@@ -62,10 +72,19 @@ def train_head(config: HeadTrainConfig) -> Path:
         return run.folder
     accelerator = make_accelerator(config.device, config.precision)
     share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    stage = HeadStage(model, shards, config, share, device=accelerator.device)
+    stage = HeadStage(model, shards, labels, task, config, share, device=accelerator.device)
     with locked(run.folder, accelerator):
         Trainer(stage, run, accelerator).train()
     return run.folder
+
+
+def open_labels(config: HeadTrainConfig, shards: PatchShards) -> LabelSource:
+    """The labels of the cache, by its kind; UsageError where they do not fit it."""
+    if shards.info.identity.get("sampling", {}).get("policy") == "evaluation":
+        return TargetLabels(config.labels, shards, num_classes=config.num_classes)
+    if config.num_classes is None:
+        raise UsageError("num_classes: not given; give --num-classes, the classes of the labels")
+    return Labels(config.labels, shards, num_classes=config.num_classes)
 
 
 class HeadStage:
@@ -76,25 +95,28 @@ class HeadStage:
 
     def __init__(
         self,
-        model: SegmentationHead,
+        model: SegmentationHead | DepthHead,
         shards: PatchShards,
+        labels: LabelSource,
+        task: Task,
         config: HeadTrainConfig,
         share: Share,
         *,
         device: torch.device,
     ) -> None:
-        self.model = model
+        self.model: SegmentationHead | DepthHead = model
+        self._labels = labels
+        self._task = task
         self._shards = shards
         self._device = device
         self._batch_size = config.batch_size
         self._slice = share.of(config.batch_size)
-        self._labels = Labels(config.labels, shards, num_classes=config.num_classes)
         source = patch_source(shards, residency=config.residency, device=device)
         self._windows = source.read_few  # frames of random windows: not in the order of stream
-        split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
-        self._order = BatchOrder(self._frames_of(split.training), config.batch_size, config.seed)
-        chosen = evenly(split.validation, config.validation_windows)
-        frames = self._frames_of(chosen)
+        split = split_windows(*labels.videos, config.validation_fraction)
+        samples = labels.samples(split.training)
+        self._order = BatchOrder(samples, config.batch_size, config.seed)
+        frames = labels.samples(evenly(split.validation, config.validation_windows))
         size = EVALUATION_FRAMES_AT_ONCE
         self._validation = [frames[at : at + size] for at in range(0, len(frames), size)]
 
@@ -111,7 +133,7 @@ class HeadStage:
         return len(self._validation) > 0
 
     def read(self, step: int) -> Batch:
-        """Tensors: features (B, N, D), labels uint8 (B, H, W), filled up with IGNORE."""
+        """Tensors: features (B, N, D), labels uint8 or float32 (B, H, W), filled up."""
         numbers = np.arange(self._batch_size)[self._slice]
         return self._read(self._order.at(step)[self._slice], numbers)
 
@@ -119,23 +141,25 @@ class HeadStage:
         self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Of each frame the mean over its labelled pixels; 0 for a frame without any."""
-        losses, correct = self._score(forward, batch, samples)
-        return losses, {"accuracy": correct.mean()}
+        losses, sums, counts = self._score(forward, batch, samples)
+        return losses, {self._task.metric: self._task.summary(sums, counts)}
 
     def evaluate(self) -> dict[str, float]:
-        losses, correct = [], []
+        scores = []
         for frames in self._validation:
             batch = self._read(frames, np.arange(len(frames))).to(self._device)
-            loss, right = self._score(self.model, batch, slice(None))
-            losses.append(loss)
-            correct.append(right)
+            scores.append(self._score(self.model, batch, slice(None)))
+        losses, sums, counts = (torch.cat(values) for values in zip(*scores, strict=True))
         return {
-            "validation_loss": torch.cat(losses).mean().item(),
-            "validation_accuracy": torch.cat(correct).mean().item(),
+            "validation_loss": losses.mean().item(),
+            f"validation_{self._task.metric}": self._task.summary(sums, counts).item(),
         }
 
     def judge(self, values: Mapping[str, float], *, step: int) -> None:
         """A linear head has no way of being stuck."""
+
+    def work_at(self, step: int) -> int:
+        return 0
 
     def clip_of(self, window: int) -> str:
         return self._shards.keys[int(self._shards.clip_index[window])]
@@ -145,10 +169,6 @@ class HeadStage:
             "patches": self._shards.info.identity,
             "patches_fingerprint": self._shards.fingerprint,
         }
-
-    def _frames_of(self, windows: Indices) -> Indices:
-        num_frames = self._shards.shape[0]
-        return (windows[:, None] * num_frames + np.arange(num_frames)).reshape(-1)
 
     def _read(self, chosen: Indices, numbers: Indices) -> Batch:
         windows, frames = np.divmod(chosen, self._shards.shape[0])
@@ -163,18 +183,17 @@ class HeadStage:
             windows=windows,
         )
 
-    def _score(self, forward: nn.Module, batch: Batch, samples: slice) -> tuple[Tensor, Tensor]:
-        """Loss and share of right pixels of every frame, float32 (b,) each."""
+    def _score(
+        self, forward: nn.Module, batch: Batch, samples: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every frame the loss, the metric's sum and the labelled pixels, (b,) each."""
         features = batch.tensors["features"][samples].float()
         labels = batch.tensors["labels"][samples]
         maps: Tensor = forward(feature_map(features, grid=self._shards.grid))
-        losses, correct = [], []
-        for logits, label, window in zip(maps, labels, batch.windows[samples], strict=True):
+        scores = []
+        for output, label, window in zip(maps, labels, batch.windows[samples], strict=True):
             height, width = self._labels.size(int(window))
-            target = label[:height, :width].long()
-            enlarged = F.interpolate(logits[None].float(), size=(height, width), mode="bilinear")
-            count = (target != IGNORE).sum().clamp(min=1)
-            loss = F.cross_entropy(enlarged, target[None], ignore_index=IGNORE, reduction="sum")
-            losses.append(loss / count)
-            correct.append((enlarged[0].argmax(0) == target).sum() / count)
-        return torch.stack(losses), torch.stack(correct)
+            enlarged = self._labels.enlarge(output[None].float(), int(window))
+            scores.append(self._task.score(enlarged[0], label[:height, :width]))
+        losses, sums, counts = (torch.stack(values) for values in zip(*scores, strict=True))
+        return losses, sums, counts

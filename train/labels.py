@@ -5,16 +5,42 @@ size of the source frames, never resized. Used by head.py.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..shards.errors import UsageError
 from ..shards.patches import PatchShards
+from ..shards.plan_target import Kind
+from .label_rules import IGNORE
 from .order import Indices
 
-IGNORE = 255
+
+class LabelSource(Protocol):
+    """What a head is trained on: Labels below, target_labels.TargetLabels."""
+
+    kind: Kind
+    num_classes: int
+    """0 for depth."""
+
+    @property
+    def videos(self) -> tuple[list[str], Indices]:
+        """Names, and int64 (W,): of which of them a window is; validation keeps whole ones."""
+
+    def samples(self, windows: Indices) -> Indices:
+        """Numbers window * T + frame of the labelled frames of these windows, int64."""
+
+    def size(self, window: int) -> tuple[int, int]:
+        """Height and width of a window's labels."""
+
+    def read(self, windows: Indices, frames: Indices) -> NDArray[np.uint8] | NDArray[np.float32]:
+        """Labels (B, H, W) of frame `frames[i]` of window `windows[i]`, filled up where smaller."""
+
+    def enlarge(self, prediction: Tensor, window: int) -> Tensor:
+        """A head's output (1, C, h, w) for a window, at the size of its labels."""
 
 
 class Labels:
@@ -25,12 +51,28 @@ class Labels:
     """
 
     def __init__(self, folder: str, shards: PatchShards, *, num_classes: int) -> None:
-        self._num_classes = num_classes
+        self.kind: Kind = "segmentation"
+        self.num_classes = num_classes
         self._clip_index = shards.clip_index
         self._frame_index = shards.frame_index(np.arange(shards.num_windows))
+        self._num_frames = self._frame_index.shape[1]
         self._keys = shards.keys
         self._arrays = [_open(Path(folder), key) for key in self._keys]
         self._check_windows(shards)
+
+    @property
+    def videos(self) -> tuple[list[str], Indices]:
+        """Keys of clips, and int64 (W,): of which of them a window is."""
+        return self._keys, self._clip_index
+
+    def samples(self, windows: Indices) -> Indices:
+        """Every frame of these windows, as window * T + frame."""
+        frames: Indices = windows[:, None] * self._num_frames + np.arange(self._num_frames)
+        return frames.reshape(-1)
+
+    def enlarge(self, prediction: Tensor, window: int) -> Tensor:
+        """A head's output (1, C, h, w), at the size of the window's labels; bilinear."""
+        return F.interpolate(prediction, size=self.size(window), mode="bilinear")
 
     def size(self, window: int) -> tuple[int, int]:
         """Height and width of the labels of a window's clip."""
@@ -45,10 +87,10 @@ class Labels:
         for target, window, frame in zip(filled, windows, frames, strict=True):
             clip = self._clip_index[window]
             labels = self._arrays[clip][self._frame_index[window, frame]]
-            if ((labels >= self._num_classes) & (labels != IGNORE)).any():
+            if ((labels >= self.num_classes) & (labels != IGNORE)).any():
                 raise UsageError(
                     f"the labels of clip {self._keys[clip]!r} have class "
-                    f"{labels[labels != IGNORE].max()}: wanted 0 to {self._num_classes - 1}, or "
+                    f"{labels[labels != IGNORE].max()}: wanted 0 to {self.num_classes - 1}, or "
                     f"{IGNORE} for ignore; set num_classes, or convert the labels"
                 )
             target[: labels.shape[0], : labels.shape[1]] = labels

@@ -99,18 +99,22 @@ class Meter:
         self._on_cuda = device.type == "cuda"
         self._tokens_per_sample = tokens_per_sample
         self.flop_per_sample: float | None = None
-        """FLOPs of one sample, where they were counted (flops.py)."""
+        """FLOPs of one sample of the steps at hand, where they were counted (flops.py)."""
+        self.is_counting = False
+        """Whether this meter belongs to a pass whose FLOPs are counted."""
         self._reset()
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
         self._samples = 0
+        self._flop = 0.0
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def count(self, samples: int) -> None:
         """`samples` more are done, over all ranks."""
         self._samples += samples
+        self._flop += samples * (self.flop_per_sample or 0.0)
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
@@ -145,7 +149,7 @@ class Meter:
         if self._tokens_per_sample is not None:
             values["tokens_per_s"] = rate * self._tokens_per_sample
         if self.flop_per_sample is not None:
-            values["tflop_per_s"] = rate * self.flop_per_sample / 1e12
+            values["tflop_per_s"] = self._flop / seconds / 1e12
         values |= {f"{name}_share": part / seconds for name, part in self._seconds.items()}
         values["peak_memory_gb"] = peak_memory_bytes(self._device) / 1e9
         if samples_left is not None:

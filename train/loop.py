@@ -119,7 +119,7 @@ class Trainer:
         ):
             for step in range(self.start, last):
                 batch = self._fetch(batches)
-                if step == self.start:
+                if step == self.start or stage.work_at(step) != stage.work_at(step - 1):
                     self._count_flops(batch, step)
                 learning_rate = self._set_learning_rate(step)
                 losses, extras = self._forward_backward(batch, step)

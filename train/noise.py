@@ -41,7 +41,7 @@ class Noise(Protocol):
         device, so that a compiled or captured caller need not know it."""
 
     def at(self, indices: Tensor) -> Tensor:
-        """Queries (B, P, Dp) of one sample a position, by int64 (B, P)."""
+        """Queries (B, P, s, Dp) of some samples of each position, by int64 (B, P, s)."""
 
 
 class CounterNoise(NamedTuple):
@@ -58,16 +58,12 @@ class CounterNoise(NamedTuple):
 
     def chunk(self, first: Tensor, count: int) -> Tensor:
         samples = first + torch.arange(count, device=self.keys.device)
-        return self._draw(samples.expand(len(self.keys), self.positions, count))
+        return self.at(samples.expand(len(self.keys), self.positions, count))
 
     def at(self, indices: Tensor) -> Tensor:
-        return self._draw(indices[:, :, None])[:, :, 0]
-
-    def _draw(self, samples: Tensor) -> Tensor:
-        """samples int64 (B, P, s) -> (B, P, s, Dp)."""
         device = self.keys.device
         position = torch.arange(self.positions, device=device)[:, None] << 32
-        start = _mix(_mix((samples + position) * GAMMA) ^ self.keys[:, None, None])
+        start = _mix(_mix((indices + position) * GAMMA) ^ self.keys[:, None, None])
         step = torch.arange(1, (self.channels + 1) // 2 + 1, device=device) * GAMMA
         bits = _mix(start[..., None] + step)
         uniform = (((bits >> 40) & (STEPS - 1)).float() + 0.5) * (1 / STEPS)  # in (0, 1]
@@ -92,8 +88,8 @@ class GivenNoise(NamedTuple):
         return self.queries.index_select(2, samples.clamp(max=self.queries.shape[2] - 1))
 
     def at(self, indices: Tensor) -> Tensor:
-        index = indices[:, :, None, None].expand(-1, -1, 1, self.queries.shape[3])
-        return self.queries.gather(2, index)[:, :, 0]
+        index = indices[..., None].expand(-1, -1, -1, self.queries.shape[3])
+        return self.queries.gather(2, index)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -1,30 +1,49 @@
-"""A stage's best-of-many: its noise, its precision, how much at a time. Used by world.py and
-dinoworld.py.
+"""A stage's best-of-many: its noise, its K, its precision and whether that one is good enough.
+
+Used by world.py and dinoworld.py.
 
 Letters: B batch, P target positions, S samples, Dp channels of a query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .best_of_many import Selection, default_chunks, select, select_patches
+from ..shards.errors import DeltatokError, UsageError
+from .best_of_many import ChunkLosses, Selection, default_chunks, select, select_patches
 from .config import WorldTrainConfig
 from .config_dinoworld import DINOWorldTrainConfig
-from .devices import precision_name
+from .devices import check_compiler, precision_name
 from .draws import seed_for
 from .models.deltaworld import DeltaWorld
 from .models.dinoworld import DINOWorld
-from .noise import CounterNoise
+from .models.products import MULTIPLE, ProductsName
+from .noise import CounterNoise, GivenNoise, Noise
+from .schedule import is_time
 
 Names = Sequence[tuple[int | str, ...]]
 """What each window's noise is drawn for."""
 
 
+class Windows(NamedTuple):
+    """What is selected for."""
+
+    tokens: Tensor
+    """(B, T, D), or (B, T, N, D) for DINO-world; float32."""
+    timestamps: Tensor
+    """float32 (B, T), seconds."""
+    names: Names
+
+    def first(self, count: int) -> "Windows":
+        """The first `count` of them, or all."""
+        return Windows(self.tokens[:count], self.timestamps[:count], self.names[:count])
+
+
 class Selector:
-    """selector(tokens, timestamps, names, num_samples=S): the winners of some windows. A function
-    of the seed and the windows' names: neither ranks nor portions change the noise."""
+    """Selections of a stage. Functions of the seed and the windows' names: neither ranks nor
+    portions change a candidate."""
 
     def __init__(
         self,
@@ -34,53 +53,171 @@ class Selector:
         device: torch.device,
         grid: tuple[int, int] | None = None,
     ) -> None:
-        """grid: the patches of a frame, for DINO-world."""
-        self._model, self._config, self._device, self._grid = model, config, device, grid
-        name = precision_name(config.precision, device)
-        self._dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        """grid: the patches of a frame, for DINO-world.
 
-    def __call__(
-        self, tokens: Tensor, timestamps: Tensor, names: Names, *, num_samples: int
+        Raises UsageError for a selection_dtype that this device has not.
+        """
+        self._model, self._config, self._device, self._grid = model, config, device, grid
+        self._full: ProductsName = (
+            "bfloat16" if precision_name(config.precision, device) == "bfloat16" else "float32"
+        )
+        self._low: ProductsName | None = None
+        if config.selection_dtype != "auto":
+            self._low = config.selection_dtype
+        if self._low == "float8" and config.model.use_bom:
+            check_float8(model, device)
+        self._chunk_losses = ChunkLosses()
+        compiles = config.compile if config.compile_selection is None else config.compile_selection
+        if compiles and config.model.use_bom and isinstance(model, DeltaWorld):
+            check_compiler(device)
+            self._chunk_losses.compile(mode=config.compile_mode, dynamic=False)
+
+    def num_samples_at(self, step: int) -> int:
+        """Candidates K of a training step (from 0)."""
+        return self._config.num_samples_at(step, default=self._model.config.num_samples_train)
+
+    def train(
+        self, windows: Windows, *, step: int, checks: bool
+    ) -> tuple[Selection, Mapping[str, Tensor]]:
+        """The winners of a training step, in selection_dtype; and scalars for the log.
+
+        checks: whether a low precision may be measured, if a line is logged after this step.
+        Raises DeltatokError if its regret is above selection_max_regret.
+        """
+        config, num_samples = self._config, self.num_samples_at(step)
+        found = self._select(
+            windows,
+            self.noise(windows),
+            num_samples=num_samples,
+            products=self._low or self._full,
+            num_finalists=config.selection_finalists,
+            chunk_losses=self._chunk_losses,
+        )
+        if config.selection_finalists > 1:
+            found = self._decide(windows, found)
+        extras = {"mean_candidate_loss": found.mean_losses.mean()}
+        is_logged = is_time(step + 1, every=config.log_every, last=config.steps)
+        if self._low not in (None, "float32") and checks and is_logged:
+            extras |= self._measure(windows, found, num_samples=num_samples, step=step)
+        return found, extras
+
+    def evaluate(self, windows: Windows) -> Selection:
+        """The best of num_samples_eval candidates, in the precision of training."""
+        return self._select(
+            windows,
+            self.noise(windows),
+            num_samples=self._model.config.num_samples_eval,
+            products=self._full,
+        )
+
+    def noise(self, windows: Windows) -> CounterNoise:
+        """The windows' candidates."""
+        keys = [seed_for("candidates", self._config.seed, *name) for name in windows.names]
+        return CounterNoise(
+            keys=torch.tensor(keys, dtype=torch.int64).to(self._device),
+            positions=windows.tokens.shape[1] - 1,
+            channels=self._model.config.predictor_hidden_size,
+            std=self._model.config.initializer_range,
+        )
+
+    def _decide(self, windows: Windows, found: Selection) -> Selection:
+        """The best of the finalists, in the precision of training."""
+        given = GivenNoise(self.noise(windows).at(found.finalists))
+        decided = self._select(
+            windows, given, num_samples=found.finalists.shape[2], products=self._full
+        )
+        return decided._replace(
+            indices=found.finalists.gather(2, decided.indices[..., None])[..., 0],
+            mean_losses=found.mean_losses,
+            finalists=found.finalists,
+        )
+
+    def _measure(
+        self, windows: Windows, found: Selection, *, num_samples: int, step: int
+    ) -> dict[str, Tensor]:
+        """How good the picks of the first windows are by float32."""
+        few = windows.first(self._config.selection_check_windows)
+        count = len(few.names)
+        best = self._select(few, self.noise(few), num_samples=num_samples, products="float32")
+        picks = GivenNoise(found.queries[:count, :, None])
+        picked = self._select(few, picks, num_samples=1, products="float32").best_losses
+        regret = ((picked - best.best_losses) / best.best_losses).clamp(min=0).mean()
+        most = self._config.selection_max_regret
+        if regret.item() > most:  # NaN is not: the loop names what is not finite
+            raise DeltatokError(
+                f"step {step + 1}: selection in {self._low} has a regret of {regret.item():.3g} "
+                f"over {count} windows, wanted at most selection_max_regret {most}; the weights "
+                "were not changed. Set selection_dtype auto (as precision), more "
+                "selection_finalists or a higher selection_max_regret, and run again to go on "
+                "from the last checkpoint"
+            )
+        agreement = (best.indices == found.indices[:count]).float().mean()
+        return {"selection_agreement": agreement, "selection_regret": regret}
+
+    def _select(
+        self,
+        windows: Windows,
+        noise: Noise,
+        *,
+        num_samples: int,
+        products: ProductsName,
+        num_finalists: int = 1,
+        chunk_losses: ChunkLosses | None = None,
     ) -> Selection:
-        """tokens (B, T, D), or (B, T, N, D) for DINO-world; timestamps (B, T)."""
-        model, dtype = self._model, self._dtype
-        noise = self.noise(names, positions=tokens.shape[1] - 1)
+        model = self._model
         chunks = default_chunks(
             model,
-            tokens,
+            windows.tokens,
             num_samples=num_samples,
-            dtype=dtype,
+            products=products,
             memory_mb=self._config.selection_memory_mb,
         )
         if isinstance(model, DeltaWorld):
             return select(
                 model,
-                tokens,
-                timestamps,
+                windows.tokens,
+                windows.timestamps,
                 noise,
                 num_samples=num_samples,
-                dtype=dtype,
+                num_finalists=num_finalists,
+                products=products,
                 chunks=chunks,
+                chunk_losses=chunk_losses,
             )
         if self._grid is None:
             raise AssertionError("DINO-world's stage gives a grid")
         return select_patches(
             model,
-            tokens,
-            timestamps,
+            windows.tokens,
+            windows.timestamps,
             noise,
             grid=self._grid,
             num_samples=num_samples,
-            dtype=dtype,
+            num_finalists=num_finalists,
+            products=products,
             chunks=chunks,
         )
 
-    def noise(self, names: Names, *, positions: int) -> CounterNoise:
-        """The candidates of the windows with these names."""
-        keys = [seed_for("candidates", self._config.seed, *name) for name in names]
-        return CounterNoise(
-            keys=torch.tensor(keys, dtype=torch.int64).to(self._device),
-            positions=positions,
-            channels=self._model.config.predictor_hidden_size,
-            std=self._model.config.initializer_range,
+
+def check_float8(model: DeltaWorld | DINOWorld, device: torch.device) -> None:
+    """UsageError unless this model's MLPs can be computed in float8 on this device."""
+    if isinstance(model, DINOWorld):
+        raise UsageError(
+            "selection_dtype float8: got DINO-world, wanted DeltaWorld, whose selection has it; "
+            "use bfloat16"
+        )
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        got = device.type
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            got = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        raise UsageError(
+            f"selection_dtype float8: got {got}, wanted a GPU of compute capability 8.9 or more "
+            "(H100, H200); use bfloat16 or auto"
+        )
+    size = model.config.predictor_hidden_size
+    if size % MULTIPLE:
+        raise UsageError(
+            f"selection_dtype float8: predictor_hidden_size {size}, wanted a multiple of "
+            f"{MULTIPLE}; use bfloat16 or auto"
         )

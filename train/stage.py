@@ -53,6 +53,9 @@ class Stage(Protocol):
     def judge(self, values: Mapping[str, float], *, step: int) -> None:
         """DeltatokError if validation shows that going on is pointless."""
 
+    def work_at(self, step: int) -> int:
+        """Any number that is the same for steps that take the same FLOPs a sample."""
+
     def clip_of(self, window: int) -> str:
         """The key of a window's clip."""
 

@@ -85,7 +85,7 @@ def load_label(target: Target, root: Path | str) -> NDArray[np.uint8] | NDArray[
     root: the data set's folder. Raises UsageError for a file that is not there, leads out of the
     folder, is no label, or has another size than when the cache was made.
     """
-    path = _inside(target, Path(root))
+    path = label_path(target, Path(root))
     stored = _read(path, target)
     try:
         label = apply_rule(stored, target.rule)
@@ -122,7 +122,8 @@ def cut_of_crops(crops: NDArray[np.float32]) -> Cut:
     return Cut(wide=wide, overlap=bool(crops[0, axis] + crops[0, axis + 2] > crops[1, axis]))
 
 
-def _inside(target: Target, root: Path) -> Path:
+def label_path(target: Target, root: Path) -> Path:
+    """Where the label is; UsageError if it is not there or leads out of the folder."""
     if not root.is_dir():
         raise UsageError(f"--labels {root}: no such folder: give the data set's folder")
     path = (root / target.label).resolve()

@@ -190,6 +190,9 @@ class TokenizerStage:
                 "same, set allow_stuck"
             )
 
+    def work_at(self, step: int) -> int:
+        return 0
+
     def clip_of(self, window: int) -> str:
         return self._shards.keys[int(self._shards.clip_index[window])]
 

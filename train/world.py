@@ -27,7 +27,7 @@ from .models.deltaworld import DeltaWorld
 from .order import Share, evenly, split_windows
 from .run_folder import Run
 from .run_lock import locked
-from .selection import Selector
+from .selection import Selector, Windows
 from .sources import delta_source, order_data, settled
 
 logger = logging.getLogger(__name__)
@@ -126,15 +126,15 @@ class WorldStage:
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         z = batch.tensors["z"][samples].float()
         timestamps = batch.tensors["timestamps"][samples]
-        queries, extras = None, {}
+        queries: Tensor | None = None
+        extras: Mapping[str, Tensor] = {}
         if self.model.config.use_bom:
             names = [("noise", step, int(number)) for number in batch.samples[samples]]
             with meter.computing("selection"):
-                selection = self._selector(
-                    z, timestamps, names, num_samples=self.model.config.num_samples_train
+                selection, extras = self._selector.train(
+                    Windows(z, timestamps, names), step=step, checks=not meter.is_counting
                 )
             queries = selection.queries
-            extras["mean_candidate_loss"] = selection.mean_losses.mean()
         prediction = forward(z, timestamps, queries)
         return smooth_l1(prediction, z[:, 1:]).flatten(1).mean(1), extras
 
@@ -146,9 +146,7 @@ class WorldStage:
         constant = z[:, 1:].mean((0, 1)).expand_as(z[:, 1:])
         if self.model.config.use_bom:
             names = [("validation noise", int(window)) for window in self._validation]
-            selection = self._selector(
-                z, timestamps, names, num_samples=self.model.config.num_samples_eval
-            )
+            selection = self._selector.evaluate(Windows(z, timestamps, names))
             best, mean = selection.best_losses.mean(), selection.mean_losses.mean()
         else:
             parts = zip(torch.split(z, EVALUATED), torch.split(timestamps, EVALUATED), strict=True)
@@ -162,6 +160,9 @@ class WorldStage:
 
     def judge(self, values: Mapping[str, float], *, step: int) -> None:
         """A world model has no known way of being stuck."""
+
+    def work_at(self, step: int) -> int:
+        return self._selector.num_samples_at(step)
 
     def clip_of(self, window: int) -> str:
         return self._shards.keys[int(self._shards.clip_index[window])]

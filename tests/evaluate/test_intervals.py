@@ -92,6 +92,9 @@ def test_sequences_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert by_seed[3].counts.tolist() == [[0, 2], [0, 0]]
 
 
+LINE = '{"sequence": "a", "windows": 1, "scores": {"mid": {"best": {"miou": {"0": [%s]}}}}}\n'
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -99,7 +102,11 @@ def test_sequences_are_read_as_they_were_written(tmp_path: Path) -> None:
         "[]\n",
         '{"sequence": "a"}\n',
         "{\n",
-        '{"sequence": 1, "windows": 1, "scores": {"mid": {"best": {"miou": {"0": [[1]]}}}}}\n',
+        LINE % "[1]",
+        LINE % "[-1, 1, 1]",
+        LINE % "[1000000000, 1, 1]",
+        LINE % "[0, NaN, 1]",
+        LINE % "[0, 1, -1]",
     ],
 )
 def test_a_file_without_scores_is_refused(tmp_path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from deltatok.evaluate.known_futures import FutureFolder, KnownFutures, write_futures
-from deltatok.evaluate.mode_scores import Calibration, reliability
+from deltatok.evaluate.mode_scores import Calibration, mode_values, reliability
 from deltatok.evaluate.modes import NO_MODE, find_modes, hits, overlap, recall_of_draws
 from deltatok.shards.errors import UsageError
 
@@ -60,11 +60,29 @@ def test_a_forecast_hits_the_future_it_looks_most_like_or_none() -> None:
     assert found.tolist() == [1, 1, 0, NO_MODE, NO_MODE, 0, NO_MODE]
 
 
+def test_hand_made_samples_have_the_recall_and_precision_they_were_made_with() -> None:
+    known = futures(block(0), block(4), block(8), probability=[0.7, 0.2, 0.1])
+    modes = find_modes(known, threshold=0.5)
+    samples = np.stack([block(0), block(1), block(8), block(6)])  # two modes, one sample of none
+    recall, precision, weighted = mode_values(modes, hits(modes, samples))
+    assert recall == pytest.approx(2 / 3)
+    assert precision == pytest.approx(3 / 4)
+    assert weighted == pytest.approx(0.8)
+
+
+def test_samples_of_all_futures_and_nothing_else_are_perfect() -> None:
+    known = futures(block(0), block(4), block(8), probability=[0.7, 0.2, 0.1])
+    modes = find_modes(known, threshold=0.5)
+    assert mode_values(modes, hits(modes, known.classes)) == pytest.approx((1, 1, 1))
+
+
 def test_recall_of_draws_is_that_of_draws() -> None:
     probability = np.array([0.7, 0.2, 0.1])
     rng = np.random.default_rng(0)
     counts = rng.multinomial(5, probability, size=20_000)
-    assert recall_of_draws(probability, 5) == pytest.approx((counts > 0).mean(), abs=0.005)
+    plain, weighted = recall_of_draws(probability, 5)
+    assert plain == pytest.approx((counts > 0).mean(), abs=0.005)
+    assert weighted == pytest.approx(((counts > 0) @ probability).mean(), abs=0.005)
 
 
 def test_calibration_of_samples_with_known_frequencies() -> None:
@@ -76,7 +94,7 @@ def test_calibration_of_samples_with_known_frequencies() -> None:
     assert found["modes_per_window"] == 2
     assert found["frequency_distance"] == pytest.approx((0.25 + 0 + 0.25) / 2)
     assert found["calibration_error"] == pytest.approx(0.25 / 2)
-    assert found["recall_of_one_true_draw"] == pytest.approx(0.5)
+    assert found["one_true_draw"]["mode_recall"] == pytest.approx(0.5)
 
 
 def test_reliability_bins_hold_every_mode_once() -> None:

@@ -178,3 +178,18 @@ def test_targets_in_quarantine_are_counted(folders: Folders, caplog: Any) -> Non
     folders.edit_plan(add)
     assert run_forecast(folders.config()).num_clips == 4
     assert "1 of 5 targets are in quarantine and not scored" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "depth"])
+def test_a_target_without_a_valid_pixel_counts_nowhere(folders: Folders, kind: str) -> None:
+    folders.cache(kind=kind)
+    if kind == "depth":
+        folders.head(DepthHead(DepthHeadConfig(in_size=32)))
+    path = folders.root / "labels" / "a" / "000039.png"
+    nothing = np.uint16(0) if kind == "depth" else np.uint8(255)
+    Image.fromarray(np.full((20, 34), nothing)).save(path)
+    rows = run_forecast(folders.config()).rows
+    metric = "rmse" if kind == "depth" else "miou"
+    values = [row.value for row in rows if row.metric == metric]
+    assert len(values) == 2 * 6
+    assert np.isfinite(values).all()

@@ -1,13 +1,14 @@
 """Which futures a best-of-many world model misses, and what helps: more samples, more noise, more
-candidates in training.
+candidates in training, several winners.
 
     python tests/experiments/modes.py --quickstart runs/quickstart --out DIR --json FILE
 
 The quickstart's own world model with its noise scaled and with more samples; then world models
-trained with other numbers of candidates K, at equal steps, with its noise as it is. Every report
-has three seeds.
+trained with other numbers of candidates K, and ones whose loss is the mean over the best few
+of their K candidates instead of the best alone; at equal steps, with the noise as it is. Every
+report has three seeds.
 
-JSON: rows: [{num_samples_train, noise_scale, num_samples, values: report rows as
+JSON: rows: [{num_samples_train, num_winners, noise_scale, num_samples, values: report rows as
 "mid samples mode_recall" -> [value, interval_low, interval_high], modes: the probes of the
 report}]. The rows of the discriminative model are in all of them, the same.
 """
@@ -18,9 +19,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from quickstart_runs import QuickstartRuns, save
+from torch import Tensor, nn
 
+from deltatok.train import world as world_training
+from deltatok.train.losses import smooth_l1
+
+WORLD_STAGE = world_training.WorldStage
 ROWS = ("samples", "discriminative", "best", "mean", "present")
+
+
+class SharedStage(WORLD_STAGE):  # type: ignore[misc, valid-type]
+    """Best-of-many with `num_winners` winners a position, which share the loss equally."""
+
+    num_winners = 1
+
+    def losses(
+        self, forward: nn.Module, batch: Any, samples: slice, *, step: int, meter: Any
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        z = batch.tensors["z"][samples].float()
+        timestamps = batch.tensors["timestamps"][samples]
+        count = self.model.config.num_samples_train
+        names = [("noise", step, int(number)) for number in batch.samples[samples]]
+        noise = self._selector.noise(names, positions=z.shape[1] - 1)
+        queries = noise.chunk(torch.tensor(0), count)
+        target = z[:, 1:, None]
+        with torch.no_grad():
+            found = self.model.candidates(self.model.memory(z, timestamps), timestamps, queries)
+            losses = smooth_l1(found, target.expand_as(found)).mean(dim=-1)
+        best = losses.topk(self.num_winners, dim=-1, largest=False).indices
+        winners = queries.gather(2, best[..., None].expand(-1, -1, -1, queries.shape[-1]))
+        found = self.model.candidates(self.model.memory(z, timestamps), timestamps, winners)
+        return smooth_l1(found, target.expand_as(found)).flatten(1).mean(1), {}
 
 
 def main() -> None:
@@ -34,17 +65,22 @@ def main() -> None:
     parser.add_argument(
         "--candidates", type=int, nargs="*", default=[4, 64], help="values of K beside its own"
     )
+    parser.add_argument(
+        "--winners", type=int, nargs="*", default=[1, 4], help="winners of its own K candidates"
+    )
     arguments = parser.parse_args()
     stages = QuickstartRuns(arguments.quickstart, arguments.out)
     own = arguments.quickstart / "world-model"
     own_candidates = json.loads((own / "config.json").read_text())["num_samples_train"]
     rows: list[dict[str, Any]] = []
 
-    def evaluate(world: Path, candidates: int, noise: float, samples: int) -> None:
+    def evaluate(
+        world: Path, name: str, noise: float, samples: int, *, candidates: int, winners: int = 1
+    ) -> None:
         about = {"noise_scale": noise, "num_samples": samples}
         report = stages.run(
             "report",
-            f"report-{candidates}-{noise:g}-{samples}",
+            f"report-{name}-{noise:g}-{samples}",
             {
                 **about,
                 "world": str(world),
@@ -55,17 +91,28 @@ def main() -> None:
                 "regressor_null": False,
             },
         )
-        rows.append({"num_samples_train": candidates, **about, **figures(report)})
+        trained = {"num_samples_train": candidates, "num_winners": winners}
+        rows.append({**trained, **about, **figures(report)})
         save(arguments.json, {"rows": rows})
 
+    first_noise, first_samples = arguments.noise[0], arguments.samples[0]
     for noise in arguments.noise:
-        evaluate(own, own_candidates, noise, arguments.samples[0])
+        evaluate(own, "own", noise, first_samples, candidates=own_candidates)
     for samples in arguments.samples[1:]:
-        evaluate(own, own_candidates, arguments.noise[0], samples)
+        evaluate(own, "own", first_noise, samples, candidates=own_candidates)
     for candidates in arguments.candidates:
         changes = {"model": {"num_samples_train": candidates}}
-        world = stages.run("world-model", f"world-{candidates}", changes)
-        evaluate(world, candidates, arguments.noise[0], arguments.samples[0])
+        name = f"world-{candidates}"
+        world = stages.run("world-model", name, changes)
+        evaluate(world, name, first_noise, first_samples, candidates=candidates)
+    for winners in arguments.winners:
+        SharedStage.num_winners = winners
+        world_training.WorldStage = SharedStage  # type: ignore[misc]
+        name = f"winners-{winners}"
+        world = stages.run("world-model", name, {})
+        evaluate(
+            world, name, first_noise, first_samples, candidates=own_candidates, winners=winners
+        )
 
 
 def figures(report: Path) -> dict[str, Mapping[str, Any]]:

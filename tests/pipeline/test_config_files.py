@@ -5,15 +5,19 @@ from pathlib import Path
 import pytest
 
 from deltatok.extract.config import ExtractConfig
+from deltatok.extract.dataset_config import DatasetConfig
 from deltatok.pipeline.config import build_config, read_yaml
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.config_dinoworld import DINOWorldTrainConfig
+from deltatok.train.config_head import HeadTrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIVEN = {  # what the command line of the file's header adds
     "extract": (ExtractConfig, {"videos": ["clips"], "out": "cache"}),
     "tokenizer": (TokenizerTrainConfig, {"patches": "cache", "out": "run"}),
     "world": (WorldTrainConfig, {"deltas": "cache", "out": "run"}),
+    "targets": (DatasetConfig, {"root": "data", "out": "cache"}),
+    "head": (HeadTrainConfig, {"patches": "cache", "labels": "data", "out": "run"}),
     "dinoworld": (DINOWorldTrainConfig, {"patches": "cache", "out": "run"}),
 }
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS)
@@ -28,7 +32,7 @@ def test_a_config_file_builds_and_says_what_it_makes(path: Path) -> None:
         assert word in head
     hours = head.partition("Hours:")[2].partition("Size:")[0]  # a number says where it is from
     known = ("measured", "computed", "not stated")
-    assert path.parent.name == "extract" or any(word in hours for word in known)
+    assert path.parent.name in ("extract", "targets") or any(word in hours for word in known)
     assert f"configs/{path.parent.name}/{path.name}" in head
 
 

@@ -1,5 +1,6 @@
 """The little world: deterministic, exactly labelled, and its futures are all the futures."""
 
+import dataclasses
 from pathlib import Path
 
 import av
@@ -70,6 +71,11 @@ def test_a_finished_world_without_futures_gets_them(tmp_path: Path) -> None:
     (world / "futures" / "0001.mp4.npz").unlink()
     make_little_world(config)
     assert files_of(world) == whole
+
+
+def test_clips_that_end_before_the_target_have_no_futures(tmp_path: Path) -> None:
+    config = dataclasses.replace(small(tmp_path / "a"), labelled_duration_s=0.5)
+    assert not (make_little_world(config) / "futures").exists()
 
 
 def test_a_turn_that_was_seen_rules_further_turns_out(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from deltatok.train.losses import smooth_l1
 from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
 from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
 from deltatok.train.models.folded import fold, predictions, weights_of
+from deltatok.train.models.products import ProductsName
 from deltatok.train.noise import CounterNoise, GivenNoise
 
 sys.path.append(str(Path(__file__).parent))
@@ -69,6 +70,12 @@ def problem(seed: int, samples: int, *, batch: int = 2) -> tuple[Tensor, Tensor,
     return draw(seed, batch, FRAMES, 12), times, draw(seed + 1, batch, FRAMES - 1, samples, 32)
 
 
+def chosen(noise: Tensor, indices: Tensor) -> Tensor:
+    """The noise (B, P, Dp) of one sample a position."""
+    index = indices[..., None, None].expand(-1, -1, 1, noise.shape[3])
+    return noise.gather(2, index)[:, :, 0]
+
+
 def check_equal(found: Selection, losses: Tensor, *, atol: float = 1e-5) -> None:
     """What was found is what the plain losses (B, P, S) say; argmin may differ in ties only."""
     lowest = losses.amin(dim=2)
@@ -104,7 +111,7 @@ def test_selection_equals_the_plain_form(seed, samples, windows, chunk, batch):
         WORLD, z, times, GivenNoise(noise), num_samples=samples, chunks=Chunks(windows, chunk)
     )
     check_equal(found, plain_select_one_by_one(WORLD, z, times, noise)[1])
-    assert torch.equal(found.queries, GivenNoise(noise).at(found.indices))
+    assert torch.equal(found.queries, chosen(noise, found.indices))
 
 
 def test_candidates_really_differ_in_these_tests():
@@ -123,7 +130,7 @@ def test_folded_predictions_are_the_models_own(times, frames):
         "late": 1000 + draw(3, 2, frames).abs().cumsum(1),  # angles of 600,000 radians
     }[times]
     with torch.no_grad():
-        weights = weights_of(WORLD, torch.float32)
+        weights = weights_of(WORLD, "float32")
         got = predictions(weights, fold(weights, z, at), noise)
         wanted = WORLD.candidates(WORLD.memory(z, at), at, noise)
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
@@ -135,7 +142,7 @@ def test_folded_predictions_are_exact_algebra():
     z, noise = draw(1, 2, 6, 12).double(), draw(2, 2, 5, 3, 32).double()
     at = draw(3, 2, 6).double().abs().cumsum(1)
     with torch.no_grad():
-        weights = weights_of(world, torch.float64)
+        weights = weights_of(world, "float64")
         got = predictions(weights, fold(weights, z, at), noise)
         wanted = world.candidates(world.memory(z, at), at, noise)
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-10)
@@ -163,8 +170,23 @@ def test_first_of_equal_losses_wins(chunk):
 
 def test_winner_in_a_late_chunk_is_found():
     losses = torch.tensor([[[5.0, 4.0, 3.0, 3.0, 1.0, 2.0, 1.0]]])
-    indices, best, mean = running_best(losses.split(2, dim=2))
+    indices, best, mean = running_best(torch.split(losses, 2, dim=2))
     assert (indices.item(), best.item(), mean.item()) == (4, 1.0, pytest.approx(19 / 7))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    losses=st.lists(st.integers(0, 5), min_size=1, max_size=20),
+    chunk=st.integers(1, 20),
+    keep=st.integers(1, 6),
+)
+def test_the_lowest_are_kept_in_order_and_the_first_of_equal_ones_comes_first(losses, chunk, keep):
+    given_losses = torch.tensor(losses, dtype=torch.float32)[None, None]
+    indices, best, mean = running_best(torch.split(given_losses, chunk, dim=2), keep=keep)
+    wanted = sorted(range(len(losses)), key=lambda index: (losses[index], index))[:keep]
+    assert indices[0, 0].tolist() == wanted
+    assert best[0, 0].tolist() == [losses[index] for index in wanted]
+    assert mean.item() == pytest.approx(sum(losses) / len(losses))
 
 
 def test_what_fills_up_the_last_chunk_never_wins():
@@ -189,11 +211,11 @@ def test_the_winners_pass_with_gradient_gives_the_lowest_loss_again():
     z, times, _ = problem(6, 1)
     noise = CounterNoise(torch.tensor([5, 6]), FRAMES - 1, 32, 1.0)
     found = select(WORLD, z, times, noise, num_samples=50)
-    prediction = WORLD(z, times, noise.at(found.indices))
+    prediction = WORLD(z, times, noise.at(found.indices[..., None])[:, :, 0])
     again = smooth_l1(prediction, z[:, 1:]).mean(dim=2)
     assert again.requires_grad
     torch.testing.assert_close(again, found.best_losses, atol=1e-5, rtol=1e-5)
-    assert torch.equal(noise.at(found.indices), found.queries)
+    assert torch.equal(noise.at(found.indices[..., None])[:, :, 0], found.queries)
 
 
 def test_memory_of_the_losses_does_not_grow_with_the_samples():
@@ -225,11 +247,11 @@ def test_no_samples_are_refused():
 )
 def test_chunks_keep_within_their_memory(batch, samples, memory, low):
     tokens = torch.empty(batch, FRAMES, 12, device="meta")
-    dtype = torch.bfloat16 if low else torch.float32
-    chunks = default_chunks(WORLD, tokens, num_samples=samples, dtype=dtype, memory_mb=memory)
+    products: ProductsName = "bfloat16" if low else "float32"
+    chunks = default_chunks(WORLD, tokens, num_samples=samples, products=products, memory_mb=memory)
     assert 1 <= chunks.windows <= batch
     assert 1 <= chunks.samples <= samples
-    hidden = 4 * 32 * 2 * dtype.itemsize
+    hidden = 4 * 32 * 2 * (2 if low else 4)
     queries = chunks.windows * chunks.samples * (FRAMES - 1)
     assert queries * hidden <= memory * 10**6 or queries == FRAMES - 1
     assert chunks.windows == 1 or chunks.samples == samples
@@ -242,7 +264,7 @@ def test_the_released_size_is_chunked_for_the_cache():
         world = DeltaWorld(DeltaWorldConfig())
     tokens = torch.empty(1024, 8, 768, device="meta")
     chunks = default_chunks(
-        world, tokens, num_samples=256, dtype=torch.float32, memory_mb=CPU_MEMORY_MB
+        world, tokens, num_samples=256, products="float32", memory_mb=CPU_MEMORY_MB
     )
     assert chunks == Chunks(windows=1, samples=64)
 
@@ -257,4 +279,4 @@ def test_patch_selection_chooses_once_a_frame(chunks):
         world, x, times, GivenNoise(noise), grid=GRID, num_samples=5, chunks=chunks
     )
     check_equal(found, plain_select_patches(world, x, times, noise, grid=GRID)[1])
-    assert torch.equal(found.queries, GivenNoise(noise).at(found.indices))
+    assert torch.equal(found.queries, chosen(noise, found.indices))

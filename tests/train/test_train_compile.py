@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deltatok.shards import UsageError
-from deltatok.train import loop
+from deltatok.train import loop, selection
 from deltatok.train.pretrained import read_tensors
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
@@ -34,9 +34,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(graph)
         return backend(graph, inputs)
 
-    monkeypatch.setattr(loop, "check_compiler", lambda device: None)
+    for module in (loop, selection):
+        monkeypatch.setattr(module, "check_compiler", lambda device: None)
     monkeypatch.setattr(
-        nn.Module, "compile", lambda self, mode: compile_module(self, backend=capture)
+        nn.Module, "compile", lambda self, **_: compile_module(self, backend=capture)
     )
     return seen
 
@@ -61,7 +62,8 @@ def test_compiled_world_equals_the_eager_one(
     eager = train_world(world_config(out=str(tmp_path / "eager"), **fields))
     assert not graphs
     compiled = train_world(world_config(compile=True, **fields))
-    assert len(graphs) == 1  # no break, and none anew for the second portion or step
+    # Selection and model: no break, and none anew for the second portion or step.
+    assert len(graphs) == 2
     same_lines(log_lines(eager), log_lines(compiled), rel=rel)
     one, other = (read_tensors(run / "model.safetensors") for run in (eager, compiled))
     assert one.keys() == other.keys()

@@ -20,6 +20,7 @@ from deltatok.train.logs import Meter
 from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
 from deltatok.train.order import Share
 from deltatok.train.pretrained import read_provenance
+from deltatok.train.selection import Windows
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -160,7 +161,7 @@ def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Mak
     batch = stage.read(1)
     names = [("noise", 1, int(number)) for number in batch.samples]
     x, times = batch.tensors["x"].float(), batch.tensors["timestamps"]
-    found = stage._selector(x, times, names, num_samples=4)
+    found, _ = stage._selector.train(Windows(x, times, names), step=1, checks=False)
     assert found.best_losses.shape == (6, 3)
     assert torch.all(found.best_losses < found.mean_losses)
     torch.testing.assert_close(losses_of(stage), found.best_losses.mean(1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltatok.shards import CacheMismatch, PatchShards, UsageError
-from deltatok.train.config import HeadTrainConfig
+from deltatok.train.config_head import HeadTrainConfig
 from deltatok.train.devices import check_compiler
 from deltatok.train.head import train_head
 from deltatok.train.models.heads import SegmentationHead

@@ -12,11 +12,13 @@ import torch
 from deltatok.shards import CacheMismatch, DeltaShards, UsageError
 from deltatok.train import selection
 from deltatok.train.best_of_many import Chunks, Selection
+from deltatok.train.data import Batch
 from deltatok.train.first_weights import make_model
 from deltatok.train.logs import Meter
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.order import Share
 from deltatok.train.pretrained import read_provenance, read_tensors
+from deltatok.train.selection import Windows
 from deltatok.train.world import WorldStage, train_world
 
 Make = Callable[..., Any]
@@ -28,15 +30,15 @@ def stage_of(config: Any, share: Share | None = None) -> WorldStage:
     return WorldStage(model, DeltaShards(config.deltas), config, share or Share(), device=CPU)
 
 
+def windows_of(batch: Batch, step: int) -> Windows:
+    names = [("noise", step, int(number)) for number in batch.samples]
+    return Windows(batch.tensors["z"].float(), batch.tensors["timestamps"], names)
+
+
 def selected(stage: WorldStage, step: int) -> Selection:
     """What a step's selection gives for the stage's batch."""
     batch = stage.read(step)
-    return stage._selector(
-        batch.tensors["z"].float(),
-        batch.tensors["timestamps"],
-        [("noise", step, int(number)) for number in batch.samples],
-        num_samples=6,
-    )
+    return stage._selector.train(windows_of(batch, step), step=step, checks=False)[0]
 
 
 @pytest.mark.parametrize("use_bom", [True, False])
@@ -98,7 +100,8 @@ def test_ranks_draw_the_noise_of_one_process(world_config: Make) -> None:
 def test_noise_differs_between_steps_and_windows(world_config: Make) -> None:
     stage = stage_of(world_config())
     names: list[tuple[int | str, ...]] = [("noise", 0, 0), ("noise", 0, 1), ("noise", 1, 0)]
-    noise = stage._selector.noise(names, positions=4).chunk(torch.tensor(0), 6)
+    windows = Windows(torch.empty(3, 5, 8), torch.empty(3, 5), names)
+    noise = stage._selector.noise(windows).chunk(torch.tensor(0), 6)
     assert noise.shape == (3, 4, 6, 16)
     assert noise.std().item() == pytest.approx(0.02, rel=0.1)
     assert len({tuple(drawn.flatten().tolist()) for drawn in noise}) == 3

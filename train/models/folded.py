@@ -20,23 +20,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .blocks import PredictorBlock
 from .deltaworld import DeltaWorld
 from .predictor import causal
+from .products import Affine, Affine8, ProductsName, affine, affine8, product
 from .rope import AxisRope, axis_rope, rotate_axes
 
 
-class Affine(NamedTuple):
-    """A linear layer's or a norm's weight and bias."""
-
-    weight: Tensor
-    bias: Tensor
-
-
 class LayerWeights(NamedTuple):
-    """One block: of products in the dtype that is asked for, all else at least float32."""
+    """One block: products in the precision that is asked for, all else at least float32."""
 
     norm1: Affine
     queries: Affine
@@ -44,8 +38,8 @@ class LayerWeights(NamedTuple):
     out: Affine
     scale1: Tensor
     norm2: Affine
-    up: Affine
-    down: Affine
+    up: Affine | Affine8
+    down: Affine | Affine8
     scale2: Tensor
 
 
@@ -71,31 +65,35 @@ class Folded(NamedTuple):
     """(B, A * K, Dp): output projection, its bias and LayerScale inside; of all positions."""
 
 
-def weights_of(world: DeltaWorld, dtype: torch.dtype) -> WorldWeights:
-    """The weights for products in `dtype` (float32: the model's own tensors, not copied)."""
-    predictor, stream = world.predictor, torch.promote_types(dtype, torch.float32)
+def weights_of(world: DeltaWorld, products: ProductsName) -> WorldWeights:
+    """The weights for `products` (float32: the model's own tensors, not copied). float8 is for
+    the MLP's products; the few others are then bfloat16."""
+    predictor = world.predictor
+    dtype = torch.bfloat16 if products == "float8" else getattr(torch, products)
+    stream = torch.promote_types(dtype, torch.float32)
     layers = []
     for block in predictor.blocks:
         if not isinstance(block, PredictorBlock):
             raise AssertionError("a predictor is made of PredictorBlocks")
         attention, mlp = block.attention, block.mlp
+        is_low = products == "float8"
         layers.append(
             LayerWeights(
-                norm1=_affine(block.norm1, stream),
-                queries=_affine(attention.q_proj, dtype),
-                keys_values=_affine(attention.kv_proj, dtype),
-                out=_affine(attention.out_proj, dtype),
+                norm1=affine(block.norm1, stream),
+                queries=affine(attention.q_proj, dtype),
+                keys_values=affine(attention.kv_proj, dtype),
+                out=affine(attention.out_proj, dtype),
                 scale1=block.layer_scale1.lambda1.detach(),
-                norm2=_affine(block.norm2, stream),
-                up=_affine(mlp.up_proj, dtype),
-                down=_affine(mlp.down_proj, dtype),
+                norm2=affine(block.norm2, stream),
+                up=affine8(mlp.up_proj) if is_low else affine(mlp.up_proj, dtype),
+                down=affine8(mlp.down_proj) if is_low else affine(mlp.down_proj, dtype),
                 scale2=block.layer_scale2.lambda1.detach(),
             )
         )
     return WorldWeights(
         layers=layers,
-        norm=_affine(predictor.norm, stream),
-        head=_affine(predictor.head, dtype),
+        norm=affine(predictor.norm, stream),
+        head=affine(predictor.head, dtype),
         num_heads=world.config.predictor_num_heads,
         axis_sizes=predictor.axis_sizes,
         eps=world.config.layer_norm_eps,
@@ -126,11 +124,10 @@ def predictions(weights: WorldWeights, folded: list[Folded], queries: Tensor) ->
         shares = scores.view(*scores.shape[:2], weights.num_heads, -1).softmax(3)
         shares = shares.reshape(batch, positions * samples, -1)
         x = x + torch.bmm(shares, memory.values).view(x.shape)
-        normed = _norm(x, layer.norm2, weights.eps).to(dtype)
-        x = torch.addcmul(
-            x, F.linear(F.gelu(F.linear(normed, *layer.up)), *layer.down), layer.scale2
-        )
-    return F.linear(_norm(x, weights.norm, weights.eps).to(dtype), *weights.head)
+        hidden = product(_norm(x, layer.norm2, weights.eps), layer.up)
+        hidden = torch.ops.aten.gelu_(hidden)  # in place: half the memory
+        x = torch.addcmul(x, product(hidden, layer.down), layer.scale2)
+    return product(_norm(x, weights.norm, weights.eps), weights.head)
 
 
 def _fold_layer(
@@ -144,7 +141,7 @@ def _fold_layer(
     k = k.view(batch, num_keys, heads, -1).transpose(1, 2)  # (B, A, K, E)
     v = v.view(batch, num_keys, heads, -1).permute(2, 0, 1, 3)  # (A, B, K, E)
     k = rotate_axes(k[:, :, None].expand(-1, -1, positions, -1, -1), rope)
-    k = k.permute(1, 0, 2, 3, 4) / math.sqrt(k.shape[-1])  # (A, B, P, K, E), float32
+    k = k.permute(1, 0, 2, 3, 4) / math.sqrt(k.shape[-1])  # (A, B, P, K, E)
     query_bias = layer.queries.bias.to(hidden.dtype).view(heads, 1, 1, 1, -1)
     bias = (k * query_bias).sum(-1).permute(1, 2, 0, 3) + hidden[:, None]  # (B, P, A, K)
     # Row a * E + e of the query projection makes channel e of head a.
@@ -176,9 +173,5 @@ def _relative_rope(timestamps: Tensor, axis_sizes: tuple[int, ...]) -> AxisRope:
     return AxisRope(tuple(cos), tuple(sin))
 
 
-def _affine(module: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> Affine:
-    return Affine(module.weight.detach().to(dtype), module.bias.detach().to(dtype))
-
-
-def _norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), affine.weight, affine.bias, eps)
+def _norm(x: Tensor, layer: Affine, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), layer.weight, layer.bias, eps)

@@ -144,6 +144,16 @@ def test_another_protocol_is_not_mixed_in(vspw, backbone):
         run_dataset(settings, backbone=backbone)
 
 
+def test_another_label_rule_is_not_mixed_in(tmp_path, write_image, write_label, extract):
+    for number in range(19):
+        write_image(tmp_path / f"set/images/{number}.png")
+        write_label(tmp_path / f"set/labels/{number}.png")
+    own = {"name": "mine", "images": "images/*.png", "labels": "labels/*.png", "fps": 15.0}
+    extract("sequences", tmp_path / "set", **own)
+    with pytest.raises(CacheMismatch, match=r"target\.rule is .*stored.*now .*ignore.*5"):
+        extract("sequences", tmp_path / "set", **own, ignore=(5,))
+
+
 def test_broken_frames_are_quarantined_by_name(tmp_path, write_vspw, write_image, extract):
     root = write_vspw(tmp_path / "VSPW", dict.fromkeys("abcdef", 20))
     write_image(root / "data/c/origin/00000010.jpg", (24, 38))

@@ -6,7 +6,7 @@ from deltatok.extract.clips import TargetFrames, Unreadable
 from deltatok.extract.datasets import find_targets
 from deltatok.shards.errors import UsageError
 
-PATTERNS = {"images": "frames/*/*.jpg", "labels": "masks/*/*.png", "fps": 15.0}
+PATTERNS = {"name": "mine", "images": "frames/*/*.jpg", "labels": "masks/*/*.png", "fps": 15.0}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_every_labelled_frame_with_a_whole_window_is_a_target(write_sequence, co
     assert clips[-1].source == TargetFrames(
         tuple(range(1, 20, 3)), tuple(f"frames/dog/{name}.jpg" for name in _names(*range(1, 20, 3)))
     )
-    assert (policy.fps, policy.stride_s) == (15.0, 0.2)
+    assert (policy.dataset, policy.fps, policy.stride_s) == ("mine", 15.0, 0.2)
 
 
 def test_the_stride_is_the_nearest_whole_frame(write_sequence, config):
@@ -93,12 +93,21 @@ def test_one_folder_is_one_sequence_named_after_the_root(
     for number in range(0, 57, 3):
         write_image(root / f"frame-{number:06d}.color.png")
         write_label(root / f"frame-{number:06d}.depth.png", high=9, dtype="uint16")
-    patterns = {"images": "frame-*.color.png", "labels": "frame-*.depth.png", "fps": 15.0}
+    patterns = PATTERNS | {"images": "frame-*.color.png", "labels": "frame-*.depth.png"}
     depth = {"kind": "depth", "steps_per_m": 1000.0, "ignore": (65535,)}
     _, (clip,) = find_targets(config("sequences", root, **patterns, **depth))
     assert clip.key == "scene/000054"
     assert clip.target.kind == "depth"
     assert (clip.target.rule.steps_per_m, clip.target.rule.ignore) == (1000.0, (65535,))
+
+
+def test_brackets_in_names_are_no_patterns(tmp_path, write_image, write_label, config):
+    for number in range(19):
+        write_image(tmp_path / f"set/[a]/{number}.jpg")
+        write_label(tmp_path / f"set/b?/{number}.png")
+    brackets = PATTERNS | {"images": "[a]/*.jpg", "labels": "b?/*.png"}
+    _, (clip,) = find_targets(config("sequences", tmp_path / "set", **brackets))
+    assert clip.source.names[-1] == "[a]/18.jpg"
 
 
 def test_label_options_become_the_rule(write_sequence, config):
@@ -130,6 +139,7 @@ def test_patterns_that_cannot_be_meant(write_sequence, config, changes, message)
     ("changes", "message"),
     [
         ({"fps": None}, "fps: not given"),
+        ({"name": None}, "name: not given"),
         ({"labels": None}, "labels: not given"),
         ({"fps": 0.0}, "fps: got 0"),
         ({"kind": "depth"}, "steps_per_m: not given"),
