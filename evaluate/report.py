@@ -172,7 +172,7 @@ def _scores(report: Report) -> str:
 <div class="wide">{table_html(header, body)}</div>
 <p class="soft">{escape(SCORES_TEXT)}</p>
 <details><summary>As Markdown, to paste</summary>
-<pre class="copy" tabindex="0">{escape(markdown_table(report.rows))}</pre></details>"""
+<pre>{escape(markdown_table(report.rows))}</pre></details>"""
 
 
 def _probes(report: Report) -> str:
