@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from PIL import features
 
-from .animation import Cell, draw_moments, gif_bytes
+from .animation import Cell, draw_moments, gif_bytes, webp_bytes
 from .page import data_uri
-from .pictures import Panel, Strip, Tile, png_bytes
+from .pictures import Panel, Strip, Tile, page_picture
 
 MAX_CELLS, COLUMNS = 9, 3
 """Futures and truths side by side, at most: three lines of three."""
+LARGE_GIF = 80_000  # bytes; with photographs in it
 EMPTY = 90
 """Grey of a place where there is nothing to show."""
 FIRST_CHOICE = ("video", "truth", "label", "best sample", "mean of samples")
@@ -30,8 +32,10 @@ class Moving:
     title: str
     alt: str
     gif: bytes
-    still: bytes
-    """PNG, for who wants nothing to move, and for paper."""
+    film: tuple[bytes, str]
+    """The same for the page, and its kind: "gif", or "webp" where a GIF is large."""
+    still: tuple[bytes, str]
+    """For who wants nothing to move, and for paper; and its kind."""
     width: int
     """Pixels."""
 
@@ -57,6 +61,10 @@ def moving_panel(panel: Panel, *, times_s: Sequence[float]) -> Moving | None:
     ]
     pictures = draw_moments(cells, words, columns=COLUMNS, first_future=first_future)
     step_s = float(np.diff(times_s).mean())
+    gif = gif_bytes(pictures, step_s=step_s)
+    film = (gif, "gif")
+    if len(gif) > LARGE_GIF and features.check("webp"):
+        film = (webp_bytes(pictures, step_s=step_s), "webp")
     names = ", ".join(strip.label for strip in chosen)
     return Moving(
         title=panel.title,
@@ -65,8 +73,9 @@ def moving_panel(panel: Panel, *, times_s: Sequence[float]) -> Moving | None:
             f"{len(words) - first_future} of the future, side by side: {names}. At the end: "
             + " ".join(strip.alt for strip in late)
         ),
-        gif=gif_bytes(pictures, step_s=step_s),
-        still=png_bytes(pictures[-1].quantize(64)),
+        gif=gif,
+        film=film,
+        still=page_picture(pictures[-1]),
         width=pictures[0].width,
     )
 
@@ -97,9 +106,10 @@ TEXT = (
 
 
 def _figure(moving: Moving) -> str:
+    still, film = (data_uri(data, kind=kind) for data, kind in (moving.still, moving.film))
     return f"""<figure><picture>
-<source media="(prefers-reduced-motion: reduce), print" srcset="{data_uri(moving.still)}">
-<img src="{data_uri(moving.gif, kind="gif")}" alt="{escape(moving.alt)}" width="{moving.width}">
+<source media="(prefers-reduced-motion: reduce), print" srcset="{still}">
+<img src="{film}" alt="{escape(moving.alt)}" width="{moving.width}">
 </picture><figcaption>{escape(moving.title)}</figcaption></figure>"""
 
 
