@@ -162,7 +162,8 @@ def test_broken_frames_are_quarantined_by_name(tmp_path, write_vspw, write_image
     cache = extract("vspw", root)
     lines = (cache.folder / "quarantine.jsonl").read_text().splitlines()
     reasons = {entry["clip"]: entry["reason"] for entry in map(json.loads, lines)}
-    assert "data/a/origin/00000004.jpg cannot be decoded" in reasons["a/00000019"]
+    no_image = "data/a/origin/00000004.jpg cannot be decoded: is no JPEG or PNG image"
+    assert reasons["a/00000019"] == no_image
     assert "data/b/origin/00000019.jpg is missing" in reasons["b/00000019"]
     assert "00000010.jpg has 38x24 pixels, the target 40x24" in reasons["c/00000019"]
     assert {key[0] for key in cache.keys} == {"d", "e", "f"}
