@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from .losses import SMOOTH_L1_BETA, smooth_l1
 from .models.deltaworld import DeltaWorld
 from .models.dinoworld import DINOWorld
-from .models.folded import Folded, WorldWeights, fold, predictions, weights_of
+from .models.folded import Folded, WorldWeights, fold, predictions, project, weights_of
 from .models.products import ProductsName
 from .noise import Noise
 
-CPU_MEMORY_MB = 16
+CPU_MEMORY_MB = 64
 CUDA_MEMORY_MB = 1024
 """Activations at a time where nobody says otherwise. CPU: measured (tests/benchmarks/selection.py);
 CUDA: a guess."""
@@ -80,9 +80,11 @@ def select(
         chunks = default_chunks(world, z, num_samples=num_samples, products=products)
     with torch.autocast(z.device.type, enabled=False):
         weights = weights_of(world, products)
+        projected = project(weights, z)
 
         def scorer(part: slice) -> Score:
-            folded = fold(weights, z[part], timestamps[part])
+            pairs = [pair.windows(part) for pair in projected]
+            folded = fold(weights, pairs, timestamps[part])
             return partial(score, weights, folded, z[part, 1:], noise.windows(part))
 
         return _select(scorer, z, noise, chunks, num_samples, num_finalists)

@@ -31,7 +31,7 @@ class SelectionConfig:
     selection_check_windows: int = 4
     """Windows of a portion on which they are measured."""
     selection_memory_mb: int | None = None
-    """Activations of the candidates that are predicted at a time, megabytes; none: 16 on cpu, 1024
+    """Activations of the candidates that are predicted at a time, megabytes; none: 64 on cpu, 1024
     elsewhere. Bounds memory, changes nothing else."""
     compile_selection: bool | None = None
     """Compile the selection (DeltaWorld's only), apart from the model; none: as `compile`."""

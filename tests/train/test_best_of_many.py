@@ -24,7 +24,7 @@ from deltatok.train.best_of_many import (
 from deltatok.train.losses import smooth_l1
 from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
 from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
-from deltatok.train.models.folded import fold, predictions, weights_of
+from deltatok.train.models.folded import fold, predictions, project, weights_of
 from deltatok.train.models.products import ProductsName
 from deltatok.train.noise import CounterNoise, GivenNoise
 
@@ -131,7 +131,7 @@ def test_folded_predictions_are_the_models_own(times, frames):
     }[times]
     with torch.no_grad():
         weights = weights_of(WORLD, "float32")
-        got = predictions(weights, fold(weights, z, at), noise)
+        got = predictions(weights, fold(weights, project(weights, z), at), noise)
         wanted = WORLD.candidates(WORLD.memory(z, at), at, noise)
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
 
@@ -143,7 +143,7 @@ def test_folded_predictions_are_exact_algebra():
     at = draw(3, 2, 6).double().abs().cumsum(1)
     with torch.no_grad():
         weights = weights_of(world, "float64")
-        got = predictions(weights, fold(weights, z, at), noise)
+        got = predictions(weights, fold(weights, project(weights, z), at), noise)
         wanted = world.candidates(world.memory(z, at), at, noise)
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-10)
 
@@ -266,7 +266,7 @@ def test_the_released_size_is_chunked_for_the_cache():
     chunks = default_chunks(
         world, tokens, num_samples=256, products="float32", memory_mb=CPU_MEMORY_MB
     )
-    assert chunks == Chunks(windows=1, samples=64)
+    assert chunks == Chunks(windows=1, samples=256)
 
 
 @pytest.mark.parametrize("chunks", [Chunks(1, 1), Chunks(2, 5), Chunks(2, 2), None])

@@ -17,7 +17,7 @@ from deltatok.train.config import WorldTrainConfig
 from deltatok.train.flops import flops_per_sample
 from deltatok.train.logs import Meter
 from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.folded import fold, predictions, weights_of
+from deltatok.train.models.folded import fold, predictions, project, weights_of
 from deltatok.train.models.products import LARGEST, affine8, product, scaled8
 from deltatok.train.noise import CounterNoise
 from deltatok.train.order import Share
@@ -191,7 +191,7 @@ def test_float8_predicts_nearly_the_same() -> None:
         results = []
         for products in ("float32", "bfloat16", "float8"):
             weights = weights_of(world, products)  # type: ignore[arg-type]
-            folded = fold(weights, given.tokens, given.timestamps)
+            folded = fold(weights, project(weights, given.tokens), given.timestamps)
             results.append(predictions(weights, folded, noise).float())
     errors = [float((got - results[0]).norm() / results[0].norm()) for got in results[1:]]
     assert 0 < errors[0] < 0.01 < errors[1] < 0.1
