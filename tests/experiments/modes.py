@@ -75,7 +75,7 @@ def main() -> None:
         "--candidates", type=int, nargs="*", default=[4, 64], help="values of K beside its own"
     )
     parser.add_argument(
-        "--winners", type=int, nargs="*", default=[1, 4], help="winners of its own K candidates"
+        "--winners", type=int, nargs="*", default=[4], help="winners of its own K candidates"
     )
     arguments = parser.parse_args()
     stages = QuickstartRuns(arguments.quickstart, arguments.out)
