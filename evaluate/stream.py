@@ -61,6 +61,12 @@ class WorldState:
                 f"time_s: got {time_s:g} after {self._seen[-1].time_s:g}; frames come in order of "
                 "time, each after the one before"
             )
+        if self._pictures and picture.shape != self._pictures[-1].shape:
+            raise UsageError(
+                f"frame: got {picture.shape[0]}x{picture.shape[1]} pixels after "
+                f"{self._pictures[-1].shape[0]}x{self._pictures[-1].shape[1]}; frames of one video "
+                "have one size: begin another stream"
+            )
         parts, grid = self._parts, self._parts.grid
         side = parts.frame_size
         with parts.arithmetic():
