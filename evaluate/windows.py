@@ -122,13 +122,14 @@ class EvaluationWindows:
         if head is not None:
             for target in self._targets.values():
                 _check_head(config, head, target)
-        missing = len(self._targets) - len(self._crops)
+        self._check_labels()
+        missing = cache.info.counts.get("quarantined", 0)
         if missing:
             logger.warning(
                 "%s: %d of %d targets are in quarantine and not scored (quarantine.jsonl)",
                 config.patches,
                 missing,
-                len(self._targets),
+                missing + len(self._crops),
             )
 
     def batches(self) -> list[list[int]]:
@@ -174,6 +175,14 @@ class EvaluationWindows:
         crops = self._cache.crop[self._crops[key]]
         which = self._crops[key].index(index)
         return (label_of_crop(self._label(key), crops, which),)
+
+    def _check_labels(self) -> None:
+        """Every label is there; UsageError for the first that is not, before any work."""
+        if self._config.labels is not None:
+            root = Path(self._config.labels)
+            for key in self._crops:
+                if not (root / self._targets[key].label).is_file():
+                    load_label(self._targets[key], root)  # says what is missing
 
     def _key(self, index: int) -> str:
         return self._cache.keys[int(self._cache.clip_index[index])]
