@@ -80,10 +80,23 @@ def moving_panel(panel: Panel, *, times_s: Sequence[float]) -> Moving | None:
     )
 
 
-def moving_panels(panels: Sequence[Panel], times_s: Sequence[Sequence[float]]) -> list[Moving]:
-    """`moving_panel` of every panel that moves."""
-    found = [moving_panel(p, times_s=times) for p, times in zip(panels, times_s, strict=True)]
+def moving_panels(
+    kinds: Sequence[Sequence[Panel]], times_s: Sequence[Sequence[float]]
+) -> list[Moving]:
+    """`moving_panel` of every window: of the first kind of panel that shows the past, too.
+
+    kinds: panels of all windows, of one kind after the other; a kind may have none.
+    """
+    found = []
+    for window, times in enumerate(times_s):
+        panels = [panels[window] for panels in kinds if panels]
+        with_past = [panel for panel in panels if _shows_past(panel)]
+        found.append(moving_panel((with_past or panels)[0], times_s=times))
     return [moving for moving in found if moving is not None]
+
+
+def _shows_past(panel: Panel) -> bool:
+    return any(len(strip.tiles) == len(panel.columns) for strip in panel.strips)
 
 
 def moving_html(pictures: Sequence[Moving]) -> str:

@@ -36,7 +36,8 @@ class _Seen:
 
 
 class WorldState:
-    """Made by `DeltaWorld.stream`. Keeps the last frame's features and 2 tokens a frame."""
+    """Made by `DeltaWorld.stream`. Keeps the last frame's features and, of each of the last
+    `num_context` frames, two tokens and (for pictures) its pixels."""
 
     def __init__(self, parts: Parts, *, num_context: int, samples_at_once: int) -> None:
         self._parts = parts

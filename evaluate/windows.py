@@ -23,7 +23,9 @@ from .config import ForecastConfig
 from .crop_labels import label_of_crop
 from .dense import WHOLE, Head, Label, LabelledFrame
 from .labels import LabelFolder
+from .pictures import Tile
 from .protocol import IGNORE, NO_DEPTH
+from .target_frames import frames_of_crop
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ class Windows(Protocol):
 
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         """The labels of the target frames of a batch; none without labels."""
+
+    def shown_frames(self, index: int) -> tuple[Tile, ...]:
+        """What a window shows, for pictures; none where it is not known here."""
 
     def shown_labels(self, index: int) -> tuple[Label, ...]:
         """Labels of a window for pictures: of all frames, of the target alone, or none; each
@@ -87,6 +92,9 @@ class UniformWindows:
             )
             for position, (key, frame) in enumerate(zip(keys, frames, strict=True))
         ]
+
+    def shown_frames(self, index: int) -> tuple[Tile, ...]:
+        return ()  # --videos has them
 
     def shown_labels(self, index: int) -> tuple[Label, ...]:
         if self._labels is None:
@@ -167,6 +175,13 @@ class EvaluationWindows:
                 )
             )
         return frames
+
+    def shown_frames(self, index: int) -> tuple[Tile, ...]:
+        if self._config.labels is None:
+            return ()
+        numbers = self._cache.frame_index([index])[0].tolist()
+        target, crop = self._targets[self._key(index)], self._cache.crop[index]
+        return frames_of_crop(target, Path(self._config.labels), numbers, crop)
 
     def shown_labels(self, index: int) -> tuple[Label, ...]:
         if self._config.labels is None:

@@ -172,6 +172,7 @@ def _planned(dataset: Dataset, target: DatasetTarget, root: Path) -> PlanTarget:
     return PlanTarget(
         label=target.label,
         label_size=KB_CROP if dataset.region == "kb" else stored,
+        frames=target.frames if all(map(is_inside, target.frames)) else (),
         kind=dataset.kind,
         sequence=target.sequence,
         rule=rule,

@@ -74,13 +74,22 @@ def test_the_text_names_what_is_shown_and_how_it_ends() -> None:
 
 
 def test_a_panel_without_forecasts_does_not_move() -> None:
-    assert moving_panels([panel(strip("truth", 5, 0))], [TIMES_S]) == []
+    assert moving_panels([[panel(strip("truth", 5, 0))]], [TIMES_S]) == []
     assert moving_html([]) == ""
+
+
+def test_a_panel_that_shows_the_past_is_chosen_over_one_that_does_not() -> None:
+    labels = panel(strip("label", 1, 0), strip("sample 1", 2, 0))  # of the target alone
+    features = panel(strip("truth", 5, 0), strip("sample 1", 2, 0))
+    (moving,) = moving_panels([[], [labels], [features]], [TIMES_S])
+    assert "side by side: truth, sample 1" in moving.alt
+    (moving,) = moving_panels([[labels]], [TIMES_S])
+    assert "side by side: label, sample 1" in moving.alt
 
 
 def test_names_cannot_break_the_page_and_motion_can_be_refused() -> None:
     whole = panel(strip("truth", 5, 0), strip('best sample"><b>', 2, 0), strip("sample 1", 2, 0))
-    page = moving_html(moving_panels([whole], [TIMES_S]))
+    page = moving_html(moving_panels([[whole]], [TIMES_S]))
     tags: list[str] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append(tag)  # type: ignore[method-assign]

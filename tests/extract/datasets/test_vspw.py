@@ -47,6 +47,7 @@ def test_targets_tell_their_labels(vspw, config):
     assert target.label == "data/1_abc/mask/00000019.png"
     assert (target.label_size, target.kind, target.sequence) == ((24, 40), "segmentation", "1_abc")
     assert (target.rule.name, clips[0].split) == ("vspw", "val")
+    assert target.frames == clips[0].source.names
 
 
 def test_frames_count_by_place_not_by_number(tmp_path, write_vspw, config):
