@@ -20,7 +20,7 @@ rising, the peak of resident memory after each; on a GPU torch's peak.
 At the first weights of training all candidates are alike, and agreement would mean nothing. So
 weights and noise are drawn with a standard deviation of 0.05 and LayerScale is 1 (losses of the
 candidates of a position then spread by 1 to 2 %), or the model is a trained one (--world, with
-windows of --deltas).
+windows of --deltas; then without memory).
 
 JSON: selection_speedup (exact over plain, K = 256), selection_agreement and selection_regret
 (bfloat16, K = 256), selection_low_speedup (bfloat16), selection_finalists_speedup and _agreement,
@@ -386,6 +386,7 @@ def main() -> int:
         world=arguments.world,
         deltas=arguments.deltas,
         compiled=arguments.compile,
+        memory=arguments.world is None,
     )
     if str(REPORTED) in result["variants"]["exact"]:
         result = summary(result) | result
