@@ -7,7 +7,10 @@ page.py        parts of HTML pages            modes.py     which possible future
 sequences.py   scores by sequence             intervals.py bootstrap intervals of them
 compare.py     several reports side by side
 cache_fidelity.py  what a storage type costs
-api.py         DeltaWorld for Python: from pixels to possible futures
+api.py         DeltaWorld for Python: from pixels to possible futures (stream.py, futures.py)
+predictions.py, prediction_rows.py    frames of any other model under the same protocol
+panels.py, moving.py    pictures of windows, still and moving
+paper_rows.py  the paper's rows, and when they may stand beside ours
 
 `DeltaWorld`, `Futures` and `WorldState` are imported when they are first asked for.
 """

@@ -18,7 +18,7 @@ from .rollout import best_sample, decode_rollout, mean_sample
 
 DINO_SAMPLES_AT_ONCE = 4
 """Samples of DINO-world rolled out at a time: keys and values of 6 frames at 512 px take 0.45 GB a
-sample in float32."""
+sample and window in float32."""
 
 
 def dinoworld_rows(

@@ -96,7 +96,7 @@ def _difference(value: Difference | None, metric: str) -> str:
     if value.value == value.low == value.high == 0:
         return "equal"
     verdict = "" if value.verdict == "unclear" else f" {value.verdict}"
-    return _signed(value.value, metric) + show_interval(value.low, value.high, metric) + verdict
+    return _signed(value.value, metric) + verdict + show_interval(value.low, value.high, metric)
 
 
 def _signed(value: float, metric: str) -> str:

@@ -133,7 +133,7 @@ def count_valid(label: Label) -> int:
 
 def class_ious(confusion: Tensor) -> list[float | None]:
     """IoU of every class of a confusion matrix (C, C); None where a class never occurs."""
-    counts = confusion.double().cpu()
+    counts = confusion.cpu().double()
     both = counts.diagonal()
     either = counts.sum(0) + counts.sum(1) - both
     return [

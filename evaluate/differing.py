@@ -9,7 +9,7 @@ def most_different(samples: Tensor, count: int) -> list[int]:
     each time the one farthest from all that were taken; equal samples are taken once."""
     if not len(samples) or count < 1:
         return []
-    flat = samples.flatten(1).double()
+    flat = samples.flatten(1).float()
     distance = (flat - flat.mean(dim=0)).square().sum(dim=1)
     taken = [int(distance.argmin())]
     nearest = (flat - flat[taken[0]]).square().sum(dim=1)

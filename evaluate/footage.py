@@ -159,7 +159,7 @@ def _check_times(
     if times.shape != (num_frames,) or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         raise UsageError(
             f"times_s: got {times.shape} numbers for {num_frames} frames, wanted one for each, "
-            "increasing"
+            "finite and increasing"
         )
     return times
 

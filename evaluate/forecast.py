@@ -200,9 +200,8 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
     if inputs.models.rgb_head is not None:
         rgb = [rgb_panel(window, inputs.models.rgb_head, inputs.device) for window in shown]
     features = [feature_panel(window) for window in shown]
-    plainest = rgb or classes or depth or features
     return Pictures(
-        moving=moving_panels(plainest, [window.times_s for window in shown]),
+        moving=moving_panels((rgb, classes, depth, features), [w.times_s for w in shown]),
         features=features,
         classes=classes,
         depth=depth,

@@ -56,6 +56,9 @@ def save_grid(futures: Futures, path: Path, *, num_samples: int, show: str | Non
 
 def save_video(futures: Futures, path: Path, *, num_samples: int, show: str | None) -> Path:
     """See `Futures.save_mp4`."""
+    kind = path.suffix.lower()
+    if kind not in (".mp4", ".gif"):
+        raise UsageError(f"{path}: wanted a name that ends in .mp4 or .gif")
     video = _video(futures)
     seen = video[: len(futures.seen)]
     cells = [Cell(label="video", tiles=video)]
@@ -66,7 +69,7 @@ def save_video(futures: Futures, path: Path, *, num_samples: int, show: str | No
     columns = 3 if len(cells) > 4 else len(cells)
     pictures = draw_moments(cells, captions, columns=columns, first_future=len(seen))
     step_s = futures.times_s[0]
-    if path.suffix.lower() == ".gif":
+    if kind == ".gif":
         _write(path, gif_bytes(pictures, step_s=step_s))
     else:
         write_mp4(path, pictures, step_s=step_s)
@@ -94,8 +97,9 @@ def _drawing(futures: Futures, show: str | None) -> Draw:
         raise UsageError(f'show: got {show!r}, wanted "features" or "head"')
     aspect = futures.seen.shape[2] / futures.seen.shape[1]
     if kind == "head":
+        top = float(futures.read(futures.last[None]).max())  # of depths: one scale for all tiles
         return lambda features: resize_tile(
-            _read(futures, features), aspect=aspect, smooth=isinstance(head, RGBHead)
+            _read(futures, features, top=top), aspect=aspect, smooth=isinstance(head, RGBHead)
         )
     tokens = np.concatenate(
         [_array(futures.last), _array(futures.features).reshape(-1, futures.last.shape[1])]
@@ -106,8 +110,8 @@ def _drawing(futures: Futures, show: str | None) -> Draw:
     )
 
 
-def _read(futures: Futures, features: Tensor) -> Tile:
-    """What the head reads, as a picture."""
+def _read(futures: Futures, features: Tensor, *, top: float) -> Tile:
+    """What the head reads, as a picture; depths from black (0 m) to bright (`top`)."""
     output = futures.read(features[None])
     head = futures.parts.head
     if isinstance(head, SegmentationHead):
@@ -118,8 +122,7 @@ def _read(futures: Futures, features: Tensor) -> Tile:
     if isinstance(head, RGBHead):
         picture = (output[0].clamp(0, 1) * 255).round().permute(1, 2, 0)
         return _array(picture).astype(np.uint8)
-    depth = _array(output[0, 0])
-    return heat_tile(depth, top=float(depth.max()))
+    return heat_tile(_array(output[0, 0]), top=top)
 
 
 def _video(futures: Futures) -> tuple[Tile, ...]:

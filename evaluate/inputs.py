@@ -91,7 +91,7 @@ class ForecastInputs:
             sample_numbers=numbers,
             spread=spread,
             labels=self.arrangement.shown_labels(index),
-            frames=self._frames(key, frame_index),
+            frames=self.arrangement.shown_frames(index) or self._frames(key, frame_index),
         )
 
     def _frames(self, key: str, frame_index: list[int]) -> tuple[Tile, ...]:

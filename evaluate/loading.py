@@ -64,6 +64,7 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
     provenance: dict[str, Any] = {
         "cache": {
             "fingerprint": info.fingerprint,
+            "policy": info.identity["sampling"]["policy"],
             "backbone": info.backbone,
             "licence": info.licence,
             "hidden_size": info.shape.hidden_size,

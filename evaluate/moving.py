@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from PIL import features
 
-from .animation import Cell, draw_moments, gif_bytes
+from .animation import Cell, draw_moments, gif_bytes, webp_bytes
 from .page import data_uri
-from .pictures import Panel, Strip, Tile, png_bytes
+from .pictures import Panel, Strip, Tile, page_picture
 
 MAX_CELLS, COLUMNS = 9, 3
 """Futures and truths side by side, at most: three lines of three."""
+LARGE_GIF = 80_000  # bytes; with photographs in it
 EMPTY = 90
 """Grey of a place where there is nothing to show."""
 FIRST_CHOICE = ("video", "truth", "label", "best sample", "mean of samples")
@@ -30,8 +32,10 @@ class Moving:
     title: str
     alt: str
     gif: bytes
-    still: bytes
-    """PNG, for who wants nothing to move, and for paper."""
+    film: tuple[bytes, str]
+    """The same for the page, and its kind: "gif", or "webp" where a GIF is large."""
+    still: tuple[bytes, str]
+    """For who wants nothing to move, and for paper; and its kind."""
     width: int
     """Pixels."""
 
@@ -57,6 +61,10 @@ def moving_panel(panel: Panel, *, times_s: Sequence[float]) -> Moving | None:
     ]
     pictures = draw_moments(cells, words, columns=COLUMNS, first_future=first_future)
     step_s = float(np.diff(times_s).mean())
+    gif = gif_bytes(pictures, step_s=step_s)
+    film = (gif, "gif")
+    if len(gif) > LARGE_GIF and features.check("webp"):
+        film = (webp_bytes(pictures, step_s=step_s), "webp")
     names = ", ".join(strip.label for strip in chosen)
     return Moving(
         title=panel.title,
@@ -65,16 +73,30 @@ def moving_panel(panel: Panel, *, times_s: Sequence[float]) -> Moving | None:
             f"{len(words) - first_future} of the future, side by side: {names}. At the end: "
             + " ".join(strip.alt for strip in late)
         ),
-        gif=gif_bytes(pictures, step_s=step_s),
-        still=png_bytes(pictures[-1].quantize(64)),
+        gif=gif,
+        film=film,
+        still=page_picture(pictures[-1]),
         width=pictures[0].width,
     )
 
 
-def moving_panels(panels: Sequence[Panel], times_s: Sequence[Sequence[float]]) -> list[Moving]:
-    """`moving_panel` of every panel that moves."""
-    found = [moving_panel(p, times_s=times) for p, times in zip(panels, times_s, strict=True)]
+def moving_panels(
+    kinds: Sequence[Sequence[Panel]], times_s: Sequence[Sequence[float]]
+) -> list[Moving]:
+    """`moving_panel` of every window: of the first kind of panel that shows the past, too.
+
+    kinds: panels of all windows, of one kind after the other; a kind may have none.
+    """
+    found = []
+    for window, times in enumerate(times_s):
+        panels = [panels[window] for panels in kinds if panels]
+        with_past = [panel for panel in panels if _shows_past(panel)]
+        found.append(moving_panel((with_past or panels)[0], times_s=times))
     return [moving for moving in found if moving is not None]
+
+
+def _shows_past(panel: Panel) -> bool:
+    return any(len(strip.tiles) == len(panel.columns) for strip in panel.strips)
 
 
 def moving_html(pictures: Sequence[Moving]) -> str:
@@ -97,9 +119,10 @@ TEXT = (
 
 
 def _figure(moving: Moving) -> str:
+    still, film = (data_uri(data, kind=kind) for data, kind in (moving.still, moving.film))
     return f"""<figure><picture>
-<source media="(prefers-reduced-motion: reduce), print" srcset="{data_uri(moving.still)}">
-<img src="{data_uri(moving.gif, kind="gif")}" alt="{escape(moving.alt)}" width="{moving.width}">
+<source media="(prefers-reduced-motion: reduce), print" srcset="{still}">
+<img src="{film}" alt="{escape(moving.alt)}" width="{moving.width}">
 </picture><figcaption>{escape(moving.title)}</figcaption></figure>"""
 
 

@@ -5,11 +5,12 @@ Used by `report.py` and by pipeline/preview.
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .pictures import Panel, png_bytes, strip_image
+from .pictures import Panel, page_picture, strip_image
 from .plots import Plot
 
 
@@ -28,11 +29,12 @@ def panel_html(panel: Panel) -> str:
     rows = []
     for strip in panel.strips:
         kind = "name" if len(strip.tiles) == num_columns else "name late"
+        picture, format_name = page_picture(strip_image(strip))
         rows.append(
             f'<div class="{kind}" style="--free: {num_columns - len(strip.tiles)}">'
             f"{escape(strip.label)}</div>"
             f'<img style="--tiles: {len(strip.tiles)}" alt="{escape(strip.alt)}" '
-            f'src="{data_uri(png_bytes(strip_image(strip)))}">'
+            f'src="{data_uri(picture, kind=format_name)}">'
         )
     legend = "".join(
         f'<li><i style="background: rgb({red} {green} {blue})"></i>{escape(name)}</li>'
@@ -57,10 +59,15 @@ def plot_html(plot: Plot) -> str:
 def facts_html(facts: Mapping[str, Any]) -> str:
     """A table of names and values."""
     lines = "\n".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(value_text(value))}</td></tr>"
+        f"<tr><td>{_name(name)}</td><td>{escape(value_text(value))}</td></tr>"
         for name, value in facts.items()
     )
     return f'<table class="facts"><tbody>\n{lines}\n</tbody></table>'
+
+
+def _name(text: str) -> str:
+    """A name that may go on on the next line after a dot or an underscore."""
+    return re.sub(r"([._])", r"\1<wbr>", escape(text))
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..train.models.heads import SegmentationHead
 from .config import ForecastConfig
 from .dense import Head
 from .page import table_html
-from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value, show
+from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value, markdown, show
 
 PAPER_ROWS: dict[str, tuple[tuple[str, str, tuple[str, str]], ...]] = {
     # our row, the paper's name, (short, mid)
@@ -140,7 +140,9 @@ def paper_html(rows: Sequence[ReportRow], comparison: PaperComparison | None) ->
     if comparison is None:
         return ""
     header, body = paper_table(rows, comparison)
-    table = f'<div class="wide">{table_html(header, body)}</div>'
+    table = f"""<div class="wide">{table_html(header, body)}</div>
+<details><summary>As Markdown, to paste</summary>
+<pre>{escape(markdown(header, body))}</pre></details>"""
     if comparison.differences:
         items = "".join(f"<li>{escape(text)}</li>" for text in comparison.differences)
         return f"""<h2>Beside the paper</h2>

@@ -12,13 +12,15 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import hsv_to_rgb
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 from .protocol import IGNORE
 
 Tile = NDArray[np.uint8]  # (H, W, 3) RGB
 TILE_HEIGHT = 112  # pixels; seven tiles of a 16:9 video are then 1,400 wide
 GAP = 4  # pixels between tiles
+LARGE_PNG = 30_000  # bytes; strips of colour maps have less, of photographs more
+WEBP_QUALITY = 80
 IGNORE_COLOUR = (128, 128, 128)
 _MAX_ASPECT = 2.0  # a wider or taller frame is squeezed, to keep the strip readable
 _COLOUR_PERCENTILES = (1.0, 99.0)  # a guess: keeps single outlier tokens from greying the rest
@@ -135,6 +137,17 @@ def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def page_picture(image: Image.Image) -> tuple[bytes, str]:
+    """An image for a page, and its kind ("png", "webp"): photographs, of which a PNG is large, with
+    losses that are not seen; maps of colours exactly."""
+    png = png_bytes(image)
+    if len(png) < LARGE_PNG or not features.check("webp"):
+        return png, "png"
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=WEBP_QUALITY)
+    return buffer.getvalue(), "webp"
 
 
 def panel_image(panel: Panel) -> Image.Image:

@@ -105,9 +105,12 @@ def report_page(report: Report, pictures: Pictures) -> str:
     """The whole page."""
     config = report.config
     title = f"Forecasts on {config['dataset']}"
+    is_evaluation = report.provenance["cache"]["policy"] == "evaluation"
+    windows, clips = ("crops", "targets") if is_evaluation else ("windows", "clips")
     summary = (
-        f"{report.num_windows} windows of {report.num_clips} clips; {config['num_context']} frames "
-        f"seen, target {config['short_steps']} (short) and {config['mid_steps']} (mid) steps later"
+        f"{report.num_windows} {windows} of {report.num_clips} {clips}; {config['num_context']} "
+        f"frames seen, target {config['short_steps']} (short) and {config['mid_steps']} (mid) "
+        "steps later"
     )
     if report.best_of_k:
         last = config["seed"] + config["num_seeds"] - 1
@@ -169,7 +172,7 @@ def _scores(report: Report) -> str:
 <div class="wide">{table_html(header, body)}</div>
 <p class="soft">{escape(SCORES_TEXT)}</p>
 <details><summary>As Markdown, to paste</summary>
-<pre class="copy" tabindex="0">{escape(markdown_table(report.rows))}</pre></details>"""
+<pre>{escape(markdown_table(report.rows))}</pre></details>"""
 
 
 def _probes(report: Report) -> str:

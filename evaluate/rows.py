@@ -126,7 +126,11 @@ def show(value: float | None, metric: str) -> str:
 
 def markdown_table(rows: Sequence[ReportRow]) -> str:
     """The same table as Markdown, numbers right-aligned."""
-    header, body = table(rows)
+    return markdown(*table(rows))
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table, numbers right-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
 

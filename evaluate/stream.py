@@ -36,7 +36,8 @@ class _Seen:
 
 
 class WorldState:
-    """Made by `DeltaWorld.stream`. Keeps the last frame's features and 2 tokens a frame."""
+    """Made by `DeltaWorld.stream`. Keeps the last frame's features and, of each of the last
+    `num_context` frames, two tokens and (for pictures) its pixels."""
 
     def __init__(self, parts: Parts, *, num_context: int, samples_at_once: int) -> None:
         self._parts = parts
@@ -60,6 +61,12 @@ class WorldState:
             raise UsageError(
                 f"time_s: got {time_s:g} after {self._seen[-1].time_s:g}; frames come in order of "
                 "time, each after the one before"
+            )
+        if self._pictures and picture.shape != self._pictures[-1].shape:
+            raise UsageError(
+                f"frame: got {picture.shape[0]}x{picture.shape[1]} pixels after "
+                f"{self._pictures[-1].shape[0]}x{self._pictures[-1].shape[1]}; frames of one video "
+                "have one size: begin another stream"
             )
         parts, grid = self._parts, self._parts.grid
         side = parts.frame_size

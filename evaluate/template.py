@@ -51,7 +51,7 @@ pre { background: var(--wash); padding: .75rem; overflow-x: auto; font-size: .8r
 details summary { cursor: pointer; color: var(--soft); font-size: .9rem; margin: .5rem 0; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; display: block; }
-.copy { -webkit-user-select: all; user-select: all; }
+details pre { -webkit-user-select: all; user-select: all; }
 .moving {
   display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));

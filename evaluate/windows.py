@@ -23,7 +23,9 @@ from .config import ForecastConfig
 from .crop_labels import label_of_crop
 from .dense import WHOLE, Head, Label, LabelledFrame
 from .labels import LabelFolder
+from .pictures import Tile
 from .protocol import IGNORE, NO_DEPTH
+from .target_frames import frames_of_crop
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ class Windows(Protocol):
 
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         """The labels of the target frames of a batch; none without labels."""
+
+    def shown_frames(self, index: int) -> tuple[Tile, ...]:
+        """What a window shows, for pictures; none where it is not known here."""
 
     def shown_labels(self, index: int) -> tuple[Label, ...]:
         """Labels of a window for pictures: of all frames, of the target alone, or none; each
@@ -88,6 +93,9 @@ class UniformWindows:
             for position, (key, frame) in enumerate(zip(keys, frames, strict=True))
         ]
 
+    def shown_frames(self, index: int) -> tuple[Tile, ...]:
+        return ()  # --videos has them
+
     def shown_labels(self, index: int) -> tuple[Label, ...]:
         if self._labels is None:
             return ()
@@ -122,13 +130,14 @@ class EvaluationWindows:
         if head is not None:
             for target in self._targets.values():
                 _check_head(config, head, target)
-        missing = len(self._targets) - len(self._crops)
+        self._check_labels()
+        missing = cache.info.counts.get("quarantined", 0)
         if missing:
             logger.warning(
                 "%s: %d of %d targets are in quarantine and not scored (quarantine.jsonl)",
                 config.patches,
                 missing,
-                len(self._targets),
+                missing + len(self._crops),
             )
 
     def batches(self) -> list[list[int]]:
@@ -167,6 +176,13 @@ class EvaluationWindows:
             )
         return frames
 
+    def shown_frames(self, index: int) -> tuple[Tile, ...]:
+        if self._config.labels is None:
+            return ()
+        numbers = self._cache.frame_index([index])[0].tolist()
+        target, crop = self._targets[self._key(index)], self._cache.crop[index]
+        return frames_of_crop(target, Path(self._config.labels), numbers, crop)
+
     def shown_labels(self, index: int) -> tuple[Label, ...]:
         if self._config.labels is None:
             return ()
@@ -174,6 +190,14 @@ class EvaluationWindows:
         crops = self._cache.crop[self._crops[key]]
         which = self._crops[key].index(index)
         return (label_of_crop(self._label(key), crops, which),)
+
+    def _check_labels(self) -> None:
+        """Every label is there; UsageError for the first that is not, before any work."""
+        if self._config.labels is not None:
+            root = Path(self._config.labels)
+            for key in self._crops:
+                if not (root / self._targets[key].label).is_file():
+                    load_label(self._targets[key], root)  # says what is missing
 
     def _key(self, index: int) -> str:
         return self._cache.keys[int(self._cache.clip_index[index])]

@@ -23,6 +23,7 @@ from ..shards.plan import (
     read_plan,
     write_plan,
 )
+from ..shards.plan_mending import mend_plan, needs_mending
 from .clips import Clip
 from .leases import Leases
 from .stop import StopRequest
@@ -53,8 +54,17 @@ class CommonFolder:
         with self._stop.at_once():
             time.sleep(self._poll_s)
 
-    def plan(self, clips: Sequence[Clip], *, clips_per_shard: int, seed: int, append: bool) -> Plan:
-        """The plan for `clips`. One that is there is followed, or with `append` made longer.
+    def plan(
+        self,
+        clips: Sequence[Clip],
+        *,
+        clips_per_shard: int,
+        seed: int,
+        append: bool,
+        retry: bool = False,
+    ) -> Plan:
+        """The plan for `clips`. One that is there is followed, or with `append` made longer; with
+        `retry` clips that were not there, and now are, are filled in.
 
         Raises CacheMismatch if it is for other clips, without `append`.
         """
@@ -66,6 +76,10 @@ class CommonFolder:
             plan = extend_plan(self._folder, clips, clips_per_shard=clips_per_shard, seed=seed)
             return clips_by_shard(plan)
         made = make_plan(clips, clips_per_shard=clips_per_shard, seed=seed)
+        if retry and needs_mending(self._folder, made):
+            with self._alone():
+                reopen_cache(self._folder)  # first: a finished cache.json tells the plan's hash
+                mend_plan(self._folder, made)
         return clips_by_shard(write_plan(self._folder, made))
 
     def reopen(self) -> None:

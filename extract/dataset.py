@@ -15,7 +15,7 @@ from ..shards.crops import KB_CROP
 from ..shards.errors import UsageError
 from ..shards.plan_target import Kind, LabelRule, PlanTarget, is_inside
 from .clips import Clip, Source, TargetFrames, Unreadable
-from .label_headers import BadLabel, image_size, label_size
+from .label_headers import BadLabel, file_size, image_size, label_size
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -129,18 +129,27 @@ def _clip(dataset: Dataset, target: DatasetTarget, root: Path, *, split: str) ->
     size, planned, problem = 0, None, target.problem
     if problem is None:
         try:
-            size = sum((root / name).stat().st_size for name in target.frames)
+            size = sum(file_size(root, name) for name in target.frames)
+            file_size(root, target.label)
             planned = _planned(dataset, target, root)
-        except FileNotFoundError as error:
-            missing = Path(error.filename).relative_to(root).as_posix()
-            problem = f"{missing} is missing"
-        except (OSError, BadLabel) as error:
+        except OSError as error:
+            problem = _described(error, root)
+        except BadLabel as error:
             problem = str(error)
     if problem is not None:
         size, source = 0, Unreadable(problem)
     return Clip(
         key=target.key, path=path, size_bytes=size, source=source, split=split, target=planned
     )
+
+
+def _described(error: OSError, root: Path) -> str:
+    """In words that are the same wherever the data set lies."""
+    path = Path(str(error.filename or root))
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is missing"
+    return f"{name} cannot be read: {error.strerror or type(error).__name__}"
 
 
 def _planned(dataset: Dataset, target: DatasetTarget, root: Path) -> PlanTarget:
@@ -163,6 +172,7 @@ def _planned(dataset: Dataset, target: DatasetTarget, root: Path) -> PlanTarget:
     return PlanTarget(
         label=target.label,
         label_size=KB_CROP if dataset.region == "kb" else stored,
+        frames=target.frames if all(map(is_inside, target.frames)) else (),
         kind=dataset.kind,
         sequence=target.sequence,
         rule=rule,

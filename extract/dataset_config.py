@@ -44,7 +44,8 @@ class DatasetConfig(RunConfig):
     """vspw: list of videos, instead of ROOT/val.txt. kitti: the list of Eigen's test frames, which
     must be given; lines "DATE/DRIVE/image_02/data/FRAME.png DEPTH ..." or "DATE/DRIVE FRAME l"."""
     name: str | None = None
-    """sequences: what the data set is called, in reports and in the cache's identity."""
+    """sequences: what the data set is called, in reports and in the cache's identity
+    [sequences]."""
     images: str | None = None
     """sequences: pattern of the frames below ROOT, like "JPEGImages/480p/*/*.jpg"; what the last *
     stands for is the frame's name, what the others stand for its sequence."""
@@ -107,11 +108,11 @@ class DatasetConfig(RunConfig):
                 )
 
     def _check_sequences(self) -> None:
-        for name in ("name", "images", "labels", "fps"):
+        for name in ("images", "labels", "fps"):
             if getattr(self, name) is None:
                 raise UsageError(
-                    f"{name}: not given, dataset sequences cannot do without: give e.g. --name "
-                    'mine --images "images/*/*.png" --labels "labels/*/*.png" --fps 15'
+                    f"{name}: not given, dataset sequences cannot do without: give e.g. "
+                    '--images "images/*/*.png" --labels "labels/*/*.png" --fps 15'
                 )
         if self.kind == "depth" and self.steps_per_m is None:
             raise UsageError("steps_per_m: not given, depth needs it: 1000 for millimetres")

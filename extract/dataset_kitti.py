@@ -9,11 +9,15 @@ published one in either of its forms, a frame a line:
     2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000069.png DEPTH.png 721.5377
     2011_09_26/2011_09_26_drive_0002_sync 0000000069 l
 
-In the first, DEPTH is `None` for a frame without depth. As released: targets are those with depth,
-from frame 19 on, the frames of a window 2 apart (0.2 s); with num_frames 1 every frame can be one.
+In the first, DEPTH is `None` for a frame without depth, and may be left out. As released: targets
+are those with depth, from frame 19 on, the frames of a window 2 apart (0.2 s); with num_frames 1
+every frame can be one. Where the list names a depth image that is not there, the target is
+incomplete; where it names none, a frame without one is just no target. Lines that end with r, of
+the right camera, are left out.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from ..shards.errors import UsageError
@@ -31,14 +35,12 @@ LAYOUT = (
     "DATE/DRIVE/image_02/data/*.png (raw data) and val/ and train/, each with "
     "DRIVE/proj_depth/groundtruth/image_02/*.png (annotated depth maps)"
 )
-LINES = '"DATE/DRIVE/image_02/data/FRAME.png DEPTH ..." or "DATE/DRIVE FRAME l"'
+LINES = '"DATE/DRIVE/image_02/data/FRAME.png [DEPTH ...]" or "DATE/DRIVE FRAME l"'
 
 _DRIVE = r"(?P<date>[0-9]{4}_[0-9]{2}_[0-9]{2})/(?P<drive>(?P=date)_drive_[0-9]{4}_sync)"
 _LINES = (
-    re.compile(
-        _DRIVE + r"/image_02/data/(?P<frame>[0-9]{1,10})\.(?:png|jpg) (?P<depth>\S+)(?: .*)?"
-    ),
-    re.compile(_DRIVE + r" (?P<frame>[0-9]{1,10})(?P<depth>) l"),
+    re.compile(_DRIVE + r"/image_02/data/(?P<frame>[0-9]{1,10})\.(?:png|jpg)( (?P<depth>\S+).*)?"),
+    re.compile(_DRIVE + r" (?P<frame>[0-9]{1,10}) (?P<side>[lr])"),
 )
 
 
@@ -55,23 +57,24 @@ def load_kitti(config: DatasetConfig) -> Dataset:
     if not depth_roots:
         need_layout(root, "val", wanted=LAYOUT)
     listed = Path(config.split_file)
-    targets, without_depth, too_early = [], 0, 0
+    targets, left_out = [], Counter[str]()
     for number, line in enumerate(read_lines(listed, what=f"lines {LINES}"), start=1):
         match = next((found for form in _LINES if (found := form.fullmatch(line))), None)
         if match is None:
             raise UsageError(f"{listed}: line {number} is {line[:120]!r}, wanted {LINES}")
-        frame = int(match["frame"])
+        fields, frame = match.groupdict(), int(match["frame"])
         numbers = window_numbers(frame, num_frames=config.frames_a_window, stride=STRIDE)
-        if match["depth"] == "None":
-            without_depth += 1
+        target = _target(root, match, numbers, depth_roots)
+        # Some lists have the right camera's image where others have the depth.
+        named = "proj_depth" in (fields.get("depth") or "")
+        if fields.get("side") == "r":
+            left_out["of the right camera"] += 1
+        elif fields.get("depth") == "None" or not (named or (root / target.label).exists()):
+            left_out["without depth"] += 1
         elif numbers[0] < 0 or (config.frames_a_window > 1 and frame < FIRST_TARGET):
-            too_early += 1
+            left_out[f"before frame {FIRST_TARGET} of their drive"] += 1
         else:
-            targets.append(_target(root, match, numbers, depth_roots))
-    left_out = {
-        "without depth": without_depth,
-        f"before frame {FIRST_TARGET} of their drive": too_early,
-    }
+            targets.append(target)
     return Dataset(
         name="kitti",
         fps=FPS,
@@ -80,7 +83,7 @@ def load_kitti(config: DatasetConfig) -> Dataset:
         kind="depth",
         rule=LabelRule(name="kitti"),
         region="kb",
-        left_out={why: count for why, count in left_out.items() if count},
+        left_out=dict(left_out),
     )
 
 

@@ -14,6 +14,7 @@ from ..shards.errors import UsageError
 from ..shards.plan_target import LabelRule
 from .dataset import Dataset, DatasetTarget, need_layout
 from .dataset_config import DatasetConfig
+from .run_config import positive
 
 FOLDERS = {"val": "val", "train": "head"}
 
@@ -52,6 +53,8 @@ def _clock(path: Path) -> tuple[float, int]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         fps, tick_s = float(settings["fps"]), float(settings["tick_s"])
+        if not (positive(fps) and positive(tick_s)):
+            raise ValueError(f"fps {fps}, tick_s {tick_s}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path}: not the file of a little world ({error!r}): make it again"

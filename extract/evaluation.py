@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 from ..shards.crops import MAX_ASPECT_RATIO, compute_resize_sizes, kb_region, square_corners
 from ..shards.errors import DeltatokError
 from .packets import Float64
-from .sampling import SamplingPolicy, Square, WindowDraw
+from .sampling import SamplingPolicy, WindowDraw
+from .square import Square
 from .unusable import UnusableClip
 
 CROPS = (

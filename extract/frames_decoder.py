@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .frame_names import frame_seconds
 from .packets import MAX_MEAN_GAP_S, Float64, UInt8, describe
@@ -22,7 +22,7 @@ from .unusable import UnusableClip
 MAX_FRAME_PIXELS = 2**26
 """A frame of 8192 x 8192. More is no video frame, but a file made to fill the memory (a guess)."""
 
-_EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, struct.error, EOFError)
 """What Pillow raises for files that are no images of their kind."""
 
@@ -46,7 +46,7 @@ def decode_frames(images: FrameImages, *, draw: Draw) -> tuple[list[WindowDraw],
             no window can be drawn.
     """
     names, times_s = in_time_order(images.names)
-    shape = read_shape(names[0], images.read(names[0]))
+    shape = _read_shape(names[0], images.read(names[0]))
     windows = draw(times_s, *shape)
     frames = {}
     for index in sorted({frame for window in windows for frame in window.frame_index}):
@@ -78,13 +78,13 @@ def in_time_order(names: list[str]) -> tuple[list[str], Float64]:
     return ordered, np.array(since_first, np.float64)
 
 
-def read_shape(name: str, data: bytes) -> tuple[int, int]:
+def _read_shape(name: str, data: bytes) -> tuple[int, int]:
     """Height and width of an image as it is shown, from its header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             with _opened(name, data) as image:
-                turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+                turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
                 width, height = image.size
         except UnusableClip:
             raise
@@ -117,6 +117,9 @@ def _opened(name: str, data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except Image.DecompressionBombError as error:
         raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
+    except UnidentifiedImageError as error:  # whose text names an address in memory
+        reason = f"{name} cannot be decoded: is no JPEG or PNG image"
+        raise UnusableClip(reason, stage="decode") from error
     if image.width * image.height > MAX_FRAME_PIXELS:
         raise UnusableClip(
             f"{name}: {image.width}x{image.height} pixels, more than {MAX_FRAME_PIXELS} a frame",

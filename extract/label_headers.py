@@ -3,13 +3,13 @@
 Called by dataset.py.
 """
 
+import stat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from .frames_decoder import read_shape
-from .unusable import UnusableClip
+from .frames_decoder import EXIF_ORIENTATION
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 """Pillow's names of one whole number a pixel."""
@@ -21,23 +21,40 @@ class BadLabel(ValueError):
     """A label that cannot be used, or its frame; says which and why."""
 
 
+def file_size(root: Path, name: str) -> int:
+    """Bytes; FileNotFoundError if it is not there, BadLabel if it is a folder, a pipe or the like,
+    which would be waited for."""
+    status = (root / name).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadLabel(f"{name} is no file")
+    return status.st_size
+
+
 def image_size(root: Path, name: str) -> tuple[int, int]:
-    """Height and width of a frame as it is shown."""
+    """Height and width of a frame as it is shown, from its header alone: asking a PNG for metadata
+    that it does not begin with would decode it."""
     try:
-        return read_shape(name, (root / name).read_bytes())
-    except UnusableClip as error:
-        raise BadLabel(str(error)) from error
+        with Image.open(root / name, formats=("JPEG", "PNG")) as image:
+            told = image.format == "JPEG" or "exif" in image.info
+            turned = told and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = image.size
+    except UnidentifiedImageError as error:  # whose text names the whole path
+        raise BadLabel(f"{name} is no JPEG or PNG image") from error
+    except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
+        raise BadLabel(f"{name} cannot be read: {error}") from error
+    return (width, height) if turned else (height, width)
 
 
 def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
-    """Height and width of a label; FileNotFoundError if it is not there."""
+    """Height and width of a label."""
     path = root / name
     if frame is not None:
         return _array_size(path, name, frame)
-    path.stat()
     try:
         with Image.open(path, formats=("PNG", "BMP", "TIFF")) as image:
             mode, (width, height) = image.mode, image.size
+    except UnidentifiedImageError as error:  # whose text names the whole path
+        raise BadLabel(f"{name} is no label that can be read: no PNG, BMP or TIFF") from error
     except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
         raise BadLabel(f"{name} is no label that can be read: {error}") from error
     if mode not in LABEL_MODES:
@@ -48,7 +65,6 @@ def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
 
 
 def _array_size(path: Path, name: str, frame: int) -> tuple[int, int]:
-    path.stat()
     try:
         shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
     except (OSError, ValueError) as error:

@@ -144,6 +144,7 @@ def _open(means: Means, folder: CommonFolder) -> tuple[Plan, Plan, Tally]:
         clips_per_shard=clips_per_shard(config),
         seed=config.seed,
         append=config.append,
+        retry=config.retry_quarantined,
     )
     # Read before the done-records: then a shard that is missing from a complete cache is to be
     # made again, and was not finished by another process just now.

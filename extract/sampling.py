@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import ExtractConfig
+from .square import Square
 from .unusable import UnusableClip
 
 Float64 = NDArray[np.float64]
@@ -34,27 +35,6 @@ keep damaged timestamps from asking for years of video)."""
 
 
 @dataclass(frozen=True)
-class Square:
-    """A crop is resized to `height` x `width`, then a square of the frame size is cut from it."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-    side: int
-
-    def in_pixels_of(self, crop: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
-        """Where the square lies in the frame of which `crop` is resized."""
-        top, left, height, width = crop
-        return (
-            top + self.top * height / self.height,
-            left + self.left * width / self.width,
-            self.side * height / self.height,
-            self.side * width / self.width,
-        )
-
-
-@dataclass(frozen=True)
 class WindowDraw:
     """One window: T frames of one clip under one crop and one flip."""
 
@@ -66,7 +46,7 @@ class WindowDraw:
     """top, left, height, width in pixels of the shown (rotated) frame."""
     flipped: bool
     """Mirrored left to right, after the crop."""
-    square: "Square | None" = None
+    square: Square | None = None
     """A square that is cut from the resized crop (evaluation); None: the crop is resized to it."""
 
     @property

@@ -6,7 +6,7 @@ Called by decoders.py inside a decoding process.
 import numpy as np
 
 from .clips import TargetFrames
-from .frames_decoder import FrameImages, read_pixels, read_shape
+from .frames_decoder import FrameImages, read_pixels
 from .packets import UInt8
 from .pyav_decoder import Draw
 from .sampling import WindowDraw
@@ -21,16 +21,16 @@ def decode_images(
     Raises:
         UnusableClip: a frame cannot be read or has another size than the target.
     """
-    shape = read_shape(source.names[-1], images.read(source.names[-1]))
-    windows = draw(np.zeros(0), *shape)
-    frames = {}
-    for number, name in zip(source.numbers, source.names, strict=True):
-        pixels = read_pixels(name, images.read(name))
-        if pixels.shape[:2] != shape:
+    frames = {
+        number: read_pixels(name, images.read(name))
+        for number, name in zip(source.numbers, source.names, strict=True)
+    }
+    height, width, _ = frames[source.numbers[-1]].shape
+    for name, pixels in zip(source.names, frames.values(), strict=True):
+        if pixels.shape[:2] != (height, width):
             raise UnusableClip(
                 f"changes its size: {name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, the "
-                f"target {shape[1]}x{shape[0]}",
+                f"target {width}x{height}",
                 stage="decode",
             )
-        frames[number] = pixels
-    return windows, frames
+    return draw(np.zeros(0), height, width), frames

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import Square, WindowDraw
+from .sampling import WindowDraw
 from .shared_frames import BadFrames, map_frames, share_frames
+from .square import Square
 
 UInt8 = NDArray[np.uint8]
 

@@ -120,7 +120,7 @@ def write_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> list[PlanEntry]
     moved). Raises CacheMismatch when the two do not name the same clips of the same sizes.
     """
     folder = Path(folder)
-    if not (folder / PLAN).exists() and create_bytes(folder / PLAN, _lines(plan)):
+    if not (folder / PLAN).exists() and create_bytes(folder / PLAN, plan_lines(plan)):
         return list(plan)
     stored = read_plan(folder)
     asked = {entry.key: entry for entry in plan}
@@ -161,7 +161,7 @@ def extend_plan(
     if added:
         before = (folder / PLAN).read_bytes()
         newline = b"" if before.endswith(b"\n") or not before else b"\n"
-        write_bytes(folder / PLAN, before + newline + _lines(added))
+        write_bytes(folder / PLAN, before + newline + plan_lines(added))
     return stored + added
 
 
@@ -178,7 +178,7 @@ def is_begun(folder: Path | str, plan: Sequence[PlanEntry]) -> bool:
 def continue_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> None:
     """Adds the rest of `plan`, which `is_begun`: one process at a time."""
     path = Path(folder) / PLAN
-    write_bytes(path, path.read_bytes() + _lines(plan[len(read_plan(folder)) :]))
+    write_bytes(path, path.read_bytes() + plan_lines(plan[len(read_plan(folder)) :]))
 
 
 def _refuse_other_names(
@@ -202,9 +202,12 @@ def _with_new_sources(
     for entry in stored:
         size = asked.get(entry.key, entry).size_bytes
         if entry.size_bytes != size:
+            advice = "restore the file, or extract into another folder"
+            if entry.size_bytes == 0:  # it could not be read at all
+                advice = "add --retry-quarantined to take it in"
             raise CacheMismatch(
                 f"{folder}: clip {entry.key!r} had {entry.size_bytes} bytes when the plan was "
-                f"made, now {size}: restore the file, or extract into another folder"
+                f"made, now {size}: {advice}"
             )
         if entry.key in asked:
             check_same_target(f"{folder}: {entry.key!r}", entry.target, asked[entry.key].target)
@@ -214,7 +217,8 @@ def _with_new_sources(
     ]
 
 
-def _lines(plan: Iterable[PlanEntry]) -> bytes:
+def plan_lines(plan: Iterable[PlanEntry]) -> bytes:
+    """plan.jsonl."""
     return "".join(f"{json.dumps(_to_json(entry), sort_keys=True)}\n" for entry in plan).encode()
 
 

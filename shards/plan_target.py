@@ -48,6 +48,9 @@ class PlanTarget:
     sequence: str
     """The video or drive it is a frame of."""
     rule: LabelRule = field(default_factory=LabelRule)
+    frames: tuple[str, ...] = ()
+    """Its window's images in order, or the one video they are in, posix paths as `label`'s; for
+    pictures. Empty where they are not known."""
 
 
 def target_to_json(target: PlanTarget) -> dict[str, Any]:
@@ -58,13 +61,14 @@ def target_to_json(target: PlanTarget) -> dict[str, Any]:
     for name in ("steps_per_m", "frame"):
         if getattr(target.rule, name) is not None:
             rule[name] = getattr(target.rule, name)
-    return {
+    fields = {
         "label": target.label,
         "label_size": list(target.label_size),
         "kind": target.kind,
         "sequence": target.sequence,
         "rule": rule,
     }
+    return fields | {"frames": list(target.frames)} if target.frames else fields
 
 
 def target_from_json(value: Mapping[str, Any], *, where: str) -> PlanTarget:
@@ -76,6 +80,12 @@ def target_from_json(value: Mapping[str, Any], *, where: str) -> PlanTarget:
         raise DamagedShard(f"{where}: label is {shown(label)}, wanted a path inside the data set")
     if len(size) != 2 or not all(is_count(side) and 1 <= side <= MAX_LABEL_SIDE for side in size):
         raise DamagedShard(f"{where}: label_size is {shown(size)}, wanted height and width")
+    frames = fields.sequence("frames") if fields.has("frames") else []
+    for frame in frames:
+        if not (isinstance(frame, str) and is_inside(frame)):
+            raise DamagedShard(
+                f"{where}: a frame is {shown(frame)}, wanted a path inside the data set"
+            )
     known: dict[str, Kind] = {name: name for name in get_args(Kind)}
     if kind not in known:
         raise DamagedShard(f"{where}: kind is {shown(kind)}, wanted {' or '.join(known)}")
@@ -87,6 +97,7 @@ def target_from_json(value: Mapping[str, Any], *, where: str) -> PlanTarget:
         rule=_rule(fields.mapping("rule"), where=f"{where}: rule")
         if fields.has("rule")
         else LabelRule(),
+        frames=tuple(frames),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.errors import UsageError
+from ..shards.errors import DamagedShard, UsageError
 from ..shards.patches import PatchShards
 from .cuts import cut_labels, upsample_half
 from .label_rules import IGNORE, NO_DEPTH
@@ -39,13 +39,20 @@ class TargetLabels:
     """The labels of every window; files are read when they are first asked for.
 
     Raises UsageError for labels that are missing, of two kinds, without any labelled pixel, or of
-    another number of classes.
+    another number of classes, DamagedShard for windows without a target.
     """
 
     def __init__(self, folder: str, shards: PatchShards, *, num_classes: int | None) -> None:
         self._root = Path(folder)
         targets = read_targets(shards.folder)
         windows = windows_of_clips(shards)
+        if not windows:
+            raise UsageError(f"{shards.folder}: has no windows: see its quarantine.jsonl")
+        if unknown := sorted(windows.keys() - targets.keys()):
+            raise DamagedShard(
+                f"{shards.folder}: clip {unknown[0]!r} has windows and no target in plan.jsonl: "
+                "make the cache again"
+            )
         self._targets: dict[int, Target] = {}
         self._second: dict[int, bool] = {}
         self._cuts = {key: cut_of_crops(shards.crop[numbers]) for key, numbers in windows.items()}

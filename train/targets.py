@@ -46,6 +46,8 @@ class Target:
     label_size: tuple[int, int]
     """Height and width of the label in pixels, as `load_label` gives it."""
     rule: LabelRule
+    frames: tuple[str, ...] = ()
+    """Its window's images in order, or the one video they are in: relative paths, for pictures."""
 
 
 def read_targets(cache_folder: Path | str) -> dict[str, Target]:
@@ -72,6 +74,7 @@ def read_targets(cache_folder: Path | str) -> dict[str, Target]:
             label=entry.target.label,
             label_size=entry.target.label_size,
             rule=entry.target.rule,
+            frames=entry.target.frames,
         )
         for entry in read_plan(cache_folder, sha256=sha256)
         if entry.target is not None

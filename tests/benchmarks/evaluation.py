@@ -74,6 +74,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     width, layers = (32, 1) if arguments.small else (192, 12)
     config = DatasetConfig(
         dataset="sequences",
+        name="moving",
         root=str(root / "data"),
         images="frames/*/*.jpg",
         labels="labels/*/*.png",

@@ -14,10 +14,8 @@ from PIL import Image
 from deltatok.evaluate.config import ForecastConfig
 from deltatok.evaluate.crop_labels import label_of_crop
 from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.intervals import Resamples
 from deltatok.evaluate.report import Report
 from deltatok.evaluate.rows import HORIZONS, find_value
-from deltatok.evaluate.sequences import read_sequences
 from deltatok.shards.patches import PatchShards
 from deltatok.train.draws import generator
 from deltatok.train.models.deltatok import DeltaTok
@@ -99,6 +97,12 @@ def evaluation(
 ) -> Evaluation:
     root = tmp_path_factory.mktemp("targets")
     return build(root, request.param, write_evaluation_cache, make)
+
+
+@pytest.fixture(scope="module")
+def report(evaluation: Evaluation) -> Report:
+    """The whole evaluation of a case, with pictures, in ROOT/out."""
+    return run_forecast(evaluation.config(num_pictures=3))
 
 
 def value(report: Report, horizon: str, row: str, metric: str) -> float:
@@ -248,9 +252,8 @@ def loss(prediction: torch.Tensor, truth: torch.Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("horizon", HORIZONS)
 def test_rows_equal_a_straight_line_computation(
-    evaluation: Evaluation, tmp_path: Path, horizon: str
+    evaluation: Evaluation, report: Report, horizon: str
 ) -> None:
-    report = run_forecast(evaluation.config(out=str(tmp_path)))
     case, plain = evaluation.case, Plain(evaluation.root, evaluation.case)
     losses: dict[str, list[float]] = {row: [] for row in ROWS}
     squares: dict[str, list[float]] = {row: [] for row in ROWS}
@@ -292,34 +295,22 @@ def mean_iou(pairs: list[tuple[int, int]]) -> float:
     return float(np.mean(ious))
 
 
-def test_the_batch_size_changes_no_number(evaluation: Evaluation, tmp_path: Path) -> None:
-    reports = [
-        run_forecast(evaluation.config(out=str(tmp_path / str(size)), batch_windows=size))
-        for size in (1, 3, 100)
-    ]
-    for report in reports[1:]:
-        for got, wanted in zip(report.rows, reports[0].rows, strict=True):
-            assert (got.horizon, got.row, got.metric) == (wanted.horizon, wanted.row, wanted.metric)
-            assert got.value == pytest.approx(wanted.value, rel=1e-5)
+def test_the_batch_size_changes_no_number(
+    evaluation: Evaluation, report: Report, tmp_path: Path
+) -> None:
+    config = evaluation.config(out=str(tmp_path), batch_windows=1)
+    for got, wanted in zip(run_forecast(config).rows, report.rows, strict=True):
+        assert (got.horizon, got.row, got.metric) == (wanted.horizon, wanted.row, wanted.metric)
+        assert got.value == pytest.approx(wanted.value, rel=1e-5)
 
 
-def test_scores_by_sequence_give_the_rows_again(evaluation: Evaluation, tmp_path: Path) -> None:
-    report = run_forecast(evaluation.config(out=str(tmp_path)))
-    scores = read_sequences(tmp_path)
-    assert scores.labels.keys() == scores.windows.keys()
-    assert len(scores.parts) == len(report.rows)
-    for score in scores.parts:
-        (sums,) = scores.by_seed(score, scores.windows).values()
-        again = Resamples(len(scores.windows)).value(score.metric, sums)
-        assert again == pytest.approx(value(report, *score), rel=1e-5)
-
-
-def test_pictures_of_crops_are_drawn(evaluation: Evaluation, tmp_path: Path) -> None:
-    run_forecast(evaluation.config(out=str(tmp_path), num_pictures=3))
-    names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert {f"features-{i}.png" for i in range(3)} <= names
+def test_pictures_of_crops_are_drawn(evaluation: Evaluation, report: Report) -> None:
+    names = {path.name for path in (evaluation.root / "out" / "pictures").iterdir()}
     kind = "classes" if evaluation.case.kind == "segmentation" else "depth"
     assert {f"{kind}-{i}.png" for i in range(3)} <= names
+    assert {f"features-{i}.png" for i in range(3)} <= names
+    crops = 4 if evaluation.case.frame == (16, 16) else 8
+    assert f"{crops} crops of 4 targets" in (evaluation.root / "out" / "report.html").read_text()
 
 
 def test_the_label_of_a_crop_is_what_it_shows() -> None:
@@ -329,9 +320,9 @@ def test_the_label_of_a_crop_is_what_it_shows() -> None:
     np.testing.assert_array_equal(label_of_crop(label, crops, 1), label[:, 3:])
 
 
-def test_targets_of_one_sequence_are_kept_together(evaluation: Evaluation, tmp_path: Path) -> None:
-    run_forecast(evaluation.config(out=str(tmp_path)))
-    lines = [json.loads(line) for line in (tmp_path / "sequences.jsonl").read_text().splitlines()]
+def test_targets_of_one_sequence_are_kept_together(evaluation: Evaluation, report: Report) -> None:
+    text = (evaluation.root / "out" / "sequences.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     crops = 1 if evaluation.case.frame == (16, 16) else 2
     assert {line["sequence"]: line["windows"] for line in lines} == {
         "a": 2 * crops,

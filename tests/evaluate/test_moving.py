@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltatok.evaluate.animation import GAP, LINE
+from deltatok.evaluate.animation import GAP, LINE, Cell, draw_moments
 from deltatok.evaluate.moving import moving_html, moving_panel, moving_panels
 from deltatok.evaluate.pictures import Panel, Strip
 
@@ -36,8 +36,8 @@ def moments(gif: bytes) -> list[Image.Image]:
 
 
 def cell(picture: Image.Image, column: int) -> int:
-    """Grey in the middle of a cell of the first line."""
-    place = (GAP + column * (SIDE + GAP) + SIDE // 2, LINE + SIDE // 2)
+    """Grey in the middle of a tile of the first line; three cells, as wide as their names."""
+    place = (GAP + column * (picture.width - GAP) // 3 + SIDE // 2, LINE + SIDE // 2)
     found = picture.getpixel(place)
     assert isinstance(found, tuple)
     return int(found[0])
@@ -57,7 +57,7 @@ def test_futures_part_after_what_was_seen() -> None:
         )
     shown = [cell(pictures[4], column) for column in range(3)]
     assert shown == pytest.approx([90, 210, 160], abs=4)  # truth, best, sample
-    with Image.open(io.BytesIO(moving.still)) as still:
+    with Image.open(io.BytesIO(moving.still[0])) as still:
         assert [cell(still.convert("RGB"), column) for column in range(3)] == pytest.approx(
             shown, abs=4
         )
@@ -74,13 +74,22 @@ def test_the_text_names_what_is_shown_and_how_it_ends() -> None:
 
 
 def test_a_panel_without_forecasts_does_not_move() -> None:
-    assert moving_panels([panel(strip("truth", 5, 0))], [TIMES_S]) == []
+    assert moving_panels([[panel(strip("truth", 5, 0))]], [TIMES_S]) == []
     assert moving_html([]) == ""
+
+
+def test_a_panel_that_shows_the_past_is_chosen_over_one_that_does_not() -> None:
+    labels = panel(strip("label", 1, 0), strip("sample 1", 2, 0))  # of the target alone
+    features = panel(strip("truth", 5, 0), strip("sample 1", 2, 0))
+    (moving,) = moving_panels([[], [labels], [features]], [TIMES_S])
+    assert "side by side: truth, sample 1" in moving.alt
+    (moving,) = moving_panels([[labels]], [TIMES_S])
+    assert "side by side: label, sample 1" in moving.alt
 
 
 def test_names_cannot_break_the_page_and_motion_can_be_refused() -> None:
     whole = panel(strip("truth", 5, 0), strip('best sample"><b>', 2, 0), strip("sample 1", 2, 0))
-    page = moving_html(moving_panels([whole], [TIMES_S]))
+    page = moving_html(moving_panels([[whole]], [TIMES_S]))
     tags: list[str] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append(tag)  # type: ignore[method-assign]
@@ -90,12 +99,24 @@ def test_names_cannot_break_the_page_and_motion_can_be_refused() -> None:
     assert "(prefers-reduced-motion: reduce)" in page
 
 
-def test_a_gif_of_a_video_is_small() -> None:
+def test_photographs_are_kept_small_on_the_page() -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 60, (5, 112, 199, 3), dtype=np.uint8) + 90
-    tiles = tuple(noise)
-    strips = [Strip(label="video", alt="v", tiles=tiles)]
-    strips += [Strip(label=f"sample {i}", alt="s", tiles=tiles[3:]) for i in range(8)]
+    strips = [Strip(label="video", alt="v", tiles=tuple(noise))]
+    strips += [Strip(label=f"sample {i}", alt="s", tiles=tuple(noise[3:])) for i in range(8)]
     moving = moving_panel(panel(*strips), times_s=TIMES_S)
     assert moving is not None
-    assert len(moving.gif) < 1_500_000  # noise, which nothing compresses; nine tiles, five moments
+    assert moving.film[1] == "webp"
+    assert len(moving.film[0]) < len(moving.gif)
+    with Image.open(io.BytesIO(moving.film[0])) as film:
+        assert getattr(film, "n_frames", 1) == 5
+    plain = moving_panel(panel(strip("truth", 5, 0), strip("sample 1", 2, 0)), times_s=TIMES_S)
+    assert plain is not None
+    assert plain.film == (plain.gif, "gif")
+
+
+def test_names_do_not_run_into_each_other_under_narrow_tiles() -> None:
+    tiles = (np.zeros((SIDE, 5, 3), np.uint8),)
+    cells = [Cell(label="a name of some length", tiles=tiles)] * 2
+    (narrow,) = draw_moments(cells, ["now"], columns=2, first_future=1)
+    assert narrow.width > 2 * 100

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from deltatok.evaluate import DeltaWorld, Futures
+from deltatok.evaluate import DeltaWorld, Futures, futures_pictures
 from deltatok.evaluate.differing import most_different
+from deltatok.evaluate.pictures import heat_tile
 from deltatok.evaluate.rollout import decode_rollout
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.describe import RESIZE_RULE
@@ -28,7 +29,12 @@ from deltatok.train.draws import generator
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld as WorldModel
-from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
+from deltatok.train.models.heads import (
+    DepthHead,
+    DepthHeadConfig,
+    SegmentationHead,
+    SegmentationHeadConfig,
+)
 from deltatok.train.pretrained import weights_sha256
 
 WIDTH, SIZE, STEPS = 16, 32, 3
@@ -319,7 +325,7 @@ def test_a_learned_query_gives_one_future(run: Path, frames: NDArray[np.uint8]) 
         (lambda w, f: w.predict(f, fps=5, times_s=range(7)), "pass either times_s"),
         (lambda w, f: w.predict(f, fps=0), "fps: got 0"),
         (lambda w, f: w.predict(f, times_s=[0.0, 1.0]), "one for each"),
-        (lambda w, f: w.predict(f, times_s=[0, 1, 1, 2, 3, 4, 5]), "increasing"),
+        (lambda w, f: w.predict(f, times_s=[0, 1, 1, 2, 3, 4, 5]), "and increasing"),
         (lambda w, f: w.predict(f / 255.0, fps=5), "got float64"),
         (lambda w, f: w.predict(f.transpose(0, 3, 1, 2), fps=5), "wanted uint8"),
         (lambda w, f: w.predict(f[:0], fps=5), "wanted uint8"),
@@ -338,6 +344,20 @@ def test_what_cannot_be_predicted_is_said(
 ) -> None:
     with pytest.raises(UsageError, match=text):
         call(world, frames)
+
+
+def test_a_stream_refuses_a_frame_of_another_size(
+    world: DeltaWorld, frames: NDArray[np.uint8]
+) -> None:
+    state = world.stream()
+    state.add(frames[0], 1.0)
+    with pytest.raises(UsageError, match="got 20x60 pixels after 40x60"):
+        state.add(frames[1, ::2], 2.0)
+
+
+def test_a_film_is_mp4_or_gif(world: DeltaWorld, frames: NDArray[np.uint8], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"film\.avi: wanted"):
+        world.predict(frames, fps=5, num_samples=1).save_mp4(tmp_path / "film.avi")
 
 
 def test_a_stream_refuses_a_frame_out_of_time(world: DeltaWorld, frames: NDArray[np.uint8]) -> None:
@@ -375,6 +395,24 @@ def test_grid_and_films_are_written(
         shown = list(container.decode(video=0))
     assert len(shown) == 10  # the last one stands for four steps
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_depths_share_one_scale(
+    run: Path, frames: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DepthHead(DepthHeadConfig(in_size=WIDTH)).save_pretrained(tmp_path / "depth", {})
+    world = DeltaWorld.from_pretrained(run, head=tmp_path / "depth", device="cpu")
+    tops = []
+    monkeypatch.setattr(
+        futures_pictures, "heat_tile", lambda v, top: tops.append(top) or heat_tile(v, top=top)
+    )
+    futures = world.predict(frames, fps=5, num_samples=3)
+    futures.save_grid(tmp_path / "grid.png", num_samples=3)
+    depths = [top for top in tops if top == tops[0]]
+    assert (
+        len(depths) == 4 * STEPS
+    )  # three samples and their mean; the spread has a scale of its own
+    assert tops[0] == float(futures.read(futures.last[None]).max())
 
 
 def test_a_head_is_asked_for_where_there_is_none(copied: Path, frames: NDArray[np.uint8]) -> None:

@@ -96,7 +96,8 @@ def test_bounds_on_real_frames_equal_an_independent_computation(
     cache = tmp_path / "cache"
     settings = {"images": real.images, "labels": real.labels, "fps": real.fps, **real.options}
     config = DatasetConfig(
-        dataset="sequences", root=str(root), out=str(cache), backbone=str(backbone_folder),
+        dataset="sequences", name=name, root=str(root), out=str(cache),
+        backbone=str(backbone_folder),
         frame_size=SIDE, limit=2, workers=1, device="cpu", **settings,
     )  # fmt: skip
     run_dataset(config)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import pytest
 
+from deltatok.evaluate.compare import CompareConfig, run_compare
 from deltatok.evaluate.forecast import run_forecast
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -148,6 +149,14 @@ def page(shared_evaluation: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
+def comparison(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three reports side by side; that they are the same one changes nothing for the page."""
+    reports, out = (str(page.parent),) * 3, tmp_path_factory.mktemp("comparison")
+    run_compare(CompareConfig(reports=reports, out=str(out), names=("one", "other", "a-third")))
+    return out / "compare.html"
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with Browser(tmp_path_factory.mktemp("profile")) as running:
         yield running
@@ -207,6 +216,12 @@ def test_text_can_be_read_on_its_ground(browser: Browser, page: Path, scheme: st
     for ink, ground in colours:
         low, high = sorted((_luminance(ink), _luminance(ground)))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)  # WCAG AA
+
+
+def test_a_comparison_fits_a_phone_too(browser: Browser, comparison: Path) -> None:
+    browser.open(comparison, width=NARROW, scheme="dark")
+    assert browser.ask("document.documentElement.scrollWidth") <= NARROW
+    assert browser.ask("[...document.images].every(x => x.naturalWidth && x.alt.trim())")
 
 
 def test_a_screenshot_is_not_empty(browser: Browser, page: Path) -> None:

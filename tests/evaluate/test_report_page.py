@@ -12,7 +12,7 @@ import pytest
 from deltatok.evaluate.forecast import run_forecast
 from deltatok.evaluate.rows import ReportRow, expected_order, markdown_table
 
-VOID = {"meta", "img", "source", "br", "link"}
+VOID = {"meta", "img", "source", "br", "wbr", "link"}
 
 
 class Page(HTMLParser):
@@ -69,7 +69,7 @@ def test_page_refers_to_nothing_outside(page_text: str) -> None:
     assert not re.search(r"https?:|//cdn|url\(|@import", page_text)
     for name in ("src", "srcset", "href"):
         for target in re.findall(rf'{name}="([^"]{{0,40}})', page_text):
-            assert re.match("data:image/(png|gif);base64,", target)
+            assert re.match("data:image/(png|gif|webp);base64,", target)
     assert not Page(page_text).all("script")
 
 

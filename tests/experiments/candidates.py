@@ -5,8 +5,11 @@
 The quickstart's world model at equal steps for every K, and the discriminative one beside them
 (the paper's figure 5 at toy scale: does best keep improving, does mean dip and flatten?).
 
-JSON: steps, batch_size, rows: [{num_samples_train (0: discriminative), validation_best_loss,
-validation_mean_loss, values: report rows as "mid best miou" -> value}].
+With --selection-dtype bfloat16 the selection is made in bfloat16 and its best 8 are compared again
+in full (several times as fast for large K).
+
+JSON: steps, batch_size, rows: [{selection_dtype, num_samples_train (0: discriminative),
+validation_best_loss, validation_mean_loss, values: report rows as "mid best miou" -> value}].
 """
 
 import argparse
@@ -27,7 +30,11 @@ def main() -> None:
     parser.add_argument(
         "--candidates", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="values of K"
     )
+    parser.add_argument("--selection-dtype", default="auto", help="auto or bfloat16 [auto]")
     arguments = parser.parse_args()
+    selection: dict[str, Any] = {}
+    if arguments.selection_dtype != "auto":
+        selection = {"selection_dtype": arguments.selection_dtype, "selection_finalists": 8}
     stages = QuickstartRuns(arguments.quickstart, arguments.out)
     common = {"steps": arguments.steps, "batch_size": arguments.batch_size}
     discriminative = stages.run("discriminative", "discriminative", common)
@@ -39,6 +46,8 @@ def main() -> None:
                 f"world-{candidates}",
                 {
                     **common,
+                    **selection,
+                    "save_every": 100,
                     "model": {"num_samples_train": candidates},
                 },
             )
@@ -55,6 +64,7 @@ def main() -> None:
         )
         rows.append(
             {
+                "selection_dtype": arguments.selection_dtype,
                 "num_samples_train": candidates,
                 "validation_best_loss": logged(world, "validation_best_loss")[-1][1],
                 "validation_mean_loss": logged(world, "validation_mean_loss")[-1][1],

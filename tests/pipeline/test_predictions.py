@@ -18,10 +18,12 @@ from deltatok.evaluate import prediction_rows
 from deltatok.evaluate.config import ForecastConfig
 from deltatok.evaluate.predictions import wanted
 from deltatok.evaluate.videos import clips_by_key, read_frames
+from deltatok.evaluate.windows import EvaluationWindows
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.evaluation import EvaluationPolicy
 from deltatok.extract.pixels import window_pixels
 from deltatok.pipeline.evaluate_command import main as evaluate
+from deltatok.pipeline.extract_command import main as extract
 from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.shards.patches import PatchShards
 
@@ -289,3 +291,79 @@ def test_predictions_are_cut_as_the_crops_of_an_evaluation_cache(
         found = prediction_rows.PredictionRows._squares(rows, predicted, view, Path())  # type: ignore[arg-type]
         made = window_pixels(frames, draw, frame_size=64, device=torch.device("cpu"))
         assert torch.equal(found, made)
+
+
+@pytest.fixture
+def frame_set(tmp_path: Path) -> Frames:
+    """tmp_path/set: one sequence of nine frames, wider than high, of which two are labelled."""
+    frames = np.random.default_rng(0).integers(0, 256, (9, 40, 70, 3), dtype=np.uint8)
+    for i, frame in enumerate(frames):
+        write_png(tmp_path / "set" / "images" / f"{i:03d}.png", frame)
+    for i in (6, 8):
+        write_png(tmp_path / "set" / "labels" / f"{i:03d}.png", frames[i, ..., 0] % 4)
+    return frames
+
+
+@pytest.fixture
+def set_cache(tiny_inputs: Path, frame_set: Frames, tmp_path: Path) -> PatchShards:
+    """The evaluation cache of `frame_set`: two targets, two crops."""
+    words = ["--dataset", "sequences", "--name", "set", "--root", str(tmp_path / "set")]
+    words += ["--images", "images/*.png", "--labels", "labels/*.png", "--fps", "5"]
+    words += ["--backbone", str(tiny_inputs / "backbone"), "--frame-size", "32", "--workers", "1"]
+    assert extract([*words, "--out", str(tmp_path / "cache")]) == 0
+    cache = PatchShards(tmp_path / "cache")
+    assert len(cache) == 4
+    return cache
+
+
+def test_pictures_of_an_evaluation_cache_show_the_frames_of_its_crops(
+    frame_set: Frames, set_cache: PatchShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ForecastConfig(
+        patches=str(tmp_path / "cache"),
+        tokenizer="",
+        out="",
+        head="",
+        labels=str(tmp_path / "set"),
+    )
+    windows = EvaluationWindows(config, set_cache, None)
+    for window in range(4):
+        left = round(float(set_cache.crop[window, 1]))
+        assert left in (0, 30)
+        numbers = set_cache.frame_index([window])[0]
+        shown = np.stack(windows.shown_frames(window))
+        assert np.array_equal(shown, frame_set[numbers, :, left : left + 40])
+    (tmp_path / "set" / "images" / "004.png").unlink()
+    assert windows.shown_frames(0) == ()
+    assert "its pictures have no frames" in caplog.text
+
+
+def test_both_crops_of_an_evaluation_cache_are_scored_from_whole_frames(
+    tiny_inputs: Path,
+    tiny_run: Path,
+    frame_set: Frames,
+    set_cache: PatchShards,
+    tmp_path: Path,
+) -> None:
+    frames, cache = frame_set, set_cache
+    config = ForecastConfig(patches="", tokenizer="", out="")
+    for one in wanted(config, cache).values():
+        folder = tmp_path / "predictions" / one.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "0.npy", frames[list(one.target_frames)])
+    flags = ["--patches", tmp_path / "cache", "--tokenizer", tiny_run / "tokenizer"]
+    flags += ["--head", tiny_run / "head", "--labels", tmp_path / "set", "--num-pictures", 1]
+    flags += ["--predictions", tmp_path / "predictions", "--backbone", tiny_inputs / "backbone"]
+    assert evaluate(["forecast", *map(str, flags), "--out", str(tmp_path / "report")]) == 0
+    assert min(values(tmp_path / "report", "copy_last", "feature_loss")) > 1e-2
+    assert max(values(tmp_path / "report", "predictions_best", "feature_loss")) < 1e-5
+    found, present = (
+        values(tmp_path / "report", row, "miou") for row in ("predictions_best", "present")
+    )
+    assert found == pytest.approx(present, abs=2e-3)
+    assert "Frames of set/00" in (tmp_path / "report" / "report.html").read_text()
+
+
+def write_png(path: Path, pixels: Frames) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

@@ -36,7 +36,7 @@ from deltatok.shards.export import export_cache
 from deltatok.shards.export_plan import Selection
 from deltatok.shards.files import sha256_file, write_bytes
 from deltatok.shards.int8 import dequantise
-from deltatok.shards.plan import _lines
+from deltatok.shards.plan import plan_lines
 
 
 def opened(folder: Path) -> Any:
@@ -89,7 +89,7 @@ def label(folder: Path) -> None:
         number = int(entry.key[4])
         split = "train" if number < 4 else "val"
         plan.append(replace(entry, label=("even", "odd")[number % 2], split=split))
-    write_bytes(folder / "plan.jsonl", _lines(plan))
+    write_bytes(folder / "plan.jsonl", plan_lines(plan))
     finish_cache(folder, {"clips": 6})
 
 

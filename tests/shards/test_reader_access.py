@@ -21,7 +21,7 @@ from deltatok.shards import (
     read_plan,
 )
 from deltatok.shards.files import write_bytes
-from deltatok.shards.plan import _lines
+from deltatok.shards.plan import plan_lines
 from deltatok.shards.tar_blocks import read_blocks, read_windows
 
 
@@ -46,7 +46,7 @@ def labelled(reader: Any, little: Any) -> Any:
         return {"label": ("even", "odd")[number % 2], "split": split}
 
     plan = [replace(entry, **known(entry.key)) for entry in read_plan(reader.folder)]
-    write_bytes(reader.folder / "plan.jsonl", _lines(plan))
+    write_bytes(reader.folder / "plan.jsonl", plan_lines(plan))
     finish_cache(reader.folder, {"clips": 6})
     return type(reader)(reader.folder)
 

@@ -71,6 +71,11 @@ def test_head_learns_the_labels(head_config: Make, log_lines: Make) -> None:
     assert "patches_fingerprint" in read_provenance(out)
 
 
+def test_whole_frames_do_not_tell_the_number_of_classes(head_config: Make) -> None:
+    with pytest.raises(UsageError, match="num_classes: not given"):
+        train_head(head_config(num_classes=None))
+
+
 def test_head_resumed_equals_uninterrupted(head_config: Make, tmp_path: Path) -> None:
     train_head(head_config(steps=2))
     train_head(head_config(steps=5))

@@ -162,10 +162,34 @@ def test_broken_frames_are_quarantined_by_name(tmp_path, write_vspw, write_image
     cache = extract("vspw", root)
     lines = (cache.folder / "quarantine.jsonl").read_text().splitlines()
     reasons = {entry["clip"]: entry["reason"] for entry in map(json.loads, lines)}
-    assert "data/a/origin/00000004.jpg cannot be decoded" in reasons["a/00000019"]
+    no_image = "data/a/origin/00000004.jpg cannot be decoded: is no JPEG or PNG image"
+    assert reasons["a/00000019"] == no_image
     assert "data/b/origin/00000019.jpg is missing" in reasons["b/00000019"]
     assert "00000010.jpg has 38x24 pixels, the target 40x24" in reasons["c/00000019"]
     assert {key[0] for key in cache.keys} == {"d", "e", "f"}
+
+
+def test_a_mended_target_is_taken_in_by_a_retry(tmp_path, write_vspw, extract):
+    root = write_vspw(tmp_path / "VSPW", dict.fromkeys("abcd", 20))
+    frame, mask = root / "data/a/origin/00000019.jpg", root / "data/b/mask/00000019.png"
+    kept = {path: path.read_bytes() for path in (frame, mask)}
+    few = {"frames_per_shard": 28}  # two shards
+    for path in kept:
+        path.unlink()
+    assert len(extract("vspw", root, **few).keys) == 2
+    for path, data in kept.items():
+        path.write_bytes(data)
+    with pytest.raises(CacheMismatch, match=r"had 0 bytes .*add --retry-quarantined"):
+        extract("vspw", root, **few)
+    cache = extract("vspw", root, **few, retry_quarantined=True)
+    assert len(cache.keys) == 4
+    assert set(read_targets(cache.folder)) == set(cache.keys)
+    assert not verify_cache(cache.folder).problems
+    whole = extract("vspw", root, **few, out=str(tmp_path / "whole"))
+    names = [path.relative_to(whole.folder) for path in whole.folder.rglob("*") if path.is_file()]
+    names.remove(Path("timings.jsonl"))
+    for name in names:
+        assert (cache.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
 def test_too_many_incomplete_targets_fail_the_run(tmp_path, write_vspw, extract):

@@ -65,6 +65,22 @@ def test_the_other_published_form_of_the_list(drive, listed):
     assert [clip.key[-2:] for clip in clips] == ["21", "25"]
 
 
+def test_lists_that_name_no_depth_leave_frames_without_it_out(drive, listed, caplog):
+    caplog.set_level("INFO")
+    right = f"{DRIVE}/image_03/data/0000000023.png"
+    lines = f"{DRIVE} 0000000021 l\n{DRIVE} 0000000021 r\n{DRIVE}/image_02/data/0000000025.png\n"
+    lines += f"{DRIVE}/image_02/data/0000000023.png {right}\n{DRIVE} 0000000022 l\n"
+    _, clips = find_targets(listed(drive, lines))
+    assert [clip.key[-2:] for clip in clips] == ["21", "25"]
+    assert "2 labelled frames left out: without depth" in caplog.text
+    assert "1 labelled frames left out: of the right camera" in caplog.text
+
+
+def test_a_named_depth_image_that_is_not_there_is_incomplete(drive, listed):
+    _, clips = find_targets(listed(drive, _line(21) + _line(23)))
+    assert clips[1].source == Unreadable(f"val/{DEPTHS}/0000000023.png is missing")
+
+
 def test_the_depth_may_be_in_the_training_part(tmp_path, write_kitti, listed):
     root = write_kitti(tmp_path / "kitti", {2: [21]}, shape=(352, 1216), split="train")
     (root / "val").mkdir()
@@ -73,7 +89,7 @@ def test_the_depth_may_be_in_the_training_part(tmp_path, write_kitti, listed):
 
 
 def test_a_drive_without_depth_is_named(drive, listed):
-    other = _line(21).replace("0002", "0009")
+    other = _line(21).replace("_0002_", "_0009_")
     _, clips = find_targets(listed(drive, _line(21) + other))
     assert clips[1].source == Unreadable("no depth of drive 2011_09_26_drive_0009_sync in val")
 

@@ -139,7 +139,6 @@ def test_patterns_that_cannot_be_meant(write_sequence, config, changes, message)
     ("changes", "message"),
     [
         ({"fps": None}, "fps: not given"),
-        ({"name": None}, "name: not given"),
         ({"labels": None}, "labels: not given"),
         ({"fps": 0.0}, "fps: got 0"),
         ({"kind": "depth"}, "steps_per_m: not given"),

@@ -1,5 +1,9 @@
 """VSPW's layout, targets and labels."""
 
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +11,19 @@ from PIL import Image
 from deltatok.extract.clips import TargetFrames, Unreadable
 from deltatok.extract.datasets import find_targets
 from deltatok.shards.errors import UsageError
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+
+BOMB = (
+    b"\x89PNG\r\n\x1a\n"
+    + _chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
+    + _chunk(b"IDAT", zlib.compress(b""))
+)
+"""A PNG that says it has 60,000 x 60,000 pixels."""
 
 
 @pytest.fixture
@@ -30,6 +47,7 @@ def test_targets_tell_their_labels(vspw, config):
     assert target.label == "data/1_abc/mask/00000019.png"
     assert (target.label_size, target.kind, target.sequence) == ((24, 40), "segmentation", "1_abc")
     assert (target.rule.name, clips[0].split) == ("vspw", "val")
+    assert target.frames == clips[0].source.names
 
 
 def test_frames_count_by_place_not_by_number(tmp_path, write_vspw, config):
@@ -82,6 +100,17 @@ def test_a_label_one_pixel_off_is_taken_as_it_is(vspw, config, shape):
     assert clips[-1].target.label_size == shape
 
 
+def test_a_turned_photograph_counts_as_it_is_shown(vspw, config):
+    path = vspw / "data/2_def/origin/00000019.jpg"
+    with Image.open(path) as image:
+        turned = image.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(path, exif=exif)
+    _, clips = find_targets(config("vspw", vspw))
+    assert clips[-1].target.label_size == (24, 40)
+
+
 def test_labels_that_are_pictures_are_out(vspw, config, write_image):
     write_image(vspw / "data/2_def/mask/00000019.png")
     _, clips = find_targets(config("vspw", vspw))
@@ -94,6 +123,26 @@ def test_a_label_that_links_out_of_the_data_set_is_out(vspw, config, tmp_path):
     label.symlink_to(tmp_path / "elsewhere.png")
     _, clips = find_targets(config("vspw", vspw))
     assert "link that leads out" in clips[-1].source.reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: path.mkdir(), "is no file"),
+        (lambda path: os.mkfifo(path), "is no file"),
+        (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
+        (lambda path: path.write_bytes(b""), "no label that can be read: no PNG, BMP or TIFF"),
+        (lambda path: path.write_bytes(BOMB), "decompression bomb"),
+    ],
+)
+def test_what_is_no_label_is_named_without_being_waited_for(vspw, config, spoil, reason):
+    label = vspw / "data/2_def/mask/00000019.png"
+    label.unlink()
+    spoil(label)
+    _, clips = find_targets(config("vspw", vspw))
+    assert clips[-1].source.reason.startswith("data/2_def/mask/00000019.png ")
+    assert reason in clips[-1].source.reason
+    assert str(vspw) not in clips[-1].source.reason
 
 
 def test_a_listed_video_that_is_not_there_is_named(vspw, config):
