@@ -66,10 +66,11 @@ class CounterNoise(NamedTuple):
         start = _mix(_mix((indices + position) * GAMMA) ^ self.keys[:, None, None])
         step = torch.arange(1, (self.channels + 1) // 2 + 1, device=device) * GAMMA
         bits = _mix(start[..., None] + step)
-        uniform = (((bits >> 40) & (STEPS - 1)).float() + 0.5) * (1 / STEPS)  # in (0, 1]
-        radius = torch.sqrt(torch.log(uniform) * (-2 * self.std**2))
-        angle = (bits & (STEPS - 1)).float() * (2 * math.pi / STEPS)
-        drawn = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+        # In place where it can be: a third of the time goes into making room for copies.
+        uniform = (bits >> 40).bitwise_and_(STEPS - 1).float().add_(0.5).mul_(1 / STEPS)  # (0, 1]
+        radius = uniform.log_().mul_(-2 * self.std**2).sqrt_()
+        angle = bits.bitwise_and_(STEPS - 1).float().mul_(2 * math.pi / STEPS)
+        drawn = torch.cat([angle.cos().mul_(radius), angle.sin().mul_(radius)], dim=-1)
         return drawn[..., : self.channels]
 
 
@@ -94,10 +95,10 @@ class GivenNoise(NamedTuple):
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finalizer of int64, whose products wrap and whose shifts bring in zeros."""
-    x = (x ^ _shifted(x, 30)) * FIRST
-    x = (x ^ _shifted(x, 27)) * SECOND
-    return x ^ _shifted(x, 31)
+    x = (x ^ _shifted(x, 30)).mul_(FIRST)
+    x.bitwise_xor_(_shifted(x, 27)).mul_(SECOND)
+    return x.bitwise_xor_(_shifted(x, 31))
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

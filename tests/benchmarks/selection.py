@@ -14,13 +14,13 @@ argmin and regret, (loss of the pick - lowest loss) / lowest loss. The variants:
     float8      MLP products in e4m3, on GPUs that have it; with finalists too (float8+8)
 
 Variants take turns within a round; a speed-up is the median over rounds. On a GPU plain and exact
-run in bfloat16, as training does there. Memory: on a CPU each variant in a process of its own, K
-rising, the peak of resident memory after each; on a GPU torch's peak.
+run in bfloat16, as training does there. Memory: on a CPU (Linux) each variant in a process of its
+own, the peak of resident memory during a call for 2 windows; on a GPU torch's peak.
 
 At the first weights of training all candidates are alike, and agreement would mean nothing. So
 weights and noise are drawn with a standard deviation of 0.05 and LayerScale is 1 (losses of the
 candidates of a position then spread by 1 to 2 %), or the model is a trained one (--world, with
-windows of --deltas).
+windows of --deltas; then without memory).
 
 JSON: selection_speedup (exact over plain, K = 256), selection_agreement and selection_regret
 (bfloat16, K = 256), selection_low_speedup (bfloat16), selection_finalists_speedup and _agreement,
@@ -30,7 +30,6 @@ and all figures under `variants`. training.py calls measure() and summary().
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -56,6 +55,8 @@ COUNTS = (16, 64, 256, 1024)
 REPORTED = 256
 NUM_FRAMES, FINALISTS = 8, 8
 WIDE_STD = 0.05
+MEASURED_WINDOWS = 2
+"""Windows of which the memory is measured."""
 
 
 class Problem(NamedTuple):
@@ -300,9 +301,9 @@ def make_problem(
 def memory_of(
     name: str, counts: tuple[int, ...], device: torch.device, *, compiled: bool
 ) -> dict[int, float]:
-    """K -> megabytes above what was held before, of one window."""
+    """K -> megabytes above what was held before, of MEASURED_WINDOWS windows."""
     if device.type == "cuda":
-        problem = make_problem(device).first(4)
+        problem = make_problem(device).first(MEASURED_WINDOWS)
         run, found = variants(device, compiled=compiled)[name], {}
         for count in counts:
             run(problem, count)
@@ -322,22 +323,25 @@ def memory_of(
 
 
 def print_memory(name: str, counts: list[int]) -> None:
-    """In a process of its own: the peak so far after each K, K rising, as a line of JSON."""
+    """In a process of its own: the peak of each K above what is held before, as a line of JSON."""
     device = torch.device("cpu")
-    problem = make_problem(device).first(1)
+    problem = make_problem(device).first(MEASURED_WINDOWS)
     run = variants(device, compiled="COMPILED" in os.environ)[name]
-    before = resident_mb()
     found = {}
-    for count in sorted(counts):
+    for count in counts:
+        before = resident_mb("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         run(problem, count)
-        found[count] = resident_mb() - before
+        found[count] = resident_mb("VmHWM") - before
     print(json.dumps(found))
 
 
-def resident_mb() -> float:
-    """The most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+def resident_mb(name: str) -> float:
+    """Memory that this process holds now (VmRSS), or has held at most (VmHWM). getrusage would
+    begin with what the parent held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1e3
 
 
 def table(result: dict[str, Any]) -> str:
@@ -386,6 +390,7 @@ def main() -> int:
         world=arguments.world,
         deltas=arguments.deltas,
         compiled=arguments.compile,
+        memory=arguments.world is None,
     )
     if str(REPORTED) in result["variants"]["exact"]:
         result = summary(result) | result

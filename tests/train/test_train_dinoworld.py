@@ -170,3 +170,27 @@ def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Mak
 def test_dino_world_config_refuses_no_memory_for_selection() -> None:
     with pytest.raises(UsageError, match="selection_memory_mb 0"):
         DINOWorldTrainConfig(patches="p", out="o", selection_memory_mb=0)
+
+
+def test_dino_world_selects_in_bfloat16_and_tells_its_regret(
+    dino_config: Make, log_lines: Make
+) -> None:
+    config = dino_config(
+        steps=2, selection_dtype="bfloat16", selection_finalists=2, num_samples_schedule=((0, 6),)
+    )
+    train_dinoworld(config)
+    for line in log_lines(config.out, ["train"]):
+        assert 0 <= line["selection_regret"] < 0.01
+        assert 0.5 < line["selection_agreement"] <= 1
+
+
+def test_dino_world_has_no_float8(dino_config: Make) -> None:
+    with pytest.raises(UsageError, match="float8: got DINO-world, wanted DeltaWorld"):
+        stage_of(dino_config(selection_dtype="float8"))
+
+
+def test_a_discriminative_model_selects_nothing(dino_config: Make, log_lines: Make) -> None:
+    """So nothing of the selection's settings is looked at."""
+    config = dino_config(model={"use_bom": False}, steps=2, selection_dtype="float8")
+    train_dinoworld(config)
+    assert "selection_regret" not in log_lines(config.out, ["train"])[0]
