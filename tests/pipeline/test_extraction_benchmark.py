@@ -19,7 +19,7 @@ def test_extraction_benchmark_gives_its_figures(
     monkeypatch.setattr(sys, "argv", ["extraction.py", *words])
     runpy.run_path(str(PROGRAM), run_name="__main__")
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["clips"], result["frames"], result["frame_size"]) == (2, 64, 32)
+    assert (result["clips"], result["frames"], result["frame_size"]) == (2, 128, 32)
     assert result["device"].endswith("threads")
     assert result["slowest_stage"]
     ratio = result["frames_per_s"] / result["forward_frames_per_s"]
