@@ -89,7 +89,7 @@ def _measure(folder: Path, arguments: argparse.Namespace, device: torch.device) 
             patches,
             folder / f"tokenizer-{number}-{in_memory}",
             num_layers=layers,
-            batch_size=56 if device.type == "cpu" else 1024,
+            batch_size=14 if device.type == "cpu" else 1024,
             in_memory=in_memory,
             compiled=arguments.compile,
         ),
