@@ -144,6 +144,8 @@ def test_float8_is_refused_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(UsageError, match=r"got A100 \(compute capability 8.0\), wanted"):
         check_float8(a_world(), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    check_float8(a_world(), torch.device("cuda"))  # the first that has it
 
 
 def test_float8_is_refused_for_sizes_it_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,3 +408,46 @@ def test_an_evaluation_selects_in_the_precision_of_training() -> None:
 def test_another_seed_draws_other_candidates() -> None:
     one, other = (selector(a_world(), seed=seed).noise(windows()) for seed in (0, 1))
     assert not set(one.keys.tolist()) & set(other.keys.tolist())
+
+
+def test_a_run_in_bfloat16_selects_in_bfloat16() -> None:
+    world, given = a_world(), windows()
+    in_training = selector(world, precision="bfloat16")
+    found, values = in_training.train(given, step=0, checks=True)
+    noise, count = in_training.noise(given), world.config.num_samples_train
+    wanted, exact = (
+        select(
+            world, given.tokens, given.timestamps, noise, num_samples=count, products=products
+        ).best_losses
+        for products in ("bfloat16", "float32")
+    )
+    torch.testing.assert_close(found.best_losses, wanted, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(found.best_losses, exact, atol=1e-6, rtol=1e-5)
+    assert set(values) == {"mean_candidate_loss"}
+
+
+def test_training_selects_with_what_is_compiled_and_evaluation_without() -> None:
+    calls: list[int] = []
+    used = selector(a_world())
+    used._chunk_losses.register_forward_hook(lambda *_: calls.append(1))
+    used.evaluate(windows())
+    assert calls == []
+    used.train(windows(), step=0, checks=False)
+    assert calls
+
+
+def test_every_validation_window_has_noise_of_its_own(
+    world_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+
+    def spying(*given: Any, **named: Any) -> Selection:
+        if named["num_samples"] == 4:  # num_samples_eval
+            drawn.append(given[3].keys.tolist())
+        return select(*given, **named)
+
+    monkeypatch.setattr(selection, "select", spying)
+    train_world(world_config(steps=2, eval_every=1))
+    first, second = drawn
+    assert len(set(first)) == len(first) > 1
+    assert first == second  # the same every time
