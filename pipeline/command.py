@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ..shards.errors import DeltatokError, UsageError
+from ..shards.errors import DeltatokError, Stopped, UsageError
 from .config import apply_settings, build_config, field_docs, read_yaml
 
 Config = TypeVar("Config")
@@ -38,7 +38,7 @@ def run_command(body: Callable[[], None]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         body()
-    except DeltatokError as error:
+    except (DeltatokError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
