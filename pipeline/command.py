@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,14 +62,15 @@ def run_subcommand(
         raise UsageError(f"{prog} {words[0]}: wanted one of {', '.join(kinds)}\n{usage}")
 
 
+def example_help(*lines: str) -> dict[str, Any]:
+    """What a parser is told to end its help with these example commands."""
+    epilog = "\n  ".join(("example:" if len(lines) == 1 else "examples:", *lines))
+    return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
 def config_parser(prog: str, config_type: type, *, summary: str, example: str) -> Parser:
     """A parser with one flag for every top-level field of `config_type`, and --config, --set."""
-    parser = Parser(
-        prog=prog,
-        description=summary,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=prog, description=summary, **example_help(example))
     add_config_flags(parser, config_type)
     return parser
 
@@ -87,28 +89,61 @@ def add_config_flags(parser: argparse.ArgumentParser, config_type: type) -> None
     # What must be given comes first, wherever in the dataclasses it stands.
     fields = sorted(dataclasses.fields(config_type), key=_has_default)
     for field in fields:
-        default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
-        flags = [f"--{field.name.replace('_', '-')}"]
+        hint, flags = hints[field.name], [f"--{field.name.replace('_', '-')}"]
         if field.name in SHORT_FLAGS:
             flags.insert(0, SHORT_FLAGS[field.name])
-        text = (docs.get(field.name, "") + default).replace("%", "%%")
-        if hints[field.name] is bool:
+        text = f"{docs.get(field.name, '')}{shown_default(field)}".replace("%", "%%")
+        if hint is bool:
             action: Any = argparse.BooleanOptionalAction
             parser.add_argument(*flags, dest=field.name, action=action, default=None, help=text)
-        elif dataclasses.is_dataclass(hints[field.name]):
-            names = ", ".join(f.name for f in dataclasses.fields(hints[field.name]))
-            group = f"{field.name}.*"
-            parser.epilog = (parser.epilog or "") + f"\n\n--set {group}: {names}"
+        elif dataclasses.is_dataclass(hint):
+            parser.epilog = f"{parser.epilog or ''}\n\n{nested_help(field, hint)}"
         else:
-            many = typing.get_origin(hints[field.name]) is tuple
+            many = typing.get_origin(hint) is tuple
             parser.add_argument(
                 *flags,
                 dest=field.name,
                 nargs="+" if many else None,
                 default=None,
-                metavar=field.name.upper(),
+                metavar=_choices(hint) or field.name.upper(),
                 help=text,
             )
+
+
+def shown_default(field: "dataclasses.Field[Any]") -> str:
+    """The default in brackets, as one would type it; nothing where it is None."""
+    if not _has_default(field):
+        return " [required]"
+    if field.default is None or field.default is dataclasses.MISSING:
+        return ""
+    if isinstance(field.default, tuple):
+        items = (f"{item:.4g}" if isinstance(item, float) else str(item) for item in field.default)
+        return f" [{' '.join(items) or 'none'}]"
+    return f" [{field.default}]"
+
+
+def nested_help(field: "dataclasses.Field[Any]", config_type: Any) -> str:
+    """The settings of a config within a config, which --set reaches: name, meaning, default."""
+    docs = field_docs(config_type)
+    lines = [f"settings of {field.name}, by --set {field.name}.KEY=VALUE or a config file:"]
+    for inner in dataclasses.fields(config_type):
+        text = f"{docs.get(inner.name, '')}{shown_default(inner)}"
+        indent = " " * 24
+        wrapped = textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent)
+        name = f"  {inner.name}"
+        fits = len(name) < len(indent) - 1
+        lines.append(name + wrapped[len(name) :] if fits else f"{name}\n{wrapped}")
+    return "\n".join(lines)
+
+
+def _choices(hint: Any) -> str | None:
+    """ "{a,b}" for a Literal, and "{true,false}" for a bool that may be None; else None."""
+    inner = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return f"{{{','.join(map(str, inner))}}}"
+    if inner == [bool]:
+        return "{true,false}"
+    return _choices(inner[0]) if len(inner) == 1 else None
 
 
 def _has_default(field: "dataclasses.Field[Any]") -> bool:

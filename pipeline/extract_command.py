@@ -110,7 +110,7 @@ def _run_videos(words: list[str]) -> None:
         from .fused import run_fused
 
         kind, result = "delta-token", run_fused(config)
-    logging.info("%s", result)
+    logging.info("%s", result.told())
     print(f"{kind} shards: {config.out}")
 
 
