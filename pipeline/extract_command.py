@@ -21,7 +21,8 @@ EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
   deltatok-extract --videos more_clips/ --append --frame-size 256 --windows 4 --out cache/patches
-  accelerate launch --num_processes 8 -m deltatok.pipeline.extract_command --videos clips/ ...
+  accelerate launch --num_processes 8 -m deltatok.pipeline.extract_command --videos clips/ \\
+      --out cache/patches
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan
