@@ -169,6 +169,7 @@ def check_tokenizer(
         {"tokenizer": {"weights_sha256": wanted}},
         what_got=f"tokenizer {given}",
         what_wanted=f"the provenance of the world model {world_folder}",
+        advice="pass the tokenizer= it was trained with",
     )
 
 
@@ -202,7 +203,14 @@ def check_same_features(
         },
     }
     fields = ["backbone.weights_sha256", *(f"preprocessing.{n}" for n in got["preprocessing"])]
-    compare(got, patches, what_got=what_got, what_wanted=what_wanted, fields=fields)
+    compare(
+        got,
+        patches,
+        what_got=what_got,
+        what_wanted=what_wanted,
+        fields=fields,
+        advice="give the backbone that made them",
+    )
 
 
 def _check_widths(parts: Parts) -> None:
