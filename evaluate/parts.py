@@ -80,7 +80,12 @@ class Parts:
 
         A backbone from the hub is named, not copied.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: cannot be made ({error.strerror}); give another folder"
+            ) from error
         for name, model in (("world", self.world), ("tokenizer", self.tokenizer)):
             model.save_pretrained(folder / name, read_provenance(self.folders[name]))
         if self.head is not None:

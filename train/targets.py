@@ -21,7 +21,7 @@ from ..shards.errors import DeltatokError, UsageError
 from ..shards.npy import map_npy
 from ..shards.patches import PatchShards
 from ..shards.plan import read_plan
-from ..shards.plan_target import Kind, LabelRule
+from ..shards.plan_target import Kind, LabelRule, leads_out
 from .label_rules import apply_rule
 
 MAX_LABEL_PIXELS = 2**26
@@ -132,7 +132,7 @@ def label_path(target: Target, root: Path) -> Path:
     if not root.is_dir():
         raise UsageError(f"--labels {root}: no such folder: give the data set's folder")
     path = (root / target.label).resolve()
-    if not path.is_relative_to(root.resolve()):
+    if leads_out(root, target.label):
         raise UsageError(
             f"{root / target.label}: leads out of the data set's folder: give the --labels folder "
             "that really holds it"
