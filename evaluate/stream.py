@@ -6,6 +6,7 @@ and from the frame before it. Called by `api.py`, for whole videos too: what a s
 a video gives, bit for bit.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class WorldState:
         between frames. UsageError for another shape or a time that does not go on.
         """
         picture = check_frames(frame[None])[0]
+        if not math.isfinite(time_s):
+            raise UsageError(f"time_s: got {time_s}, wanted seconds")
         if self._seen and not time_s > self._seen[-1].time_s:
             raise UsageError(
                 f"time_s: got {time_s:g} after {self._seen[-1].time_s:g}; frames come in order of "

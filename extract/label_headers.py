@@ -6,9 +6,9 @@ Called by dataset.py.
 import stat
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..shards.npy import map_npy
 from .frames_decoder import EXIF_ORIENTATION
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -66,7 +66,7 @@ def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
 
 def _array_size(path: Path, name: str, frame: int) -> tuple[int, int]:
     try:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        shape = map_npy(path).shape
     except (OSError, ValueError) as error:
         raise BadLabel(f"{name} is no array that can be read: {error}") from error
     if len(shape) != 3 or shape[0] <= frame:

@@ -1,6 +1,8 @@
 """One accelerate.Accelerator a command: the device, the ranks, the precision. Used by loop.py and
 tokenize.py."""
 
+from collections.abc import Callable
+
 import torch
 
 # accelerate publishes no type information; imported here only.
@@ -12,10 +14,10 @@ from accelerate.state import (  # type: ignore[import-untyped]
 )
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 
-from ..shards.errors import UsageError
+from ..shards.errors import DeltatokError, UsageError
 from .config import Device, Precision
 
-__all__ = ["Accelerator", "check_compiler", "make_accelerator", "precision_name"]
+__all__ = ["Accelerator", "check_compiler", "make_accelerator", "on_main", "precision_name"]
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """One process, or plain data parallel ones: every rank holds all weights."""
@@ -46,6 +48,28 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
     name = precision_name(precision, state.device)
     mixed = "bf16" if name == "bfloat16" else "no"
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """What the main process does for all; they wait for it.
+
+    Where it fails all fail, so that none waits for one that is gone: the main process with its own
+    error, the others with a DeltatokError of the same exit code.
+    """
+    error: DeltatokError | None = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except DeltatokError as caught:
+            error = caught
+    mine = torch.tensor(float(error.exit_code if error else 0), device=accelerator.device)
+    code = int(accelerator.reduce(mine, reduction="sum").item())
+    if error is not None:
+        raise error
+    if code:
+        other = DeltatokError("the main process could not go on: its error says why")
+        other.exit_code = code
+        raise other
 
 
 def precision_name(precision: Precision, device: torch.device) -> str:
