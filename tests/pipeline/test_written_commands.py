@@ -98,8 +98,8 @@ def test_examples_of_the_help(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_commands_of_the_pages(page: Path, understood: Callable[[str], None]) -> None:
-    blocks = re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = commands_in("".join(blocks))
+    blocks = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"))
+    lines = commands_in("".join(text for language, text in blocks if not language))
     assert lines
     for line in lines:
         understood(line)
