@@ -6,8 +6,10 @@ Exit codes: 0 done; 1 anything else; 2 bad usage or config; 3 too many clips qua
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import os
+import re
 import sys
 import textwrap
 import typing
@@ -21,6 +23,8 @@ from .config import apply_settings, build_config, field_docs, read_yaml
 Config = TypeVar("Config")
 SHORT_FLAGS = {"num_windows": "--windows"}
 """Fields whose flag is shorter than their name; the long one works too."""
+MAX_USAGE_LINES = 5
+"""Of a usage that is printed behind an error."""
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -29,7 +33,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting, so that one place prints errors and picks the exit code."""
-        raise UsageError(f"{message}\n{self.format_usage().strip()}\ntry: {self.prog} --help")
+        usage = self.format_usage().strip()
+        if usage.count("\n") >= MAX_USAGE_LINES:  # the message would scroll out of sight
+            usage = ""
+        lines = [f"{message}{self._nearest(message)}", usage, f"try: {self.prog} --help"]
+        raise UsageError("\n".join(filter(None, lines)))
+
+    def _nearest(self, message: str) -> str:
+        """The flag that an unknown one may have been meant for."""
+        unknown = re.search(r"^unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions) if unknown else ()
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def run_command(body: Callable[[], None]) -> int:

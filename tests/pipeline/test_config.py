@@ -80,6 +80,7 @@ def test_unknown_key_names_the_nearest() -> None:
     [
         (["--rate", "1"], "out not given"),
         (["--out", "x", "--limit", "2.5"], "limit: got '2.5', wanted int"),
+        (["--out", "x", "--limits", "1"], r"--limits 1; did you mean --limit\?"),
         (["--out", "x", "--kind", "c"], "wanted one of a, b"),
         (["--out", "x", "--scale", "1", "2", "3"], "got 3 values, wanted 2"),
         (["--out", "x", "--set", "rate"], "wanted key.sub=value"),
