@@ -108,6 +108,9 @@ def write_mp4(path: Path, pictures: Sequence[Image.Image], *, step_s: float) -> 
     partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error}); give another file") from error
+    try:
         with av.open(str(partial), mode="w", format="mp4") as container:
             stream = cast(VideoStream, container.add_stream(_codec(), rate=rate))
             stream.width, stream.height = pictures[0].size

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..shards.checked import is_number
 from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import write_bytes, write_json
 from .intervals import Estimate, Resamples
@@ -158,7 +159,7 @@ def check_comparable(first: Run, other: Run) -> None:
 
 
 def compare_runs(runs: Sequence[Run], *, seed: int) -> Comparison:
-    """All numbers on the sequences that all runs have."""
+    """All numbers on the sequences that all runs have; CacheMismatch if there is none."""
     everything = sorted(set().union(*(run.scores.windows for run in runs)))
     paired = [key for key in everything if all(key in run.scores.windows for run in runs)]
     if not paired:
@@ -258,4 +259,23 @@ def _read_run(folder: str, name: str) -> Run:
         ) from None
     if not isinstance(report, dict) or not {"rows", "config", "provenance"} <= report.keys():
         raise UsageError(f"{path}: no report of deltatok-evaluate forecast")
-    return Run(name=name, folder=folder, report=report, scores=read_sequences(Path(folder)))
+    if not _is_curve(report.get("best_of_k", [])):
+        raise UsageError(f"{path}: best_of_k is no curve; evaluate again")
+    scores = read_sequences(Path(folder))
+    found = sum(scores.windows.values())
+    if report.get("num_windows", found) != found:  # a file cut off after a line reads well
+        raise UsageError(
+            f"{folder}: sequences.jsonl has {found} windows, report.json says "
+            f"{report['num_windows']!r}: they are not of one run, or one is cut off; evaluate again"
+        )
+    return Run(name=name, folder=folder, report=report, scores=scores)
+
+
+def _is_curve(value: Any) -> bool:
+    """Whether it is the best_of_k of a report: points of horizon, k and loss."""
+    return isinstance(value, list) and all(
+        isinstance(point, dict)
+        and point.get("horizon") in HORIZONS
+        and all(is_number(point.get(key)) for key in ("k", "feature_loss"))
+        for point in value
+    )

@@ -16,6 +16,16 @@ from .rows import HORIZONS, METRIC_TITLES, PERCENT, ROW_LABELS, show, show_inter
 from .template import PAGE, STYLE
 
 LABELS = ROW_LABELS | {"samples": "All samples"}
+FIRST_ROWS = (
+    "best",
+    "predictions_best",
+    "dinoworld_best",
+    "discriminative",
+    "dinoworld",
+    "mean",
+    "reconstruction",
+)
+"""The rows that a comparison is about, most of all the first that differs."""
 Table = tuple[str, list[str], list[list[str]]]
 """Title, header, body."""
 
@@ -28,7 +38,8 @@ TEXT = (
 
 def compare_markdown(found: Comparison) -> str:
     """Title, tables, and what differs."""
-    parts = [f"# {_title(found)}", _summary(found), TEXT]
+    parts = [f"# {_title(found)}", _summary(found)]
+    parts += ["\n".join(f"- {line}" for line in result_lines(found)), TEXT]
     for title, header, body in tables(found):
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
         parts.append(
@@ -40,7 +51,8 @@ def compare_markdown(found: Comparison) -> str:
 
 def compare_page(found: Comparison) -> str:
     """The whole page, nothing fetched."""
-    sections = [f"<p>{escape(TEXT)}</p>"]
+    items = "".join(f"<li>{escape(line)}</li>" for line in result_lines(found))
+    sections = [f'<ul class="order">{items}</ul>', f'<p class="soft">{escape(TEXT)}</p>']
     for name, keys in _missing(found).items():
         sections.append(
             f'<p class="order fails">Missing in {escape(name)}: {len(keys)} sequences that others '
@@ -63,6 +75,33 @@ def compare_page(found: Comparison) -> str:
         style=STYLE,
         body="\n".join(sections),
     )
+
+
+def result_lines(found: Comparison) -> list[str]:
+    """What the comparison says first: a line for each report after the first, on the first row
+    (best sample before others), first metric and mid horizon in which any of them differs."""
+    metric = found.rows[0].metric
+    rows = {row.row: row for row in found.rows if (row.metric, row.horizon) == (metric, "mid")}
+    for row in (rows[name] for name in FIRST_ROWS if name in rows):
+        if all(one is None or one.value == one.low == one.high == 0 for one in row.differences):
+            continue
+        names, first = [run["name"] for run in found.runs], row.values[0]
+        where = f"{LABELS[row.row]}, {METRIC_TITLES[metric]}, mid"
+        lines = []
+        for name, value, difference in zip(
+            names[1:], row.values[1:], row.differences[1:], strict=True
+        ):
+            if first is None or value is None or difference is None:
+                lines.append(f"{where}: {name} or {names[0]} does not have it")
+                continue
+            unclear = difference.verdict == "unclear"
+            word = "not clearly other than" if unclear else f"{difference.verdict} than"
+            numbers = f"{show(value.value, metric)} against {show(first.value, metric)}"
+            change = _signed(difference.value, metric)
+            change += show_interval(difference.low, difference.high, metric)
+            lines.append(f"{where}: {name} {word} {names[0]}, {numbers}: {change}")
+        return lines
+    return ["No row differs at the mid horizon."]
 
 
 def tables(found: Comparison) -> Iterator[Table]:

@@ -7,7 +7,7 @@ Letters: B windows of a batch, P crops of a frame (1 or 2), N patch tokens, D ch
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,6 @@ class LabelScores:
         self._head = head
         self._record = record
         self._grid = grid
-        self._num_valid = 0
         self._miou: dict[tuple[str, str], MeanIoU] = {}
         self._rmse: dict[tuple[str, str], DepthRMSE] = defaultdict(DepthRMSE)
 
@@ -69,24 +68,12 @@ class LabelScores:
     ) -> None:
         """Take in rows (B, H, N, D) by name, whose last step is that of the labelled frames."""
         for frame in frames:
-            self._num_valid += count_valid(frame.label)
             places = list(frame.positions)
             for name, row in rows.items():
                 self._update((horizon, name), row[places, -1], frame)
 
     def values(self) -> dict[tuple[str, str], float]:
-        """(Horizon, row name) -> mIoU (0-1) or RMSE (metres).
-
-        Raises:
-            UsageError: labels without a single valid pixel.
-        """
-        if not self._num_valid:
-            nothing = (
-                f"every pixel of every target frame is {IGNORE} (ignore)"
-                if self.metric == "miou"
-                else f"no pixel of any target frame has a depth (all {NO_DEPTH:g})"
-            )
-            raise UsageError(f"labels: {nothing}; give the labels of these frames, or no --labels")
+        """(Horizon, row name) -> mIoU (0-1) or RMSE (metres)."""
         metrics = self._miou if self.metric == "miou" else self._rmse
         return {key: float(metric.compute()) for key, metric in metrics.items()}
 
@@ -124,11 +111,24 @@ def read_maps(
         return upsample_predictions(head(feature_map(tokens.float(), grid=grid)), cut, size=size)
 
 
-def count_valid(label: Label) -> int:
-    """Pixels of a label that count."""
-    if label.dtype == np.uint8:
-        return int(np.count_nonzero(label != IGNORE))
-    return int(np.count_nonzero(label > NO_DEPTH))
+def check_labels(frames: Iterable[LabelledFrame], head: Head) -> None:
+    """Reads every label once, before any work: one that is of no use is found now, not after hours.
+
+    Raises UsageError for such a label (whatever reads it does), and where no label has a single
+    valid pixel.
+    """
+    depth = isinstance(head, DepthHead)
+    num_valid = 0
+    for frame in frames:
+        valid = frame.label > NO_DEPTH if depth else frame.label != IGNORE
+        num_valid += int(np.count_nonzero(valid))
+    if not num_valid:
+        nothing = (
+            f"no pixel of any target frame has a depth (all {NO_DEPTH:g})"
+            if depth
+            else f"every pixel of every target frame is {IGNORE} (ignore)"
+        )
+        raise UsageError(f"labels: {nothing}; give the labels of these frames, or no --labels")
 
 
 def class_ious(confusion: Tensor) -> list[float | None]:

@@ -90,7 +90,10 @@ def look(video: Video, glance: Glance, *, times_s: ArrayLike | None, fps: float 
 
 def check_frames(frames: Frames) -> NDArray[np.uint8]:
     """Frames as a uint8 array (T, H, W, 3); UsageError for anything else."""
-    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    try:
+        array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    except ValueError as error:
+        raise UsageError(f"frames: {error}; wanted frames of one size") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
         raise UsageError(
             f"frames: got {array.dtype} {array.shape}, wanted uint8 (frames, height, width, 3), "
@@ -117,10 +120,15 @@ def one_clip(path: Path) -> Clip:
 def _look_at_file(path: Path, glance: Glance) -> Footage:
     clip = one_clip(path)
     rows: tuple[list[int], list[int]] = ([], [])
+    refused: UsageError | None = None  # what decoders take for a fault of the video
 
     def draw(times_s: NDArray[np.float64], height: int, width: int) -> list[WindowDraw]:
-        nonlocal rows
-        rows = glance.rows(times_s)
+        nonlocal rows, refused
+        try:
+            rows = glance.rows(times_s)
+        except UsageError as error:
+            refused = error
+            raise
         both = (*rows[0], *rows[1])
         return [
             WindowDraw(
@@ -136,6 +144,8 @@ def _look_at_file(path: Path, glance: Glance) -> Footage:
             clip.path, draw=draw, source=clip.source, size_bytes=clip.size_bytes, decoder="pyav"
         )
     except UnusableClip as error:
+        if refused is not None:
+            raise refused from None
         raise DeltatokError(f"{path}: cannot be decoded: {error}") from error
     window, num_seen = decoded.windows[0], len(rows[0])
     frames = np.stack([decoded.frames[index] for index in window.frame_index])

@@ -22,6 +22,7 @@ from ..shards.errors import UsageError
 from ..train.devices import precision_name
 from ..train.models.heads import DepthHead, SegmentationHead
 from .config import ForecastConfig
+from .dense import check_labels
 from .head_panels import depth_panel, rgb_panel
 from .inputs import ForecastInputs, open_inputs, windows_to_show
 from .mode_scores import ModeScorer
@@ -65,6 +66,9 @@ def run_forecast(config: ForecastConfig) -> Report:
             out = make_folder(config.out)
             inputs = open_inputs(config, device)
             config = inputs.config
+            if inputs.models.head is not None:
+                labelled = map(inputs.arrangement.labelled, inputs.batches())
+                check_labels(chain.from_iterable(labelled), inputs.models.head)
         scorer, modes, shown = score_windows(inputs, watch)
         with watch.stage("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
@@ -83,6 +87,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         config=asdict(config) | {"device": str(device), "autocast": precision},
         num_windows=len(scored),
         num_clips=len(set(cache.clip_index[scored].tolist())),
+        step_s=inputs.step_s(scored),
         paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
     )
     write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))

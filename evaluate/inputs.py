@@ -65,6 +65,12 @@ class ForecastInputs:
         times = self.cache.timestamps_s(indices)[:, :num_frames]
         return x, torch.from_numpy(times - times[:, :1]).to(self.device)
 
+    def step_s(self, indices: list[int]) -> float:
+        """Seconds of a step after the frames seen: the median over these windows."""
+        config, times = self.config, self.cache.timestamps_s(indices).astype(np.float64)
+        ahead = times[:, config.num_frames - 1] - times[:, config.num_context - 1]
+        return float(np.median(ahead)) / config.mid_steps
+
     def key(self, index: int) -> str:
         """The clip of a window."""
         return self.cache.keys[int(self.cache.clip_index[index])]
@@ -121,6 +127,7 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
             what_got=f"--patches {config.patches}",
             what_wanted="a cache of policy evaluation, or of windows to evaluate on",
             fields=["sampling.policy"],
+            advice="extract one with --dataset, or with --sampling uniform",
         )
     if cache.shape[0] < config.num_frames:
         raise UsageError(

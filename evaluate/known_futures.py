@@ -13,6 +13,7 @@ Written by `write_futures`, read by `FutureFolder`; scored by `modes.py`.
 """
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,17 @@ _DTYPES = {
     "classes": np.uint8,
     "background": np.int32,
 }
+_NPZ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy and zipfile raise for damaged files; RuntimeError is that of encrypted members."""
 _SUM_TOLERANCE = 1e-3
 """Probabilities are float32 and may have been written with few digits."""
 
@@ -95,7 +107,8 @@ class FutureFolder:
                 f"{known or 'none'}; evaluate with the context and steps they were made for"
             )
         probability = np.asarray(arrays["probability"][rows], np.float64)
-        if probability.min() < 0 or abs(probability.sum() - 1) > _SUM_TOLERANCE:
+        is_one = abs(probability.sum() - 1) <= _SUM_TOLERANCE  # not of nan
+        if not is_one or probability.min() < 0:
             raise UsageError(
                 f"clip {key}: probabilities of the futures of frame {target_frame} after frame "
                 f"{context_frame} add up to {probability.sum():.4g}, wanted 1 and none below 0"
@@ -112,8 +125,8 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"clip {key}: its name leaves the folder of futures {folder}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _DTYPES}
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in _DTYPES}
     except FileNotFoundError:
         raise UsageError(
             f"clip {key}: no futures, {path} does not exist; write it (see "
@@ -121,12 +134,13 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
         ) from None
     except KeyError as error:
         raise UsageError(f"clip {key}: {path} has no array {error}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _NPZ_ERRORS as error:
         raise UsageError(f"clip {key}: {path} cannot be read as .npz ({error})") from None
     count = arrays["context_frame"].shape
     for name, array in arrays.items():
         dims = {"classes": 3, "background": 0}.get(name, 1)
-        if array.dtype != _DTYPES[name] or array.ndim != dims or array.shape[:1] != count[:dims]:
+        fits = array.dtype == _DTYPES[name] and array.ndim == dims
+        if not fits or array.shape[:1] != count[:dims] or 0 in array.shape[1:]:
             raise UsageError(
                 f"clip {key}: {name} of {path} is {array.dtype} {array.shape}; see "
                 "evaluate/known_futures.py for what it has to be"

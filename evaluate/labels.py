@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..shards.errors import UsageError
+from ..shards.npy import map_npy
 from .protocol import IGNORE
 
 
@@ -59,7 +60,7 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8]:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"clip {key}: its name leaves the label folder {folder}")
     try:
-        maps: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        maps = map_npy(path)
     except FileNotFoundError:
         raise UsageError(
             f"clip {key}: no labels, {path} does not exist; write it (uint8 frames, H, W; "
@@ -67,7 +68,7 @@ def _open(folder: Path, key: str) -> NDArray[np.uint8]:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"clip {key}: {path} cannot be read as .npy ({error})") from None
-    if maps.dtype != np.uint8 or maps.ndim != 3:
+    if maps.dtype != np.uint8 or maps.ndim != 3 or not maps.size:
         raise UsageError(
             f"clip {key}: {path} holds {maps.dtype} {maps.shape}, wanted uint8 (frames, H, W)"
         )

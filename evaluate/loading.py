@@ -7,7 +7,6 @@ the evaluation cache; what it does not say (a model that came without) is listed
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
             check_width(role, folder, world.config.hidden_size, info)
             worlds[role] = world
             if isinstance(world, DeltaWorld):
-                checked = _check_deltas(role, folder, info, tokenizer_sha256)
+                checked = _check_deltas(role, folder, info, config.tokenizer, tokenizer_sha256)
             else:
                 checked = check_patches(role, folder, info)
             provenance[role] = checked | {"weights_sha256": weights_sha256(world)}
@@ -162,6 +161,7 @@ def load_head(folder: str, device: torch.device) -> SegmentationHead | DepthHead
 
 
 def check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> None:
+    """Raises UsageError unless a model's channels D are those of the cache."""
     if hidden_size != info.shape.hidden_size:
         raise UsageError(
             f"--{role} {folder}: {hidden_size} channels, the cache's tokens have "
@@ -183,7 +183,9 @@ def check_patches(role: str, folder: str, info: CacheInfo) -> dict[str, Any]:
     }
 
 
-def _check_deltas(role: str, folder: str, info: CacheInfo, tokenizer_sha256: str) -> dict[str, Any]:
+def _check_deltas(
+    role: str, folder: str, info: CacheInfo, tokenizer: str, tokenizer_sha256: str
+) -> dict[str, Any]:
     """Compare the delta cache a world model was trained on: its tokenizer and its backbone."""
     provenance = read_provenance(folder)
     deltas = provenance.get("deltas")
@@ -191,9 +193,10 @@ def _check_deltas(role: str, folder: str, info: CacheInfo, tokenizer_sha256: str
         compare(
             {"tokenizer": {"weights_sha256": tokenizer_sha256}},
             deltas,
-            what_got="the tokenizer given",
-            what_wanted=f"{role} {Path(folder).name}",
+            what_got=f"--tokenizer {tokenizer}",
+            what_wanted=f"the provenance of --{role} {folder}",
             fields=["tokenizer.weights_sha256"],
+            advice=f"give the tokenizer that made the delta tokens the {role} was trained on",
         )
         if isinstance(deltas.get("patches"), Mapping):
             _compare_patches(role, folder, deltas["patches"], info)
@@ -211,9 +214,11 @@ def _compare_patches(
     compare(
         info.identity,
         trained_on,
-        what_got="the evaluation cache",
-        what_wanted=f"{role} {Path(folder).name}",
+        what_got="the cache of --patches",
+        what_wanted=f"the provenance of --{role} {folder}",
         fields=_SAME_FEATURES,
+        advice=f"give a {role} that was trained on features of this backbone, or extract the cache "
+        "with that one's",
     )
 
 

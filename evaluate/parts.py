@@ -80,7 +80,12 @@ class Parts:
 
         A backbone from the hub is named, not copied.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: cannot be made ({error.strerror}); give another folder"
+            ) from error
         for name, model in (("world", self.world), ("tokenizer", self.tokenizer)):
             model.save_pretrained(folder / name, read_provenance(self.folders[name]))
         if self.head is not None:
@@ -169,6 +174,7 @@ def check_tokenizer(
         {"tokenizer": {"weights_sha256": wanted}},
         what_got=f"tokenizer {given}",
         what_wanted=f"the provenance of the world model {world_folder}",
+        advice="pass the tokenizer= it was trained with",
     )
 
 
@@ -202,7 +208,14 @@ def check_same_features(
         },
     }
     fields = ["backbone.weights_sha256", *(f"preprocessing.{n}" for n in got["preprocessing"])]
-    compare(got, patches, what_got=what_got, what_wanted=what_wanted, fields=fields)
+    compare(
+        got,
+        patches,
+        what_got=what_got,
+        what_wanted=what_wanted,
+        fields=fields,
+        advice="give the backbone that made them",
+    )
 
 
 def _check_widths(parts: Parts) -> None:

@@ -28,6 +28,7 @@ from ..extract.suffixes import VIDEO_SUFFIXES
 from ..extract.unusable import UnusableClip
 from ..shards.errors import UsageError
 from ..shards.files import write_bytes
+from ..shards.npy import map_npy
 from ..shards.patches import PatchShards
 from .config import ForecastConfig
 from .rows import HORIZONS
@@ -186,12 +187,13 @@ def _read_sample(path: Path, steps: int) -> Frames:
         frames = _read_images(path)
     elif path.suffix.lower() == ".npy":
         try:
-            frames = np.load(path, allow_pickle=False)
+            frames = map_npy(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: cannot be read as .npy ({error})") from None
     else:
         frames = _read_video(path)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+    right = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3
+    if not (right and frames.size):
         raise UsageError(
             f"{path}: holds {frames.dtype} {frames.shape}, wanted uint8 (steps, H, W, 3)"
         )
@@ -200,7 +202,7 @@ def _read_sample(path: Path, steps: int) -> Frames:
             f"{path}: {len(frames)} frames, wanted {steps}: one for every step, the last one at "
             "the target"
         )
-    return frames
+    return np.array(frames)
 
 
 def _read_images(folder: Path) -> Frames:

@@ -1,7 +1,8 @@
 """A report's two files: report.json for programs, report.html for people.
 
     OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
-                       "provenance", "seconds", "config", "num_windows", "num_clips"}
+                       "provenance", "seconds", "config", "num_windows", "num_clips", "step_s",
+                       "paper"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as PNG files and the moving pictures as GIFs, to show elsewhere
@@ -17,6 +18,7 @@ from typing import Any
 
 from ..shards.files import write_bytes, write_json
 from .class_table import classes_html
+from .headline import headline_html
 from .mode_section import modes_html
 from .moving import Moving, moving_html
 from .page import facts_html, flatten, panels_html, plot_html, table_html, value_text
@@ -57,6 +59,8 @@ class Report:
     config: dict[str, Any]
     num_windows: int
     num_clips: int
+    step_s: float
+    """Seconds of a step, the median over the windows."""
     paper: PaperComparison | None = None
     """Whether the paper's rows may stand beside these; None: it has none of this data set."""
 
@@ -109,14 +113,18 @@ def report_page(report: Report, pictures: Pictures) -> str:
     windows, clips = ("crops", "targets") if is_evaluation else ("windows", "clips")
     summary = (
         f"{report.num_windows} {windows} of {report.num_clips} {clips}; {config['num_context']} "
-        f"frames seen, target {config['short_steps']} (short) and {config['mid_steps']} (mid) "
-        "steps later"
+        f"frames seen, the target {_ahead(report, 'short')} and {_ahead(report, 'mid')} later"
     )
     if report.best_of_k:
         last = config["seed"] + config["num_seeds"] - 1
         seeds = f"seeds {config['seed']} to {last}" if config["num_seeds"] > 1 else f"seed {last}"
         summary += f"; {config['num_samples']} samples, {seeds}"
     sections = [
+        headline_html(
+            report.rows,
+            num_samples=config["num_samples"],
+            horizon_s=config["mid_steps"] * report.step_s,
+        ),
         _scores(report),
         paper_html(report.rows, report.paper),
         classes_html(report.per_class_iou, report.config["class_names"]),
@@ -161,6 +169,13 @@ SCORES_TEXT = (
     "Feature loss: smooth-L1, beta 0.1. In brackets: 95 % intervals, clips (and seeds) drawn "
     "again with replacement."
 )
+
+
+def _ahead(report: Report, horizon: str) -> str:
+    """`0.6 s (mid, 3 steps)`"""
+    steps = report.config[f"{horizon}_steps"]
+    many = "1 step" if steps == 1 else f"{steps} steps"
+    return f"{steps * report.step_s:.2g} s ({horizon}, {many})"
 
 
 def _scores(report: Report) -> str:

@@ -39,6 +39,8 @@ ROOT_METRICS = ("rmse",)
 
 MAX_CLASSES = 65_536
 """No head has more; a larger number in a file is damage."""
+MAX_SUM = 1e100
+"""So that sums of them are finite; a larger number in a file is damage."""
 
 
 class Score(NamedTuple):
@@ -169,8 +171,12 @@ def read_sequences(folder: Path) -> SequenceScores:
 
 
 def _add_line(scores: SequenceScores, line: Mapping[str, Any]) -> None:
-    sequence = str(line["sequence"])
-    scores.windows[sequence] = int(line["windows"])
+    sequence, windows = str(line["sequence"]), int(line["windows"])
+    if sequence in scores.windows:
+        raise ValueError(f"{sequence!r} a second time")
+    if windows < 1:
+        raise ValueError(f"{windows} windows")
+    scores.windows[sequence] = windows
     if "labels" in line:
         scores.labels[sequence] = int(line["labels"])
     for horizon, rows in line["scores"].items():
@@ -183,7 +189,7 @@ def _add_line(scores: SequenceScores, line: Mapping[str, Any]) -> None:
                     part = np.zeros((2, 1 + max(numbers, default=0)))
                     for index, total, count in classes:
                         part[:, int(index)] = float(total), float(count)
-                    if not np.isfinite(part).all() or (part[1] < 0).any():
+                    if not (np.abs(part) < MAX_SUM).all() or (part[1] < 0).any():
                         raise ValueError(f"sums or counts of {row} {metric}")
                     scores.parts[Score(horizon, row, metric)][int(seed)][sequence] = part
 

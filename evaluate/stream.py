@@ -6,6 +6,7 @@ and from the frame before it. Called by `api.py`, for whole videos too: what a s
 a video gives, bit for bit.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class WorldState:
         between frames. UsageError for another shape or a time that does not go on.
         """
         picture = check_frames(frame[None])[0]
+        if not math.isfinite(time_s):
+            raise UsageError(f"time_s: got {time_s}, wanted seconds")
         if self._seen and not time_s > self._seen[-1].time_s:
             raise UsageError(
                 f"time_s: got {time_s:g} after {self._seen[-1].time_s:g}; frames come in order of "
@@ -132,7 +135,8 @@ class WorldState:
 
 
 def step_times(horizon_s: float, step_s: float) -> tuple[int, float]:
-    """Steps to a horizon, and the seconds of each: near to `step_s`, and hitting the horizon."""
+    """Steps to a horizon, and the seconds of each: near to `step_s`, and hitting the horizon.
+    UsageError unless both are above 0 and finite."""
     for name, value in (("horizon_s", horizon_s), ("step_s", step_s)):
         if not 0 < value < float("inf"):
             raise UsageError(f"{name}: got {value}, wanted seconds above 0")

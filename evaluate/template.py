@@ -32,8 +32,22 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; overflow-wrap: anywhere; }
 p { margin: .35rem 0; max-width: 46rem; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 .order { border-left: 4px solid var(--line); padding: .4rem .8rem; background: var(--wash); }
+ul.order { padding-left: 1.8rem; max-width: 46rem; }
 .order.holds { border-color: var(--good); }
 .order.fails { border-color: var(--bad); }
+.result-title { margin-top: 1rem; color: var(--soft); }
+ul.result {
+  display: flex; flex-wrap: wrap; gap: .5rem; margin: .25rem 0 .75rem; padding: 0;
+  list-style: none;
+}
+ul.result li {
+  flex: 1 1 7.5rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--wash); line-height: 1.25;
+}
+ul.result li.main { border-color: var(--good); border-width: 2px; }
+ul.result strong { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+ul.result span, ul.result small { display: block; font-size: .85rem; color: var(--soft); }
+ul.result small { font-size: .8rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
@@ -60,7 +74,7 @@ details pre { -webkit-user-select: all; user-select: all; }
 .moving figcaption { overflow-wrap: anywhere; }
 .panel {
   display: grid; grid-template-columns: 8.5rem repeat(var(--columns), minmax(0, 1fr));
-  align-items: center;
+  align-items: center; max-width: 46rem;
 }
 .panel .name {
   grid-column: 1 / span calc(1 + var(--free)); justify-self: end;

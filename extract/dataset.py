@@ -13,7 +13,7 @@ from typing import Literal
 
 from ..shards.crops import KB_CROP
 from ..shards.errors import UsageError
-from ..shards.plan_target import Kind, LabelRule, PlanTarget, is_inside
+from ..shards.plan_target import Kind, LabelRule, PlanTarget, is_inside, leads_out
 from .clips import Clip, Source, TargetFrames, Unreadable
 from .label_headers import BadLabel, file_size, image_size, label_size
 
@@ -156,8 +156,11 @@ def _planned(dataset: Dataset, target: DatasetTarget, root: Path) -> PlanTarget:
     """What the plan says of the target; BadLabel, OSError where its files do not fit."""
     if not is_inside(target.label):
         raise BadLabel(f"{target.label!r} cannot be stored as a path: rename it")
-    if not (root / target.label).resolve().is_relative_to(root.resolve()):
-        raise BadLabel(f"{target.label} is a link that leads out of {root}: labels must lie in it")
+    if leads_out(root, target.label):
+        raise BadLabel(
+            f"{target.label} is a link that leads out of {root}: labels must lie in it (its top "
+            "folders may be links)"
+        )
     stored = label_size(root, target.label, frame=target.frame)
     if not dataset.is_video:
         frame = image_size(root, target.frames[-1])

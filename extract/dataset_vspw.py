@@ -9,6 +9,7 @@ window 3 apart. A frame of which only the label is there counts, so that one tha
 move all after it.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,11 +34,15 @@ def load_vspw(config: DatasetConfig) -> Dataset:
         need_layout(root, "data", wanted=wanted)
         listed = Path(config.split_file)
     videos = list(dict.fromkeys(read_lines(listed, what="a video's name a line")))
-    targets, too_early = [], 0
+    targets, left_out = [], Counter[str]()
+    every = config.every or EVERY
     for video in videos:
+        num_labels = len(_stems(root / "data" / video / "mask", ".png"))
+        if 0 < num_labels < every:
+            left_out[f"in videos of fewer than {every} frames"] += num_labels
         for target in _targets(root, video, config):
             if target.numbers[0] < 0:
-                too_early += 1
+                left_out["too near to the start of their video"] += 1
             else:
                 targets.append(target)
     return Dataset(
@@ -47,7 +52,7 @@ def load_vspw(config: DatasetConfig) -> Dataset:
         targets=targets,
         kind="segmentation",
         rule=LabelRule(name="vspw"),
-        left_out={"too near to the start of their video": too_early} if too_early else {},
+        left_out=dict(left_out),
     )
 
 

@@ -6,9 +6,9 @@ Called by dataset.py.
 import stat
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..shards.npy import map_npy
 from .frames_decoder import EXIF_ORIENTATION
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -32,7 +32,7 @@ def file_size(root: Path, name: str) -> int:
 
 def image_size(root: Path, name: str) -> tuple[int, int]:
     """Height and width of a frame as it is shown, from its header alone: asking a PNG for metadata
-    that it does not begin with would decode it."""
+    that it does not begin with would decode it. BadLabel if it is no image."""
     try:
         with Image.open(root / name, formats=("JPEG", "PNG")) as image:
             told = image.format == "JPEG" or "exif" in image.info
@@ -46,7 +46,7 @@ def image_size(root: Path, name: str) -> tuple[int, int]:
 
 
 def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
-    """Height and width of a label."""
+    """Height and width of a label; BadLabel if it cannot be read."""
     path = root / name
     if frame is not None:
         return _array_size(path, name, frame)
@@ -66,7 +66,7 @@ def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
 
 def _array_size(path: Path, name: str, frame: int) -> tuple[int, int]:
     try:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        shape = map_npy(path).shape
     except (OSError, ValueError) as error:
         raise BadLabel(f"{name} is no array that can be read: {error}") from error
     if len(shape) != 3 or shape[0] <= frame:

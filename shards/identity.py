@@ -24,6 +24,11 @@ def checksum(value: Mapping[str, Any]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+SAME_SETTINGS = (
+    "use a cache that was made with the same settings, or make a new one in another folder"
+)
+
+
 def canonical_json(value: Any) -> str:
     """`value` as JSON with sorted keys and no spaces, ASCII only; a float that is a whole number
     is written as an integer, so that 1 and 1.0 are the same setting."""
@@ -39,11 +44,13 @@ def compare(
     what_got: str,
     what_wanted: str,
     fields: Sequence[str] | None = None,
+    advice: str = SAME_SETTINGS,
 ) -> None:
     """Raises CacheMismatch naming the first field (dotted, in sorted order) that differs.
 
     `fields` limits the comparison to these dotted names and what lies below them. A whole float
-    equals the integer; a field that one side lacks differs from any value, null too.
+    equals the integer; a field that one side lacks differs from any value, null too. `advice`: what
+    to do, the end of the message.
     """
     leaves_got, leaves_wanted = dict(_leaves(got)), dict(_leaves(wanted))
     for name in sorted(leaves_got.keys() | leaves_wanted.keys()):
@@ -54,9 +61,7 @@ def compare(
             shown_got = shown(leaves_got[name]) if name in leaves_got else "missing"
             shown_wanted = shown(leaves_wanted[name]) if name in leaves_wanted else "missing"
             raise CacheMismatch(
-                f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: "
-                "use a cache that was made with the same settings, or make a new one "
-                "in another folder"
+                f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: {advice}"
             )
 
 

@@ -1,13 +1,16 @@
 """The npy format, strictly: one plain numeric array, C order, nothing to unpickle.
 
 `npy_bytes` writes it, `parse_npy` finds the numbers in it without NumPy's own reader, which
-evaluates the header as Python text and can be made to unpickle.
+evaluates the header as Python text and can be made to unpickle. `map_npy` opens what other
+programs wrote: labels, predicted frames.
 """
 
 import io
 import math
 import re
+import tokenize
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,3 +87,16 @@ def read_npy(data: bytes, *, dtype: np.dtype[Any], num_axes: int, where: str) ->
         data[:MAX_PREFIX_BYTES], size=len(data), dtype=dtype, num_axes=num_axes, where=where
     )
     return np.frombuffer(data, dtype=dtype, offset=header.start).reshape(header.shape)
+
+
+def map_npy(path: Path) -> NDArray[Any]:
+    """The array of anybody's npy file, of any plain dtype, mapped read-only.
+
+    Raises OSError, or ValueError for what is no such file (an .npz, an empty file, one that is
+    shorter than its shape says): of damaged headers NumPy's reader raises much else.
+    """
+    try:
+        mapped: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except (EOFError, OverflowError, SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise ValueError(f"no npy header: {error}") from error
+    return mapped

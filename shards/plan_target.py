@@ -9,6 +9,7 @@ folder. Part of plan.jsonl; train/targets.py reads the labels themselves.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .checked import Fields, is_count, is_number, shown
@@ -118,6 +119,18 @@ def is_inside(path: str) -> bool:
     parts = path.split("/")
     plain = all(part not in ("", ".", "..") for part in parts)
     return plain and "\\" not in path and "\0" not in path and ":" not in parts[0]
+
+
+def leads_out(root: Path, path: str) -> bool:
+    """Whether links lead from `path`, relative to the folder `root`, out of it.
+
+    The folders at the top of `root` may be links themselves, since data sets are put together from
+    several downloads so (KITTI's drives and depth, Cityscapes' frames and labels); what lies below
+    one must stay in it.
+    """
+    found, (top, *rest) = (root / path).resolve(), path.split("/")
+    homes = [root.resolve(), *([(root / top).resolve()] if rest else [])]
+    return not any(found.is_relative_to(home) for home in homes)
 
 
 def _rule(value: Mapping[str, Any], *, where: str) -> LabelRule:

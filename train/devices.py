@@ -1,6 +1,7 @@
 """One accelerate.Accelerator a command: the device, the ranks, the precision. Used by loop.py and
 tokenize.py."""
 
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -34,8 +35,8 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 
 
 def make_accelerator(device: Device, precision: Precision) -> Accelerator:
-    """An Accelerator on that device. UsageError if there is none such, or for a launch that shards
-    weights.
+    """An Accelerator on that device. UsageError if there is none such, for a launch that shards
+    weights, or for one whose processes would each train alone.
 
     accelerate keeps one global state a process and refuses a second setting; the stages of a
     pipeline may run in one process with different ones, so that state is made anew here (the
@@ -54,6 +55,13 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
         raise UsageError(
             f"launched for {state.distributed_type.value}: wanted plain data parallel processes; "
             "launch with torchrun --nproc-per-node N"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    if launched > 1 and state.num_processes == 1:
+        raise UsageError(
+            f"launched as one of {launched} processes, but on {state.device.type} each would train "
+            "alone: use as many GPUs as processes (is a GPU seen here?), or, to train on CPUs, "
+            f"torchrun --nproc-per-node {launched} with --device cpu"
         )
     name = precision_name(precision, state.device)
     mixed = "bf16" if name == "bfloat16" else "no"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..shards.errors import UsageError
+from ..shards.npy import map_npy
 from ..shards.patches import PatchShards
 from ..shards.plan_target import Kind
 from .label_rules import IGNORE
@@ -128,10 +129,10 @@ def _open(folder: Path, key: str) -> NDArray[Any]:
             "key"
         )
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        array = map_npy(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable as an array ({error}): write it again") from error
-    if array.dtype != np.uint8 or array.ndim != 3:
+    if array.dtype != np.uint8 or array.ndim != 3 or not array.size:
         raise UsageError(
             f"{path}: {array.dtype} {array.shape}, wanted uint8 (frames, height, width)"
         )

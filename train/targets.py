@@ -18,9 +18,10 @@ from PIL import Image
 from ..shards.cache import PATCHES, compare, read_cache_info
 from ..shards.crops import Cut
 from ..shards.errors import DeltatokError, UsageError
+from ..shards.npy import map_npy
 from ..shards.patches import PatchShards
 from ..shards.plan import read_plan
-from ..shards.plan_target import Kind, LabelRule
+from ..shards.plan_target import Kind, LabelRule, leads_out
 from .label_rules import apply_rule
 
 MAX_LABEL_PIXELS = 2**26
@@ -63,6 +64,7 @@ def read_targets(cache_folder: Path | str) -> dict[str, Target]:
         what_got=str(cache_folder),
         what_wanted="an evaluation cache (deltatok-extract --dataset)",
         fields=["sampling.policy"],
+        advice="extract one with --dataset",
     )
     sha256 = info.files.get("plan.jsonl", {}).get("sha256")
     return {
@@ -130,7 +132,7 @@ def label_path(target: Target, root: Path) -> Path:
     if not root.is_dir():
         raise UsageError(f"--labels {root}: no such folder: give the data set's folder")
     path = (root / target.label).resolve()
-    if not path.is_relative_to(root.resolve()):
+    if leads_out(root, target.label):
         raise UsageError(
             f"{root / target.label}: leads out of the data set's folder: give the --labels folder "
             "that really holds it"
@@ -163,7 +165,7 @@ def _read(path: Path, target: Target) -> NDArray[Any]:
 
 def _read_npy(path: Path, target: Target) -> NDArray[Any]:
     try:
-        stored: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        stored = map_npy(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable as an array ({error}): restore it") from error
     frame = target.rule.frame

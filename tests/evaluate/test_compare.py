@@ -170,6 +170,63 @@ def test_settings_of_no_use_are_refused(settings: dict[str, Any], words: str) ->
         run_compare(CompareConfig(out="x", **settings))
 
 
+def test_scores_cut_off_after_a_line_are_refused(made: MakeReport, tmp_path: Path) -> None:
+    one, other = (made(name, losses(1), num_windows=40) for name in ("a", "b"))
+    path = Path(other) / "sequences.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-3]))
+    with pytest.raises(UsageError, match=r"has 37 windows, report\.json says 40"):
+        compare(tmp_path, one, other)
+
+
+def _twice(lines: list[dict[str, Any]]) -> None:
+    lines.append(lines[0])
+
+
+def _no_windows(lines: list[dict[str, Any]]) -> None:
+    lines[0]["windows"] = 0
+
+
+def _huge(lines: list[dict[str, Any]]) -> None:
+    lines[0]["scores"]["mid"]["best"]["feature_loss"]["0"] = [[0, 1e200, 1]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(_twice, "a second time"), (_no_windows, "0 windows"), (_huge, "sums or counts of best")],
+)
+def test_damaged_scores_are_refused_by_line(
+    made: MakeReport, tmp_path: Path, damage: Callable[[list[Any]], None], words: str
+) -> None:
+    one, other = made("a", losses(1)), made("b", losses(1))
+    path = Path(other) / "sequences.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    damage(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UsageError, match=rf"line \d+ is no sequence's scores.*{words}"):
+        compare(tmp_path, one, other)
+
+
+@pytest.mark.parametrize("curve", [7, [{"horizon": "mid"}], [{"horizon": "x", "k": 1}]])
+def test_a_damaged_curve_is_refused(made: MakeReport, tmp_path: Path, curve: Any) -> None:
+    with pytest.raises(UsageError, match="best_of_k is no curve"):
+        compare(tmp_path, made("a", losses(1)), made("b", losses(1), best_of_k=curve))
+
+
+def test_the_result_is_said_first_in_words(made: MakeReport, tmp_path: Path) -> None:
+    one, worse, same = made("a", losses(1)), made("b", losses(2, shift=0.3)), made("c", losses(3))
+    compare(tmp_path, one, worse, same)
+    text = (tmp_path / "out" / "compare.md").read_text()
+    first = text.index("b worse than a")
+    assert first < text.index("c not clearly other than a") < text.index("| row |")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.index("b worse than a") < page.index("<table")
+
+
+def test_reports_that_are_alike_are_said_to_be(made: MakeReport, tmp_path: Path) -> None:
+    compare(tmp_path, made("a", losses(1)), made("b", losses(1)))
+    assert "No row differs" in (tmp_path / "out" / "compare.md").read_text()
+
+
 def test_the_same_report_twice_is_refused(made: MakeReport, tmp_path: Path) -> None:
     one = made("a", losses(1))
     with pytest.raises(UsageError, match="twice"):

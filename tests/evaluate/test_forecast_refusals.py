@@ -50,8 +50,11 @@ def test_world_of_another_tokenizer_is_refused(tiny: Any, make: Any, role: str) 
         "tokenizer": {"config": {}, "weights_sha256": "cccc"},
     }
     make.change_provenance(tiny.root / role, {"deltas": deltas})
-    with pytest.raises(CacheMismatch, match=rf"tokenizer\.weights_sha256.*{role}"):
+    with pytest.raises(CacheMismatch, match=rf"tokenizer\.weights_sha256.*--{role}") as caught:
         run_forecast(tiny.config())
+    said = str(caught.value)
+    assert said.startswith(f"--tokenizer {tiny.path('tokenizer')}: ")
+    assert said.endswith(f"give the tokenizer that made the delta tokens the {role} was trained on")
 
 
 def test_head_of_another_backbone_is_refused(tiny: Any, make: Any) -> None:
@@ -109,7 +112,36 @@ def test_labels_with_a_class_the_head_does_not_know_name_the_clip(tiny: Any) -> 
         run_forecast(tiny.config())
 
 
-def test_labels_that_are_all_ignored_are_refused(tiny: Any) -> None:
+@pytest.mark.parametrize("damage", ["empty", "header", "archive", "flat"])
+def test_damaged_label_files_name_the_clip(tiny: Any, damage: str) -> None:
+    path = copy_labels(tiny) / "c.mp4.npy"
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "header":
+        path.write_bytes(path.read_bytes().replace(b"(50, 10, 14)", b"(50, 10, 14 "))
+    elif damage == "archive":
+        with path.open("wb") as file:
+            np.savez(file, maps=np.zeros((50, 10, 14), np.uint8))
+    else:
+        np.save(path, np.zeros((50, 0, 14), np.uint8))
+    with pytest.raises(UsageError, match=r"clip c\.mp4: "):
+        run_forecast(tiny.config())
+
+
+def test_labels_of_no_use_are_found_before_the_work(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy_labels(tiny) / "c.mp4.npy"
+    np.save(path, np.full_like(np.load(path), 7))
+    monkeypatch.setattr("deltatok.evaluate.forecast.score_windows", lambda *_: pytest.fail("work"))
+    with pytest.raises(UsageError, match=r"clip c\.mp4.*class 7"):
+        run_forecast(tiny.config())
+
+
+def test_labels_that_are_all_ignored_are_refused(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltatok.evaluate.forecast.score_windows", lambda *_: pytest.fail("work"))
     folder = copy_labels(tiny)
     for path in folder.rglob("*.npy"):
         np.save(path, np.full_like(np.load(path), 255))

@@ -138,7 +138,10 @@ def test_probabilities_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
         FutureFolder(str(tmp_path)).window("a", 3, 6)
 
 
-@pytest.mark.parametrize("key", ["missing", "../outside", "text", "list", "pickled", "other"])
+BAD_FUTURES = ("missing", "../outside", "text", "list", "pickled", "other", "flat", "nan")
+
+
+@pytest.mark.parametrize("key", [*BAD_FUTURES, "flipped", "array"])
 def test_a_file_that_holds_no_futures_is_refused(tmp_path: Path, key: str) -> None:
     folder = tmp_path / "futures"
     folder.mkdir()
@@ -153,5 +156,14 @@ def test_a_file_that_holds_no_futures_is_refused(tmp_path: Path, key: str) -> No
     }
     np.savez(folder / "other.npz", **numbers)
     np.savez(folder / "pickled.npz", **numbers | {"classes": np.array([{}], object)})
+    right = numbers | {"classes": np.ones((1, 40, 40), np.uint8)}
+    np.savez(folder / "flat.npz", **right | {"classes": np.ones((1, 0, 40), np.uint8)})
+    np.savez(folder / "nan.npz", **right | {"probability": np.full(1, np.nan, np.float32)})
+    np.savez_compressed(folder / "flipped.npz", **right)
+    data = bytearray((folder / "flipped.npz").read_bytes())
+    data[40:90] = bytes(50)  # in the first array's compressed bytes
+    (folder / "flipped.npz").write_bytes(data)
+    np.save(folder / "array.npy", np.ones(3))
+    (folder / "array.npy").rename(folder / "array.npz")
     with pytest.raises(UsageError, match="clip"):
         FutureFolder(str(folder)).window(key, 3, 6)

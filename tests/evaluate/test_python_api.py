@@ -333,6 +333,14 @@ def test_a_learned_query_gives_one_future(run: Path, frames: NDArray[np.uint8]) 
         (lambda w, f: w.predict(f, fps=5, num_samples=0), "num_samples: got 0"),
         (lambda w, f: w.predict(f, fps=5, at_s=9.0), "at_s: got 9"),
         (lambda w, f: w.predict("no/such.mp4"), "no/such.mp4"),
+        (lambda w, f: w.predict([f[0], f[0, :3]], fps=5), "frames of one size"),
+        (lambda w, f: w.stream().add(f[0], float("nan")), "time_s: got nan"),
+        (lambda w, f: w.stream().add(f[0], float("inf")), "time_s: got inf"),
+        (lambda w, f: w.save_pretrained(__file__), "cannot be made"),
+        (
+            lambda w, f: w.predict(f, fps=5, num_samples=1).save_mp4(Path(__file__) / "film.mp4"),
+            "cannot be written",
+        ),
         (lambda w, f: w.stream().predict(), "call add"),
     ],
 )
@@ -372,6 +380,14 @@ def test_a_broken_video_says_so(world: DeltaWorld, tmp_path: Path, content: byte
     (tmp_path / "broken.mp4").write_bytes(content)
     with pytest.raises(DeltatokError, match=r"broken\.mp4: cannot be decoded"):
         world.predict(tmp_path / "broken.mp4")
+
+
+def test_a_time_outside_a_video_is_no_fault_of_the_video(
+    world: DeltaWorld, frames: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    write_video(tmp_path / "clip.mkv", frames, fps=5)
+    with pytest.raises(UsageError, match=r"^at_s: got 9, wanted a time in the video, 0-1\.2 s"):
+        world.predict(tmp_path / "clip.mkv", at_s=9.0)
 
 
 def test_a_folder_of_several_videos_is_refused(world: DeltaWorld, tmp_path: Path) -> None:

@@ -88,6 +88,15 @@ def test_page_follows_dark_mode_and_phones(page_text: str) -> None:
     assert media == {"(prefers-color-scheme: dark)", "(prefers-reduced-motion: reduce), print"}
 
 
+def test_the_page_begins_with_the_result(page_text: str) -> None:
+    page = Page(page_text)
+    kinds = [attributes.get("class") for tag, attributes in page.tags if tag in ("ul", "h2", "li")]
+    assert kinds[:3] == ["result", None, None]
+    assert kinds.index("main") < 6
+    assert "best of 6 samples" in page.text
+    assert "the target 0.2 s (short, 1 step) and 0.6 s (mid, 3 steps) later" in page.text
+
+
 def test_names_cannot_break_the_page(page_text: str) -> None:
     page = Page(page_text)
     assert not page.all("b")

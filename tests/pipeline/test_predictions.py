@@ -213,6 +213,7 @@ def test_unequal_numbers_of_samples_are_refused(
         (lambda future, last: future[:-1] if len(future) > 1 else future, "2 frames, wanted 3"),
         (lambda future, last: future / 255.0, "holds float64"),
         (lambda future, last: future[:, :, ::2], "without bars or crop"),
+        (lambda future, last: future[:, :0], "wanted uint8"),
     ],
 )
 def test_frames_of_no_use_are_refused(
@@ -227,6 +228,8 @@ def test_broken_files_are_named(
 ) -> None:
     folder = predict(truth)[0]
     (folder / "0.npy").write_bytes(b"no array")
+    fails(evaluate, words, 2, "0.npy: cannot be read")
+    (folder / "0.npy").write_bytes(b"")
     fails(evaluate, words, 2, "0.npy: cannot be read")
     (folder / "0.npy").unlink()
     (folder / "0.mp4").write_bytes(b"no video")

@@ -158,6 +158,14 @@ def test_a_link_out_of_the_folder_is_refused(evaluation, tmp_path):
         load_label(targets["a/000019"], labels)
 
 
+def test_a_folder_at_the_top_may_be_a_link(evaluation, tmp_path):
+    _, labels, targets = evaluation
+    wanted = load_label(targets["a/000019"], labels)
+    (labels / "a").rename(tmp_path / "other-disk")
+    (labels / "a").symlink_to(tmp_path / "other-disk")
+    assert (load_label(targets["a/000019"], labels) == wanted).all()
+
+
 def test_a_missing_label_and_folder_are_named(evaluation):
     _, labels, targets = evaluation
     with pytest.raises(UsageError, match="no such folder"):

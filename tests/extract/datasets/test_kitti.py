@@ -45,6 +45,16 @@ def test_targets_have_frames_2_apart_and_the_benchmark_crop(drive, listed):
     assert (policy.fps, policy.stride_s, policy.region) == (10.0, 0.2, "kb")
 
 
+def test_drives_and_depth_of_two_downloads_may_be_linked_together(drive, listed, tmp_path):
+    root = tmp_path / "kitti"
+    root.mkdir()
+    for folder in drive.iterdir():
+        (root / folder.name).symlink_to(folder)
+    _, (clip,) = find_targets(listed(root, _line(21)))
+    _, (wanted,) = find_targets(listed(drive, _line(21)))
+    assert clip.target == wanted.target
+
+
 def test_labels_are_depth_after_the_crop(drive, listed):
     _, (clip,) = find_targets(listed(drive, _line(21)))
     assert clip.target.label == f"val/{DEPTHS}/0000000021.png"

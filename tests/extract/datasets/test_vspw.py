@@ -125,6 +125,17 @@ def test_a_label_that_links_out_of_the_data_set_is_out(vspw, config, tmp_path):
     assert "link that leads out" in clips[-1].source.reason
 
 
+def test_links_below_a_linked_top_folder_must_stay_in_it(vspw, config, tmp_path):
+    (vspw / "data").rename(tmp_path / "other-disk")
+    (vspw / "data").symlink_to(tmp_path / "other-disk")
+    label = tmp_path / "other-disk" / "2_def/mask/00000019.png"
+    label.rename(tmp_path / "elsewhere.png")
+    label.symlink_to(tmp_path / "elsewhere.png")
+    _, clips = find_targets(config("vspw", vspw))
+    bad = [clip.key for clip in clips if not clip.size_bytes]
+    assert bad == ["2_def/00000019"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -176,7 +187,9 @@ def test_another_layout_says_what_was_expected_and_found(tmp_path, config):
 
 def test_no_target_at_all_is_refused(tmp_path, write_vspw, config):
     root = write_vspw(tmp_path / "VSPW", {"a": 18})
-    with pytest.raises(UsageError, match="no labelled frame of vspw"):
+    with pytest.raises(
+        UsageError, match=r"no labelled frame of vspw.*18 in videos of fewer than 20 frames"
+    ):
         find_targets(config("vspw", root))
 
 
