@@ -14,9 +14,11 @@ from deltatok.shards.files import sha256_file
 from deltatok.train import loop, selection
 from deltatok.train.best_of_many import ChunkLosses, Selection, select
 from deltatok.train.config import WorldTrainConfig
+from deltatok.train.config_dinoworld import DINOWorldTrainConfig
 from deltatok.train.flops import flops_per_sample
 from deltatok.train.logs import Meter
 from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
+from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
 from deltatok.train.models.folded import fold, predictions, project, weights_of
 from deltatok.train.models.products import LARGEST, affine8, product, scaled8
 from deltatok.train.noise import CounterNoise
@@ -451,3 +453,30 @@ def test_every_validation_window_has_noise_of_its_own(
     first, second = drawn
     assert len(set(first)) == len(first) > 1
     assert first == second  # the same every time
+
+
+def test_dinoworld_selects_in_its_selection_dtype_too() -> None:
+    config = DINOWorldConfig(
+        hidden_size=16,
+        predictor_hidden_size=16,
+        predictor_num_hidden_layers=1,
+        predictor_num_heads=1,
+        rope_axis_sizes=(4, 4, 4),
+        use_bom=True,
+        num_samples_train=8,
+        **WIDE,
+    )
+    world = DINOWorld(config, generator=torch.Generator().manual_seed(0)).eval()
+    given = Windows(draw(0, 2, 3, 4, 16), draw(1, 2, 3).abs().cumsum(1), [("a", 0), ("a", 1)])
+
+    def found(**changed: Any) -> Selection:
+        fields = {"patches": "p", "out": "o", "model": config, **changed}
+        stage = Selector(world, DINOWorldTrainConfig(**fields), device=CPU, grid=(2, 2))
+        return stage.train(given, step=0, checks=False)[0]
+
+    exact, low = found(), found(selection_dtype="bfloat16")
+    assert not torch.equal(exact.mean_losses, low.mean_losses)
+    torch.testing.assert_close(exact.mean_losses, low.mean_losses, atol=0, rtol=0.02)
+    decided = found(selection_dtype="bfloat16", selection_finalists=8)
+    assert decided.finalists.shape == (2, 2, 8)
+    assert torch.equal(decided.indices, exact.indices)
