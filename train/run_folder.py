@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..shards.checked import Fields, shown
-from ..shards.errors import CacheMismatch, UsageError
+from ..shards.errors import CacheMismatch, DamagedShard, UsageError
 from ..shards.files import is_partial, read_json, remove_partials, write_json
 from .checkpoints import STATE, find_checkpoints
 from .config import TrainConfig
@@ -74,14 +74,21 @@ class Run:
     def is_finished(self) -> bool:
         """Whether this very run has already ended, here.
 
-        Raises CacheMismatch naming what differs if another run lives in the folder, UsageError if
-        the folder holds something else or more steps were trained than are asked for.
+        Raises CacheMismatch naming what differs if another run lives in the folder, DamagedShard if
+        its description cannot be read, UsageError if the folder holds something else or more steps
+        were trained than are asked for.
         """
         file = self.folder / DESCRIPTION
         if not file.is_file():
             self._check_empty()
             return False
-        stored = Fields(read_json(file), where=str(file))
+        try:
+            stored = Fields(read_json(file), where=str(file))
+        except DamagedShard as error:
+            raise DamagedShard(
+                f"{file}: not readable: copy {STATE} of the newest checkpoint over it, or set "
+                "another out"
+            ) from error
         finished = stored.integer("finished_step") if stored.has("finished_step") else None
         has_checkpoints = bool(find_checkpoints(self.checkpoints))
         if finished is None and not has_checkpoints:

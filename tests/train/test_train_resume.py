@@ -294,3 +294,14 @@ def test_run_without_a_model_yet_is_no_start(tokenizer_config: Make, tmp_path: P
     config = tokenizer_config(start_from=str(tmp_path))
     with pytest.raises(UsageError, match=r"no model there.*checkpoint, RUN/checkpoints/step-N"):
         train_tokenizer(config)
+
+
+def test_torn_description_is_mended_as_the_error_says(tokenizer_config: Make) -> None:
+    config = tokenizer_config(steps=2)
+    out = train_tokenizer(config)
+    (out / "train.json").write_text("{")
+    with pytest.raises(DamagedShard, match=r"train.json: not readable: copy state.json of the new"):
+        train_tokenizer(tokenizer_config(steps=3))
+    shutil.copy(out / "checkpoints/step-00000002/state.json", out / "train.json")
+    train_tokenizer(tokenizer_config(steps=3))
+    assert (out / "checkpoints/step-00000003").is_dir()
