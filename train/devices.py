@@ -2,7 +2,7 @@
 tokenize.py."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -13,12 +13,22 @@ from accelerate.state import (  # type: ignore[import-untyped]
     GradientState,
     PartialState,
 )
-from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    DistributedType,
+    broadcast_object_list,
+)
 
 from ..shards.errors import DeltatokError, UsageError
 from .config import Device, Precision
 
-__all__ = ["Accelerator", "check_compiler", "make_accelerator", "on_main", "precision_name"]
+__all__ = [
+    "Accelerator",
+    "check_compiler",
+    "from_main",
+    "make_accelerator",
+    "on_main",
+    "precision_name",
+]
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """One process, or plain data parallel ones: every rank holds all weights."""
@@ -78,6 +88,11 @@ def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
         other = DeltatokError("the main process could not go on: its error says why")
         other.exit_code = code
         raise other
+
+
+def from_main(values: Mapping[str, float]) -> dict[str, float]:
+    """The main process's values, of the same names: what all decide by, should theirs differ."""
+    return dict(zip(values, broadcast_object_list([*values.values()]), strict=True))
 
 
 def precision_name(precision: Precision, device: torch.device) -> str:

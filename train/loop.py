@@ -26,7 +26,7 @@ from .checkpoints import (
     write_best,
 )
 from .data import Batch
-from .devices import Accelerator, check_compiler, on_main
+from .devices import Accelerator, check_compiler, from_main, on_main
 from .disk import writing
 from .finite import named_windows
 from .first_weights import start_folder
@@ -256,7 +256,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         self.stage.model.eval()
         with torch.no_grad(), self.accelerator.autocast(), self.meter.waiting("evaluation"):
-            values = self.stage.evaluate()
+            values = from_main(self.stage.evaluate())
         self.stage.model.train()
         return values
 
