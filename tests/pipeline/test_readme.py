@@ -37,6 +37,8 @@ MEASURED = [  # the start of a row; its JSON; keys and format of every ratio in 
     ),
     ("tokenizer steps", "training.json", (("tokenizer_over_memory", ".2f"),)),
     ("search for the best", "selection.json", (("selection_speedup", ".1f"),)),
+    ("the same on two threads", "training.json", (("selection_speedup", ".1f"),)),
+    ("the search in bfloat16", "selection.json", (("selection_finalists_speedup", ".1f"),)),
     (
         "planned over",
         "plan.json",
