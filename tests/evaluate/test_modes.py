@@ -141,7 +141,7 @@ def test_probabilities_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
 BAD_FUTURES = ("missing", "../outside", "text", "list", "pickled", "other", "flat", "nan")
 
 
-@pytest.mark.parametrize("key", [*BAD_FUTURES, "flipped", "array"])
+@pytest.mark.parametrize("key", [*BAD_FUTURES, "negative", "flipped", "array"])
 def test_a_file_that_holds_no_futures_is_refused(tmp_path: Path, key: str) -> None:
     folder = tmp_path / "futures"
     folder.mkdir()
@@ -159,6 +159,9 @@ def test_a_file_that_holds_no_futures_is_refused(tmp_path: Path, key: str) -> No
     right = numbers | {"classes": np.ones((1, 40, 40), np.uint8)}
     np.savez(folder / "flat.npz", **right | {"classes": np.ones((1, 0, 40), np.uint8)})
     np.savez(folder / "nan.npz", **right | {"probability": np.full(1, np.nan, np.float32)})
+    two = {name: np.repeat(right[name], 2, axis=0) for name in right if name != "background"}
+    two |= {"probability": np.array([1.5, -0.5], np.float32), "background": right["background"]}
+    np.savez(folder / "negative.npz", **two)
     np.savez_compressed(folder / "flipped.npz", **right)
     data = bytearray((folder / "flipped.npz").read_bytes())
     data[40:90] = bytes(50)  # in the first array's compressed bytes
