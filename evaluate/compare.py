@@ -159,7 +159,7 @@ def check_comparable(first: Run, other: Run) -> None:
 
 
 def compare_runs(runs: Sequence[Run], *, seed: int) -> Comparison:
-    """All numbers on the sequences that all runs have."""
+    """All numbers on the sequences that all runs have; CacheMismatch if there is none."""
     everything = sorted(set().union(*(run.scores.windows for run in runs)))
     paired = [key for key in everything if all(key in run.scores.windows for run in runs)]
     if not paired:

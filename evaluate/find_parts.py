@@ -57,6 +57,10 @@ def nearby(folder: Path, world_folder: Path) -> list[Path]:
 
 
 def find_tokenizer(world_folder: Path, wanted: str | None, places: Sequence[Path]) -> Path:
+    """The one of `places` that holds the tokenizer with the weights `wanted` (sha256).
+
+    Raises UsageError that names where was looked, if none does.
+    """
     candidates = [place for place in places if _class_of(place) == "DeltaTok"]
     for place in candidates:
         if wanted is not None and weights_sha256(DeltaTok.from_pretrained(place)) == wanted:
@@ -70,6 +74,11 @@ def find_backbone(
     places: Sequence[Path],
     load_backbone: Callable[[str], Backbone],
 ) -> str | Path:
+    """The one of `places` that holds the backbone with the weights `wanted` (sha256), or the hub
+    id that the world's delta cache names.
+
+    Raises UsageError that names where was looked, if there is neither.
+    """
     candidates = [place for place in places if (place / "preprocessor_config.json").is_file()]
     for place in candidates:
         if wanted is not None:
@@ -135,6 +144,7 @@ def _recorded_hub_id(world_folder: Path) -> str | None:
 
 
 def read_parts(world_folder: Path) -> dict[str, Any]:
+    """What `save_pretrained` wrote down of the parts beside a world model; {} where it did not."""
     return _read_json(world_folder.absolute().parent / PARTS_FILE)
 
 

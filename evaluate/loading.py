@@ -161,6 +161,7 @@ def load_head(folder: str, device: torch.device) -> SegmentationHead | DepthHead
 
 
 def check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> None:
+    """Raises UsageError unless a model's channels D are those of the cache."""
     if hidden_size != info.shape.hidden_size:
         raise UsageError(
             f"--{role} {folder}: {hidden_size} channels, the cache's tokens have "

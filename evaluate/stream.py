@@ -135,7 +135,8 @@ class WorldState:
 
 
 def step_times(horizon_s: float, step_s: float) -> tuple[int, float]:
-    """Steps to a horizon, and the seconds of each: near to `step_s`, and hitting the horizon."""
+    """Steps to a horizon, and the seconds of each: near to `step_s`, and hitting the horizon.
+    UsageError unless both are above 0 and finite."""
     for name, value in (("horizon_s", horizon_s), ("step_s", step_s)):
         if not 0 < value < float("inf"):
             raise UsageError(f"{name}: got {value}, wanted seconds above 0")

@@ -225,6 +225,7 @@ def open_windows(
     """The windows of a uniform or evaluation cache, checked against labels and head.
 
     last_frames: clip key -> the highest frame whose label will be read (uniform).
+    Raises UsageError or CacheMismatch where they do not fit one another.
     """
     if config.depth_range_m is not None and not isinstance(head, DepthHead):
         raise UsageError("--depth-range-m: no depth --head is given, so that nothing is in metres")

@@ -95,7 +95,11 @@ def _agree(out: Path, fitted: NDArray[np.float32]) -> NDArray[np.float32]:
 def fit_channel_scale(
     config: ExtractConfig, policy: Policy, backbone: Backbone, clips: Sequence[Clip]
 ) -> NDArray[np.float32]:
-    """The scale of every channel, float32 (D,), from a sample of the clips."""
+    """The scale of every channel, float32 (D,), from a sample of the clips.
+
+    Raises TooManyQuarantined if none of them can be decoded, DeltatokError for values that are not
+    finite.
+    """
     sample = sorted(clips, key=lambda clip: sample_order(config.seed, clip.key))[:MAX_TRIED]
     wanted = min(SAMPLE_CLIPS, len(sample))
     _LOGGER.info("int8: fitting the channel scales on one window of each of %d clips", wanted)

@@ -111,7 +111,14 @@ class CommonFolder:
             tally = self._tally()
             planned = clips_by_shard(read_plan(self._folder))
             if tally.shards.keys() != planned.keys():
-                _LOGGER.info("%s: another run is adding shards, and will finish it", self._folder)
+                _LOGGER.info(
+                    "%s: %d of %d shards are made; the runs that make the others (--shard-of, "
+                    "--append) finish the cache: in this folder, or, from other machines, once "
+                    "their shards/ are copied into it and the command is run again",
+                    self._folder,
+                    len(tally.shards),
+                    len(planned),
+                )
             elif changed or not self._is_finished(tally, num_frames):
                 self._remove_partials()
                 tally.list_quarantined(now=True)

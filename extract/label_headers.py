@@ -32,7 +32,7 @@ def file_size(root: Path, name: str) -> int:
 
 def image_size(root: Path, name: str) -> tuple[int, int]:
     """Height and width of a frame as it is shown, from its header alone: asking a PNG for metadata
-    that it does not begin with would decode it."""
+    that it does not begin with would decode it. BadLabel if it is no image."""
     try:
         with Image.open(root / name, formats=("JPEG", "PNG")) as image:
             told = image.format == "JPEG" or "exif" in image.info
@@ -46,7 +46,7 @@ def image_size(root: Path, name: str) -> tuple[int, int]:
 
 
 def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
-    """Height and width of a label."""
+    """Height and width of a label; BadLabel if it cannot be read."""
     path = root / name
     if frame is not None:
         return _array_size(path, name, frame)

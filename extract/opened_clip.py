@@ -20,38 +20,15 @@ from .zip_parts import ZipParts
 
 
 class FolderImages:
-    """The frames in a folder."""
+    """Image files below a folder, by name: its frames, or those named."""
 
-    def __init__(self, folder: Path) -> None:
-        """OSError where it cannot be read."""
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """OSError where it cannot be read, or one of `names` is not there."""
         self._folder = folder
-        self._sizes = dict(list_frames(folder))
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._sizes)
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all frames together."""
-        return sum(self._sizes.values())
-
-    def read(self, name: str) -> bytes:
-        if self._sizes[name] > MAX_FRAME_BYTES:
-            raise UnusableClip(f"{name}: {self._sizes[name]} bytes, no frame", stage="decode")
-        try:
-            return (self._folder / name).read_bytes()
-        except OSError as error:
-            raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
-
-
-class ListedImages:
-    """Image files below a folder, by name."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """OSError where one is not there."""
-        self._folder = folder
-        self._sizes = {name: (folder / name).stat().st_size for name in names}
+        if names is None:
+            self._sizes = dict(list_frames(folder))
+        else:
+            self._sizes = {name: (folder / name).stat().st_size for name in names}
 
     @property
     def names(self) -> list[str]:
@@ -95,10 +72,10 @@ def opened_clip(
             yield folder
             _check_size(FolderImages(path).size_bytes, folder.size_bytes)
         elif isinstance(source, TargetFrames) and source.names:
-            listed = ListedImages(path, source.names)
+            listed = FolderImages(path, source.names)
             _check_size(listed.size_bytes, size_bytes)
             yield listed
-            _check_size(ListedImages(path, source.names).size_bytes, size_bytes)
+            _check_size(FolderImages(path, source.names).size_bytes, size_bytes)
         elif isinstance(source, TarMember):
             _check_stamp(path, _stamp(path), source.stamp)
             yield FileSlice(path, source.offset, size_bytes or 0)

@@ -60,6 +60,15 @@ class ExtractionSummary:
     slowest_stage: str | None
     """Like "decode 71 %": what this run waited for most, and its share of the time."""
 
+    def told(self) -> str:
+        """One line for people: what is there, and what this run did."""
+        now = f"{self.shards_done_now} of them now" if self.shards_done_now else "none to make"
+        return (
+            f"{self.windows:,} windows ({self.frames:,} frames, {self.bytes / 1e9:,.3g} GB) "
+            f"in {self.shards:,} shards, {now}; "
+            f"{self.quarantined:,} of {self.clips:,} clips in quarantine; {self.seconds:,.0f} s"
+        )
+
 
 def run_extraction(
     config: ExtractConfig,

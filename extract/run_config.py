@@ -25,8 +25,9 @@ class RunConfig:
     """Only this many clips: the first in the seeded order of the plan, so that a higher limit
     keeps them."""
     shard_of: str | None = None
-    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines); the
-    cache is finished by a run that finds all shards made."""
+    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines that share
+    no folder; those that do need nothing of the kind). Then copy all shards/ into one `out` and run
+    again there: a run that finds all shards made finishes the cache."""
     backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     """Hub id or local folder of the frozen DINOv3."""
     frame_size: int = 512

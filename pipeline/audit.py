@@ -47,12 +47,17 @@ class AuditConfig:
 
     cache: str
     windows: int
+    """How many to make again."""
     videos: tuple[str, ...] = ()
+    """As for an extraction; none: where the plan says."""
     root: str | None = None
     backbone: str | None = None
+    """Hub id or folder; none: the one that cache.json names."""
     tokenizer: str | None = None
+    """Folder; delta caches only."""
     device: str = "auto"
     seed: int = 0
+    """Which windows."""
 
 
 @dataclass(frozen=True, kw_only=True)

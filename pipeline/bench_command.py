@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..shards.cache import PATCHES, read_cache_info
-from ..shards.errors import UsageError
+from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import write_json
 from ..train.config import Residency
 from .bench import BenchSettings, bench_deltas, bench_patches, first_residency
@@ -42,6 +42,10 @@ def run_bench(arguments: Namespace) -> None:
     """Prints the table; raises what opening the cache does."""
     info = read_cache_info(arguments.dir)
     patches = info.format == PATCHES
+    if not info.complete:
+        raise CacheMismatch(
+            f"{arguments.dir}: is not finished: first let the command that makes it come to its end"
+        )
     if info.counts.get("windows", 0) == 0:
         raise UsageError(f"{arguments.dir}: holds no windows, so there is nothing to measure")
     auto = first_residency(arguments.dir, patches=patches)

@@ -22,6 +22,8 @@ import yaml
 from ..shards.errors import UsageError
 
 Config = TypeVar("Config")
+PACKAGE = Path(__file__).resolve().parents[1]
+"""Where configs/ lies, in a checkout and where the wheel is installed."""
 
 
 def build_config(config_type: type[Config], values: Mapping[str, Any], *, where: str) -> Config:
@@ -82,9 +84,13 @@ def convert(value: Any, wanted: Any, *, name: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file ({} where it is empty); UsageError where it cannot be read."""
+    """The mapping in a YAML file ({} where it is empty); UsageError where it cannot be read.
+
+    "configs/..." that is no file here is the one of the package, from whatever folder one works in.
+    """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = (path if path.exists() else _packaged(path)).read_text(encoding="utf-8")
+        loaded = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -94,6 +100,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UsageError(f"--config {path}: got a {type(loaded).__name__}, wanted `key: value`")
     return loaded
+
+
+def _packaged(path: Path) -> Path:
+    """The package's file for a path like configs/world/one-h200.yaml; else the path itself."""
+    own = PACKAGE / path
+    return own if path.parts[:1] == ("configs",) and own.is_file() else path
 
 
 def apply_settings(values: dict[str, Any], settings: Sequence[str]) -> None:

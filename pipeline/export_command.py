@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 EPILOG = """examples:
   deltatok-shards export cache/patches --split val --out cache/val
-  deltatok-shards export cache/part0 cache/part1 --windows-per-shard 4096 --out cache/all
+  deltatok-shards export cache/videos-a cache/videos-b --windows-per-shard 4096 --out cache/all
   deltatok-shards export cache/patches --dtype int8 --out cache/patches-int8
   deltatok-shards export cache/deltas --format npy --out deltas-npy
 

@@ -21,7 +21,8 @@ EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
   deltatok-extract --videos more_clips/ --append --frame-size 256 --windows 4 --out cache/patches
-  accelerate launch --num_processes 8 -m deltatok.pipeline.extract_command --videos clips/ ...
+  accelerate launch --num_processes 8 -m deltatok.pipeline.extract_command --videos clips/ \\
+      --out cache/patches
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan
@@ -110,7 +111,7 @@ def _run_videos(words: list[str]) -> None:
         from .fused import run_fused
 
         kind, result = "delta-token", run_fused(config)
-    logging.info("%s", result)
+    logging.info("%s", result.told())
     print(f"{kind} shards: {config.out}")
 
 

@@ -2,16 +2,17 @@
 import and export of the released checkpoints."""
 
 import argparse
-import importlib.resources
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..shards.files import write_json
-from .command import Parser, run_command
-from .config import apply_settings
+from .command import Parser, example_help, run_command
+from .config import PACKAGE, apply_settings
 from .stages import Pipeline, read_pipeline, run_pipeline, stages_to_run
+
+RUN_EXAMPLE = "deltatok-pipeline run configs/quickstart.yaml --set tokenizer.steps=2000"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,35 +23,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quickstart_file() -> Path:
     """The built-in pipeline file, from the checkout or the installed package."""
-    with importlib.resources.as_file(importlib.resources.files("deltatok")) as root:
-        return root / "configs" / "quickstart.yaml"
+    return PACKAGE / "configs" / "quickstart.yaml"
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="deltatok-pipeline",
         description="Run all stages of a pipeline file, each through its own command, each once.",
-        epilog="example:\n  deltatok-pipeline quickstart\n"
-        "  deltatok-pipeline run configs/quickstart.yaml --set tokenizer.steps=2000",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **example_help("deltatok-pipeline quickstart", RUN_EXAMPLE),
     )
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
-    run = kinds.add_parser("run", help="run what is not done")
-    plan = kinds.add_parser("plan", help="say what is done and what would run")
-    quick = kinds.add_parser("quickstart", help="the whole pipeline on a built-in little world")
+    run = kinds.add_parser("run", help="run what is not done", **example_help(RUN_EXAMPLE))
+    plan = kinds.add_parser(
+        "plan",
+        help="say what is done and what would run",
+        **example_help("deltatok-pipeline plan configs/quickstart.yaml"),
+    )
+    quick = kinds.add_parser(
+        "quickstart",
+        help="the whole pipeline on a built-in little world",
+        **example_help("deltatok-pipeline quickstart --out runs/quickstart"),
+    )
     _add_official(kinds)
     for kind in (run, plan):
         kind.add_argument("config", metavar="CONFIG", type=Path, help="a pipeline file (YAML)")
     for kind in (run, plan, quick):
         kind.add_argument("--out", help="folder of all results [the file's `out`]")
         kind.add_argument(
-            "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="any setting"
+            "--set",
+            action="append",
+            default=[],
+            metavar="STAGE.KEY=VALUE",
+            help="any setting of a stage, as the stage's own command names it",
         )
     return parser
 
 
 def _add_official(kinds: "argparse._SubParsersAction[Parser]") -> None:
-    read = kinds.add_parser("import-official", help="released checkpoint -> model folder")
+    read = kinds.add_parser(
+        "import-official",
+        help="released checkpoint -> model folder",
+        **example_help("deltatok-pipeline import-official pytorch_model.bin --out models/deltatok"),
+    )
     read.add_argument("file", metavar="FILE", type=Path, help="pytorch_model.bin, last.ckpt, ...")
     read.add_argument("--out", type=Path, required=True, help="the model folder to write")
     read.add_argument("--class", dest="class_name", help="model class [guessed from the names]")
@@ -62,7 +76,11 @@ def _add_official(kinds: "argparse._SubParsersAction[Parser]") -> None:
         metavar="KEY=VALUE",
         help="a config field that shapes do not tell, such as use_delta=false",
     )
-    write = kinds.add_parser("export-official", help="model folder -> released checkpoint")
+    write = kinds.add_parser(
+        "export-official",
+        help="model folder -> released checkpoint",
+        **example_help("deltatok-pipeline export-official models/deltatok --out pytorch_model.bin"),
+    )
     write.add_argument("dir", metavar="DIR", type=Path, help="a model folder")
     write.add_argument("--out", type=Path, required=True, help="the checkpoint file to write")
 

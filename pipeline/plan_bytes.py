@@ -34,8 +34,6 @@ TOKENIZER_BYTES = 640
 """What the tokenizer's config and hash add to the cache.json of a delta cache, about."""
 OTHER_FILES = 4
 """plan.jsonl, index.jsonl, quarantine.jsonl and timings.jsonl."""
-INDEX_LINE_BYTES = 130
-"""A shard's line of index.jsonl without the names of its clips, about."""
 MAX_KINDS = 6
 """Delta shards of so many different sizes are written; more are taken for the commonest one."""
 

@@ -1,6 +1,5 @@
 """deltatok-shards: info, verify, preview, export and bench of a cache."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from ..shards.info import describe_cache
 from .bench_command import add_bench, run_bench
-from .command import Parser, run_command
+from .command import Parser, example_help, run_command
 from .export_command import add_export, run_export
 from .preview_command import add_preview, run_preview
 from .verify_command import add_verify_flags, run_verify
@@ -24,15 +23,20 @@ def _parser() -> Parser:
     parser = Parser(
         prog="deltatok-shards",
         description="Look at a cache of patch-token or delta-token shards.",
-        epilog="examples:\n  deltatok-shards info cache/patches\n"
-        "  deltatok-shards verify cache/patches\n"
-        "  deltatok-shards preview cache/patches --out preview.html\n"
-        "  deltatok-shards bench cache/deltas\n"
-        "  deltatok-shards export cache/patches --split val --out cache/val",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **example_help(
+            "deltatok-shards info cache/patches",
+            "deltatok-shards verify cache/patches",
+            "deltatok-shards preview cache/patches --out preview.html",
+            "deltatok-shards bench cache/deltas",
+            "deltatok-shards export cache/patches --split val --out cache/val",
+        ),
     )
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
-    info = kinds.add_parser("info", help="format, shape, size, provenance, quarantine")
+    info = kinds.add_parser(
+        "info",
+        help="format, shape, size, provenance, quarantine",
+        **example_help("deltatok-shards info cache/patches --json"),
+    )
     verify = kinds.add_parser("verify", help="is it whole; --repair; --audit")
     for kind in (info, verify):
         kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")

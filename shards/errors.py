@@ -35,7 +35,11 @@ class DamagedShard(DeltatokError):
     exit_code = 1
 
 
-class Stopped(DeltatokError):
-    """The run was asked to stop and did so between two shards."""
+class Stopped(Exception):
+    """The run was asked to stop and did so between two shards.
+
+    No DeltatokError, nor a ValueError: a signal may raise it anywhere, and what handles bad input
+    there must not take it for some.
+    """
 
     exit_code = 75

@@ -67,7 +67,10 @@ def read_table(cache: OpenedCache) -> WindowTable:
 
 
 def read_shard_table(group: Path, record: DoneRecord, num_frames: int) -> dict[str, NDArray[Any]]:
-    """The arrays of one shard beside its tokens, by name, as stored."""
+    """The arrays of one shard beside its tokens, by name, as stored: (W, ...) each.
+
+    Raises DamagedShard if one is missing or broken.
+    """
     table = {
         name: read_array(group, name, shape=shape, dtype=WINDOW_ARRAYS[name].dtype)
         for name, shape in array_shapes(record.rows, num_frames).items()

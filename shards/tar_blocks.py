@@ -92,7 +92,10 @@ def read_timestamps(path: Path, block: Block) -> NDArray[np.float32]:
 
 
 def read_windows(path: Path, block: Block, *, num_frames: int) -> list[dict[str, Any]]:
-    """Per window: clip (str), frames (list of T int), crop (list of 4 numbers), flipped (bool)."""
+    """Per window: clip (str), frames (list of T int), crop (list of 4 numbers), flipped (bool).
+
+    Raises DamagedShard if the member says anything else.
+    """
     where = f"{path}: {block.windows.name}"
     if block.windows.size > MAX_JSON_BYTES:
         raise DamagedShard(f"{where}: {block.windows.size} bytes of JSON: {ADVICE}")

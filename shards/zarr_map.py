@@ -176,6 +176,7 @@ def _without_defaults(value: Any) -> Any:
 
 
 def check_crc(data: NDArray[np.uint8], crc: NDArray[np.uint8], *, where: str) -> None:
+    """Raises DamagedShard unless `crc`, 4 bytes, is the crc32c of `data`; `where` names them."""
     if google_crc32c.value(data) != int.from_bytes(crc.tobytes(), "little"):
         raise DamagedShard(f"{where}: wrong checksum, the file was changed or damaged: {ADVICE}")
 

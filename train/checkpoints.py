@@ -12,6 +12,7 @@ Kept are the newest and the best. Which is the best stands in every state.json; 
 the newest one's. No random state is in there, since nothing in training has any (draws.py).
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -87,11 +89,28 @@ def save_checkpoint(
     return final
 
 
+def check_whole(checkpoint: Path) -> None:
+    """DamagedShard, saying what to do, unless all that a run goes on from can be read."""
+    for file in (checkpoint / MODEL, checkpoint / OPTIMIZER, checkpoint / STATE):
+        try:
+            if file.name == STATE:
+                json.loads(file.read_bytes())
+            else:
+                with safe_open(file, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DamagedShard(
+                f"{file}: not readable ({error}): remove the folder {checkpoint} and run again, "
+                "to go on from the checkpoint before, or from the beginning if there is none"
+            ) from error
+
+
 def write_best(folder: Path, best: Best | None) -> None:
     """OUT/best.json beside OUT/checkpoints, `folder`; none as long as nothing was evaluated."""
     if best is not None:
-        name = f"{folder.name}/step-{best.step:08d}"
-        write_json(folder.parent / "best.json", {**asdict(best), "model": name})
+        name, file = f"{folder.name}/step-{best.step:08d}", folder.parent / "best.json"
+        with writing(file):
+            write_json(file, {**asdict(best), "model": name})
 
 
 def read_best(checkpoint: Path) -> Best | None:

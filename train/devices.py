@@ -1,6 +1,9 @@
 """One accelerate.Accelerator a command: the device, the ranks, the precision. Used by loop.py and
 tokenize.py."""
 
+import os
+from collections.abc import Callable, Mapping
+
 import torch
 
 # accelerate publishes no type information; imported here only.
@@ -10,20 +13,30 @@ from accelerate.state import (  # type: ignore[import-untyped]
     GradientState,
     PartialState,
 )
-from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    DistributedType,
+    broadcast_object_list,
+)
 
-from ..shards.errors import UsageError
+from ..shards.errors import DeltatokError, UsageError
 from .config import Device, Precision
 
-__all__ = ["Accelerator", "check_compiler", "make_accelerator", "precision_name"]
+__all__ = [
+    "Accelerator",
+    "check_compiler",
+    "from_main",
+    "make_accelerator",
+    "on_main",
+    "precision_name",
+]
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """One process, or plain data parallel ones: every rank holds all weights."""
 
 
 def make_accelerator(device: Device, precision: Precision) -> Accelerator:
-    """An Accelerator on that device. UsageError if there is none such, or for a launch that shards
-    weights.
+    """An Accelerator on that device. UsageError if there is none such, for a launch that shards
+    weights, or for one whose processes would each train alone.
 
     accelerate keeps one global state a process and refuses a second setting; the stages of a
     pipeline may run in one process with different ones, so that state is made anew here (the
@@ -43,9 +56,43 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
             f"launched for {state.distributed_type.value}: wanted plain data parallel processes; "
             "launch with torchrun --nproc-per-node N"
         )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    if launched > 1 and state.num_processes == 1:
+        raise UsageError(
+            f"launched as one of {launched} processes, but on {state.device.type} each would train "
+            "alone: use as many GPUs as processes (is a GPU seen here?), or, to train on CPUs, "
+            f"torchrun --nproc-per-node {launched} with --device cpu"
+        )
     name = precision_name(precision, state.device)
     mixed = "bf16" if name == "bfloat16" else "no"
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """What the main process does for all; they wait for it.
+
+    Where it fails all fail, so that none waits for one that is gone: the main process with its own
+    error, the others with a DeltatokError of the same exit code.
+    """
+    error: DeltatokError | None = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except DeltatokError as caught:
+            error = caught
+    mine = torch.tensor(float(error.exit_code if error else 0), device=accelerator.device)
+    code = int(accelerator.reduce(mine, reduction="sum").item())
+    if error is not None:
+        raise error
+    if code:
+        other = DeltatokError("the main process could not go on: its error says why")
+        other.exit_code = code
+        raise other
+
+
+def from_main(values: Mapping[str, float]) -> dict[str, float]:
+    """The main process's values, of the same names: what all decide by, should theirs differ."""
+    return dict(zip(values, broadcast_object_list([*values.values()]), strict=True))
 
 
 def precision_name(precision: Precision, device: torch.device) -> str:

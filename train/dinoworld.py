@@ -19,6 +19,7 @@ from ..shards.patches import PatchShards
 from .config_dinoworld import DINOWorldTrainConfig
 from .data import Batch, check_frames
 from .devices import make_accelerator
+from .finite import check_finite
 from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
@@ -100,6 +101,7 @@ class DINOWorldStage:
         self._validation = None
         if len(chosen):
             self._validation = self._batch(self._source.read_few, chosen, chosen)
+            check_finite(self._validation.tensors["x"], chosen, clip_of=self.clip_of)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -134,6 +136,9 @@ class DINOWorldStage:
             queries = selection.queries
         prediction = forward(x, timestamps, queries, grid=self._shards.grid)
         return smooth_l1(prediction, x[:, 1:]).flatten(1).mean(1), extras
+
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        self._selector.check(numbers, step=step)
 
     def evaluate(self) -> dict[str, float]:
         """As world.py: the best of num_samples_eval candidates and the mean over them (a frame's

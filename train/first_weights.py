@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..shards.errors import CacheMismatch
+from ..shards.errors import CacheMismatch, UsageError
 from .checkpoints import folder_with_optimizer
 from .config import TrainConfig
 from .draws import generator
 from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
-from .pretrained import Pretrained, load_weights, weights_sha256
+from .pretrained import CONFIG, WEIGHTS, Pretrained, load_weights, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,11 @@ def make_model(
     model = model_class(config, generator=generator(seed, "first weights"))  # type: ignore[call-arg]
     if start_from is None:
         return model, None
+    if not (start_from / CONFIG).is_file():
+        raise UsageError(
+            f"start_from {start_from}: no model there, wanted {CONFIG} and {WEIGHTS}: "
+            "give a run that has ended, or a checkpoint, RUN/checkpoints/step-NNNNNNNN"
+        )
     source = model_class.from_pretrained(start_from)
     wanted = asdict(config)
     for name, value in asdict(source.config).items():

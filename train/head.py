@@ -19,6 +19,7 @@ from ..shards.patches import PatchShards
 from .config_head import HeadTrainConfig
 from .data import Batch
 from .devices import make_accelerator
+from .finite import check_finite
 from .first_weights import make_model, start_folder
 from .head_tasks import Task, task_of
 from .labels import Labels, LabelSource
@@ -144,10 +145,14 @@ class HeadStage:
         losses, sums, counts = self._score(forward, batch, samples)
         return losses, {self._task.metric: self._task.summary(sums, counts)}
 
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """A step has nothing to be checked."""
+
     def evaluate(self) -> dict[str, float]:
         scores = []
         for frames in self._validation:
             batch = self._read(frames, np.arange(len(frames))).to(self._device)
+            check_finite(batch.tensors["features"], batch.windows, clip_of=self.clip_of)
             scores.append(self._score(self.model, batch, slice(None)))
         losses, sums, counts = (torch.cat(values) for values in zip(*scores, strict=True))
         return {

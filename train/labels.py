@@ -98,7 +98,8 @@ class Labels:
         return filled
 
     def _check_windows(self, shards: PatchShards) -> None:
-        sizes = np.array([array.shape for array in self._arrays])[self._clip_index]
+        shapes = np.array([array.shape for array in self._arrays], dtype=np.int64).reshape(-1, 3)
+        sizes = shapes[self._clip_index]
         whole = np.pad(sizes[:, 1:], ((0, 0), (2, 0)))  # top, left, height, width
         wrong = shards.flipped | (shards.crop != whole).any(axis=1)
         if wrong.any():

@@ -46,8 +46,9 @@ class RunLog:
             total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
         )
         if enabled:
-            _drop_after(path, start)
-            self._file = path.open("ab", buffering=0)  # nothing is left to fail when it is closed
+            with writing(path):
+                _drop_after(path, start)
+                self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
 
     def __enter__(self) -> Self:
         return self
@@ -174,14 +175,14 @@ def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines of log.jsonl up to `step`; what a kill tore goes."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     if kept != lines:
-        write_bytes(path, "".join(kept).encode())
+        write_bytes(path, b"".join(kept))
 
 
-def _step_of(line: str) -> int | None:
-    if not line.endswith("\n"):
+def _step_of(line: bytes) -> int | None:
+    if not line.endswith(b"\n"):
         return None
     try:
         value: Any = json.loads(line)

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..shards.errors import DeltatokError, Stopped, UsageError
 from .checkpoints import (
     MODEL,
     Best,
+    check_whole,
     find_checkpoints,
     load_optimizer,
     read_best,
@@ -24,7 +26,7 @@ from .checkpoints import (
     write_best,
 )
 from .data import Batch
-from .devices import Accelerator, check_compiler
+from .devices import Accelerator, check_compiler, from_main, on_main
 from .disk import writing
 from .finite import named_windows
 from .first_weights import start_folder
@@ -69,9 +71,7 @@ class Trainer:
         check_trackers(self.config.trackers)
         if self.config.compile:
             check_compiler(accelerator.device)
-        if accelerator.is_main_process:
-            run.begin()
-        accelerator.wait_for_everyone()
+        on_main(accelerator, run.begin)
         self.start = 0
         checkpoints = find_checkpoints(run.checkpoints)
         if checkpoints:
@@ -81,11 +81,11 @@ class Trainer:
                     f"{run.folder}: {self.start} steps are trained, steps asks for "
                     f"{self.config.steps}: set steps higher, or another out"
                 )
+            check_whole(folder)
             run.check_checkpoint(folder)
             load_weights(stage.model, read_tensors(folder / MODEL), source=str(folder))
             self.best = read_best(folder)
-            if accelerator.is_main_process:
-                write_best(run.checkpoints, self.best)
+            on_main(accelerator, partial(write_best, run.checkpoints, self.best))
             logger.info("going on after step %d, from %s", self.start, folder)
         groups = parameter_groups(stage.model, self.config.weight_decay)
         optimizer = torch.optim.AdamW(
@@ -126,27 +126,31 @@ class Trainer:
                 norm = self._clip()
                 update = self._agree(losses, norm, stop.requested)
                 self._check_finite(update, losses, batch, step)
+                done = step + 1
+                is_logged = is_time(done, every=config.log_every, last=last)
+                if is_logged:
+                    numbers = self._numbers(update, learning_rate, extras)
+                    stage.check(numbers, step=done)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
-                done = step + 1
                 log.advance()
-                if is_time(done, every=config.log_every, last=last):
-                    numbers = self._numbers(update, learning_rate, extras)
-                    log.write("train", done, {**numbers, **self._speed(done)})
+                if is_logged:
+                    speed = self.meter.report(samples_left=(last - done) * config.batch_size)
+                    values = {**numbers, **speed}
+                    on_main(self.accelerator, partial(log.write, "train", done, values))
                 found_best = False
                 if is_time(done, every=config.eval_every, last=last) and stage.can_evaluate:
                     values = self._evaluate()
-                    log.write("validation", done, values)
+                    on_main(self.accelerator, partial(log.write, "validation", done, values))
                     stage.judge(values, step=done)
                     found_best = self._is_best(values, step=done)
                 is_due = is_time(done, every=config.save_every, last=last)
                 if is_due or found_best or update.stopping:
-                    log.sync()
-                    self._save(done)
+                    on_main(self.accelerator, partial(self._save, done, log))
                 if update.stopping and done < last:
                     raise Stopped(f"stopped after step {done} of {last}: run again to go on")
-        self._finish()
+        on_main(self.accelerator, self._finish)
 
     def _open_log(self) -> RunLog:
         is_main = self.accelerator.is_main_process
@@ -249,13 +253,10 @@ class Trainer:
             **dict(zip(names, values, strict=True)),
         }
 
-    def _speed(self, done: int) -> dict[str, float]:
-        return self.meter.report(samples_left=(self.config.steps - done) * self.config.batch_size)
-
     def _evaluate(self) -> dict[str, float]:
         self.stage.model.eval()
         with torch.no_grad(), self.accelerator.autocast(), self.meter.waiting("evaluation"):
-            values = self.stage.evaluate()
+            values = from_main(self.stage.evaluate())
         self.stage.model.train()
         return values
 
@@ -267,19 +268,19 @@ class Trainer:
         self.best = Best(step=step, by=self.stage.best_by, value=value)
         return True
 
-    def _save(self, step: int) -> None:
-        if self.accelerator.is_main_process:
-            with self.meter.waiting("saving"):
-                save_checkpoint(
-                    self.run.checkpoints,
-                    step,
-                    model=self.stage.model,
-                    optimizer=self.raw_optimizer,
-                    provenance=self.stage.provenance(),
-                    state={**self.run.describe(), "loader": self._position(step)},
-                    keep=self.config.keep_checkpoints,
-                    best=self.best,
-                )
+    def _save(self, step: int, log: RunLog) -> None:
+        log.sync()
+        with self.meter.waiting("saving"):
+            save_checkpoint(
+                self.run.checkpoints,
+                step,
+                model=self.stage.model,
+                optimizer=self.raw_optimizer,
+                provenance=self.stage.provenance(),
+                state={**self.run.describe(), "loader": self._position(step)},
+                keep=self.config.keep_checkpoints,
+                best=self.best,
+            )
 
     def _position(self, step: int) -> dict[str, int]:
         """Where the loader is after `step` steps, for people: the step alone decides it."""
@@ -292,9 +293,7 @@ class Trainer:
         }
 
     def _finish(self) -> None:
-        if self.accelerator.is_main_process:
-            with writing(self.run.folder):
-                self.stage.model.save_pretrained(self.run.folder, self.stage.provenance())
-                self.run.finish()
-            logger.info("trained %d steps: the model is in %s", self.config.steps, self.run.folder)
-        self.accelerator.wait_for_everyone()
+        with writing(self.run.folder):
+            self.stage.model.save_pretrained(self.run.folder, self.stage.provenance())
+            self.run.finish()
+        logger.info("trained %d steps: the model is in %s", self.config.steps, self.run.folder)

@@ -5,14 +5,11 @@ Each gives the elementwise loss unless reduced: mean over the dimensions that a 
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..shards.errors import UsageError
-
-LossName = Literal["mse", "log_cosh", "smooth_l1"]
 
 SMOOTH_L1_BETA = 0.1  # paper: best-of-many and the world models' training
 

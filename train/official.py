@@ -89,8 +89,8 @@ def read_official(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DeltatokError(
-            f"{file}: refused, it holds more than tensors and plain values, or is no checkpoint "
-            f"({_first_line(error)}); get the file from its publisher again"
+            f"{file}: refused, it holds more than tensors and plain values, or is no checkpoint; "
+            "get the file from its publisher again"
         ) from error
     except _DAMAGE as error:
         raise DeltatokError(

@@ -117,7 +117,8 @@ class Run:
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"{self.folder}: cannot be written ({error.strerror or error}): set another out"
+                f"{self.folder}: cannot be written ({error.strerror or error}): make room on the "
+                "disk, or set another out"
             ) from error
         remove_partials(self.folder)
         remove_partials(self.checkpoints)

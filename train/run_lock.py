@@ -2,11 +2,11 @@
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..shards.errors import UsageError
-from .devices import Accelerator
+from .devices import Accelerator, on_main
 
 LOCK = "run.lock"
 """An empty file in OUT; the system drops the lock when its holder ends, however it ends."""
@@ -16,24 +16,28 @@ LOCK = "run.lock"
 def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold OUT's lock on the main rank; the other ranks are led by it.
 
-    Raises UsageError where another process trains into the folder, or it cannot be written.
+    Raises UsageError, on every rank, where another process trains into the folder, or it cannot be
+    written.
     """
-    if not accelerator.is_main_process:
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: _lock(folder, stack))
         yield
-        return
+
+
+def _lock(folder: Path, stack: ExitStack) -> None:
+    """Until the stack is left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("wb")
+        file = stack.enter_context((folder / LOCK).open("wb"))
     except OSError as error:
         raise UsageError(
-            f"{folder}: cannot be written ({error.strerror or error}): set another out"
+            f"{folder}: cannot be written ({error.strerror or error}): make room on the disk, or "
+            "set another out"
         ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder}: another process is training into it: wait for it, stop it, or set "
-                "another out"
-            ) from None
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"{folder}: another process is training into it: wait for it, stop it, or set "
+            "another out"
+        ) from None

@@ -82,7 +82,6 @@ class Selector:
         """The winners of a training step, in selection_dtype; and scalars for the log.
 
         checks: whether a low precision may be measured, if a line is logged after this step.
-        Raises DeltatokError if its regret is above selection_max_regret.
         """
         config, num_samples = self._config, self.num_samples_at(step)
         found = self._select(
@@ -98,8 +97,20 @@ class Selector:
         extras = {"mean_candidate_loss": found.mean_losses.mean()}
         is_logged = is_time(step + 1, every=config.log_every, last=config.steps)
         if self._low not in (None, "float32") and checks and is_logged:
-            extras |= self._measure(windows, found, num_samples=num_samples, step=step)
+            extras |= self._measure(windows, found, num_samples=num_samples)
         return found, extras
+
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """DeltatokError if the regret in a step's line of the log (steps from 1), the mean over
+        portions and ranks, is above selection_max_regret."""
+        regret, most = numbers.get("selection_regret", 0.0), self._config.selection_max_regret
+        if regret > most:
+            raise DeltatokError(
+                f"step {step}: selection in {self._low} has a regret of {regret:.3g}, wanted at "
+                f"most selection_max_regret {most}; the weights were not changed. Set "
+                "selection_dtype auto (as precision), more selection_finalists or a higher "
+                "selection_max_regret, and run again to go on from the last checkpoint"
+            )
 
     def evaluate(self, windows: Windows) -> Selection:
         """The best of num_samples_eval candidates, in the precision of training."""
@@ -133,7 +144,7 @@ class Selector:
         )
 
     def _measure(
-        self, windows: Windows, found: Selection, *, num_samples: int, step: int
+        self, windows: Windows, found: Selection, *, num_samples: int
     ) -> dict[str, Tensor]:
         """How good the picks of the first windows are by float32."""
         few = windows.first(self._config.selection_check_windows)
@@ -142,15 +153,6 @@ class Selector:
         picks = GivenNoise(found.queries[:count, :, None])
         picked = self._select(few, picks, num_samples=1, products="float32").best_losses
         regret = ((picked - best.best_losses) / best.best_losses).clamp(min=0).mean()
-        most = self._config.selection_max_regret
-        if regret.item() > most:  # NaN is not: the loop names what is not finite
-            raise DeltatokError(
-                f"step {step + 1}: selection in {self._low} has a regret of {regret.item():.3g} "
-                f"over {count} windows, wanted at most selection_max_regret {most}; the weights "
-                "were not changed. Set selection_dtype auto (as precision), more "
-                "selection_finalists or a higher selection_max_regret, and run again to go on "
-                "from the last checkpoint"
-            )
         agreement = (best.indices == found.indices[:count]).float().mean()
         return {"selection_agreement": agreement, "selection_regret": regret}
 

@@ -46,6 +46,10 @@ class Stage(Protocol):
         """float32 (b,): the loss of each of the batch's `samples`, with gradient through
         `forward`, which is `model` as wrapped for this launch; and scalars for the log."""
 
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """DeltatokError if what is about to be logged of a training step, the same on every rank,
+        says that it must not change the weights."""
+
     def evaluate(self) -> dict[str, float]:
         """Validation numbers, by their names in the log; the same on every rank. Called in eval
         mode and without gradient."""

@@ -19,6 +19,7 @@ from .config import TokenizeConfig, TokenizerTrainConfig
 from .data import Batch, TokenizerBatches
 from .devices import make_accelerator
 from .draws import generator
+from .finite import check_finite
 from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
@@ -127,7 +128,9 @@ class TokenizerStage:
         )
         chosen = evenly(split.validation, config.validation_windows)
         self._validation = frames.read_few(chosen)[0] if len(chosen) else None
-        if self._validation is None:
+        if self._validation is not None:
+            check_finite(self._validation, chosen, clip_of=self.clip_of)
+        else:
             logger.warning(
                 "without validation, nothing will tell whether the decoder ignores its delta tokens"
             )
@@ -164,6 +167,9 @@ class TokenizerStage:
             rescale=None if rescale is None else rescale.to(x_prev.device),
         )
         return self._loss(prediction, x_cur).flatten(1).mean(1), {}
+
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """A step has nothing to be checked."""
 
     def evaluate(self) -> dict[str, float]:
         if self._validation is None:

@@ -19,6 +19,7 @@ from ..shards.deltas import DeltaShards
 from .config import WorldTrainConfig
 from .data import Batch, WorldBatches, check_frames
 from .devices import make_accelerator
+from .finite import check_finite
 from .first_weights import make_model, start_folder, with_size_of_cache
 from .logs import Meter
 from .loop import Trainer
@@ -104,6 +105,7 @@ class WorldStage:
         )
         self._validation = evenly(split.validation, config.validation_windows)
         self._validation_rows = rows.read_few(self._validation)
+        check_finite(self._validation_rows[0], self._validation, clip_of=self.clip_of)
         _log_statistics(rows.read_few(evenly(split.training, 1024))[0])
 
     @property
@@ -137,6 +139,9 @@ class WorldStage:
             queries = selection.queries
         prediction = forward(z, timestamps, queries)
         return smooth_l1(prediction, z[:, 1:]).flatten(1).mean(1), extras
+
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        self._selector.check(numbers, step=step)
 
     def evaluate(self) -> dict[str, float]:
         """The best of num_samples_eval candidates, the mean over them, and what predicting the

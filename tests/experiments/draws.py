@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument(
         "--windows", type=int, nargs="+", default=[1, 2, 4, 16, 64], help="windows a clip"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="world models each [3]")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs [0 1 2]"
+    )
     arguments = parser.parse_args()
     stages = QuickstartRuns(arguments.quickstart, arguments.out)
     caches = {count: _cache(stages, arguments.quickstart, count) for count in arguments.windows}
@@ -50,7 +52,7 @@ def main() -> None:
     fresh = math.ceil(arguments.steps * BATCH_SIZE / num_clips)
     caches[fresh] = _cache(stages, arguments.quickstart, fresh)
     rows: list[dict[str, Any]] = []
-    for seed, (count, cache) in itertools.product(range(arguments.seeds), caches.items()):
+    for seed, (count, cache) in itertools.product(arguments.seeds, caches.items()):
         name = f"{count}-seed{seed}"
         world = stages.run(
             "world-model",

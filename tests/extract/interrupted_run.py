@@ -20,7 +20,7 @@ import torch
 
 from deltatok.extract import calibration, features, run
 from deltatok.extract.config import ExtractConfig
-from deltatok.shards import DeltatokError, publishing
+from deltatok.shards import DeltatokError, Stopped, publishing
 
 
 def at_call(module: Any, name: str, number: int, signal_number: int) -> None:
@@ -50,6 +50,6 @@ if __name__ == "__main__":
     at_call(*MOMENTS[sys.argv[2]])
     try:
         run.run_extraction(ExtractConfig(**json.loads(Path(sys.argv[1]).read_text())))
-    except DeltatokError as error:
+    except (DeltatokError, Stopped) as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,9 +3,12 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
+import transformers
 
+from deltatok.extract.backbone_files import load_frozen_model
 from deltatok.extract.stop import stop_on_signals
 from deltatok.shards.errors import Stopped
 
@@ -27,6 +30,19 @@ def test_signal_cuts_off_what_can_be_cut_off_at_once() -> None:
             timer.start()
             waiting.wait(timeout=30)
         timer.join()
+
+
+def test_a_stop_while_the_backbone_loads_is_no_broken_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is caught around the loading, as bad weights, must let a stop through."""
+
+    def load(*_: object, **__: object) -> None:
+        os.read(os.pipe()[0], 1)
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load)
+    with stop_on_signals(time_limit_s=0.01) as stop, pytest.raises(Stopped), stop.at_once():
+        load_frozen_model(tmp_path)
 
 
 def test_signal_before_is_noticed_by_what_can_be_cut_off() -> None:

@@ -38,7 +38,7 @@ from deltatok.extract.run import run_extraction
 from deltatok.pipeline.little_world import LittleWorldConfig
 from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.world_files import make_little_world
-from deltatok.shards import DeltatokError, done_shards, verify_cache
+from deltatok.shards import DeltatokError, Stopped, done_shards, verify_cache
 
 LIMIT_S = 600.0
 """No folder takes longer than this (a guess)."""
@@ -113,7 +113,7 @@ class Driver:
             tqdm.set_lock(threading.RLock())  # a fork would share its lock with killed ones
             run_extraction(replace(self.config, out=str(out)), backbone=self.backbone)
             status = 0
-        except DeltatokError as error:
+        except (DeltatokError, Stopped) as error:
             logging.error("process %d: %s", os.getpid(), error)
             status = error.exit_code
         except BaseException:

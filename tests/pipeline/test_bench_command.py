@@ -1,11 +1,13 @@
 """deltatok-shards bench: figures of every contestant, for both kinds of cache."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from deltatok.pipeline.shards_command import main
+from deltatok.shards.cache import reopen_cache
 
 QUICK = ("--rounds", "1", "--seconds", "0.02")
 
@@ -54,3 +56,12 @@ def test_a_folder_that_is_no_cache_is_refused(
 ) -> None:
     assert main(["bench", str(tmp_path)]) == 4
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_not_finished_is_refused(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_run / "patches", tmp_path / "patches")
+    reopen_cache(tmp_path / "patches")
+    assert main(["bench", str(tmp_path / "patches")]) == 4
+    assert "is not finished" in capsys.readouterr().err

@@ -96,6 +96,12 @@ def _model(kind: str) -> list[str]:
     return [word for key, value in model.items() for word in ("--set", f"model.{key}={value}")]
 
 
+def test_an_unknown_flag_is_not_buried_in_the_usage(fails: Fails) -> None:
+    words = ["--videos", "x", "--out", "o", "--frame-sise", "64"]
+    lines = "--frame-sise 64; did you mean --frame-size?\ntry: deltatok-extract --help\n"
+    fails(extract, words, 2, lines)
+
+
 def test_no_such_video_path(tmp_path: Path, fails: Fails) -> None:
     words = ["--videos", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")]
     fails(extract, words, 2, "nowhere")

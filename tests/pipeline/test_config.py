@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from deltatok.pipeline.command import parse_config
-from deltatok.pipeline.config import as_plain, build_config, field_docs
+from deltatok.pipeline.config import as_plain, build_config, field_docs, read_yaml
 from deltatok.shards.errors import UsageError
 
 
@@ -80,6 +80,7 @@ def test_unknown_key_names_the_nearest() -> None:
     [
         (["--rate", "1"], "out not given"),
         (["--out", "x", "--limit", "2.5"], "limit: got '2.5', wanted int"),
+        (["--out", "x", "--limits", "1"], r"--limits 1; did you mean --limit\?"),
         (["--out", "x", "--kind", "c"], "wanted one of a, b"),
         (["--out", "x", "--scale", "1", "2", "3"], "got 3 values, wanted 2"),
         (["--out", "x", "--set", "rate"], "wanted key.sub=value"),
@@ -95,3 +96,15 @@ def test_mistakes_are_usage_errors(words: list[str], message: str) -> None:
 
 def test_field_docs_come_from_the_source() -> None:
     assert field_docs(Outer)["rate"] == "Rate, per second."
+
+
+def test_the_configs_of_the_package_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_yaml(Path("configs/world/one-h200.yaml"))["steps"] == 100_000
+    Path("configs/world").mkdir(parents=True)
+    Path("configs/world/one-h200.yaml").write_text("steps: 7\n")
+    assert read_yaml(Path("configs/world/one-h200.yaml")) == {"steps": 7}
+    with pytest.raises(UsageError, match=r"configs/world/two-h200.yaml: cannot be read"):
+        read_yaml(Path("configs/world/two-h200.yaml"))

@@ -11,6 +11,40 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MEASURED = [  # the start of a row; its JSON; keys and format of every ratio in it
+    ("delta loader", "loaders.json", (("loader_over_memory", ".2f"),)),
+    ("cold files", "loaders.json", (("stream_cold_over_sequential_read", ".2f"),)),
+    (
+        "patch loader over",
+        "loaders.json",
+        (("patches_256/loader_over_memmap", ".2f"), ("patches_1024/loader_over_memmap", ".2f")),
+    ),
+    (
+        "random pairs over",
+        "loaders.json",
+        (
+            ("patches_256/random_pairs_over_memmap", ".2f"),
+            ("patches_1024/random_pairs_over_memmap", ".2f"),
+        ),
+    ),
+    ("extraction end", "extraction.json", (("end_to_end_over_forward", ".2f"),)),
+    ("the same with 4", "extraction_4_windows.json", (("end_to_end_over_forward", ".2f"),)),
+    (
+        "training a window",
+        "training.json",
+        (("seconds_ratio", ".0f"), ("flops_ratio", ".0f")),
+    ),
+    ("tokenizer steps", "training.json", (("tokenizer_over_memory", ".2f"),)),
+    ("search for the best", "selection.json", (("selection_speedup", ".1f"),)),
+    ("the same on two threads", "training.json", (("selection_speedup", ".1f"),)),
+    ("the search in bfloat16", "selection.json", (("selection_finalists_speedup", ".1f"),)),
+    (
+        "planned over",
+        "plan.json",
+        (("plan_bytes_over_written", ".2f"), ("plan_hours_over_clock", ".2f")),
+    ),
+]
 
 
 def test_the_quickstart_table_is_the_one_of_the_committed_figures() -> None:
@@ -36,9 +70,51 @@ def test_the_two_commands_come_first_and_are_in_the_makefile() -> None:
     assert "\ntest: setup\n" in makefile
 
 
-def test_linked_files_exist() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_linked_files_and_sections_exist(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, section = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if section:
+            titles = re.findall(r"(?m)^#+ (.*)$", target.read_text(encoding="utf-8"))
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert section in slugs, link
+
+
+def test_every_page_of_docs_is_linked_from_the_readme() -> None:
+    for page in PAGES[1:]:
+        assert f"({page.relative_to(ROOT)})" in README
+
+
+@pytest.mark.parametrize(("row", "file", "figures"), MEASURED, ids=lambda value: str(value)[:30])
+def test_measured_ratios_are_those_of_the_json(
+    row: str, file: str, figures: tuple[tuple[str, str], ...]
+) -> None:
+    measured = json.loads((ROOT / "tests" / "benchmarks" / file).read_text(encoding="utf-8"))
+    found = []
+    for path, shown in figures:
+        value = measured
+        for key in path.split("/"):
+            value = value[key]
+        found.append(format(value, shown))
+    cells = [line.split("|") for line in README.splitlines() if line.startswith(f"| {row}")]
+    assert len(cells) == 1, f"rows that start with {row!r}: {len(cells)}"
+    assert re.split(r"[,;] ", cells[0][2].strip()) == found
+
+
+def test_the_readers_of_the_page_on_reading_run(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    (tmp_path / "cache").symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        code = block.replace('splits="val", labels=["archery", "bowling"]', "")
+        exec(code.replace("[0, 5, 9]", "[0, 1, 2]"), names)
+    assert names["tokens"].shape[0] == names["z"].shape[0] == 3
+    assert names["pairs"].shape[:2] == (len(names["windows"]), 2)
 
 
 def test_the_python_example_runs(

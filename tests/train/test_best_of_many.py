@@ -271,12 +271,47 @@ def test_the_released_size_is_chunked_for_the_cache():
 
 @pytest.mark.parametrize("chunks", [Chunks(1, 1), Chunks(2, 5), Chunks(2, 2), None])
 def test_patch_selection_chooses_once_a_frame(chunks):
-    config = DINOWorldConfig(**{**SIZES, "rope_axis_sizes": (4, 4, 4), "use_bom": True})
-    world = made(DINOWorld(config, generator=torch.Generator().manual_seed(0)))
-    assert isinstance(world, DINOWorld)
+    world = a_patch_world()
     x, times, noise = draw(1, 2, 3, 6, 12), draw(2, 2, 3).abs().cumsum(1), draw(3, 2, 2, 5, 32)
     found = select_patches(
         world, x, times, GivenNoise(noise), grid=GRID, num_samples=5, chunks=chunks
     )
     check_equal(found, plain_select_patches(world, x, times, noise, grid=GRID)[1])
     assert torch.equal(found.queries, chosen(noise, found.indices))
+
+
+def a_patch_world() -> DINOWorld:
+    config = DINOWorldConfig(**{**SIZES, "rope_axis_sizes": (4, 4, 4), "use_bom": True})
+    world = made(DINOWorld(config, generator=torch.Generator().manual_seed(0)))
+    assert isinstance(world, DINOWorld)
+    return world
+
+
+def test_patch_selection_in_bfloat16_is_nearly_that_in_float32():
+    x, times, noise = draw(1, 2, 3, 6, 12), draw(2, 2, 3).abs().cumsum(1), draw(3, 2, 2, 5, 32)
+    exact, low = (
+        select_patches(
+            a_patch_world(),
+            x,
+            times,
+            GivenNoise(noise),
+            grid=GRID,
+            num_samples=5,
+            products=products,
+        ).mean_losses
+        for products in ("float32", "bfloat16")
+    )
+    assert not torch.equal(exact, low)
+    torch.testing.assert_close(exact, low, atol=0, rtol=0.05)
+
+
+def test_patch_selection_leaves_no_weights_without_gradient_to_the_training_pass():
+    """Under autocast, casts are kept until its outermost block ends."""
+    world = a_patch_world()
+    x, times, noise = draw(1, 2, 3, 6, 12), draw(2, 2, 3).abs().cumsum(1), draw(3, 2, 2, 5, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given, few = GivenNoise(noise), {"num_samples": 5, "products": "bfloat16"}
+        found = select_patches(world, x, times, given, grid=GRID, **few)
+        world(x, times, found.queries, grid=GRID).float().mean().backward()
+    missing = [n for n, p in world.named_parameters() if p.grad is None and p.requires_grad]
+    assert missing == []

@@ -52,7 +52,8 @@ def test_chunks_windows_and_single_samples_are_parts_of_the_same_noise(first, co
     assert torch.equal(NOISE.at(some), chunk[:, :, [-1, 0]])
 
 
-def test_the_noise_is_what_it_was():
+@pytest.mark.parametrize("sample", [100, 85186])  # this one has a uniform number of only 1e-5
+def test_the_noise_is_what_it_was(sample):
     """Written out again in Python's own numbers: a run that goes on with a later version must draw
     what it would have drawn."""
     word, gamma = 2**64, 0x9E3779B97F4A7C15
@@ -62,7 +63,7 @@ def test_the_noise_is_what_it_was():
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % word
         return x ^ (x >> 31)
 
-    window, position, sample = 1, 2, 100
+    window, position = 1, 2
     start = mix(mix((sample + (position << 32)) * gamma % word) ^ KEYS[window].item())
     cosines, sines = [], []
     for step in range(1, 6):

@@ -362,3 +362,47 @@ def stop_after(step: int, config: WorldTrainConfig, monkeypatch: pytest.MonkeyPa
 
 def model_of(config: WorldTrainConfig) -> str:
     return sha256_file(Path(config.out) / "model.safetensors")
+
+
+def test_float8_is_for_the_mlps_and_bfloat16_for_the_rest() -> None:
+    weights = weights_of(a_world(), "float8")
+    layer = weights.layers[0]
+    assert {part.weight.dtype for part in (layer.up, layer.down)} == {torch.float8_e4m3fn}
+    rest = (layer.queries, layer.keys_values, layer.out, weights.head)
+    assert {part.weight.dtype for part in rest} == {torch.bfloat16}
+    assert {part.weight.dtype for part in (layer.norm1, layer.norm2, weights.norm)} == {
+        torch.float32
+    }
+
+
+def test_two_finalists_are_compared_in_the_precision_of_training() -> None:
+    world, given = a_world(), windows()
+    fields = {"selection_dtype": "bfloat16", "selection_finalists": 2}
+    found, _ = selector(world, **fields).train(given, step=0, checks=False)
+    with torch.no_grad():
+        predicted = world.teacher_forced(given.tokens, given.timestamps, found.queries)
+    losses = torch.nn.functional.smooth_l1_loss(
+        predicted, given.tokens[:, 1:], beta=0.1, reduction="none"
+    )
+    torch.testing.assert_close(found.best_losses, losses.mean(2), atol=1e-6, rtol=1e-5)
+    all_of_them, _ = selector(world, selection_dtype="bfloat16").train(given, step=0, checks=False)
+    assert torch.equal(found.mean_losses, all_of_them.mean_losses)  # not the finalists' mean
+
+
+def test_a_regret_at_its_limit_goes_on() -> None:
+    strict = selector(a_world(), selection_dtype="bfloat16", selection_max_regret=0.25)
+    strict.check({"loss": 1.0, "selection_regret": 0.25}, step=1)
+    strict.check({"loss": 1.0}, step=2)
+    with pytest.raises(DeltatokError, match=r"step 3: selection in bfloat16 has a regret of 0\.26"):
+        strict.check({"loss": 1.0, "selection_regret": 0.26}, step=3)
+
+
+def test_an_evaluation_selects_in_the_precision_of_training() -> None:
+    world = a_world()
+    low = selector(world, selection_dtype="bfloat16").evaluate(windows())
+    assert torch.equal(low.best_losses, selector(world).evaluate(windows()).best_losses)
+
+
+def test_another_seed_draws_other_candidates() -> None:
+    one, other = (selector(a_world(), seed=seed).noise(windows()) for seed in (0, 1))
+    assert not set(one.keys.tolist()) & set(other.keys.tolist())

@@ -15,8 +15,11 @@ import pytest
 from deltatok.shards import DamagedShard, DeltaShards, DeltatokError, PatchShards, UsageError
 from deltatok.shards.files import sha256_file
 from deltatok.train.config_dinoworld import DINOWorldTrainConfig
+from deltatok.train.config_head import HeadTrainConfig
 from deltatok.train.dinoworld import train_dinoworld
+from deltatok.train.head import train_head
 from deltatok.train.models.configs import DINOWorldConfig
+from deltatok.train.order import split_windows
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
 
@@ -25,8 +28,8 @@ WINDOW = 17
 NAN = np.float16(math.nan).tobytes()
 
 
-def plant_in_deltas(folder: Path) -> None:
-    """A NaN in the middle of WINDOW's tokens, in place; the done-record is left as it is."""
+def plant_in_deltas(folder: Path, window: int = WINDOW) -> None:
+    """A NaN in the middle of a window's tokens, in place; the done-record is left as it is."""
     tar = folder / "shards/000000.tar"
     with tarfile.open(tar) as members:
         member = next(m for m in members if m.name.endswith(".tokens.npy"))
@@ -34,15 +37,15 @@ def plant_in_deltas(folder: Path) -> None:
     data = bytearray(tar.read_bytes())
     end = member.offset_data + member.size
     start = end - DeltaShards(folder).num_windows * frames * size * 2
-    at = start + (WINDOW * frames + 1) * size * 2 + 4
+    at = start + (window * frames + 1) * size * 2 + 4
     data[at : at + 2] = NAN
     tar.write_bytes(data)
 
 
-def plant_in_patches(folder: Path) -> str:
-    """A NaN in one frame of a training window, its chunk's checksum made to fit; its clip."""
+def plant_in_patches(folder: Path, window: int = WINDOW) -> str:
+    """A NaN in one frame of a window, its chunk's checksum made to fit; its clip."""
     shards = PatchShards(folder)
-    frame = shards.stored_tokens([WINDOW])[0, 1].tobytes()
+    frame = shards.stored_tokens([window])[0, 1].tobytes()
     for file in (folder / "shards").rglob("*"):
         if file.is_file() and (at := file.read_bytes().find(frame)) >= 0:
             data = bytearray(file.read_bytes())
@@ -52,7 +55,7 @@ def plant_in_patches(folder: Path) -> str:
                 4, "little"
             )
             file.write_bytes(data)
-            return shards.keys[shards.clip_index[WINDOW]]
+            return shards.keys[shards.clip_index[window]]
     raise AssertionError("no shard holds that frame")
 
 
@@ -159,3 +162,51 @@ def test_one_clip_trains_without_validation_and_says_so(
         assert log_lines(out, ["train"])
         assert log_lines(out, ["validation"]) == []
         assert not (out / "best.json").exists()
+
+
+def head_config(folder: Path, out: Path, **changed: Any) -> HeadTrainConfig:
+    """Of whole frames, in which every pixel has class 0."""
+    for key in PatchShards(folder).keys:
+        np.save(out.parent / f"{key}.npy", np.zeros((8, 32, 48), np.uint8))
+    fields: dict[str, Any] = {"labels": str(out.parent), "num_classes": 2, "batch_size": 4}
+    fields |= {"steps": 2, "eval_every": 1, "validation_fraction": 0.2, "device": "cpu"}
+    return HeadTrainConfig(patches=str(folder), out=str(out), **fields | changed)
+
+
+def test_head_cache_without_windows_is_refused(make_patches: Make, tmp_path: Path) -> None:
+    folder = make_patches(tmp_path / "empty", windows_per_clip=0, policy="uniform")
+    with pytest.raises(UsageError, match=r"0 training windows .* one batch takes 4"):
+        train_head(head_config(folder, tmp_path / "run"))
+
+
+def test_nan_in_a_validation_window_of_deltas_is_named_before_training(
+    world_config: Make, make_deltas: Make, tmp_path: Path
+) -> None:
+    """Else no evaluation would say anything, and no checkpoint would ever be the best."""
+    folder = make_deltas(tmp_path / "deltas")
+    shards = DeltaShards(folder)
+    window = int(split_windows(shards.keys, shards.clip_index, 0.2).validation[1])
+    plant_in_deltas(folder, window)
+    make_records_fit(folder)
+    clip = re.escape(shards.keys[shards.clip_index[window]])
+    config = world_config(deltas=str(folder))
+    with pytest.raises(DamagedShard, match=rf"validation: window {window} of clip '{clip}': holds"):
+        train_world(config)
+    assert not (Path(config.out) / "checkpoints").exists()
+
+
+def test_nan_in_a_validation_window_of_patches_is_named(
+    tokenizer_config: Make, make_patches: Make, tmp_path: Path
+) -> None:
+    folder = make_patches(tmp_path / "patches", policy="uniform", windows_per_clip=1)
+    shards = PatchShards(folder)
+    window = int(split_windows(shards.keys, shards.clip_index, 0.2).validation[0])
+    clip = re.escape(plant_in_patches(folder, window))
+    make_records_fit(folder)
+    words = rf"validation: window {window} of clip '{clip}': holds"
+    with pytest.raises(DamagedShard, match=words):
+        train_tokenizer(tokenizer_config(patches=str(folder)))
+    with pytest.raises(DamagedShard, match=words):
+        train_dinoworld(dino_config(folder, tmp_path / "dino", validation_fraction=0.2))
+    with pytest.raises(DamagedShard, match=words):
+        train_head(head_config(folder, tmp_path / "head"))

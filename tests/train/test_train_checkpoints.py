@@ -153,6 +153,22 @@ def test_disk_full_while_logging_says_what_to_do(
     assert steps_in(config.out)[-1] == "step-00000003"
 
 
+def test_disk_full_while_a_torn_log_is_mended_says_what_to_do(
+    tokenizer_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop = logs._drop_after
+
+    def full(path: Path, step: int) -> None:
+        with file_size_limit(10):
+            drop(path, step)
+
+    log = train_tokenizer(tokenizer_config(steps=2)) / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"kind": "tr')
+    monkeypatch.setattr(logs, "_drop_after", full)
+    with pytest.raises(DeltatokError, match=r"log.jsonl: could not be written .*make room"):
+        train_tokenizer(tokenizer_config(steps=4))
+
+
 def test_no_space_for_the_model_itself_leaves_the_last_checkpoint(
     tokenizer_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

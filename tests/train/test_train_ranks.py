@@ -5,6 +5,7 @@ of what each of the two would take (two summands have no order). Else up to roun
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -19,21 +20,63 @@ import torch
 from deltatok.shards.files import sha256_file
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.pretrained import read_tensors
+from deltatok.train.run_lock import LOCK
 from deltatok.train.world import train_world
 
 Make = Callable[..., Any]
 
 RANK = """
-import json, sys
+import dataclasses, json, sys
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from deltatok.shards import DeltatokError
+from deltatok.train import loop, world
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.models.deltaworld import DeltaWorldConfig
 from deltatok.train.world import train_world
-for fields in json.loads(sys.argv[1]):
+def config_of(fields):
     fields["model"]["rope_axis_sizes"] = tuple(fields["model"]["rope_axis_sizes"])
-    train_world(WorldTrainConfig(**{**fields, "model": DeltaWorldConfig(**fields["model"])}))
+    return WorldTrainConfig(**{**fields, "model": DeltaWorldConfig(**fields["model"])})
+
+for fields in json.loads(sys.argv[1]):
+    train_world(config_of(fields))
     assert torch.distributed.get_world_size() == 2
+
+rank, config = torch.distributed.get_rank(), config_of(fields)
+folder = Path(config.out).parent
+
+# What only one rank meets: each of these must end both, with one exit code.
+def measured(self, *given, **named):
+    return {"selection_agreement": torch.tensor(0.0), "selection_regret": torch.tensor(1.0 * rank)}
+
+def full(*given, **named):
+    raise DeltatokError("the disk is full")
+
+endings = {}
+for name, patched, attribute, broken in (
+    ("regret", world.Selector, "_measure", measured),
+    ("disk", loop, "save_checkpoint", full),
+    ("held", None, "", None),
+):
+    changed = {"selection_dtype": "bfloat16", "selection_max_regret": 0.4, "steps": 2}
+    sound = getattr(patched, attribute, None)
+    if patched:
+        setattr(patched, attribute, broken)
+    try:
+        train_world(dataclasses.replace(config, out=str(folder / name), **changed))
+    except DeltatokError as error:
+        endings[name] = (error.exit_code, str(error))
+    if patched:
+        setattr(patched, attribute, sound)
+    torch.distributed.barrier()
+(folder / f"endings-{rank}.json").write_text(json.dumps(endings))
+
+# Ranks whose evaluations differ, as by rounding: the main one says which is the best.
+values = iter([0.5, 0.4, 0.6] if rank == 0 else [0.5, 0.6, 0.4])
+world.WorldStage.evaluate = lambda self: {"validation_best_loss": next(values)}
+changed = {"steps": 3, "eval_every": 1, "save_every": 9}
+train_world(dataclasses.replace(config, out=str(folder / "differing"), **changed))
 torch.distributed.destroy_process_group()
 """
 
@@ -61,7 +104,7 @@ def train_on_two_ranks(configs: list[WorldTrainConfig], tmp_path: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path) -> Path:
     """Folder of the runs, 6 steps of batch 8 each: `one` and `two` ranks; `portions`: one rank
     that takes 4 windows at a time; `moved`: 2 steps so on one rank, 2 on two, 2 on one; `paused`:
-    two ranks that stop after 3 steps and go on."""
+    two ranks that stop after 3 steps and go on; and what else RANK does there."""
     from deltatok.train.models.configs import DeltaWorldConfig
 
     folder = tmp_path_factory.mktemp("runs")
@@ -97,15 +140,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path) -> Path:
     train_world(config("one"))
     train_world(config("portions", micro_batch_size=4))
     train_world(config("moved", micro_batch_size=4, steps=2))
-    train_on_two_ranks(
-        [
-            config("two"),
-            config("moved", steps=4),
-            config("paused", steps=3),
-            config("paused"),
-        ],
-        folder,
-    )
+    (folder / "held").mkdir()
+    with (folder / "held" / LOCK).open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        train_on_two_ranks(
+            [
+                config("two"),
+                config("moved", steps=4),
+                config("paused", steps=3),
+                config("paused"),
+            ],
+            folder,
+        )
     train_world(config("moved", micro_batch_size=4))
     return folder
 
@@ -145,3 +191,28 @@ def test_checkpoints_tell_on_how_many_ranks_they_were_made(runs: Path) -> None:
         for step in (4, 6)
     ]
     assert [loader["ranks"] for loader in told] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("regret", 1, "step 1: selection in bfloat16 has a regret of 0.5, wanted at most"),
+        ("disk", 1, "the disk is full"),
+        ("held", 2, "another process is training into it"),
+    ],
+)
+def test_what_stops_one_rank_stops_both_with_the_same_exit_code(
+    runs: Path, name: str, code: int, words: str
+) -> None:
+    endings = [json.loads((runs / f"endings-{rank}.json").read_text())[name] for rank in (0, 1)]
+    assert [ending[0] for ending in endings] == [code, code]
+    assert words in endings[0][1]
+    known = "the main process could not go on" if name != "regret" else words
+    assert known in endings[1][1]
+
+
+def test_the_main_rank_says_which_checkpoint_is_the_best(runs: Path) -> None:
+    best = json.loads((runs / "differing/best.json").read_text())
+    assert (best["step"], best["value"]) == (2, 0.4)
+    steps = sorted(path.name for path in (runs / "differing/checkpoints").iterdir())
+    assert steps == ["step-00000002", "step-00000003"]

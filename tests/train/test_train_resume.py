@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deltatok.shards import CacheMismatch, DeltatokError, Stopped, UsageError
+from deltatok.shards import CacheMismatch, DamagedShard, DeltatokError, Stopped, UsageError
 from deltatok.shards.files import sha256_file
 from deltatok.train import loop
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
@@ -257,3 +257,40 @@ def test_sigterm_saves_and_stops(
         with pytest.raises(Stopped):
             train_world(config)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_torn"),
+    [("model.safetensors", True), ("optimizer.safetensors", False), ("state.json", True)],
+)
+def test_run_goes_on_from_the_checkpoint_before_as_the_error_says(
+    tokenizer_config: Make, name: str, is_torn: bool
+) -> None:
+    config = tokenizer_config(steps=2, save_every=1)
+    train_tokenizer(config)
+    folder = Path(config.out) / "checkpoints/step-00000002"
+    if is_torn:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-10])
+    else:
+        (folder / name).unlink()
+    words = rf"{name}: not readable .*: remove the folder .*/checkpoints/step-00000002 and run"
+    with pytest.raises(DamagedShard, match=words):
+        train_tokenizer(tokenizer_config(steps=3))
+    shutil.rmtree(folder)
+    train_tokenizer(tokenizer_config(steps=3, save_every=1))
+    assert (folder.parent / "step-00000003").is_dir()
+
+
+def test_log_lines_that_are_no_text_are_dropped(tokenizer_config: Make, log_lines: Make) -> None:
+    """As a file system may leave what was not flushed when the power went."""
+    config = tokenizer_config(steps=2)
+    log = train_tokenizer(config) / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b"\xff\x00\xfe\n\x00\x00")
+    train_tokenizer(tokenizer_config(steps=3))
+    assert [line["step"] for line in log_lines(config.out, ["train"])] == [1, 2, 3]
+
+
+def test_run_without_a_model_yet_is_no_start(tokenizer_config: Make, tmp_path: Path) -> None:
+    config = tokenizer_config(start_from=str(tmp_path))
+    with pytest.raises(UsageError, match=r"no model there.*checkpoint, RUN/checkpoints/step-N"):
+        train_tokenizer(config)
