@@ -94,15 +94,21 @@ def test_every_sample_counts_at_its_last_step(shared_evaluation: Any, known: str
     last = torch.stack([x[:, 6], x[:, 5], other], dim=1)[:, :, None]  # both futures, and none
     samples = torch.cat([torch.zeros_like(last).expand(-1, -1, 2, -1, -1), last], dim=2)
     forecast = HorizonForecast(
-        truth=x[:, 4:], rows={}, open_loop=x[:, 4:], samples=samples, sample_losses=None
+        truth=x[:, 4:],
+        rows={"present": samples[:, 0], "mean": samples[:, 2]},
+        open_loop=x[:, 4:],
+        samples=samples,
+        sample_losses=None,
     )
     batch = WindowBatch(indices=(0,), names=((0,),), x=x, times=torch.zeros(1, 7), z=x[..., 0])
     scores, sequence = SequenceScores(), cache.keys[int(cache.clip_index[0])]
     with torch.no_grad():
         ModeScorer(config, cache, head).add("mid", forecast, batch, seed=0, scores=scores)
-    found = {score.metric: part[0][sequence][0, 0] for score, part in scores.parts.items()}
-    assert found["mode_recall"] == 1
-    assert found["mode_precision"] == pytest.approx(2 / 3)
+    found = {score[1:]: part[0][sequence][0, 0] for score, part in scores.parts.items()}
+    assert found["samples", "mode_recall"] == 1
+    assert found["samples", "mode_precision"] == pytest.approx(2 / 3)
+    assert found["present", "mode_precision"] == 1
+    assert found["mean", "mode_precision"] == 0
 
 
 def test_random_models_hit_no_future(report: Report) -> None:

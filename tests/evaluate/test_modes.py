@@ -50,6 +50,20 @@ def test_futures_that_look_alike_are_one_mode_with_the_sum_of_their_probabilitie
     assert modes.mode_of.tolist() == [0, 1, 0]
 
 
+def test_modes_are_begun_by_the_most_probable_futures() -> None:
+    known = futures(block(0), block(1), block(2), probability=[0.2, 0.5, 0.3])
+    modes = find_modes(known, threshold=0.5)  # the middle one is like both, which differ
+    assert modes.mode_of.tolist() == [0, 0, 0]
+    rare = futures(block(0), block(1), block(2), probability=[0.5, 0.2, 0.3])
+    assert find_modes(rare, threshold=0.5).mode_of.tolist() == [0, 0, 1]
+
+
+def test_probabilities_are_made_to_add_up_exactly(tmp_path: Path) -> None:
+    known = {(3, 6): futures(block(0), block(8), probability=[0.7504, 0.25])}
+    write_futures(tmp_path, "a", known, background=0)
+    assert FutureFolder(str(tmp_path)).window("a", 3, 6).probability.sum() == pytest.approx(1, 1e-12)
+
+
 def test_a_forecast_hits_the_future_it_looks_most_like_or_none() -> None:
     known = futures(block(0), block(3), block(8), probability=[0.5, 0.3, 0.2])
     modes = find_modes(known, threshold=0.5)
