@@ -62,7 +62,8 @@ class PredictionFolder:
 
         Raises:
             UsageError: no such folder; sequences without predictions (unless
-                `config.predictions_subset`), all of them, or with another number of samples.
+                `config.predictions_subset`), all of them, or with another number of samples; a
+                sample of which it can be told without decoding that it is of no use.
         """
         self.root = Path(str(config.predictions))
         if not self.root.is_dir():
@@ -72,6 +73,8 @@ class PredictionFolder:
         for one in {one.folder: one for one in self._wanted.values()}.values():
             if found := _samples(self.root, one.folder):
                 self._samples[one.folder] = found
+                for path in found:
+                    _check_sample(path, len(one.target_frames))
         self._check_missing(config)
         counts = {folder: len(found) for folder, found in self._samples.items()}
         first = next(iter(counts))
@@ -182,40 +185,64 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
     return sorted(paths, key=key)
 
 
+def _check_sample(path: Path, steps: int) -> None:
+    """What can be told of a sample without decoding it; raises as `_read_sample`."""
+    if path.is_dir():
+        _check_count(path, len(_images(path)), steps)
+    elif path.suffix.lower() == ".npy":
+        _check_frames(path, _map(path), steps)
+
+
 def _read_sample(path: Path, steps: int) -> Frames:
     if path.is_dir():
         frames = _read_images(path)
     elif path.suffix.lower() == ".npy":
-        try:
-            frames = map_npy(path)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path}: cannot be read as .npy ({error})") from None
+        frames = _map(path)
     else:
         frames = _read_video(path)
+    _check_frames(path, frames, steps)
+    return np.array(frames)
+
+
+def _check_frames(path: Path, frames: Frames, steps: int) -> None:
     right = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3
     if not (right and frames.size):
         raise UsageError(
             f"{path}: holds {frames.dtype} {frames.shape}, wanted uint8 (steps, H, W, 3)"
         )
-    if len(frames) != steps:
+    _check_count(path, len(frames), steps)
+
+
+def _check_count(path: Path, count: int, steps: int) -> None:
+    if count != steps:
         raise UsageError(
-            f"{path}: {len(frames)} frames, wanted {steps}: one for every step, the last one at "
-            "the target"
+            f"{path}: {count} frames, wanted {steps}: one for every step, the last one at the "
+            "target"
         )
-    return np.array(frames)
+
+
+def _map(path: Path) -> Frames:
+    try:
+        return map_npy(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as .npy ({error})") from None
+
+
+def _images(folder: Path) -> list[Path]:
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise UsageError(f"{folder}: no image in it, wanted PNG or JPEG files, one for each step")
+    return _in_order(files)
 
 
 def _read_images(folder: Path) -> Frames:
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     images = []
-    for file in _in_order(files):
+    for file in _images(folder):
         try:
             with Image.open(file, formats=("PNG", "JPEG")) as image:
                 images.append(np.asarray(image.convert("RGB"), np.uint8))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"{file}: cannot be read as an image ({error})") from None
-    if not images:
-        raise UsageError(f"{folder}: no image in it, wanted PNG or JPEG files, one for each step")
     if len({image.shape for image in images}) > 1:
         raise UsageError(f"{folder}: images of different sizes; wanted one size in a sample")
     return np.stack(images)

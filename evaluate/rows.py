@@ -153,8 +153,9 @@ def expected_order(rows: Sequence[ReportRow]) -> OrderCheck:
         if high is None or low is None:
             absent.append(f"{better} > {worse}")
             continue
-        shown = f"{better} ({show(high, metric)}) > {worse} ({show(low, metric)})"
         is_better = sign * high > sign * low and math.isfinite(high) and math.isfinite(low)
+        sign_text = ">" if is_better else "is no better than"
+        shown = f"{better} ({show(high, metric)}) {sign_text} {worse} ({show(low, metric)})"
         (holds if is_better else fails).append(shown)
     on = _ORDER_TEXTS[metric]
     left_out = f" (not in this report: {', '.join(absent)})" if absent else ""

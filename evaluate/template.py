@@ -44,7 +44,7 @@ ul.result li {
   flex: 1 1 7.5rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: 6px;
   background: var(--wash); line-height: 1.25;
 }
-ul.result li.main { border-color: var(--good); border-width: 2px; }
+ul.result li.main { border-color: var(--soft); border-width: 2px; }
 ul.result strong { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 ul.result span, ul.result small { display: block; font-size: .85rem; color: var(--soft); }
 ul.result small { font-size: .8rem; }

@@ -26,6 +26,8 @@ NUM_FRAMES = 7
 HIDDEN_SIZE = 32
 NUM_CLASSES = 4
 LABEL_SIZE = (10, 14)
+LATE = np.array([0.0, 0.4, -0.6, 0.0, 0.5, -0.3, 0.0])
+"""Frames by which each frame of a window is late: real videos have such times."""
 CLIPS = {"a.mp4": 2, "sub/b.mp4": 1, "c.mp4": 2}  # clip -> windows
 
 
@@ -123,7 +125,7 @@ def write_cache(folder: Path, *, policy: str, backbone: str) -> None:
         index = np.stack([np.arange(NUM_FRAMES) * 6 + 3 * i for i in range(len(clip))])
         rows = PatchRows(
             tokens=(first + 0.3 * drift).astype(np.float16),
-            timestamps_s=(index / 30).astype(np.float32),
+            timestamps_s=((index + LATE) / 30).astype(np.float32),
             frame_index=index.astype(np.int32),
             crop=np.tile(np.array([0, 0, 90, 160], np.float32), (len(clip), 1)),
             flipped=np.zeros(len(clip), bool),

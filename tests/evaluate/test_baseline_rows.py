@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from deltatok.evaluate import baselines
 from deltatok.evaluate.baselines import gaussian_like
 from deltatok.evaluate.dense import class_ious
 from deltatok.evaluate.forecast import run_forecast
@@ -118,6 +119,21 @@ def test_the_null_of_one_sample_is_the_regressor(shared_evaluation: Any, tmp_pat
         assert value(report, horizon, "regressor_null") == pytest.approx(
             value(report, horizon, "discriminative"), rel=1e-6
         )
+
+
+def test_the_null_draws_afresh_for_every_seed_and_horizon(
+    shared_evaluation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int | str, ...]] = []
+    generator = baselines.generator
+
+    def note(*name: int | str) -> torch.Generator:
+        made.append(name)
+        return generator(*name)
+
+    monkeypatch.setattr(baselines, "generator", note)
+    run_forecast(shared_evaluation.config(out=str(tmp_path), num_seeds=2, num_samples=2))
+    assert len(made) == len(set(made)) == 2 * 2 * 5  # seeds, horizons, windows
 
 
 def test_the_null_can_be_left_out(shared_evaluation: Any, tmp_path: Path) -> None:

@@ -132,6 +132,9 @@ def test_a_row_that_one_report_lacks_has_no_difference(made: MakeReport, tmp_pat
         ({"config": {"mid_steps": 4}}, "mid_steps is 4, but 3"),
         ({"config": {"num_samples": 5}}, "num_samples is 5, but 20"),
         ({"config": {"dataset": "e"}}, "dataset is 'e', but 'd'"),
+        ({"config": {"num_context": 3}}, "num_context is 3, but 4"),
+        ({"config": {"short_steps": 2}}, "short_steps is 2, but 1"),
+        ({"config": {"mode_overlap": 0.7}}, r"mode_overlap is 0\.7, but None"),
         (
             {"provenance": {"cache": {"fingerprint": "sha256:bb"}, "head": {"num_classes": 4}}},
             "cache.fingerprint is 'sha256:bb'",
@@ -149,6 +152,19 @@ def test_reports_of_something_else_are_refused(
     with pytest.raises(CacheMismatch, match=field):
         compare(tmp_path, one, other)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["windows", "labels"])
+def test_reports_of_other_windows_or_labels_are_refused(
+    made: MakeReport, tmp_path: Path, what: str
+) -> None:
+    one, other = made("a", losses(1)), made("b", losses(2))
+    for folder, number in ((one, 1), (other, 2)):
+        path = Path(folder) / "sequences.jsonl"
+        lines = [json.loads(line) | {what: number} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CacheMismatch, match=rf"{what} of sequence 'clip \d+' differ"):
+        compare(tmp_path, one, other)
 
 
 def test_reports_without_a_common_sequence_are_refused(made: MakeReport, tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ import torch
 
 from deltatok.evaluate.forecast import run_forecast
 from deltatok.evaluate.known_futures import KnownFutures, write_futures
+from deltatok.evaluate.mode_scores import ModeScorer
+from deltatok.evaluate.predict import HorizonForecast, WindowBatch
 from deltatok.evaluate.protocol import segment
 from deltatok.evaluate.report import Report
 from deltatok.evaluate.rows import find_row, find_value
+from deltatok.evaluate.sequences import SequenceScores
 from deltatok.shards.errors import UsageError
 from deltatok.shards.patches import PatchShards
 from deltatok.train.models.heads import SegmentationHead
@@ -80,6 +83,32 @@ def test_forecasts_of_known_futures_have_known_recall_and_precision(
         recall = value(report, "short", row, "mode_recall")
         assert recall == pytest.approx(merged + (1 - merged) * 0.5)
         assert value(report, "short", row, "mode_recall_weighted") == pytest.approx(weighted)
+
+
+def test_every_sample_counts_at_its_last_step(shared_evaluation: Any, known: str) -> None:
+    config = shared_evaluation.config(futures=known, mode_overlap=1.0)
+    cache = PatchShards(config.patches)
+    head = SegmentationHead.from_pretrained(config.head)
+    x = torch.tensor(cache.tokens([0]))
+    other = 100 * torch.ones_like(x[:, 0])
+    last = torch.stack([x[:, 6], x[:, 5], other], dim=1)[:, :, None]  # both futures, and none
+    samples = torch.cat([torch.zeros_like(last).expand(-1, -1, 2, -1, -1), last], dim=2)
+    forecast = HorizonForecast(
+        truth=x[:, 4:],
+        rows={"present": samples[:, 0], "mean": samples[:, 2]},
+        open_loop=x[:, 4:],
+        samples=samples,
+        sample_losses=None,
+    )
+    batch = WindowBatch(indices=(0,), names=((0,),), x=x, times=torch.zeros(1, 7), z=x[..., 0])
+    scores, sequence = SequenceScores(), cache.keys[int(cache.clip_index[0])]
+    with torch.no_grad():
+        ModeScorer(config, cache, head).add("mid", forecast, batch, seed=0, scores=scores)
+    found = {score[1:]: part[0][sequence][0, 0] for score, part in scores.parts.items()}
+    assert found["samples", "mode_recall"] == 1
+    assert found["samples", "mode_precision"] == pytest.approx(2 / 3)
+    assert found["present", "mode_precision"] == 1
+    assert found["mean", "mode_precision"] == 0
 
 
 def test_random_models_hit_no_future(report: Report) -> None:

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from deltatok.evaluate.config import ForecastConfig
+from deltatok.evaluate.predict import HorizonForecast, WindowBatch
 from deltatok.evaluate.probes import (
     best_of_k,
     mean_square_motion,
     mean_square_spread,
     spread_ratio,
 )
+from deltatok.evaluate.score import Scorer
 
 
 def test_best_of_k_is_the_mean_over_all_choices_of_k_samples() -> None:
@@ -42,3 +45,21 @@ def test_spread_is_measured_in_units_of_the_motion() -> None:
 
 def test_spread_has_no_unit_where_nothing_moves() -> None:
     assert spread_ratio([1.0], [0.0]) is None
+
+
+def test_spread_of_a_report_is_held_against_the_motion_up_to_the_target() -> None:
+    config = ForecastConfig(patches="", tokenizer="", out="")
+    scorer = Scorer(config, head=None, grid=(1, 1), keys=["clip"])
+    x = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 4.0]).reshape(1, 7, 1, 1)  # moves by 4
+    batch = WindowBatch(indices=(0,), names=((0,),), x=x, times=torch.zeros(1, 7), z=x[..., 0])
+    scorer.add_tokens(batch)
+    samples = torch.tensor([[9.0, 9.0, 3.0], [0.0, 0.0, 5.0]]).reshape(1, 2, 3, 1, 1)  # 1 from mean
+    forecast = HorizonForecast(
+        truth=x[:, 4:],
+        rows={"copy_last": x[:, 3:4].expand(1, 3, 1, 1)},
+        open_loop=x[:, 4:],
+        samples=samples,
+        sample_losses=torch.zeros(1, 2),
+    )
+    scorer.add("mid", forecast, batch)
+    assert scorer.probes()["sample_spread"] == {"mid": pytest.approx(1 / 4)}

@@ -65,7 +65,7 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     )
     assert two.value == pytest.approx(one.value)
     assert two.low is not None and one.low is not None
-    assert two.low < one.low
+    assert two.low < one.low - 0.1  # half the resamples have one seed alone
 
 
 def test_one_sequence_has_no_interval() -> None:

@@ -50,6 +50,20 @@ def test_futures_that_look_alike_are_one_mode_with_the_sum_of_their_probabilitie
     assert modes.mode_of.tolist() == [0, 1, 0]
 
 
+def test_modes_are_begun_by_the_most_probable_futures() -> None:
+    known = futures(block(0), block(1), block(2), probability=[0.2, 0.5, 0.3])
+    modes = find_modes(known, threshold=0.5)  # the middle one is like both, which differ
+    assert modes.mode_of.tolist() == [0, 0, 0]
+    rare = futures(block(0), block(1), block(2), probability=[0.5, 0.2, 0.3])
+    assert find_modes(rare, threshold=0.5).mode_of.tolist() == [0, 0, 1]
+
+
+def test_probabilities_are_made_to_add_up_exactly(tmp_path: Path) -> None:
+    known = {(3, 6): futures(block(0), block(8), probability=[0.7504, 0.25])}
+    write_futures(tmp_path, "a", known, background=0)
+    assert FutureFolder(str(tmp_path)).window("a", 3, 6).probability.sum() == pytest.approx(1, 1e-12)
+
+
 def test_a_forecast_hits_the_future_it_looks_most_like_or_none() -> None:
     known = futures(block(0), block(3), block(8), probability=[0.5, 0.3, 0.2])
     modes = find_modes(known, threshold=0.5)
@@ -141,7 +155,7 @@ def test_probabilities_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
 BAD_FUTURES = ("missing", "../outside", "text", "list", "pickled", "other", "flat", "nan")
 
 
-@pytest.mark.parametrize("key", [*BAD_FUTURES, "flipped", "array"])
+@pytest.mark.parametrize("key", [*BAD_FUTURES, "negative", "flipped", "array"])
 def test_a_file_that_holds_no_futures_is_refused(tmp_path: Path, key: str) -> None:
     folder = tmp_path / "futures"
     folder.mkdir()
@@ -159,6 +173,9 @@ def test_a_file_that_holds_no_futures_is_refused(tmp_path: Path, key: str) -> No
     right = numbers | {"classes": np.ones((1, 40, 40), np.uint8)}
     np.savez(folder / "flat.npz", **right | {"classes": np.ones((1, 0, 40), np.uint8)})
     np.savez(folder / "nan.npz", **right | {"probability": np.full(1, np.nan, np.float32)})
+    two = {name: np.repeat(right[name], 2, axis=0) for name in right if name != "background"}
+    two |= {"probability": np.array([1.5, -0.5], np.float32), "background": right["background"]}
+    np.savez(folder / "negative.npz", **two)
     np.savez_compressed(folder / "flipped.npz", **right)
     data = bytearray((folder / "flipped.npz").read_bytes())
     data[40:90] = bytes(50)  # in the first array's compressed bytes

@@ -13,6 +13,7 @@ from PIL import Image
 
 from deltatok.evaluate.config import ForecastConfig
 from deltatok.evaluate.forecast import run_forecast
+from deltatok.evaluate.windows import EvaluationWindows
 from deltatok.shards.errors import CacheMismatch, DamagedShard, UsageError
 from deltatok.shards.patches import PatchShards
 from deltatok.train.models.deltatok import DeltaTok
@@ -131,6 +132,21 @@ def test_a_set_without_a_valid_depth_is_refused(folders: Folders) -> None:
 def test_windows_of_another_length_are_refused(folders: Folders) -> None:
     with pytest.raises(UsageError, match=r"windows of 7 frames .* num_context \+ mid_steps = 6"):
         run_forecast(folders.config(mid_steps=2))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 100.0), (1.0, 5.0), (3.0, 100.0), (3.0, 5.0)])
+def test_depths_out_of_the_range_count_nowhere(folders: Folders, low: float, high: float) -> None:
+    folders.cache(kind="depth")
+    folders.head(DepthHead(DepthHeadConfig(in_size=32)))
+    windows = EvaluationWindows(
+        folders.config(depth_range_m=(low, high)),
+        PatchShards(folders.root / "patches"),
+        DepthHead(DepthHeadConfig(in_size=32)),
+    )
+    for batch in windows.batches():
+        for frame in windows.labelled(batch):
+            found = set(np.unique(frame.label)) - {0.0}
+            assert found == {metres for metres in (2.0, 4.0, 6.0, 8.0) if low <= metres <= high}
 
 
 def test_a_depth_range_without_depth_is_refused(folders: Folders) -> None:

@@ -239,6 +239,47 @@ def test_broken_files_are_named(
     fails(evaluate, words, 2, "no image in it")
 
 
+@pytest.mark.parametrize("damage", ["cut off", "too large", "of two sizes"])
+def test_broken_images_are_named(
+    words: list[str],
+    predict: Callable[..., list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Fails,
+    damage: str,
+) -> None:
+    folder = next(f for f in predict(truth, write=write_images) if f.name.startswith("mid")) / "0"
+    image = folder / "step-9.png"
+    if damage == "cut off":
+        image.write_bytes(image.read_bytes()[:-30])
+        fails(evaluate, words, 2, "step-9.png: cannot be read as an image")
+    elif damage == "too large":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        fails(evaluate, words, 2, "cannot be read as an image", "decompression bomb")
+    else:
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image)
+        fails(evaluate, words, 2, "images of different sizes")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "too few images"])
+def test_samples_of_no_use_are_found_before_the_work(
+    words: list[str],
+    predict: Callable[..., list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Fails,
+    damage: str,
+) -> None:
+    last = predict(truth)[-1] / "0.npy"
+    monkeypatch.setattr(prediction_rows.Backbone, "load", lambda *_, **__: pytest.fail("work"))
+    if damage == "cut off":
+        last.write_bytes(last.read_bytes()[:-1])
+        fails(evaluate, words, 2, "0.npy: cannot be read")
+    else:
+        frames = np.load(last)
+        last.unlink()
+        write_images(last, np.concatenate([frames, frames]))
+        fails(evaluate, words, 2, f"{2 * len(frames)} frames, wanted {len(frames)}")
+
+
 def test_another_backbone_is_refused_with_both_fingerprints(
     words: list[str],
     predict: Callable[..., list[Path]],

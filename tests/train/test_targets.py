@@ -10,7 +10,7 @@ from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, open_cache
 from deltatok.shards.errors import CacheMismatch, DamagedShard, UsageError
 from deltatok.shards.patches import PatchShards
 from deltatok.shards.plan import read_plan
-from deltatok.shards.plan_target import LabelRule, is_inside
+from deltatok.shards.plan_target import LabelRule, is_inside, leads_out
 from deltatok.train.label_rules import apply_rule
 from deltatok.train.targets import (
     Target,
@@ -156,6 +156,19 @@ def test_a_link_out_of_the_folder_is_refused(evaluation, tmp_path):
     (labels / "a/000019.png").symlink_to(secret)
     with pytest.raises(UsageError, match="leads out"):
         load_label(targets["a/000019"], labels)
+
+
+def test_a_label_at_the_top_may_not_lead_out(tmp_path):
+    root, secret = tmp_path / "root", tmp_path / "secret.png"
+    root.mkdir()
+    secret.touch()
+    (root / "label.png").symlink_to(secret)
+    (root / "other.png").touch()
+    (root / "folder").symlink_to(tmp_path / "elsewhere")
+    assert leads_out(root, "label.png")
+    assert leads_out(root, "folder/../../secret.png")
+    assert not leads_out(root, "other.png")
+    assert not leads_out(root, "folder/label.png")
 
 
 def test_a_folder_at_the_top_may_be_a_link(evaluation, tmp_path):

@@ -1,0 +1,48 @@
+"""The numbers that a report begins with."""
+
+import re
+
+from deltatok.evaluate.headline import headline_html
+from deltatok.evaluate.rows import ReportRow
+
+
+def row(name: str, value: float, *, horizon: str = "mid", metric: str = "miou") -> ReportRow:
+    return ReportRow(dataset="d", horizon=horizon, row=name, metric=metric, value=value)
+
+
+def texts(html: str) -> list[str]:
+    """What is read, in order."""
+    return [text for text in re.split(r"<[^>]*>\s*", html) if text.strip()]
+
+
+def test_the_mid_horizon_is_told_from_the_lower_bound_to_the_upper_one() -> None:
+    rows = [
+        row("best", 0.9, horizon="short"),
+        row("best", 0.5, metric="feature_loss"),
+        row("present", 0.762),
+        row("best", 0.651),
+        row("reconstruction", 0.7),
+        row("copy_last", 0.287),
+    ]
+    found = texts(headline_html(rows, num_samples=20, horizon_s=0.6))
+    assert found == [
+        "mIoU % ↑, 0.6 s ahead (mid)",
+        *("28.7", "copying the last frame"),
+        *("65.1", "best of 20 samples"),
+        *("76.2", "the true future itself"),
+    ]
+
+
+def test_modes_are_told_where_they_are_known() -> None:
+    rows = [
+        row("copy_last", 0.3),
+        row("samples", 0.617, metric="mode_recall"),
+        row("samples", 0.492, metric="mode_precision"),
+    ]
+    found = headline_html(rows, num_samples=20, horizon_s=0.6)
+    assert "The samples hit <strong>61.7 %</strong> of all futures" in found
+    assert "<strong>49.2 %</strong> of the samples are a possible future" in found
+
+
+def test_without_rows_there_is_no_headline() -> None:
+    assert headline_html([], num_samples=1, horizon_s=0.6) == ""
