@@ -81,7 +81,7 @@ def clips_of_dataset(dataset: Dataset, root: Path, *, split: str) -> list[Clip]:
         reasons = "; ".join(f"{count} {why}" for why, count in dataset.left_out.items())
         raise UsageError(
             f"{root}: no labelled frame of {dataset.name} has its {split} window "
-            f"({reasons or 'none found'}): see the layout in the README"
+            f"({reasons or 'none found'}): docs/evaluation.md has the layouts"
         )
     clips = [_clip(dataset, target, root, split=split) for target in dataset.targets]
     bad = [clip for clip in clips if isinstance(clip.source, Unreadable)]

@@ -63,8 +63,9 @@ class ExtractionSummary:
     def told(self) -> str:
         """One line for people: what is there, and what this run did."""
         now = f"{self.shards_done_now} of them now" if self.shards_done_now else "none to make"
+        size = f"{self.bytes / 1e9:,.1f} GB" if self.bytes >= 1e9 else f"{self.bytes / 1e6:,.1f} MB"
         return (
-            f"{self.windows:,} windows ({self.frames:,} frames, {self.bytes / 1e9:,.3g} GB) "
+            f"{self.windows:,} windows ({self.frames:,} frames, {size}) "
             f"in {self.shards:,} shards, {now}; "
             f"{self.quarantined:,} of {self.clips:,} clips in quarantine; {self.seconds:,.0f} s"
         )

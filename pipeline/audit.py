@@ -263,6 +263,11 @@ def _extraction(config: AuditConfig, info: CacheInfo, identity: dict[str, Any]) 
     backbone = config.backbone or info.backbone.get("name")
     if not isinstance(backbone, str):
         raise UsageError(f"{config.cache}: names no backbone: give --backbone")
+    if config.backbone is None and "/" not in backbone and not Path(backbone).is_dir():
+        raise UsageError(
+            f"{config.cache}: its backbone was a local folder, {backbone!r}, and it does not say "
+            "where: give --backbone"
+        )
     try:
         sampling: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from ..extract.dataset_config import DatasetConfig
 from ..extract.datasets import find_targets
 from ..extract.devices import load_backbone
 from .plan_probe import synchronise
+from .plan_text import hours_text
 
 SHOWN = 10
 """Incomplete targets that are named."""
@@ -46,7 +47,8 @@ def dataset_plan(config: DatasetConfig) -> str:
         f"frames               {frames}, {policy.num_frames} a window, "
         f"{policy.stride_s:g} s apart ({policy.fps:g} a second)",
         f"bytes of tokens      {size:,} ({config.dtype})",
-        f"backbone             {hours:.2g} h on {backbone.device.type}, from one batch of {batch}",
+        f"backbone             {hours_text(hours)} on {backbone.device.type}, from one batch of "
+        f"{batch}",
     ]
     lines += [f"incomplete           {key}: {reason}" for key, reason in bad[:SHOWN]]
     if len(bad) > SHOWN:

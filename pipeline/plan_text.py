@@ -23,9 +23,9 @@ def plan_text(plan: ExtractionPlan) -> str:
         "",
         f"device     {plan.device}: {plan.forward.frames_per_s:.3g} frames/s "
         f"({plan.forward.batches} batches of {plan.forward.batch_frames} frames timed), "
-        f"{_hours(plan.device_hours)} of the device",
-        f"decoding   {_hours(plan.decode_core_hours)} of a core, in {plan.workers} processes",
-        f"clock      about {_hours(plan.clock_hours)} on this machine, "
+        f"{hours_text(plan.device_hours)} of the device",
+        f"decoding   {hours_text(plan.decode_core_hours)} of a core, in {plan.workers} processes",
+        f"clock      about {hours_text(plan.clock_hours)} on this machine, "
         f"the slowest stage: {plan.slowest_stage}",
         f"memory     {_device_memory(plan)}at most about {_bytes(plan.host_peak_bytes)} "
         "of main memory",
@@ -91,7 +91,8 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _hours(hours: float) -> str:
+def hours_text(hours: float) -> str:
+    """Like "1.5 hours", "12 minutes" or "3.1 seconds"."""
     if hours >= 1:
         return f"{hours:.3g} hours"
     return f"{hours * 60:.3g} minutes" if hours >= 1 / 60 else f"{hours * 3600:.3g} seconds"

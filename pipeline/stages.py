@@ -155,7 +155,8 @@ def run_pipeline(pipeline: Pipeline) -> dict[str, float]:
         behind = sum(s.seconds for s in todo[: i + 1])
         pace = (time.monotonic() - began) / max(behind, 1e-9)
         left = pace * (expected - behind)
-        log.info("  %.0f s; about %.0f s left for %d stages", seconds, left, len(todo) - i - 1)
+        if to_come := len(todo) - i - 1:
+            log.info("  %.0f s; about %.0f s left, stages to come: %d", seconds, left, to_come)
     return {stage.name: float(state[stage.name]["seconds"]) for stage in pipeline.stages}
 
 

@@ -23,7 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-train`."""
     words = list(sys.argv[1:] if argv is None else argv)
     kinds = {"tokenizer": _tokenizer, "world": _world, "dinoworld": _dinoworld, "head": _head}
-    return run_command(lambda: run_subcommand("deltatok-train", kinds, USAGE, words))
+    try:
+        return run_command(lambda: run_subcommand("deltatok-train", kinds, USAGE, words))
+    finally:
+        if "torch" in sys.modules:  # it takes seconds to import: not for --help
+            from ..train.devices import leave_group
+
+            leave_group()
 
 
 def _tokenizer(words: list[str]) -> None:

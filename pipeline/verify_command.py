@@ -57,7 +57,7 @@ def add_verify_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--root", metavar="DIR", help="for --audit: --root of deltatok-extract")
     parser.add_argument(
-        "--backbone", metavar="DIR", help="for --audit: hub id or folder [the one in cache.json]"
+        "--backbone", metavar="DIR", help="for --audit: hub id or folder [the hub id in cache.json]"
     )
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="for --audit of delta caches: the tokenizer's folder"

@@ -25,6 +25,7 @@ __all__ = [
     "Accelerator",
     "check_compiler",
     "from_main",
+    "leave_group",
     "make_accelerator",
     "on_main",
     "precision_name",
@@ -66,6 +67,16 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
     name = precision_name(precision, state.device)
     mixed = "bf16" if name == "bfloat16" else "no"
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+
+
+def leave_group() -> None:
+    """End this process's part in a group of CPU processes, if it is in one.
+
+    Its threads else abort a process that ends while they run, and the exit code is lost.
+    """
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:

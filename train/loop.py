@@ -107,8 +107,8 @@ class Trainer:
     def train(self) -> None:
         """Train to the end and write the model.
 
-        Raises Stopped after a SIGTERM (a checkpoint was written), DeltatokError for a loss or
-        gradient that is not finite, before it reaches the weights, and for what the stage judges
+        Raises Stopped after SIGTERM or Ctrl-C (a checkpoint was written), DeltatokError for a loss
+        or gradient that is not finite, before it reaches the weights, and for what the stage judges
         hopeless.
         """
         config, stage, last = self.config, self.stage, self.config.steps

@@ -57,7 +57,7 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     Ranks share the shards. draws: how windows are drawn among the frames of a `uniform` cache;
     not used for any other. Raises CacheMismatch, naming the field, where the tokenizer was trained
     on tokens of another kind, or config.out holds another cache; UsageError for draws that the
-    cache has no use for, or needs; Stopped after a SIGTERM.
+    cache has no use for, or needs; Stopped after a SIGTERM or Ctrl-C.
     """
     patches, out = PatchShards(config.patches), Path(config.out)
     draws = _draws_for(patches, config, draws)

@@ -195,6 +195,14 @@ def test_another_backbone_is_refused(
         audit_cache(config(tiny_inputs, extracted, backbone=str(tmp_path / "other")))
 
 
+def test_a_local_backbone_must_be_given(
+    extracted: Path, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache says the folder's name and not its place, which is no hub id to look for."""
+    monkeypatch.chdir(tmp_path)
+    fails(shards, ["verify", str(extracted), "--audit", "1"], 2, "local folder", "give --backbone")
+
+
 def test_a_changed_or_missing_video_is_named(
     tiny_inputs: Path, extracted: Path, tmp_path: Path, fails: Fails
 ) -> None:

@@ -235,3 +235,15 @@ def test_flops_prints_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "| backbone, a frame |" in out
     assert "Table B" in out
+
+
+def test_a_rank_leaves_its_group_before_it_ends(tmp_path: Path) -> None:
+    """Else the group's threads abort the process half of the time, and the exit code is lost."""
+    group = torch.distributed
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    try:
+        assert train(["world", "--deltas", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+        assert not group.is_initialized()
+    finally:
+        if group.is_initialized():
+            group.destroy_process_group()

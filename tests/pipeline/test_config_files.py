@@ -1,15 +1,21 @@
 """Every file under configs/ is a run one can start, and opens with what to expect of it."""
 
+import re
+import shlex
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.dataset_config import DatasetConfig
+from deltatok.pipeline import train_command
 from deltatok.pipeline.config import build_config, read_yaml
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.config_dinoworld import DINOWorldTrainConfig
 from deltatok.train.config_head import HeadTrainConfig
+from deltatok.train.first_weights import NOT_IN_THE_WEIGHTS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIVEN = {  # what the command line of the file's header adds
@@ -21,6 +27,8 @@ GIVEN = {  # what the command line of the file's header adds
     "dinoworld": (DINOWorldTrainConfig, {"patches": "cache", "out": "run"}),
 }
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS)
+TRAINED = ("tokenizer", "world", "dinoworld", "head")
+TRAINING_FILES = [path for path in FILES if path.parent.name in TRAINED]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -50,3 +58,31 @@ def test_there_is_a_run_for_every_size_of_machine_and_every_ablation() -> None:
     ablations = {f"dinoworld/{kind}-256" for kind in ("discriminative", "best-of-many")}
     ablations |= {f"world/ablation-{kind}-token-256" for kind in ("frame", "delta")}
     assert names >= machines | ablations | {"tokenizer/frame-token-256", "world/discriminative"}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """By their OUT, the configs that the commands of the files' headers train with."""
+    monkeypatch.chdir(CONFIGS.parent)
+    found: dict[str, Any] = {}
+    for kind in TRAINED:
+        monkeypatch.setattr(
+            f"deltatok.train.{kind}.train_{kind}", lambda config: found.update({config.out: config})
+        )
+    for path in TRAINING_FILES:
+        (command,) = re.findall("^# Command: (.*)$", path.read_text(), flags=re.MULTILINE)
+        words = shlex.split(command)
+        at = words.index("-m") + 1 if words[0] == "accelerate" else 0
+        assert words[at] in ("deltatok-train", "deltatok.pipeline.train_command")
+        assert train_command.main(words[at + 1 :]) == 0, command
+    return found
+
+
+def test_a_stage_starts_from_a_run_with_the_same_model(trained: dict[str, Any]) -> None:
+    stages = [config for config in trained.values() if config.start_from is not None]
+    assert len(stages) == 7
+    for stage in stages:
+        mine, source = (asdict(config.model) for config in (stage, trained[stage.start_from]))
+        assert {n: v for n, v in mine.items() if n not in NOT_IN_THE_WEIGHTS} == {
+            n: v for n, v in source.items() if n not in NOT_IN_THE_WEIGHTS
+        }

@@ -14,9 +14,11 @@ from deltatok.shards.files import sha256_file
 from deltatok.train import loop, selection
 from deltatok.train.best_of_many import ChunkLosses, Selection, select
 from deltatok.train.config import WorldTrainConfig
+from deltatok.train.config_dinoworld import DINOWorldTrainConfig
 from deltatok.train.flops import flops_per_sample
 from deltatok.train.logs import Meter
 from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
+from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
 from deltatok.train.models.folded import fold, predictions, project, weights_of
 from deltatok.train.models.products import LARGEST, affine8, product, scaled8
 from deltatok.train.noise import CounterNoise
@@ -144,6 +146,8 @@ def test_float8_is_refused_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(UsageError, match=r"got A100 \(compute capability 8.0\), wanted"):
         check_float8(a_world(), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    check_float8(a_world(), torch.device("cuda"))  # the first that has it
 
 
 def test_float8_is_refused_for_sizes_it_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,3 +410,73 @@ def test_an_evaluation_selects_in_the_precision_of_training() -> None:
 def test_another_seed_draws_other_candidates() -> None:
     one, other = (selector(a_world(), seed=seed).noise(windows()) for seed in (0, 1))
     assert not set(one.keys.tolist()) & set(other.keys.tolist())
+
+
+def test_a_run_in_bfloat16_selects_in_bfloat16() -> None:
+    world, given = a_world(), windows()
+    in_training = selector(world, precision="bfloat16")
+    found, values = in_training.train(given, step=0, checks=True)
+    noise, count = in_training.noise(given), world.config.num_samples_train
+    wanted, exact = (
+        select(
+            world, given.tokens, given.timestamps, noise, num_samples=count, products=products
+        ).best_losses
+        for products in ("bfloat16", "float32")
+    )
+    torch.testing.assert_close(found.best_losses, wanted, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(found.best_losses, exact, atol=1e-6, rtol=1e-5)
+    assert set(values) == {"mean_candidate_loss"}
+
+
+def test_training_selects_with_what_is_compiled_and_evaluation_without() -> None:
+    calls: list[int] = []
+    used = selector(a_world())
+    used._chunk_losses.register_forward_hook(lambda *_: calls.append(1))
+    used.evaluate(windows())
+    assert calls == []
+    used.train(windows(), step=0, checks=False)
+    assert calls
+
+
+def test_every_validation_window_has_noise_of_its_own(
+    world_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+
+    def spying(*given: Any, **named: Any) -> Selection:
+        if named["num_samples"] == 4:  # num_samples_eval
+            drawn.append(given[3].keys.tolist())
+        return select(*given, **named)
+
+    monkeypatch.setattr(selection, "select", spying)
+    train_world(world_config(steps=2, eval_every=1))
+    first, second = drawn
+    assert len(set(first)) == len(first) > 1
+    assert first == second  # the same every time
+
+
+def test_dinoworld_selects_in_its_selection_dtype_too() -> None:
+    config = DINOWorldConfig(
+        hidden_size=16,
+        predictor_hidden_size=16,
+        predictor_num_hidden_layers=1,
+        predictor_num_heads=1,
+        rope_axis_sizes=(4, 4, 4),
+        use_bom=True,
+        num_samples_train=8,
+        **WIDE,
+    )
+    world = DINOWorld(config, generator=torch.Generator().manual_seed(0)).eval()
+    given = Windows(draw(0, 2, 3, 4, 16), draw(1, 2, 3).abs().cumsum(1), [("a", 0), ("a", 1)])
+
+    def found(**changed: Any) -> Selection:
+        fields = {"patches": "p", "out": "o", "model": config, **changed}
+        stage = Selector(world, DINOWorldTrainConfig(**fields), device=CPU, grid=(2, 2))
+        return stage.train(given, step=0, checks=False)[0]
+
+    exact, low = found(), found(selection_dtype="bfloat16")
+    assert not torch.equal(exact.mean_losses, low.mean_losses)
+    torch.testing.assert_close(exact.mean_losses, low.mean_losses, atol=0, rtol=0.02)
+    decided = found(selection_dtype="bfloat16", selection_finalists=8)
+    assert decided.finalists.shape == (2, 2, 8)
+    assert torch.equal(decided.indices, exact.indices)
