@@ -16,6 +16,7 @@ _ROWS = {
     "dinoworld_best": "DINO-world, best of {samples}",
     "predictions_best": "the predictions given, best sample",
     "best": "best of {samples}",
+    "reconstruction": "the tokenizer's reconstruction",
     "present": "the true future itself",
 }
 """Rows worth a place, and what they are; those that a report has not are left out."""
@@ -28,11 +29,11 @@ def headline_html(rows: Sequence[ReportRow], *, num_samples: int, horizon_s: flo
     metric = next((name for name in METRICS if any(row.metric == name for row in rows)), None)
     if metric is None:
         return ""
-    samples = f"{num_samples} samples" if num_samples > 1 else "one sample"
+    samples = f"{num_samples} samples" if num_samples > 1 else "one"
     parts = []
     for name, text in _ROWS.items():
         row = find_row(rows, horizon=_HORIZON, row=name, metric=metric)
-        if row is not None:
+        if row is not None and (num_samples > 1 or name != "mean"):  # of one they are the same
             interval = show_interval(row.interval_low, row.interval_high, metric).strip()
             small = f"<small>{escape(interval)}</small>" if interval else ""
             kind = ' class="main"' if name == _MAIN else ""

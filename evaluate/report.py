@@ -18,6 +18,7 @@ from typing import Any
 
 from ..shards.files import write_bytes, write_json
 from .class_table import classes_html
+from .config import UNNAMED
 from .headline import headline_html
 from .mode_section import modes_html
 from .moving import Moving, moving_html
@@ -108,7 +109,7 @@ def report_json(report: Report) -> dict[str, Any]:
 def report_page(report: Report, pictures: Pictures) -> str:
     """The whole page."""
     config = report.config
-    title = f"Forecasts on {config['dataset']}"
+    title = "Forecasts" if config["dataset"] == UNNAMED else f"Forecasts on {config['dataset']}"
     is_evaluation = report.provenance["cache"]["policy"] == "evaluation"
     windows, clips = ("crops", "targets") if is_evaluation else ("windows", "clips")
     summary = (
@@ -118,7 +119,8 @@ def report_page(report: Report, pictures: Pictures) -> str:
     if report.best_of_k:
         last = config["seed"] + config["num_seeds"] - 1
         seeds = f"seeds {config['seed']} to {last}" if config["num_seeds"] > 1 else f"seed {last}"
-        summary += f"; {config['num_samples']} samples, {seeds}"
+        samples = "1 sample" if config["num_samples"] == 1 else f"{config['num_samples']} samples"
+        summary += f"; {samples}, {seeds}"
     sections = [
         headline_html(
             report.rows,

@@ -1,6 +1,7 @@
 """The numbers that a report begins with."""
 
 import re
+from html import unescape
 
 from deltatok.evaluate.headline import headline_html
 from deltatok.evaluate.rows import ReportRow
@@ -12,7 +13,7 @@ def row(name: str, value: float, *, horizon: str = "mid", metric: str = "miou") 
 
 def texts(html: str) -> list[str]:
     """What is read, in order."""
-    return [text for text in re.split(r"<[^>]*>\s*", html) if text.strip()]
+    return [unescape(text) for text in re.split(r"<[^>]*>\s*", html) if text.strip()]
 
 
 def test_the_mid_horizon_is_told_from_the_lower_bound_to_the_upper_one() -> None:
@@ -29,8 +30,15 @@ def test_the_mid_horizon_is_told_from_the_lower_bound_to_the_upper_one() -> None
         "mIoU % ↑, 0.6 s ahead (mid)",
         *("28.7", "copying the last frame"),
         *("65.1", "best of 20 samples"),
+        *("70.0", "the tokenizer's reconstruction"),
         *("76.2", "the true future itself"),
     ]
+
+
+def test_of_one_sample_best_and_mean_are_told_once() -> None:
+    rows = [row("best", 0.5), row("mean", 0.5)]
+    found = texts(headline_html(rows, num_samples=1, horizon_s=0.6))
+    assert found[1:] == ["50.0", "best of one"]
 
 
 def test_modes_are_told_where_they_are_known() -> None:

@@ -61,7 +61,8 @@ def test_modes_are_begun_by_the_most_probable_futures() -> None:
 def test_probabilities_are_made_to_add_up_exactly(tmp_path: Path) -> None:
     known = {(3, 6): futures(block(0), block(8), probability=[0.7504, 0.25])}
     write_futures(tmp_path, "a", known, background=0)
-    assert FutureFolder(str(tmp_path)).window("a", 3, 6).probability.sum() == pytest.approx(1, 1e-12)
+    found = FutureFolder(str(tmp_path)).window("a", 3, 6)
+    assert found.probability.sum() == pytest.approx(1, 1e-12)
 
 
 def test_a_forecast_hits_the_future_it_looks_most_like_or_none() -> None:
