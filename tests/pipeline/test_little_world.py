@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from deltatok.evaluate.known_futures import FutureFolder
-from deltatok.pipeline.little_world import LittleWorldConfig, Walker, futures, walk
-from deltatok.pipeline.world_files import make_little_world
+from deltatok.pipeline.little_world import LittleWorldConfig, Walker, futures, simulate, walk
+from deltatok.pipeline.world_files import make_little_world, render, write_mp4
 from deltatok.pipeline.world_futures import possible_rests, seen_futures
 from deltatok.shards.errors import CacheMismatch
 from deltatok.shards.files import sha256_file
@@ -33,6 +33,19 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
         k: v for k, v in two.items() if k != "world.json"
     }
     assert one["train/0000.mp4"] != one["train/0001.mp4"]
+
+
+@pytest.mark.parametrize("index", [6, 13, 15, 18, 22])  # x264's mbtree made these in two ways
+def test_the_same_frames_give_the_same_video_each_time(tmp_path: Path, index: int) -> None:
+    config = LittleWorldConfig(out=str(tmp_path))
+    rng = np.random.default_rng([0, 1, index])
+    frames, _ = render(config, rng, simulate(config, rng, 1.4), 35)
+    digests = set()
+    for i in range(15):
+        path = tmp_path / f"{i}.mp4"
+        write_mp4(path, frames, config.fps)
+        digests.add(sha256_file(path))
+    assert len(digests) == 1
 
 
 def test_a_world_with_other_settings_is_refused(tmp_path: Path) -> None:
