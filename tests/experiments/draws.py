@@ -27,7 +27,7 @@ from deltatok.train.order import Share, split_windows
 from deltatok.train.world import WorldStage
 
 VALIDATION_FRACTION = 0.05
-"""Share of the clips that no run trains on: 16 of the quickstart's 320."""
+"""Share of the clips that no run trains on: 17 of the quickstart's 320."""
 VALIDATION_WINDOWS = 512
 BATCH_SIZE = 64
 
