@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from deltatok.pipeline.little_world import LittleWorldConfig
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.world_files import make_little_world
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.pipeline.little_world.files import make_little_world
+from deltatok.pipeline.little_world.simulation import LittleWorldConfig
 
 root = Path(sys.argv[1])
 make_little_world(

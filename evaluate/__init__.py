@@ -18,14 +18,15 @@ paper_rows.py  the paper's rows, and when they may stand beside ours
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import DeltaWorld, Futures, WorldState
+    from .inference.futures import Futures
+    from .inference.model import DeltaWorld, WorldState
 
 __all__ = ["DeltaWorld", "Futures", "WorldState"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import api
+        from .inference import model as api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,12 +5,23 @@ float16, say), window by window: how far the tokens are off, what that does to a
 reconstruction and a head's mIoU, and how many bytes a frame takes. No backbone, no network.
 
 Letters: B windows, T frames, N patch tokens of a frame, D channels of a token.
+
+Two patch caches of the same windows: the proof that they are, and which window is which.
+
+Caches of the same videos, sampling and seed hold the same windows, but perhaps cut into other
+shards and so in another order.
+
+What a patch cache is judged by, against a reference of the same windows: one class a judge.
+
+Each takes every window once, `ours` and `theirs` float32 (B, T, N, D) on one device, and gives its
+metrics for both sides at the end.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,18 +30,191 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import compare
-from ..shards.errors import UsageError
+from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.files import write_json
-from ..shards.info import describe_cache
-from ..shards.patches import PatchShards
-from ..train.devices import precision_name
+from ..shards.patches.reader import PatchShards
+from ..shards.tools.info import describe_cache
+from ..train.engine.devices import precision_name
+from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
-from .cache_judges import Judge, Reconstruction, Segmentation, TokenErrors
-from .labels import LabelFolder
-from .loading import check_patches, check_width
-from .pick_device import pick_device
-from .same_windows import match_windows
+from .forecast.config import pick_device
+from .forecast.labels import LabelFolder
+from .forecast.models import check_patches, check_width
+from .forecast.scores import MeanIoU, class_map
+
+COLUMNS = ("frame_index", "timestamps_s", "crop", "flipped")
+"""What makes a window of a clip the same, as the columns of `PatchShards.table()`."""
+
+
+def match_windows(
+    patches: PatchShards, reference: PatchShards, *, names: tuple[str, str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Window numbers int64 (W,) of `patches` and, in the same order, of `reference`.
+
+    names: what the two are called in messages. Raises CacheMismatch naming the field that differs,
+    unless both hold the same windows of the same videos through the same backbone; `storage` may
+    differ.
+    """
+    compare(_compared(patches), _compared(reference), what_got=names[0], what_wanted=names[1])
+    ours, theirs = _windows(patches), _windows(reference)
+    our_order = sorted(range(len(ours)), key=ours.__getitem__)
+    their_order = sorted(range(len(theirs)), key=theirs.__getitem__)
+    _check_clips(ours, theirs, names=names)
+    for one, other in zip(our_order, their_order, strict=True):
+        if ours[one] != theirs[other]:
+            pairs = zip(("clip", *COLUMNS), ours[one], theirs[other], strict=True)
+            field = next(name for name, mine, its in pairs if mine != its)
+            raise CacheMismatch(
+                f"{names[0]}: {field} of a window of clip {ours[one][0]!r} differs from "
+                f"{names[1]}: both must be extracted from the same videos with the same seed"
+            )
+    return np.array(our_order, dtype=np.int64), np.array(their_order, dtype=np.int64)
+
+
+def _compared(cache: PatchShards) -> dict[str, Any]:
+    identity = {name: value for name, value in cache.info.identity.items() if name != "storage"}
+    return identity | {"shape": asdict(cache.info.shape)}
+
+
+def _windows(cache: PatchShards) -> list[tuple[Any, ...]]:
+    """Of every window the clip's key and the bytes of each of COLUMNS."""
+    table, keys = cache.table(), cache.keys
+    columns = [[row.tobytes() for row in getattr(table, name)] for name in COLUMNS]
+    clips = [keys[clip] for clip in table.clip.tolist()]
+    return list(zip(clips, *columns, strict=True))
+
+
+def _check_clips(
+    ours: list[tuple[Any, ...]], theirs: list[tuple[Any, ...]], *, names: tuple[str, str]
+) -> None:
+    """Raises CacheMismatch unless both have the same clips, and as many windows."""
+    our_clips, their_clips = {window[0] for window in ours}, {window[0] for window in theirs}
+    if different := sorted(our_clips ^ their_clips):
+        where = names[0] if different[0] in our_clips else names[1]
+        raise CacheMismatch(
+            f"keys: clip {different[0]!r} is in {where} only ({len(different)} such clips): both "
+            "caches must hold the same clips; see quarantine.jsonl of the other one"
+        )
+    if len(ours) != len(theirs):
+        raise CacheMismatch(
+            f"{names[0]}: windows is {len(ours)}, but {len(theirs)} in {names[1]}: both must be "
+            "extracted from the same videos with the same settings"
+        )
+
+
+Pair = tuple[float | None, float | None]
+"""A metric of the cache that is judged and of its reference."""
+
+
+class Judge(Protocol):
+    """One way to look at the two caches."""
+
+    def add(self, numbers: NDArray[np.int64], ours: Tensor, theirs: Tensor) -> None:
+        """Takes in windows; `numbers`: theirs in the reference cache, int64 (B,)."""
+
+    def results(self) -> dict[str, Pair]:
+        """Metric -> its values, of everything so far."""
+
+
+@dataclass
+class TokenErrors:
+    """How far the tokens are off."""
+
+    error: float = 0.0
+    """Sums of squares."""
+    size: float = 0.0
+    change: float = 0.0
+    num_frames: int = 0
+    num_changes: int = 0
+    cosines: list[float] = field(default_factory=list)
+    smallest: float = 1.0
+
+    def add(self, _: NDArray[np.int64], ours: Tensor, theirs: Tensor) -> None:
+        def square(values: Tensor) -> Tensor:
+            return values.square().sum(dim=-1).cpu().double()
+
+        error, size = square(ours - theirs), square(theirs)
+        norms = (square(ours) * size).sqrt()
+        products = (ours * theirs).sum(dim=-1).cpu().double()
+        # Two zero tokens point the same way, a zero and another one do not.
+        cosine = torch.where(norms > 0, products / norms, (error == 0).double()).clamp(-1, 1)
+        self.error += float(error.sum())
+        self.size += float(size.sum())
+        self.change += float(square(theirs[:, 1:] - theirs[:, :-1]).sum())
+        self.num_frames += error.shape[0] * error.shape[1]
+        self.num_changes += error.shape[0] * (error.shape[1] - 1)
+        self.cosines += cosine.mean(dim=(1, 2)).tolist()
+        self.smallest = min(self.smallest, float(cosine.min()))
+
+    def results(self) -> dict[str, Pair]:
+        relative = _root_ratio(self.error, self.size)
+        change = self.change / self.num_changes if self.num_changes else 0.0
+        against_change = _root_ratio(self.error / self.num_frames, change)
+        return {
+            "relative_error": (relative, 0.0),
+            "cosine_mean": (math.fsum(self.cosines) / len(self.cosines), 1.0),
+            "cosine_min": (self.smallest, 1.0),
+            "error_over_change": (against_change, None if against_change is None else 0.0),
+        }
+
+
+class Reconstruction:
+    """The tokenizer's loss: consecutive frames of a cache encoded and decoded, then held against
+    the current frame of the reference."""
+
+    def __init__(self, tokenizer: DeltaTok, *, grid: tuple[int, int], bfloat16: bool) -> None:
+        self._tokenizer, self._grid, self._bfloat16 = tokenizer, grid, bfloat16
+        self._losses: tuple[list[float], list[float]] = ([], [])
+
+    def add(self, numbers: NDArray[np.int64], ours: Tensor, theirs: Tensor) -> None:
+        truth = theirs[:, 1:].flatten(0, 1)
+        for x, losses in zip((ours, theirs), self._losses, strict=True):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
+                previous, current = x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)
+                z = self._tokenizer.encode(previous, current, grid=self._grid)
+                decoded = self._tokenizer.decode(z, previous, grid=self._grid)
+            loss = smooth_l1(decoded.float(), truth).mean(dim=(1, 2)).reshape(len(numbers), -1)
+            losses += loss.mean(dim=1).tolist()
+
+    def results(self) -> dict[str, Pair]:
+        ours, theirs = (math.fsum(losses) / len(losses) for losses in self._losses)
+        if not (math.isfinite(ours) and math.isfinite(theirs)):
+            raise DeltatokError(
+                "the tokenizer's reconstruction is not finite: evaluate with --autocast float32"
+            )
+        return {"reconstruction_loss": (ours, theirs)}
+
+
+class Segmentation:
+    """The head's mIoU over all frames."""
+
+    def __init__(self, head: SegmentationHead, labels: LabelFolder, cache: PatchShards) -> None:
+        self._head, self._labels, self._cache = head, labels, cache
+        self._keys, self._clips = cache.keys, cache.clip_index.tolist()
+        num_classes = head.config.num_classes
+        self._metrics = (MeanIoU(num_classes=num_classes), MeanIoU(num_classes=num_classes))
+
+    def add(self, numbers: NDArray[np.int64], ours: Tensor, theirs: Tensor) -> None:
+        frames = self._cache.frame_index(numbers).tolist()
+        for row, (number, indices) in enumerate(zip(numbers.tolist(), frames, strict=True)):
+            for frame, index in enumerate(indices):
+                label = self._labels.frame(self._keys[self._clips[number]], index)
+                size = (label.shape[0], label.shape[1])
+                for x, metric in zip((ours, theirs), self._metrics, strict=True):
+                    grid = self._cache.grid
+                    classes = class_map(self._head, x[row, frame], grid=grid, size=size)
+                    metric.update(classes[None], torch.from_numpy(label)[None].to(classes))
+
+    def results(self) -> dict[str, Pair]:
+        ours, theirs = (float(metric.compute()) for metric in self._metrics)
+        return {"miou": (ours, theirs)}
+
+
+def _root_ratio(top: float, bottom: float) -> float | None:
+    """The root of top / bottom; None where there is nothing to divide by."""
+    return math.sqrt(top / bottom) if bottom > 0 else (0.0 if top == 0 else None)
+
 
 SIDES = ("patches", "reference")
 

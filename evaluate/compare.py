@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..shards.checked import is_number
 from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import write_bytes, write_json
-from .intervals import Estimate, Resamples
-from .page import flatten
-from .rows import HORIZONS, METRICS, MODE_METRICS, MODE_ROWS, ROW_NAMES
-from .sequences import Score, SequenceScores, read_sequences
+from ..shards.schema import is_number
+from .forecast.intervals import Estimate, Resamples
+from .forecast.scores import Score, SequenceScores, read_sequences
+from .report.page import flatten
+from .report.rows import HORIZONS, METRICS, MODE_METRICS, MODE_ROWS, ROW_NAMES
 
 LOWER_IS_BETTER = ("rmse", "feature_loss")
 SAME = {

@@ -1,4 +1,4 @@
-"""A comparison for people: Markdown tables, and a page with plots. Called by `compare.py`."""
+"""A comparison for people: Markdown tables, and a page with plots."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .compare import ComparedRow, Comparison, Difference
-from .intervals import Estimate
-from .page import facts_html, plot_html, table_html, value_text
-from .plots import COLOURS, Plot, draw_plot
-from .rows import HORIZONS, METRIC_TITLES, PERCENT, ROW_LABELS, show, show_interval
-from .template import PAGE, STYLE
+from .forecast.intervals import Estimate
+from .report.page import facts_html, plot_html, table_html, value_text
+from .report.plots import COLOURS, Plot, draw_plot
+from .report.rows import HORIZONS, METRIC_TITLES, PERCENT, ROW_LABELS, show, show_interval
+from .report.template import PAGE, STYLE
 
 LABELS = ROW_LABELS | {"samples": "All samples"}
 FIRST_ROWS = (

@@ -2,7 +2,6 @@
 
 2 per multiply-add, products only (matrix products and convolutions), one crop, ViT-B/16 by
 default. `paper_table_b` counts norms and activations as well, as the paper's Table B does.
-Called by `deltatok-evaluate flops`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +16,9 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from ..shards.errors import UsageError
 from ..train.losses import log_cosh, smooth_l1
-from ..train.models.deltatok import DeltaTok, DeltaTokConfig
-from ..train.models.deltaworld import DeltaWorld, DeltaWorldConfig
+from ..train.models.configs import DeltaTokConfig, DeltaWorldConfig
+from ..train.models.deltatok import DeltaTok
+from ..train.models.deltaworld import DeltaWorld
 from ..train.models.rope import patch_rope, with_prefix
 
 aten = torch.ops.aten

@@ -2,7 +2,6 @@
 
 All of it happens under the lease `cache`. Every process does it when it has nothing left to do, and
 finds it done by another one, or does it: so it does not matter which is the last, or dies.
-Called by run.py.
 """
 
 import logging
@@ -20,12 +19,13 @@ from ..shards.plan import (
     clips_by_shard,
     extend_plan,
     make_plan,
+    mend_plan,
+    needs_mending,
     read_plan,
     write_plan,
 )
-from ..shards.plan_mending import mend_plan, needs_mending
-from .clips import Clip
 from .leases import Leases
+from .sources.clip import Clip
 from .stop import StopRequest
 from .tally import Tally
 

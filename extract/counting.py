@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from ..shards.errors import UnusableClip
 from ..shards.records import Quarantined
-from .child import main
-from .clips import Clip, source_from_json
 from .config import ExtractConfig
-from .decoders import DecodedFrames, DecoderName, decode_drawn
-from .opened_clip import opened_clip
-from .packets import Float64, VideoFile, read_index
-from .pool import DecodedClip, DecodePool, default_num_workers
+from .decoding.child import main
+from .decoding.clip import DecodedFrames, DecoderName, decode_drawn, opened_clip
+from .decoding.container import Float64, VideoFile, read_index
+from .decoding.pool import DecodedClip, DecodePool, default_num_workers
 from .sampling import SamplingPolicy, WindowDraw, draw_windows
-from .unusable import UnusableClip
+from .sources.clip import Clip, source_from_json
 
 COUNT_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.counting")
 

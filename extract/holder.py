@@ -1,4 +1,4 @@
-"""Which process holds a lease, and whether it still runs. Called by leases.py."""
+"""Which process holds a lease, and whether it still runs."""
 
 import json
 import os

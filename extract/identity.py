@@ -1,6 +1,6 @@
 """What an extraction writes into cache.json: identity, shape, and notices for people.
 
-The identity holds everything that changes a stored number, and only that. Called by run.py.
+The identity holds everything that changes a stored number, and only that.
 """
 
 import platform
@@ -10,7 +10,7 @@ from typing import Any
 from ..shards.cache import PATCHES, CacheInfo, CacheShape
 from .backbone import Backbone
 from .config import ExtractConfig
-from .evaluation import Policy
+from .datasets.windows import Policy
 
 RESIZE_RULE = "crop, bilinear without antialiasing, uint8 (OpenCV rule)"
 

@@ -3,7 +3,7 @@
 The scales are fitted once, before the cache.json that names their hash: one window of each of up to
 SAMPLE_CLIPS clips goes through the backbone, in an order decided by the seed and the keys alone.
 channel_scale.npy is created exclusively, and what stands there is used: a run that is resumed, that
-joins others or that began with them, on whatever device, has the same scales. Called by run.py.
+joins others or that began with them, on whatever device, has the same scales.
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..shards.cache import CHANNEL_SCALE, PATCHES, read_cache_info
 from ..shards.errors import DeltatokError, TooManyQuarantined, UsageError
 from ..shards.files import is_partial
-from ..shards.int8 import (
+from ..shards.patches.int8 import (
     SAMPLE_CLIPS,
     agree_on_channel_scale,
     channel_scale_of,
@@ -28,12 +28,12 @@ from ..shards.int8 import (
 )
 from ..shards.records import Quarantined
 from .backbone import Backbone
-from .clips import Clip
 from .config import ExtractConfig
-from .evaluation import Policy, one_window_a_clip
+from .datasets.windows import Policy, one_window_a_clip
+from .decoding.pool import DecodePool, default_num_workers
 from .features import WindowFeatures
 from .pixels import window_pixels
-from .pool import DecodePool, default_num_workers
+from .sources.clip import Clip
 from .writer import PatchShardWriter
 
 _LOGGER = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ through the open file: if it was taken over meanwhile, that hurts nobody.
 
 A holder is dead if its process is gone (on the same machine), or if its file did not change for
 `timeout_s` while somebody watched: clocks of different machines are never compared. A holder that
-only slept finds out with `Lease.is_held`. Called by work.py and common.py.
+only slept finds out with `Lease.is_held`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Shard after shard, made by this process as long as there is one that nobody else makes.
 
 Decoding processes, the backbone and the writing threads work at the same time; the main thread
-hands over from one to the next. Called by run.py.
+hands over from one to the next.
 """
 
 import logging
@@ -15,19 +15,17 @@ import torch
 
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord, append_timing, read_done
-from .backbone import Backbone
-from .clips import Clip
+from .backbone import Backbone, choose_num_workers
 from .common import CommonFolder
 from .config import ExtractConfig
-from .devices import choose_num_workers
-from .evaluation import Policy
-from .features import WindowFeatures
+from .datasets.windows import Policy
+from .decoding.pool import DecodePool
+from .features import PixelStage, WindowFeatures
 from .heap import give_back_freed
-from .pool import DecodePool
 from .progress import Progress, StageClock
 from .shard_rows import ShardMaker
 from .sink import ShardSink, check_room, disk_errors
-from .staging import PixelStage
+from .sources.clip import Clip
 from .stop import StopRequest
 from .tally import Tally
 from .work import SharedWork, TakenShard

@@ -3,7 +3,7 @@
 All stages of an extraction work at once, in processes and threads of their own; the main thread
 hands over from one to the next. It waits for decoded clips, for pixels (on the CPU it makes them
 itself), for the backbone and for a free writer: the stage it spends most of its time at is the one
-that all others wait for, the slowest. Called by making.py.
+that all others wait for, the slowest.
 """
 
 import logging

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.int8 import MAX_CODE, MAX_NORMALISED, MIN_TOKEN_SCALE, UNSTORABLE
+from ..shards.patches.int8 import MAX_CODE, MAX_NORMALISED, MIN_TOKEN_SCALE, UNSTORABLE
 
 SCALE_BYTES = 2
 """A float16 token scale, behind its token's codes."""

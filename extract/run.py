@@ -5,7 +5,7 @@
     decode -> crop, resize, flip -> backbone -> convert -> write -> done-record
     -> quarantine.jsonl -> cache.json marked complete
 
-making.py makes the shards, common.py what is around them. Called by pipeline/.
+making.py makes the shards, common.py what is around them.
 """
 
 import time
@@ -15,22 +15,20 @@ from pathlib import Path
 
 from ..shards.cache import open_cache, read_cache_info
 from ..shards.files import remove_partials
-from .backbone import Backbone
-from .calibration import patch_writer
-from .clips import Clip
+from .backbone import Backbone, load_backbone
 from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
-from .config import ExtractConfig
-from .decoders import check_installed
-from .describe import describe_patches
-from .devices import load_backbone
-from .evaluation import EvaluationPolicy, Policy
+from .config import ExtractConfig, parse_shard_of
+from .datasets.windows import EvaluationPolicy, Policy
+from .decoding.clip import check_installed
+from .identity import describe_patches
+from .int8_calibration import patch_writer
 from .leases import Leases
 from .making import Means, Production
 from .progress import StageClock
-from .run_config import parse_shard_of
 from .sampling import SamplingPolicy
 from .sink import disk_errors
-from .sources_select import clips_of
+from .sources.clip import Clip
+from .sources.select import clips_of
 from .stop import stop_on_signals
 from .tally import Tally
 from .work import SharedWork

@@ -5,6 +5,8 @@ key, window) alone: never of the order of clips, the number of workers or the de
 numbers come from raw Philox output, which numpy promises not to change.
 
 T frames in a window, W windows of a clip, N frames of the clip.
+
+The square that an evaluation window shows of a resized frame. Part of sampling.WindowDraw.
 """
 
 import hashlib
@@ -15,9 +17,30 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ..shards.errors import UnusableClip
 from .config import ExtractConfig
-from .square import Square
-from .unusable import UnusableClip
+
+
+@dataclass(frozen=True)
+class Square:
+    """A crop is resized to `height` x `width`, then a square of the frame size is cut from it."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    side: int
+
+    def in_pixels_of(self, crop: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
+        """Where the square lies in the frame of which `crop` is resized."""
+        top, left, height, width = crop
+        return (
+            top + self.top * height / self.height,
+            left + self.left * width / self.width,
+            self.side * height / self.height,
+            self.side * width / self.width,
+        )
+
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]

@@ -1,7 +1,4 @@
-"""One shard's clips, decoded, through pixels and backbone, to the rows its writer takes.
-
-Called by making.py for one shard after the other.
-"""
+"""One shard's clips, decoded, through pixels and backbone, to the rows its writer takes."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +10,9 @@ from numpy.typing import NDArray
 
 from ..shards.plan import PlanEntry
 from ..shards.records import Quarantined
-from .features import WindowFeatures
+from .features import StagedClip, WindowFeatures
 from .progress import Progress, StageClock
 from .sampling import WindowDraw
-from .staging import StagedClip
 from .stop import StopRequest
 from .writer import ShardRows
 

@@ -1,7 +1,7 @@
 """Shards on their way to the disk, written while the backbone is at the next ones.
 
 A shard is a gigabyte that has to be converted, hashed and flushed; done in the main thread, the
-backbone would stand still meanwhile. Called by making.py.
+backbone would stand still meanwhile.
 """
 
 import errno

@@ -10,7 +10,6 @@ The first signal only sets a flag, which the loop reads between batches; what ma
 without having anything to lose goes into `at_once`. A second signal does what a signal
 did before (by default it kills at once, which loses nothing either: a shard without its
 done-record is made again). The limit is a SIGALRM, so that it too cuts off what waits.
-Called by run.py.
 """
 
 import signal

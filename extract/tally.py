@@ -1,7 +1,6 @@
 """How far a cache is: what its finished shards hold, and whether too many clips are missing.
 
 Counted from the done-records alone, so that a resumed run knows what an uninterrupted one does.
-Called by run.py and common.py.
 """
 
 import time
@@ -11,13 +10,7 @@ from pathlib import Path
 
 from ..shards.errors import DamagedShard, TooManyQuarantined
 from ..shards.plan import PlanEntry
-from ..shards.records import (
-    DoneRecord,
-    Quarantined,
-    done_shards,
-    read_done,
-    write_quarantine,
-)
+from ..shards.records import DoneRecord, Quarantined, done_shards, read_done, write_quarantine
 
 EARLY_STOP_CLIPS = 100
 """With this many clips in quarantine, and more than allowed whatever follows, a run stops before

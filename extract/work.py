@@ -2,7 +2,7 @@
 
 A process takes the next shard that nobody has a lease on, and looks at its done-record before it
 starts: another process may just have finished it. A shard leaves the list when it is done, by
-whomever. Called by run.py and making.py.
+whomever.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..shards.cache import CHANNEL_SCALE, CacheInfo
-from ..shards.dtypes import STORED_DTYPES
 from ..shards.errors import UsageError
-from ..shards.int8 import scale_sha256, write_channel_scale
-from ..shards.patch_writer import PatchRows, write_black, write_patch_shard
+from ..shards.patches.int8 import scale_sha256, write_channel_scale
+from ..shards.patches.layout import STORED_DTYPES
+from ..shards.patches.writer import PatchRows, write_black, write_patch_shard
 from ..shards.records import DoneRecord, Quarantined
 from .quantise import split_int8, to_bfloat16_bits, to_float16, to_int8
 

@@ -2,7 +2,7 @@
 
 Everything that was drawn (frames, crop, flip, times) must be equal, token values up to what the
 storage type rounds off and what another device or batch computes differently. Patch caches, and
-delta caches made from sampled windows. Called by `verify_command`.
+delta caches made from sampled windows.
 """
 
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
-from ..extract.describe import describe_patches
-from ..extract.devices import load_backbone
+from ..extract.decoding.pool import DecodedWindow, DecodePool
+from ..extract.identity import describe_patches
 from ..extract.pixels import window_pixels
-from ..extract.pool import DecodedWindow, DecodePool
 from ..extract.quantise import split_int8
 from ..extract.sampling import SamplingPolicy
 from ..extract.writer import PatchShardWriter
 from ..shards.cache import CacheInfo, compare, read_cache_info
-from ..shards.deltas import DeltaShards
-from ..shards.dtypes import STORED_DTYPES, from_stored
+from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import DamagedShard, UsageError
-from ..shards.int8 import dequantise, read_channel_scale
-from ..shards.patches import PatchShards
+from ..shards.patches.int8 import dequantise, read_channel_scale
+from ..shards.patches.layout import STORED_DTYPES, from_stored
+from ..shards.patches.reader import PatchShards
 from ..shards.records import Quarantined
 from ..train.models.deltatok import DeltaTok
 from .audit_windows import AuditedWindow, choose_windows, find_audited

@@ -1,7 +1,7 @@
 """Which windows an audit makes again, and from which clips.
 
 A shard stores its windows permuted; here a stored window is traced back to its clip and to its
-number among the clip's windows as they were drawn. Called by `audit`.
+number among the clip's windows as they were drawn.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..extract.clips import Clip, FrameFolder
-from ..extract.sources import find_clips
-from ..extract.suffixes import VIDEO_SUFFIXES
-from ..shards.deltas import DeltaShards
+from ..extract.sources.clip import VIDEO_SUFFIXES, Clip, FrameFolder
+from ..extract.sources.find import find_clips
+from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
-from ..shards.patches import PatchShards
+from ..shards.patches.reader import PatchShards
 from ..shards.plan import PlanEntry, read_plan, window_order
 from ..shards.records import read_all_done
 

@@ -7,10 +7,10 @@ import time
 
 import torch
 
-from ..extract.clips import Unreadable
-from ..extract.dataset_config import DatasetConfig
-from ..extract.datasets import find_targets
-from ..extract.devices import load_backbone
+from ..extract.backbone import load_backbone
+from ..extract.datasets.base import DatasetConfig
+from ..extract.datasets.registry import find_targets
+from ..extract.sources.clip import Unreadable
 from .plan_probe import synchronise
 from .plan_text import hours_text
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..extract.devices import choose_device
+from ..extract.backbone import choose_device
 from ..extract.run import ExtractionSummary, run_extraction
 from ..extract.writer import ShardRows
 from ..shards.cache import CacheInfo
-from ..shards.delta_writer import DeltaRows, write_delta_shard
+from ..shards.deltas.writer import DeltaRows, write_delta_shard
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord
-from ..train.delta_identity import check_tokenizer, describe_deltas
-from ..train.devices import precision_name
+from ..train.encode import check_tokenizer, describe_deltas
+from ..train.engine.devices import precision_name
 from ..train.models.deltatok import DeltaTok
-from .videos_config import VideosConfig
+from .commands.extract import VideosConfig
 
 STORED_PATCHES = {"storage": {"dtype": "float16"}}
 """The part of a patch cache's identity that its writer adds: what the patch tokens are rounded to

@@ -15,31 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..extract.backbone import Backbone
-from ..extract.clips import Clip
-from ..extract.describe import describe_patches
-from ..extract.devices import load_backbone
-from ..extract.pool import default_num_workers
+from ..extract.backbone import Backbone, load_backbone
+from ..extract.decoding.pool import default_num_workers
+from ..extract.identity import describe_patches
 from ..extract.run import clips_per_shard
 from ..extract.sampling import SamplingPolicy
-from ..extract.sources_select import clips_of
+from ..extract.sources.clip import Clip
+from ..extract.sources.select import clips_of
 from ..shards.cache import CacheInfo
 from ..shards.errors import UsageError
-from ..shards.int8 import SAMPLE_CLIPS
+from ..shards.patches.int8 import SAMPLE_CLIPS
 from ..shards.plan import make_plan
+from .commands.extract import VideosConfig
 from .fused import DeltaShardWriter
 from .plan_bytes import CacheSize, ShardPlan, Sizes
 from .plan_clips import MAX_COUNTED, ClipSample, sample_clips, with_probed
-from .plan_probe import (
-    DecodeProbe,
-    DiskProbe,
-    ForwardProbe,
-    probe_clips,
-    probe_disk,
-    probe_forward,
-)
+from .plan_probe import DecodeProbe, DiskProbe, ForwardProbe, probe_clips, probe_disk, probe_forward
 from .plan_result import CacheCost, ExtractionPlan
-from .videos_config import VideosConfig
 
 DEFAULT_PROBE_CLIPS = 8
 WAITING_BYTES = 2 * 2**30

@@ -2,7 +2,7 @@
 
 A patch shard is F + C * clips + B * windows bytes: three little ones of each storage type, in a
 temporary folder, give F, C and B (B with zstd: as the probed windows were compressed). The padding
-of a tar is no such sum, so a delta shard is written as large as it will be. Called by plan.py.
+of a tar is no such sum, so a delta shard is written as large as it will be.
 """
 
 import json
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ..extract.sampling import WindowDraw
 from ..shards.cache import DELTAS, CacheInfo, CacheShape, open_cache
-from ..shards.delta_writer import DeltaRows, write_delta_shard
-from ..shards.int8 import channel_scale_of, quantise, scale_sha256, write_channel_scale
-from ..shards.patch_writer import PatchRows, write_black, write_patch_shard
+from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.patches.int8 import channel_scale_of, quantise, scale_sha256, write_channel_scale
+from ..shards.patches.writer import PatchRows, write_black, write_patch_shard
 from ..shards.plan import PlanEntry
 from ..shards.records import DoneRecord, shard_path
 

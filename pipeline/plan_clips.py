@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..extract.clips import Clip
 from ..extract.config import ExtractConfig
 from ..extract.counting import count_windows
+from ..extract.sources.clip import Clip
 from ..shards.plan import PlanEntry, clips_by_shard
 from ..shards.records import Quarantined
 from .plan_bytes import ShardPlan

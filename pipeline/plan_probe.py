@@ -1,7 +1,7 @@
 """What `--plan` measures: decoding, pixels and the backbone on the user's own clips, and the disk.
 
 The real decoding processes, the real backbone at the real frame size and batch, and a nameless
-temporary file in the file system that the cache would be written to. Called by plan.py.
+temporary file in the file system that the cache would be written to.
 """
 
 import os
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..extract.backbone import Backbone
-from ..extract.clips import Clip
 from ..extract.config import ExtractConfig
+from ..extract.decoding.pool import DecodedClip, DecodePool
 from ..extract.pixels import window_pixels
-from ..extract.pool import DecodedClip, DecodePool
 from ..extract.sampling import SamplingPolicy, WindowDraw
+from ..extract.sources.clip import Clip
 from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.records import Quarantined
 

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..evaluate.page import facts_html, panels_html, plot_html, value_text
-from ..evaluate.pictures import Panel, Strip, Tile, panel_image, png_bytes, resize_tile
-from ..evaluate.plots import Plot
-from ..evaluate.template import PAGE, STYLE
-from ..evaluate.videos import clips_by_key, read_frames
-from ..shards.deltas import DeltaShards
+from ..evaluate.report.page import facts_html, panels_html, plot_html, value_text
+from ..evaluate.report.pictures import Panel, Strip, Tile, panel_image, png_bytes, resize_tile
+from ..evaluate.report.plots import Plot
+from ..evaluate.report.template import PAGE, STYLE
+from ..evaluate.report.videos import clips_by_key, read_frames
+from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
-from ..shards.patches import PatchShards
+from ..shards.patches.reader import PatchShards
 
 Reader = PatchShards | DeltaShards
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..evaluate.pictures import (
+from ..evaluate.report.pictures import (
     IGNORE_COLOUR,
     TILE_HEIGHT,
     Panel,
@@ -16,8 +16,8 @@ from ..evaluate.pictures import (
     fit_pca_colours,
     heat_tile,
 )
-from ..evaluate.plots import COLOURS, Plot, draw_plot
-from ..shards.deltas import DeltaShards
+from ..evaluate.report.plots import COLOURS, Plot, draw_plot
+from ..shards.deltas.reader import DeltaShards
 from .preview import (
     MAX_COLUMNS,
     Section,

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..evaluate.pictures import (
+from ..evaluate.report.pictures import (
     IGNORE_COLOUR,
     Panel,
     Strip,
@@ -16,8 +16,8 @@ from ..evaluate.pictures import (
     heat_tile,
     resize_tile,
 )
-from ..evaluate.plots import COLOURS, Plot, draw_plot
-from ..shards.patches import PatchShards
+from ..evaluate.report.plots import COLOURS, Plot, draw_plot
+from ..shards.patches.reader import PatchShards
 from ..shards.records import read_all_done
 from .preview import (
     MAX_COLUMNS,

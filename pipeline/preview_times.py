@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..evaluate.plots import COLOURS, Plot, draw_plot
-from ..shards.info import describe_cache
+from ..evaluate.report.plots import COLOURS, Plot, draw_plot
+from ..shards.tools.info import describe_cache
 from .preview import Reader
 
 _SHOWN_FACTS = (

@@ -27,8 +27,11 @@ import yaml
 
 from ..shards.errors import DeltatokError, UsageError
 from ..shards.files import write_bytes, write_json
-from . import evaluate_command, extract_command, little_command, train_command
-from .config import apply_settings, build_config, read_yaml
+from .cli import apply_settings, build_config, read_yaml
+from .commands import evaluate as evaluate_command
+from .commands import extract as extract_command
+from .commands import train as train_command
+from .little_world import files as little_command
 
 Command = Callable[[Sequence[str]], int]
 COMMANDS: dict[str, Command] = {

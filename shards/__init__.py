@@ -17,8 +17,8 @@ from .cache import (
     open_cache,
     read_cache_info,
 )
-from .delta_writer import DeltaRows, write_delta_shard
-from .deltas import DeltaShards
+from .deltas.reader import DeltaShards
+from .deltas.writer import DeltaRows, write_delta_shard
 from .errors import (
     CacheMismatch,
     DamagedShard,
@@ -27,13 +27,9 @@ from .errors import (
     TooManyQuarantined,
     UsageError,
 )
-from .export import export_cache
-from .export_plan import Selection
-from .info import describe_cache
-from .int8 import channel_scale_of, dequantise, quantise, scale_sha256, write_channel_scale
-from .npy_folder import export_npy
-from .patch_writer import PatchRows, write_black, write_patch_shard
-from .patches import PatchShards
+from .patches.int8 import channel_scale_of, dequantise, quantise, scale_sha256, write_channel_scale
+from .patches.reader import PatchShards
+from .patches.writer import PatchRows, write_black, write_patch_shard
 from .plan import (
     PlanEntry,
     clips_by_shard,
@@ -53,7 +49,11 @@ from .records import (
     write_done,
     write_quarantine,
 )
-from .verify import VerifyReport, verify_cache
+from .tools.export import export_cache
+from .tools.export_plan import Selection
+from .tools.info import describe_cache
+from .tools.npy_folder import export_npy
+from .tools.verify import VerifyReport, verify_cache
 
 __all__ = [
     "DELTAS",

@@ -5,41 +5,267 @@
      "licence": "...", "software": {...}, "counts": {...}, "files": {...}, "complete": true}
 
 `identity` holds everything that changes a stored number, and only that; the fingerprint is its
-hash. Called by every writer (`open_cache`, `finish_cache`) and every reader (`read_cache_info`).
+hash.
+
+NOTICE.txt: the terms that go with a cache, for whoever gets the folder without knowing why.
+
+A function of cache.json; written when a cache is begun.
+
+What makes two caches the same: canonical JSON, its hash, and the first field that differs.
+
+Used through `cache`, which names all of it again.
+
+The contents of a cache.json, and how they are taken out of JSON that may be damaged or made up.
+
+`cache` reads and writes the file, and names what is here again.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .cache_info import (
-    BLACK,
-    CHANNEL_SCALE,
-    DELTAS,
-    FORMAT_VERSION,
-    MAX_AXIS,
-    PATCHES,
-    CacheInfo,
-    CacheShape,
-    parse_cache_info,
-)
-from .errors import CacheMismatch, UsageError
-from .files import (
-    create_bytes,
-    is_partial,
-    json_bytes,
-    sha256_file,
-    write_bytes,
-    write_json,
-)
-from .identity import canonical_json, checksum, compare, fingerprint, plain
+from .errors import CacheMismatch, DamagedShard, UsageError
+from .files import create_bytes, is_partial, json_bytes, sha256_file, write_bytes, write_json
 from .index import INDEX, index_bytes
-from .notice import NOTICE, notice_bytes
 from .plan import PLAN, num_shards, read_plan
 from .records import read_all_clips
-from .strict_json import read_json
+from .schema import Fields, is_number, read_json, shown
+
+NOTICE = "NOTICE.txt"
+
+
+def notice_bytes(licence: str, backbone: Mapping[str, Any]) -> bytes:
+    """The file for these fields of cache.json."""
+    name = backbone.get("name")
+    made_with = f"Backbone: {name}\n" if isinstance(name, str) else ""
+    text = (
+        "This folder holds features that a frozen image backbone computed from videos: numbers,\n"
+        "no images. cache.json says what made them. Keep this file with every copy, whole or in\n"
+        f"part.\n\n{made_with}Licence: {licence or 'not stated in cache.json'}\n\n"
+        "Features made with DINOv3 are to be treated as DINO Materials: share them only under\n"
+        "the DINOv3 License and with a copy of it, and acknowledge DINOv3 in publications\n"
+        "(https://ai.meta.com/resources/models-and-libraries/dinov3-license/). The terms of the\n"
+        "videos apply as well. This is a notice, not legal advice.\n"
+    )
+    return text.encode()
+
+
+def fingerprint(format_name: str, format_version: int, identity: Mapping[str, Any]) -> str:
+    """ "sha256:" + the hash of [format_name, format_version, identity] as `canonical_json`."""
+    text = canonical_json([format_name, format_version, identity])
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """ "sha256:" + the hash of a JSON object as `canonical_json`, without its field `checksum`."""
+    text = canonical_json({name: item for name, item in value.items() if name != "checksum"})
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+SAME_SETTINGS = (
+    "use a cache that was made with the same settings, or make a new one in another folder"
+)
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys and no spaces, ASCII only; a float that is a whole number
+    is written as an integer, so that 1 and 1.0 are the same setting."""
+    return json.dumps(
+        plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+
+
+def compare(
+    got: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    what_got: str,
+    what_wanted: str,
+    fields: Sequence[str] | None = None,
+    advice: str = SAME_SETTINGS,
+) -> None:
+    """Raises CacheMismatch naming the first field (dotted, in sorted order) that differs.
+
+    `fields` limits the comparison to these dotted names and what lies below them. A whole float
+    equals the integer; a field that one side lacks differs from any value, null too. `advice`: what
+    to do, the end of the message.
+    """
+    leaves_got, leaves_wanted = dict(_leaves(got)), dict(_leaves(wanted))
+    for name in sorted(leaves_got.keys() | leaves_wanted.keys()):
+        if fields is not None and not any(_below(name, prefix) for prefix in fields):
+            continue
+        missing = name not in leaves_got or name not in leaves_wanted
+        if missing or canonical_json(leaves_got[name]) != canonical_json(leaves_wanted[name]):
+            shown_got = shown(leaves_got[name]) if name in leaves_got else "missing"
+            shown_wanted = shown(leaves_wanted[name]) if name in leaves_wanted else "missing"
+            raise CacheMismatch(
+                f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: {advice}"
+            )
+
+
+def plain(value: Any) -> Any:
+    """`value` with tuples as lists and whole floats as integers, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and is_number(value) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.") or prefix.startswith(f"{name}.")
+
+
+PATCHES = "deltatok-patches"
+DELTAS = "deltatok-deltas"
+BLACK = "black.npy"
+CHANNEL_SCALE = "channel_scale.npy"
+FORMAT_VERSION = 1
+
+MAX_AXIS = 2**20
+"""No axis of a cache (frames, tokens, channels) is longer: a guard against absurd values."""
+
+MAX_WINDOW_VALUES = 2**30
+"""Numbers in the tokens of a window: 4 GiB in float32 (a guess), such a guard too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """The axes that all windows of a cache share."""
+
+    num_frames: int
+    """T, frames a window; delta caches: T delta tokens a window."""
+    num_tokens: int | None
+    """N, patch tokens a frame; None in delta caches."""
+    grid: tuple[int, int] | None
+    """(h, w) of the patches, N = h * w; None in delta caches."""
+    hidden_size: int
+    """D, channels a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """The contents of a cache.json."""
+
+    format: str
+    """`deltatok-patches` or `deltatok-deltas`."""
+    identity: dict[str, Any]
+    """All that determines the stored numbers, as plain JSON values (see FORMAT.md)."""
+    shape: CacheShape
+    parent_fingerprint: str | None = None
+    """Delta caches: the fingerprint of the patch cache they were made from."""
+    backbone: dict[str, Any] = field(default_factory=dict)
+    """Name and licence notice of the backbone, for people; not part of the identity."""
+    licence: str = ""
+    """The licence that the stored features are under."""
+    software: dict[str, str] = field(default_factory=dict)
+    """Versions of what made the cache; not part of the identity."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Totals, known when the cache is complete."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{"bytes", "sha256"} of FINISHED_FILES, known when the cache is complete."""
+    exported_from: dict[str, Any] = field(default_factory=dict)
+    """Caches made by `export`: the caches and the selection that its windows come from."""
+    complete: bool = False
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """ "sha256:" + hash of the canonical JSON of [format, format_version, identity]."""
+        return fingerprint(self.format, self.format_version, self.identity)
+
+
+def parse_cache_info(value: object, *, where: str) -> CacheInfo:
+    """The cache.json in parsed JSON; raises CacheMismatch for what is no cache or a newer one,
+    DamagedShard for one that contradicts itself."""
+    fields = Fields(value, where=where)
+    name = fields.text("format")
+    if name not in (PATCHES, DELTAS):
+        raise CacheMismatch(
+            f"{where}: not a deltatok cache (format {shown(name)}, known: {PATCHES}, {DELTAS})"
+        )
+    version = fields.integer("format_version", low=1)
+    if version > FORMAT_VERSION:
+        raise CacheMismatch(
+            f"{where}: format_version {version}, this release reads up to {FORMAT_VERSION}: "
+            "update deltatok"
+        )
+    info = CacheInfo(
+        format=name,
+        format_version=version,
+        identity=fields.mapping("identity"),
+        shape=_parse_shape(fields.mapping("shape"), patches=name == PATCHES, where=where),
+        parent_fingerprint=fields.optional_text("parent_fingerprint"),
+        backbone=fields.mapping("backbone"),
+        licence=fields.text("licence"),
+        software=fields.text_mapping("software"),
+        counts=fields.count_mapping("counts"),
+        files=_parse_files(fields.mapping("files"), where=where),
+        exported_from=fields.mapping("exported_from") if fields.has("exported_from") else {},
+        complete=fields.boolean("complete"),
+    )
+    stored = fields.text("fingerprint")
+    if stored != info.fingerprint:
+        raise DamagedShard(
+            f"{where}: its identity hashes to {info.fingerprint}, but it says {shown(stored)}: "
+            "the file was edited; restore it, or make the cache again in another folder"
+        )
+    return info
+
+
+def _parse_shape(value: dict[str, Any], *, patches: bool, where: str) -> CacheShape:
+    fields = Fields(value, where=f"{where}: shape")
+    num_frames = fields.integer("num_frames", low=1, high=MAX_AXIS)
+    hidden_size = fields.integer("hidden_size", low=1, high=MAX_AXIS)
+    if not patches:
+        _check_size(num_frames * hidden_size, where=where)
+        return CacheShape(
+            num_frames=num_frames, num_tokens=None, grid=None, hidden_size=hidden_size
+        )
+    num_tokens = fields.integer("num_tokens", low=1, high=MAX_AXIS)
+    grid = fields.integers("grid", high=MAX_AXIS)
+    if len(grid) != 2 or grid[0] * grid[1] != num_tokens:
+        raise DamagedShard(
+            f"{where}: shape.grid is {shown(list(grid))}, wanted two numbers whose product is "
+            f"num_tokens = {num_tokens}: make the cache again"
+        )
+    _check_size(num_frames * num_tokens * hidden_size, where=where)
+    return CacheShape(
+        num_frames=num_frames,
+        num_tokens=num_tokens,
+        grid=(grid[0], grid[1]),
+        hidden_size=hidden_size,
+    )
+
+
+def _check_size(num_values: int, *, where: str) -> None:
+    if num_values > MAX_WINDOW_VALUES:
+        raise DamagedShard(
+            f"{where}: shape gives {num_values} numbers a window, wanted at most "
+            f"{MAX_WINDOW_VALUES}: make the cache again"
+        )
+
+
+def _parse_files(value: dict[str, Any], *, where: str) -> dict[str, dict[str, Any]]:
+    files = {}
+    for name, entry in value.items():
+        fields = Fields(entry, where=f"{where}: files.{name}")
+        files[name] = {"bytes": fields.integer("bytes"), "sha256": fields.text("sha256")}
+    return files
+
 
 __all__ = [
     "BLACK",

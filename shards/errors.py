@@ -2,7 +2,14 @@
 
 Every message says what was got, what was wanted, and what to do about it. The commands in
 `pipeline/` print the message and exit with `exit_code`; everybody else only raises.
+
+The verdict on one clip: it gives no windows, and why.
+
+Raised wherever a clip is opened, decoded or sampled; `pool.py` turns it into a line of
+quarantine.jsonl. One bad clip never stops the run.
 """
+
+from typing import Literal
 
 
 class DeltatokError(ValueError):
@@ -43,3 +50,15 @@ class Stopped(Exception):
     """
 
     exit_code = 75
+
+
+Stage = Literal["open", "decode", "sample"]
+
+
+class UnusableClip(DeltatokError):
+    """A clip that gives no windows; the text is the reason a reader of the quarantine sees."""
+
+    def __init__(self, reason: str, *, stage: Stage) -> None:
+        super().__init__(reason)
+        self.stage: Stage = stage
+        """Where it failed: opening the file, decoding it, or drawing windows from it."""

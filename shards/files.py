@@ -3,8 +3,12 @@
 Every writer in the house goes through here: a file or folder is built under its partial name
 `NAME.partial-<pid>-<8 hex>` (4 hex digits of the machine, 4 random), flushed to the disk, and
 only then moved onto its final name.
+
+A disk that is full, or refuses for another reason, while a run writes. Used by loop.py, logs.py
+and checkpoints.py.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -14,12 +18,13 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .strict_json import MAX_JSON_BYTES as MAX_JSON_BYTES
-from .strict_json import parse_json as parse_json
-from .strict_json import read_json as read_json
+from safetensors import SafetensorError
+
+from .errors import DeltatokError
 
 PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
 
@@ -192,3 +197,16 @@ def _flush_tree(path: Path) -> None:
         for child in path.iterdir():
             _flush_tree(child)
     flush(path)
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """DeltatokError naming `what` if writing it, inside, fails: no traceback, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DeltatokError(
+            f"{what}: could not be written ({reason}). The checkpoints that were there before are "
+            "whole: make room on the disk and run the same command again"
+        ) from error

@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checked import Fields
 from .errors import DamagedShard
 from .records import MAX_ROWS, DoneRecord, parse_done, shard_path
-from .strict_json import parse_json, read_file
+from .schema import Fields, parse_json, read_file
 
 INDEX = "index.jsonl"
 MAX_INDEX_BYTES = 2**30

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checked import shown
 from .errors import DamagedShard
+from .schema import shown
 
 MAX_PREFIX_BYTES = 4096
 """More than any header of ours takes (128): what to read of a member to parse its header."""

@@ -16,13 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from .cache import PATCHES, CacheInfo, read_cache_info
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .file_checks import ADVICE, Verify, check_files, file_problems
 from .index import INDEX, IndexEntry, read_index, read_indexed
 from .plan import PLAN, PlanEntry, num_shards, read_plan
-from .records import DoneRecord, read_all_done
+from .records import SHARD_ADVICE, DoneRecord, Verify, check_files, file_problems, read_all_done
 
 __all__ = [
-    "ADVICE",
+    "SHARD_ADVICE",
     "OpenedCache",
     "Verify",
     "checked_out",
@@ -175,7 +174,9 @@ def _check_names(folder: Path, info: CacheInfo, entries: Sequence[IndexEntry]) -
         for ending in (".json", suffix) if entry.rows else (".json",):
             name = f"{entry.shard:06d}{ending}"
             if name not in names:
-                raise DamagedShard(f"shard {entry.shard:06d}: {shards / name}: missing: {ADVICE}")
+                raise DamagedShard(
+                    f"shard {entry.shard:06d}: {shards / name}: missing: {SHARD_ADVICE}"
+                )
 
 
 def checked_windows(windows: ArrayLike, num_windows: int) -> NDArray[np.int64]:

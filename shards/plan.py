@@ -4,6 +4,12 @@ One JSON object a line: {"key", "source", "size_bytes", "shard"}, in shard order
 "split" where they are known, "target" in evaluation caches (plan_target.py). The order of
 clips and of windows comes from hashes, not from a random generator, so that it is the same with
 every release of every library and does not depend on the order the clips are found in.
+
+Lines of a plan whose clips were not there when it was made, once they are.
+
+A clip that cannot be read at all is planned with 0 bytes (and without a target) and goes to
+quarantine. Its line is filled in when the quarantined are tried again: nothing that is stored
+depends on it.
 """
 
 import hashlib
@@ -16,11 +22,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from .checked import Fields
 from .errors import CacheMismatch, DamagedShard, UsageError
+from .evaluation.labels import PlanTarget, check_same_target, target_from_json, target_to_json
 from .files import create_bytes, write_bytes
-from .plan_target import PlanTarget, check_same_target, target_from_json, target_to_json
-from .strict_json import parse_json, read_file
+from .schema import Fields, parse_json, read_file
 
 PLAN = "plan.jsonl"
 MAX_PLAN_BYTES = 4 * 2**30
@@ -298,3 +303,28 @@ def _check_key(key: str) -> None:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def needs_mending(folder: Path | str, asked: Sequence[PlanEntry]) -> bool:
+    """Whether the stored plan has clips of 0 bytes that have more now."""
+    folder = Path(folder)
+    return (folder / PLAN).exists() and _mended(read_plan(folder), asked) is not None
+
+
+def mend_plan(folder: Path | str, asked: Sequence[PlanEntry]) -> None:
+    """Fills these lines in; one process at a time, after the cache was reopened."""
+    folder = Path(folder)
+    mended = _mended(read_plan(folder), asked)
+    if mended is not None:
+        write_bytes(folder / PLAN, plan_lines(mended))
+
+
+def _mended(stored: Sequence[PlanEntry], asked: Sequence[PlanEntry]) -> list[PlanEntry] | None:
+    there = {entry.key: entry for entry in asked if entry.size_bytes > 0}
+    lost = {entry.key for entry in stored if entry.size_bytes == 0}
+    if not lost & there.keys():
+        return None
+    return [
+        replace(there[entry.key], shard=entry.shard) if entry.key in lost & there.keys() else entry
+        for entry in stored
+    ]

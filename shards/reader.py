@@ -19,11 +19,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import CacheInfo
+from .cache import CacheInfo, canonical_json
 from .errors import UsageError
-from .identity import canonical_json
 from .opening import OpenedCache, checked_windows
-from .patch_table import WindowTable
+from .patches.table import WindowTable
 from .plan import PlanEntry, read_plan
 
 Scalar = TypeVar("Scalar", bound=np.generic)

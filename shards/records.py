@@ -6,20 +6,34 @@
 
 Without its done-record a shard does not exist: readers skip it, writers replace it. Nothing that
 differs from run to run (times, worker counts) is in here: those go to timings.jsonl.
+
+Whether the files of a shard are those that its done-record promises.
+
+Three depths: `size` (there, a regular file inside the cache folder, of this size), `sample` (also
+the right shard: small files whole, 16 pieces of large ones) and `sha256` (every byte).
+
+A finished shard gets its name and its done-record, also where two processes finish the same one.
+
+Processes share a folder by leases, and a lease can be lost (a machine that slept, a network that
+was away), so the same shard can be written twice at once. Same clips, same bytes: the second writer
+finds the shard there as it would have written it and leaves it alone. So nothing that a done-record
+promises is ever taken away, and whoever comes last writes the same record.
 """
 
+import errno
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-from .checked import ADVICE, Fields, shown
 from .errors import DamagedShard
-from .files import flush, sha256_file, write_bytes, write_json
+from .files import flush, publish, remove, sha256_file, write_bytes, write_json
 from .samples import SAMPLED_ABOVE_BYTES, sample_sha256
-from .strict_json import read_json
+from .schema import ADVICE, Fields, read_json, shown
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -218,3 +232,168 @@ def _parse_quarantined(value: object, *, where: str) -> Quarantined:
         reason=fields.text("reason"),
         attempts=fields.integer("attempts"),
     )
+
+
+Verify = Literal["size", "sha256"]
+Depth = Literal["size", "sample", "sha256"]
+
+SHARD_ADVICE = (
+    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
+    "(shards/NNNNNN.json) and make the shard again"
+)
+
+MAX_THREADS = 8
+
+
+def file_problems(
+    folder: Path, records: Sequence[DoneRecord], *, verify: Verify
+) -> Generator[DamagedShard, None, None]:
+    """Every file that is missing or differs from its done-record, in shard order."""
+    root = os.path.realpath(folder)
+    checks = [
+        (record.shard, folder / name, entry)
+        for record in records
+        for name, entry in record.files.items()
+    ]
+
+    def check(item: tuple[int, Path, dict[str, Any]]) -> DamagedShard | None:
+        return _file_problem(*item, root=root, depth=verify)
+
+    # Hashing leaves the interpreter lock, waiting for a network file system does too.
+    with ThreadPoolExecutor(max_workers=check_threads()) as pool:
+        yield from (problem for problem in pool.map(check, checks) if problem is not None)
+
+
+def check_files(folder: Path, record: DoneRecord, *, depth: Depth) -> None:
+    """Raises DamagedShard for the first file of a shard that is not the promised one."""
+    for problem in record_problems(folder, record, depth=depth):
+        raise problem
+
+
+def record_problems(
+    folder: Path, record: DoneRecord, *, depth: Depth
+) -> Generator[DamagedShard, None, None]:
+    """Every file of a shard that is not the promised one."""
+    root = os.path.realpath(folder)
+    for name, entry in record.files.items():
+        problem = _file_problem(record.shard, folder / name, entry, root=root, depth=depth)
+        if problem is not None:
+            yield problem
+
+
+def check_threads() -> int:
+    """Threads to read files with."""
+    return min(MAX_THREADS, os.cpu_count() or 1)
+
+
+def leaves(path: Path, root: str) -> bool:
+    """Whether links lead from `path` out of the folder `root` (real path)."""
+    return not os.path.realpath(path).startswith(f"{root.rstrip('/')}/")
+
+
+def _file_problem(
+    shard: int, path: Path, entry: dict[str, Any], *, root: str, depth: Depth
+) -> DamagedShard | None:
+    where = f"shard {shard:06d}: {path}"
+    try:
+        if leaves(path, root):
+            return DamagedShard(
+                f"{where}: is a link to {os.path.realpath(path)}, outside of the cache: "
+                "copy the file into the cache instead"
+            )
+        size = path.stat().st_size
+        if not path.is_file():
+            return DamagedShard(f"{where}: is no file: {SHARD_ADVICE}")
+        if size != entry["bytes"]:
+            return DamagedShard(
+                f"{where}: {size} bytes, the done-record says {entry['bytes']}: {SHARD_ADVICE}"
+            )
+        if _hash(path, entry, depth=depth) not in (None, entry["sha256"]):
+            return DamagedShard(
+                f"{where}: its SHA-256 is not that of the done-record, "
+                f"the file was changed or damaged, or is another shard's: {SHARD_ADVICE}"
+            )
+    except OSError as error:
+        return DamagedShard(f"{where}: cannot be read ({error.strerror}): {SHARD_ADVICE}")
+    return None
+
+
+def _hash(path: Path, entry: dict[str, Any], *, depth: Depth) -> str | None:
+    """What must be the SHA-256 of the done-record; None if nothing is to be said against it."""
+    if depth == "size":
+        return None
+    if depth == "sha256" or entry["bytes"] <= SAMPLED_ABOVE_BYTES:
+        return sha256_file(path)
+    wanted = entry.get("sample_sha256")  # caches of before have none
+    if wanted is None or sample_sha256(path, size=entry["bytes"]) == wanted:
+        return None
+    return "another sample"
+
+
+_MAX_TRIES = 10
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+"""What moving a folder onto its name ends with when another process did so meanwhile."""
+
+
+def publish_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str) -> DoneRecord:
+    """Moves `partial` onto shards/NNNNNN`suffix` and writes the done-record; gives the record.
+
+    record: all but its `files`, which are described here. partial: a file or folder; not there if
+    the shard has no windows. Gone afterwards, whatever happens. A shard that is already there with
+    other bytes (a leftover, or clips that were tried again) is replaced, its record first.
+    """
+    final = shard_path(folder, record.shard, suffix)
+    try:
+        record = replace(record, files=_files(folder, partial, final))
+        for tries_left in reversed(range(_MAX_TRIES)):
+            if _is_there(final, record.files, folder):
+                break
+            remove_done(folder, record.shard)
+            try:
+                _move(partial, final)
+                break
+            except OSError as error:
+                if error.errno not in _IN_THE_WAY or not partial.exists() or not tries_left:
+                    raise
+    finally:
+        remove(partial)
+    write_done(folder, record)
+    return record
+
+
+def _move(partial: Path, final: Path) -> None:
+    if partial.exists():
+        publish(partial, final)
+    else:
+        remove(final)
+
+
+def _files(folder: Path, partial: Path, final: Path) -> dict[str, dict[str, Any]]:
+    """What the done-record is to say of the files of `partial` once they are at `final`."""
+    before = partial.relative_to(folder).as_posix()
+    after = final.relative_to(folder).as_posix()
+    described = describe_files(folder, _all_files(partial))
+    return {after + name.removeprefix(before): entry for name, entry in described.items()}
+
+
+def _is_there(final: Path, files: dict[str, dict[str, Any]], folder: Path) -> bool:
+    """Whether `final` holds these files and no other, byte for byte."""
+    try:
+        found = {path.relative_to(folder).as_posix(): path for path in _all_files(final)}
+        return (
+            final.exists() == bool(files)
+            and found.keys() == files.keys()
+            and all(
+                path.stat().st_size == files[name]["bytes"]
+                and sha256_file(path) == files[name]["sha256"]
+                for name, path in found.items()
+            )
+        )
+    except FileNotFoundError:  # moved away while it was looked at
+        return False
+
+
+def _all_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [child for child in path.rglob("*") if not child.is_dir()]
+    return [path] if path.exists() else []

@@ -72,11 +72,11 @@ def _write_evaluation_cache(
     from PIL import Image
 
     from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, finish_cache, open_cache
-    from deltatok.shards.crops import compute_resize_sizes, square_corners
-    from deltatok.shards.patch_writer import PatchRows, write_black, write_patch_shard
+    from deltatok.shards.evaluation.geometry import compute_resize_sizes, square_corners
+    from deltatok.shards.evaluation.labels import LabelRule, PlanTarget
+    from deltatok.shards.evaluation.targets import read_targets
+    from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
     from deltatok.shards.plan import PlanEntry, write_plan
-    from deltatok.shards.plan_target import LabelRule, PlanTarget
-    from deltatok.train.targets import read_targets
 
     rng = np.random.default_rng(seed)
     side = frame_size // 16

@@ -5,15 +5,112 @@
 
 The YAML files and the flags map 1:1 onto the fields. Every default is the released code's or the
 paper's for a batch of 1,024 on many GPUs, unless its text says that it is a guess.
+
+Checks of config values that the configs of all commands share: each raises UsageError.
+
+What the two world trainers are told about best-of-many. Part of their configs.
+
+What `deltatok-train head` is told.
+
+What deltatok-train dinoworld is told. config.py has the configs of the other commands.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from ..shards.errors import UsageError
-from .checks import check_at_least, check_choice, check_positive
-from .config_selection import SelectionConfig
-from .models.configs import DeltaTokConfig, DeltaWorldConfig
+from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """UsageError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f"{name} {value!r}: wanted one of {', '.join(choices)}")
+
+
+def check_at_least(least: int, **values: float | None) -> None:
+    """UsageError for the first value that is set and below `least` (or no number)."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UsageError(f"{name} {value}: wanted at least {least}")
+
+
+def check_positive(**values: float | None) -> None:
+    """UsageError for the first value that is set and not a finite number above 0."""
+    for name, value in values.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"{name} {value}: wanted a finite number above 0")
+
+
+SelectionDtype = Literal["auto", "float32", "bfloat16", "float8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """How the best of the noise queries is found; nothing of it is read if model.use_bom is
+    false."""
+
+    num_samples_schedule: tuple[tuple[int, int], ...] = ()
+    """Candidates K of a position by step: pairs of the first step (from 0) and K; none:
+    model.num_samples_train at every step."""
+    selection_dtype: SelectionDtype = "auto"
+    """Arithmetic of the selection only; auto: that of `precision`. bfloat16: three times as fast
+    on a CPU that has it. float8: MLP products in e4m3, on GPUs of compute capability 8.9 or more
+    (H100, H200). Losses are compared in float32."""
+    selection_finalists: int = 1
+    """With a selection_dtype: this many of its best candidates are compared again in the arithmetic
+    of `precision`, which decides; 1: none."""
+    selection_max_regret: float = 0.01
+    """With a selection_dtype: the run stops if the regret in float32, (loss of the pick - lowest
+    loss) / lowest loss, is above this on average. Measured whenever a line is logged
+    (selection_regret, and selection_agreement: the share of equal picks)."""
+    selection_check_windows: int = 4
+    """Windows of a portion on which they are measured."""
+    selection_memory_mb: int | None = None
+    """Activations of the candidates that are predicted at a time, megabytes; none: 64 on cpu, 1024
+    elsewhere. Bounds memory, changes nothing else."""
+    compile_selection: bool | None = None
+    """Compile the selection (DeltaWorld's only), apart from the model; none: as `compile`."""
+
+    SELECTION_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("selection_memory_mb", "compile_selection", "selection_check_windows"),
+            # Which of nearly equal candidates win: a run that stops for its regret may go on.
+            *("selection_dtype", "selection_finalists", "selection_max_regret"),
+        }
+    )
+    """Fields that may differ between a run and its continuation."""
+
+    def check_selection(self) -> None:
+        """UsageError for a value that cannot be."""
+        check_choice("selection_dtype", self.selection_dtype, get_args(SelectionDtype))
+        check_at_least(
+            1,
+            selection_memory_mb=self.selection_memory_mb,
+            selection_finalists=self.selection_finalists,
+            selection_check_windows=self.selection_check_windows,
+        )
+        check_at_least(0, selection_max_regret=self.selection_max_regret)
+        if self.selection_finalists > 1 and self.selection_dtype == "auto":
+            raise UsageError(
+                f"selection_finalists {self.selection_finalists}: wanted a selection_dtype as "
+                "well, whose best candidates are compared again; set one, or leave this out"
+            )
+        steps = [step for step, _ in self.num_samples_schedule]
+        if steps and (steps[0] != 0 or steps != sorted(set(steps))):
+            raise UsageError(
+                f"num_samples_schedule begins at the steps {steps}: wanted 0 first, then rising "
+                "steps; give [[0, K], [step, K], ...]"
+            )
+        for _, num_samples in self.num_samples_schedule:
+            check_at_least(1, num_samples_schedule=num_samples)
+
+    def num_samples_at(self, step: int, *, default: int) -> int:
+        """Candidates of a step (from 0); default: where no schedule says it."""
+        begun = [count for first, count in self.num_samples_schedule if first <= step]
+        return begun[-1] if begun else default
+
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -247,3 +344,73 @@ class TokenizeConfig:
         check_at_least(0, seed=self.seed)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("autocast", self.autocast, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTrainConfig(TrainConfig):
+    """deltatok-train head: patch-token cache + labels -> linear segmentation or depth head.
+
+    A sample is a labelled frame, in an evaluation cache one crop of it. The optimizer settings are
+    guesses after the usual linear protocol."""
+
+    patches: str
+    """Evaluation cache (deltatok-extract --dataset, its training split), or patch-token cache of
+    whole frames (uniform sampling: no crop, no flip)."""
+    labels: str
+    """Evaluation cache: the data set's folder. Uniform cache: folder with CLIP_KEY.npy: uint8
+    (frames, height, width), 255 = ignore."""
+    num_classes: int | None = None
+    """Classes, labelled 0 to num_classes - 1; none given: those of the data set, where it is one
+    that has a number of them (vspw 124, cityscapes 19, masks 2)."""
+    max_depth: float | None = None
+    """Depth: the largest that the head can say, metres; what lies beyond is not trained on. None
+    given: 80, KITTI's."""
+    steps: int = 40_000
+    """Optimizer steps in all."""
+    batch_size: int = 16
+    """Samples of one step over all ranks."""
+    lr: float = 1e-3
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 1500
+    """Steps of linear warm-up; the very first step has learning rate 0."""
+    weight_decay: float = 1e-3
+    """AdamW's decay, on the weights of linear and convolution layers only."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"patches"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(max_depth=self.max_depth)
+        if self.num_classes is not None and not 2 <= self.num_classes <= 255:
+            raise UsageError(
+                f"num_classes {self.num_classes}: wanted 2 to 255 (255 itself means ignore)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOWorldTrainConfig(TrainConfig, SelectionConfig):
+    """deltatok-train dinoworld: patch-token cache -> DINO-world, the baseline without delta tokens.
+    A sample is a window. Optimizer settings are DeltaWorld's; the paper gives no others."""
+
+    patches: str
+    """Patch-token cache to train on."""
+    model: DINOWorldConfig = field(default_factory=DINOWorldConfig)
+    """The world model (use_bom true: best-of-many). Its hidden_size is the cache's; one set to
+    anything but the default must agree with the cache."""
+    steps: int = 300_000
+    """Optimizer steps in all."""
+    batch_size: int = 1024
+    """Windows of one step over all ranks; micro_batch_size says how many a device takes at once
+    (at 256 px, a window has 1,792 queries)."""
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    weight_decay: float = 0.4
+    """AdamW's decay, on the weights of linear and convolution layers only."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = (
+        TrainConfig.MAY_CHANGE | SelectionConfig.SELECTION_MAY_CHANGE | {"patches"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_selection()

@@ -15,21 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..shards.patches import PatchShards
-from .config_dinoworld import DINOWorldTrainConfig
-from .data import Batch, check_frames
-from .devices import make_accelerator
-from .finite import check_finite
-from .first_weights import make_model, start_folder, with_size_of_cache
-from .logs import Meter
-from .loop import Trainer
+from ..shards.patches.reader import PatchShards
+from .config import DINOWorldTrainConfig
+from .data.batches import Batch, check_frames
+from .data.order import Indices, Share, evenly, split_windows
+from .data.residency import Read, order_data, patch_source, settled
+from .engine.checkpoints import make_model, start_folder, with_size_of_cache
+from .engine.devices import make_accelerator
+from .engine.logs import Meter
+from .engine.loop import Trainer, check_finite
+from .engine.run_folder import Run, locked
 from .losses import smooth_l1
 from .models.dinoworld import DINOWorld
-from .order import Indices, Share, evenly, split_windows
-from .run_folder import Run
-from .run_lock import locked
-from .selection import Selector, Windows
-from .sources import Read, order_data, patch_source, settled
+from .selection.selector import Selector, Windows
 
 logger = logging.getLogger(__name__)
 

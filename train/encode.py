@@ -4,50 +4,262 @@ One delta shard for each patch shard, the windows in the same order; from a `uni
 windows are drawn among the stored frames (frame_picks.py). Token 0 of a window is the
 change from a black frame to its first frame, token t from frame t - 1 to t: open loop, each from
 the true frames. Used by `deltatok-extract --patches --tokenizer` and at the end of tokenizer.py.
+
+Which stored frames the windows of a delta-token shard are made of.
+
+A cache of training windows gives them as they are. A `uniform` cache holds the frames of a clip at
+a fixed rate, cut into consecutive windows: they are joined again, and training windows are drawn
+among them. n windows, T frames of a window to write.
+
+What a delta-token cache is: its cache.json from that of the patch tokens and the tokenizer.
+
+Used by tokenize.py, and by pipeline/ where patch tokens are never stored.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import (
+    DELTAS,
     CacheInfo,
+    CacheShape,
+    compare,
     finish_cache,
     open_cache,
     read_cache_info,
     reopen_cache,
 )
-from ..shards.delta_writer import DeltaRows, write_delta_shard
-from ..shards.errors import Stopped, UsageError
+from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
-from ..shards.patches import PatchShards
+from ..shards.patches.reader import PatchShards
 from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
-from ..shards.records import append_timing, read_done, shard_path, write_quarantine
-from .config import TokenizeConfig
-from .delta_identity import check_tokenizer, describe_deltas
-from .devices import Accelerator, make_accelerator, precision_name
-from .frame_picks import (
-    FramePicks,
-    ShardPart,
-    WindowDraws,
-    drawn_windows,
-    read_tokens,
-    shard_parts,
-    stored_windows,
+from ..shards.records import (
+    DoneRecord,
+    append_timing,
+    read_all_done,
+    read_done,
+    shard_path,
+    write_quarantine,
 )
-from .logs import Meter
+from .config import TokenizeConfig
+from .data.batches import Prefetcher
+from .data.order import Indices
+from .engine.devices import Accelerator, make_accelerator, precision_name
+from .engine.logs import Meter
+from .engine.model_folder import read_provenance, weights_sha256
+from .engine.run_folder import plain
+from .engine.stop import StopSignal
 from .models.deltatok import DeltaTok
-from .prefetch import Prefetcher
-from .stop import StopSignal
+
+
+class WindowDraws(Protocol):
+    """How training windows are drawn among the stored frames of a clip.
+
+    pipeline/ makes one of extract/'s sampling, which train/ does not know.
+    """
+
+    num_windows: int
+    """Windows of a clip."""
+    num_frames: int
+    """T."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the draws, as plain JSON values: `sampling` of the cache identity."""
+
+    def rows(self, key: str, timestamps_s: NDArray[np.float64]) -> Indices:
+        """int64 (num_windows, T) into the clip's stored frames, whose times float64 (F,) increase
+        from 0. A function of the arguments and of `identity` alone."""
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """One patch shard: its done-record and where it lies in PatchShards."""
+
+    record: DoneRecord
+    first_window: int
+    first_key: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramePicks:
+    """Where the frames of n windows lie in a patch cache."""
+
+    window: Indices
+    """int64 (n, T): the stored window of every frame."""
+    frame: Indices
+    """int64 (n, T): its place in that window."""
+    clip: NDArray[np.int32]
+    """int32 (n,), index into the shard's keys."""
+
+    def __len__(self) -> int:
+        return len(self.clip)
+
+    def take(self, chosen: Indices) -> "FramePicks":
+        """Those of the windows `chosen`."""
+        return FramePicks(
+            window=self.window[chosen], frame=self.frame[chosen], clip=self.clip[chosen]
+        )
+
+
+def shard_parts(folder: str) -> Iterator[ShardPart]:
+    """The finished shards of a patch cache, those without windows too."""
+    window = key = 0
+    for record in read_all_done(folder):
+        yield ShardPart(record, window, key)
+        if record.rows:
+            window += record.rows
+            key += len(record.keys)
+
+
+def stored_windows(patches: PatchShards, part: ShardPart) -> FramePicks:
+    """The shard's windows as they are stored, in the same order."""
+    windows = _windows_of(part)
+    shape = (len(windows), patches.shape[0])
+    return FramePicks(
+        window=np.broadcast_to(windows[:, None], shape),
+        frame=np.broadcast_to(np.arange(shape[1], dtype=np.int64), shape),
+        clip=(patches.clip_index[windows] - part.first_key).astype(np.int32),
+    )
+
+
+def drawn_windows(patches: PatchShards, part: ShardPart, draws: WindowDraws) -> FramePicks:
+    """`draws.num_windows` windows of every clip of the shard, clip after clip, drawn among all
+    frames that are stored of the clip, whatever windows they are stored in."""
+    table, windows = patches.table(), _windows_of(part)
+    clips = patches.clip_index[windows] - part.first_key
+    picked_windows = [np.empty((0, draws.num_frames), dtype=np.int64)]
+    picked_frames = [np.empty((0, draws.num_frames), dtype=np.int64)]
+    for clip, key in enumerate(part.record.keys):
+        own = windows[clips == clip]
+        # A slow clip repeats frames, and windows may overlap: every shown frame counts once.
+        _, first = np.unique(table.frame_index[own], return_index=True)
+        times = table.timestamps_s[own].reshape(-1)[first].astype(np.float64)
+        window, frame = own[first // patches.shape[0]], first % patches.shape[0]
+        rows = draws.rows(key, times - times[0])
+        picked_windows.append(window[rows])
+        picked_frames.append(frame[rows].astype(np.int64))
+    return FramePicks(
+        window=np.concatenate(picked_windows),
+        frame=np.concatenate(picked_frames),
+        clip=np.repeat(np.arange(len(part.record.keys)), draws.num_windows).astype(np.int32),
+    )
+
+
+def read_tokens(patches: PatchShards, picks: FramePicks) -> NDArray[np.float32]:
+    """Patch tokens float32 (n, T, N, D) of the picked frames."""
+    whole = (picks.window == picks.window[:, :1]).all()
+    if whole and (picks.frame == np.arange(patches.shape[0])).all():
+        return patches.tokens(picks.window[:, 0])
+    tokens = np.empty((*picks.window.shape, *patches.shape[1:]), dtype=np.float32)
+    # Window by window: one of 8 frames at gaps of up to 1/3 s touches few stored windows.
+    for row, window, frame in zip(tokens, picks.window, picks.frame, strict=True):
+        stored, place = np.unique(window, return_inverse=True)
+        row[...] = patches.tokens(stored)[place, frame]
+    return tokens
+
+
+def _windows_of(part: ShardPart) -> Indices:
+    return np.arange(part.first_window, part.first_window + part.record.rows, dtype=np.int64)
+
 
 logger = logging.getLogger(__name__)
+
+SAME_FOR_BOTH = (
+    "backbone",
+    "preprocessing.patch_size",
+    "preprocessing.image_mean",
+    "preprocessing.image_std",
+)
+"""What the tokenizer's own training cache and the cache to tokenize must agree in; not the frame
+size: a tokenizer may be used at another one."""
+
+
+def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
+    """CacheMismatch, naming the field, unless the tokenizer was trained on this kind of tokens.
+
+    patches: the cache.json of the patch tokens that it is about to encode.
+    """
+    size = patches.shape.hidden_size
+    if model.config.hidden_size != size:
+        raise CacheMismatch(
+            f"{folder}: hidden_size is {model.config.hidden_size}, the patch tokens have {size} "
+            "channels: use a tokenizer that was trained for this backbone, or another cache"
+        )
+    trained_on = read_provenance(folder).get("patches")
+    if not isinstance(trained_on, dict):
+        logger.warning("%s does not say what it was trained on: only its size was checked", folder)
+        return
+    compare(
+        patches.identity,
+        trained_on,
+        what_got="the patch tokens",
+        what_wanted=f"those that {folder} was trained on",
+        fields=SAME_FOR_BOTH,
+    )
+
+
+def describe_deltas(
+    model: DeltaTok,
+    patches: CacheInfo,
+    *,
+    autocast_dtype: str,
+    parent_fingerprint: str | None,
+    draws: WindowDraws | None = None,
+) -> CacheInfo:
+    """cache.json of the delta tokens of these patch tokens under this tokenizer.
+
+    parent_fingerprint: that of the patch cache, also where its tokens were never stored.
+    draws: how windows were drawn among its frames, None where they are its own windows.
+    """
+    identity = deltas_identity(model, patches.identity, autocast_dtype=autocast_dtype)
+    if draws is not None:
+        identity["sampling"] = draws.identity()
+    shape = patches.shape
+    return CacheInfo(
+        format=DELTAS,
+        identity=identity,
+        shape=CacheShape(
+            num_frames=shape.num_frames if draws is None else draws.num_frames,
+            num_tokens=None,
+            grid=None,
+            hidden_size=shape.hidden_size,
+        ),
+        parent_fingerprint=parent_fingerprint,
+        backbone=patches.backbone,
+        licence=patches.licence,
+        software={
+            **{name: version(name) for name in ("deltatok", "numpy")},
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def deltas_identity(
+    model: DeltaTok, patches: dict[str, Any], *, autocast_dtype: str
+) -> dict[str, Any]:
+    """All that determines delta tokens: the patch tokens' identity and the tokenizer."""
+    return {
+        "patches": patches,
+        "tokenizer": {
+            "config": plain(asdict(model.config)),
+            "weights_sha256": weights_sha256(model),
+        },
+        "storage": {"dtype": "float16"},
+        "autocast_dtype": autocast_dtype,
+    }
 
 
 def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) -> CacheInfo:

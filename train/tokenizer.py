@@ -14,23 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ..shards.errors import DeltatokError, UsageError
-from ..shards.patches import PatchShards
+from ..shards.patches.reader import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
-from .data import Batch, TokenizerBatches
-from .devices import make_accelerator
-from .draws import generator
-from .finite import check_finite
-from .first_weights import make_model, start_folder, with_size_of_cache
-from .logs import Meter
-from .loop import Trainer
+from .data.batches import Batch, TokenizerBatches
+from .data.order import Share, evenly, generator, split_windows
+from .data.residency import order_data, patch_source, settled
+from .encode import write_deltas
+from .engine.checkpoints import make_model, start_folder, with_size_of_cache
+from .engine.devices import make_accelerator
+from .engine.logs import Meter
+from .engine.loop import Trainer, check_finite
+from .engine.run_folder import Run, locked
 from .losses import loss_named
 from .models.deltatok import DeltaTok, draw_rope_rescale
-from .order import Share, evenly, split_windows
 from .probes import probe_tokenizer
-from .run_folder import Run
-from .run_lock import locked
-from .sources import order_data, patch_source, settled
-from .tokenize import write_deltas
 
 PROBE_WINDOWS_AT_ONCE = 4
 """Windows of an evaluation on the device at a time: 28 pairs of 8-frame windows (a guess)."""

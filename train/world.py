@@ -15,21 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ..shards.cache import DELTAS, read_cache_info
-from ..shards.deltas import DeltaShards
+from ..shards.deltas.reader import DeltaShards
 from .config import WorldTrainConfig
-from .data import Batch, WorldBatches, check_frames
-from .devices import make_accelerator
-from .finite import check_finite
-from .first_weights import make_model, start_folder, with_size_of_cache
-from .logs import Meter
-from .loop import Trainer
+from .data.batches import Batch, WorldBatches, check_frames
+from .data.order import Share, evenly, split_windows
+from .data.residency import delta_source, order_data, settled
+from .engine.checkpoints import make_model, start_folder, with_size_of_cache
+from .engine.devices import make_accelerator
+from .engine.logs import Meter
+from .engine.loop import Trainer, check_finite
+from .engine.run_folder import Run, locked
 from .losses import smooth_l1
 from .models.deltaworld import DeltaWorld
-from .order import Share, evenly, split_windows
-from .run_folder import Run
-from .run_lock import locked
-from .selection import Selector, Windows
-from .sources import delta_source, order_data, settled
+from .selection.selector import Selector, Windows
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.errors import UsageError
-from ..shards.npy import map_npy
-from .protocol import IGNORE
+from ...shards.errors import UsageError
+from ...shards.evaluation.labels import IGNORE
+from ...shards.npy import map_npy
 
 
 class LabelFolder:

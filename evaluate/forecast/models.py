@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..shards.cache import CacheInfo, compare
-from ..shards.errors import UsageError
-from ..train.models.deltatok import DeltaTok
-from ..train.models.deltaworld import DeltaWorld
-from ..train.models.dinoworld import DINOWorld
-from ..train.models.heads import DepthHead, SegmentationHead
-from ..train.models.rgb_head import RGBHead
-from ..train.pretrained import read_class, read_provenance, weights_sha256
+from ...shards.cache import CacheInfo, compare
+from ...shards.errors import UsageError
+from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
+from ...train.models.deltatok import DeltaTok
+from ...train.models.deltaworld import DeltaWorld
+from ...train.models.dinoworld import DINOWorld
+from ...train.models.heads import DepthHead, SegmentationHead
+from ...train.models.rgb_head import RGBHead
 from .config import ForecastConfig
 
 logger = logging.getLogger(__name__)

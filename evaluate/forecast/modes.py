@@ -6,10 +6,35 @@
 
 Averaged over windows; a single forecast's recall is at most 1 / (number of its futures). What a
 forecast shows is what the segmentation head reads from its features; see `modes.py` for when two
-pictures are alike. Called by `forecast.py`.
+pictures are alike.
+
+Known futures: everything that can come after the frames that were seen, with probabilities.
+
+Any data set whose future is known (a simulator, a game) can supply them; the little world does.
+
+    DIR/CLIP_KEY.npz     no pickle; F futures of one clip, those of one frame pair side by side
+        context_frame    int32 (F,)        last frame seen, index in presentation order
+        target_frame     int32 (F,)        the frame they are pictures of
+        probability      float32 (F,)      of each future; those of one frame pair add up to 1
+        classes          uint8 (F, H, W)   class map of the target frame, 255 = counts nowhere
+        background       int32 ()          class that is not looked at, -1: none
+
+Written by `write_futures`, read by `FutureFolder`; scored by `modes.py`.
+
+Modes: the possible futures that can be told apart, and which of them a forecast is.
+
+Futures whose class maps look alike are one mode with the sum of their probabilities. A forecast
+*hits* the mode of the future it looks most like, where it looks like it at all: where the overlap
+of the two class maps is at least a threshold (0.5). Pure functions; used by `mode_scores.py`.
+
+Letters: M futures, G modes, S forecasts, H, W pixels.
 """
 
+import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +42,215 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.errors import UsageError
-from ..shards.patches import PatchShards
-from ..train.draws import seed_for
-from ..train.models.heads import SegmentationHead
+from ...shards.errors import UsageError
+from ...shards.evaluation.labels import IGNORE
+from ...shards.files import partial_path, publish
+from ...shards.patches.reader import PatchShards
+from ...train.data.order import seed_for
+from ...train.models.heads import SegmentationHead
+from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS
 from .config import ForecastConfig
-from .known_futures import FutureFolder, KnownFutures
-from .modes import NO_MODE, Modes, find_modes, hits, recall_of_draws
-from .predict import HorizonForecast, WindowBatch
-from .protocol import IGNORE, segment
-from .rows import HORIZONS, MODE_METRICS, MODE_ROWS
-from .sequences import Score, SequenceScores
+from .rollout import HorizonForecast, WindowBatch
+from .scores import Score, SequenceScores, segment
+
+_DTYPES = {
+    "context_frame": np.int32,
+    "target_frame": np.int32,
+    "probability": np.float32,
+    "classes": np.uint8,
+    "background": np.int32,
+}
+_NPZ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy and zipfile raise for damaged files; RuntimeError is that of encrypted members."""
+_SUM_TOLERANCE = 1e-3
+"""Probabilities are float32 and may have been written with few digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownFutures:
+    """What can be at one target frame after one context."""
+
+    probability: NDArray[np.float64]
+    """(M,), adds up to 1."""
+    classes: NDArray[np.uint8]
+    """(M, H, W), 255 = counts nowhere."""
+    background: int
+    """Class that is not looked at, -1: none."""
+
+
+def write_futures(
+    folder: Path, key: str, futures: Mapping[tuple[int, int], KnownFutures], *, background: int
+) -> None:
+    """Write the futures of the clip `key`, by (last frame seen, target frame); same bytes for the
+    same values."""
+    path = folder / f"{key}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = [pair for pair, found in futures.items() for _ in found.probability]
+    frames = np.array(pairs, np.int32).reshape(-1, 2)
+    partial = partial_path(path)
+    with partial.open("wb") as file:
+        np.savez_compressed(
+            file,
+            context_frame=frames[:, 0],
+            target_frame=frames[:, 1],
+            probability=np.concatenate([f.probability for f in futures.values()], dtype=np.float32),
+            classes=np.concatenate([f.classes for f in futures.values()]),
+            background=np.array(background, np.int32),
+        )
+    publish(partial, path)
+
+
+class FutureFolder:
+    """Reads the futures of single windows; a clip's file is read when it is first asked for."""
+
+    def __init__(self, folder: str) -> None:
+        if not Path(folder).is_dir():
+            raise UsageError(f"--futures {folder}: no such folder")
+        self._folder = Path(folder)
+        self._read: tuple[str, dict[str, NDArray[np.generic]]] = ("", {})
+
+    def window(self, key: str, context_frame: int, target_frame: int) -> KnownFutures:
+        """What can be at `target_frame` of clip `key` after `context_frame`, the last one seen.
+
+        Raises:
+            UsageError: no file, one of another layout, or no futures of these frames.
+        """
+        if self._read[0] != key:
+            self._read = (key, _load(self._folder, key))
+        arrays = self._read[1]
+        pairs = np.stack([arrays["context_frame"], arrays["target_frame"]], axis=1)
+        rows = (pairs == (context_frame, target_frame)).all(axis=1)
+        if not rows.any():
+            known = ", ".join(f"{a} -> {b}" for a, b in np.unique(pairs, axis=0).tolist())
+            raise UsageError(
+                f"clip {key}: no futures of frame {target_frame} after frame {context_frame}, only "
+                f"{known or 'none'}; evaluate with the context and steps they were made for"
+            )
+        probability = np.asarray(arrays["probability"][rows], np.float64)
+        is_one = abs(probability.sum() - 1) <= _SUM_TOLERANCE  # not of nan
+        if not is_one or probability.min() < 0:
+            raise UsageError(
+                f"clip {key}: probabilities of the futures of frame {target_frame} after frame "
+                f"{context_frame} add up to {probability.sum():.4g}, wanted 1 and none below 0"
+            )
+        return KnownFutures(
+            probability=probability / probability.sum(),
+            classes=np.asarray(arrays["classes"][rows], np.uint8),
+            background=int(arrays["background"]),
+        )
+
+
+def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
+    path = folder / f"{key}.npz"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"clip {key}: its name leaves the folder of futures {folder}")
+    try:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in _DTYPES}
+    except FileNotFoundError:
+        raise UsageError(
+            f"clip {key}: no futures, {path} does not exist; write it (see "
+            "evaluate/known_futures.py) or leave --futures out"
+        ) from None
+    except KeyError as error:
+        raise UsageError(f"clip {key}: {path} has no array {error}") from None
+    except _NPZ_ERRORS as error:
+        raise UsageError(f"clip {key}: {path} cannot be read as .npz ({error})") from None
+    count = arrays["context_frame"].shape
+    for name, array in arrays.items():
+        dims = {"classes": 3, "background": 0}.get(name, 1)
+        fits = array.dtype == _DTYPES[name] and array.ndim == dims
+        if not fits or array.shape[:1] != count[:dims] or 0 in array.shape[1:]:
+            raise UsageError(
+                f"clip {key}: {name} of {path} is {array.dtype} {array.shape}; see "
+                "evaluate/known_futures.py for what it has to be"
+            )
+    return arrays
+
+
+NO_MODE = -1
+"""What a forecast hits that looks like no possible future."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modes:
+    """The modes of one window."""
+
+    probability: NDArray[np.float64]
+    """(G,), adds up to 1, largest first."""
+    mode_of: NDArray[np.int64]
+    """(M,): the mode of each future."""
+    futures: KnownFutures
+    threshold: float
+    """Overlap from which on two class maps look alike."""
+
+
+def overlap(
+    ours: NDArray[np.uint8], theirs: NDArray[np.uint8], *, background: int
+) -> NDArray[np.float64]:
+    """How much class maps (S, H, W) look like class maps (M, H, W): float64 (S, M), 0 to 1.
+
+    Pixels where both have the same class, over pixels where either has one; `background` is no
+    class, and where either is 255 nothing counts. With one shape before a background this is the
+    IoU of the shape, 0 for the wrong shape. 1 where both are empty.
+    """
+    found = np.empty((len(ours), len(theirs)))
+    is_ours = ours != background
+    for column, other in enumerate(theirs):
+        counted = (ours != IGNORE) & (other != IGNORE)
+        either = ((is_ours | (other != background)) & counted).sum(axis=(1, 2))
+        both = ((ours == other) & is_ours & counted).sum(axis=(1, 2))
+        found[:, column] = np.where(either > 0, both / np.maximum(either, 1), 1.0)
+    return found
+
+
+def find_modes(futures: KnownFutures, *, threshold: float) -> Modes:
+    """Merge what looks alike: from the most probable future on, each joins the most alike of the
+    modes that were begun before it, or begins one."""
+    order = np.argsort(-futures.probability, kind="stable")
+    alike = overlap(futures.classes, futures.classes, background=futures.background)
+    mode_of = np.empty(len(order), np.int64)
+    firsts: list[int] = []
+    for future in order.tolist():
+        nearest = int(np.argmax(alike[future, firsts])) if firsts else 0
+        if not firsts or alike[future, firsts[nearest]] < threshold:
+            nearest = len(firsts)
+            firsts.append(future)
+        mode_of[future] = nearest
+    probability = np.zeros(len(firsts))
+    np.add.at(probability, mode_of, futures.probability)
+    by_size = np.argsort(-probability, kind="stable")
+    return Modes(
+        probability=probability[by_size],
+        mode_of=np.argsort(by_size, kind="stable")[mode_of],
+        futures=futures,
+        threshold=threshold,
+    )
+
+
+def hits(modes: Modes, classes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The mode that each forecast (S, H, W) is, int64 (S,); NO_MODE: no possible future."""
+    alike = overlap(classes, modes.futures.classes, background=modes.futures.background)
+    nearest = alike.argmax(axis=1)
+    is_hit = alike[np.arange(len(classes)), nearest] >= modes.threshold
+    return np.where(is_hit, modes.mode_of[nearest], NO_MODE)
+
+
+def recall_of_draws(probability: NDArray[np.float64], num_draws: int) -> tuple[float, float]:
+    """Share of the modes that `num_draws` draws from their probabilities (G,) hit, expected; and
+    the same with each mode counting as much as it is probable."""
+    hit = 1 - (1 - probability) ** num_draws
+    return float(hit.mean()), float(hit @ probability)
+
 
 SAMPLES_ROW = "samples"
 BIN_EDGES = (0.0, 0.001, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)

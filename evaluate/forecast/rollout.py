@@ -1,7 +1,20 @@
 """Forecasts of a batch of windows at one horizon: every row of the report as features.
 
 Letters: B windows, T frames, N patch tokens of a frame, D channels, S samples, H steps of the
-horizon, C context frames. Features are float32. Called by `forecast.py`.
+horizon, C context frames. Features are float32.
+
+What a rollout sees, and what its noise is drawn for. Used by `predict.py` and `baselines.py`.
+
+Letters: B windows, C context frames, H steps, S samples, N patch tokens, D channels, Dp channels
+of a query.
+
+Forecasts in feature space: decoding a rollout, and the two numbers it is reported by.
+
+Letters: B batch (crops), S samples, H horizon (steps), N patches, D channels.
+Used by the forecast evaluation; pure functions.
+
+Rows to hold the world model against: DINO-world, the tokenizer's open loop, the regressor null.
+Letters as there: B windows, S samples, H steps, N patch tokens, D channels.
 """
 
 from collections.abc import Sequence
@@ -10,13 +23,190 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..train.losses import smooth_l1
-from ..train.models.deltaworld import DeltaWorld
-from .baselines import dinoworld_rows, regressor_null, roll_out_patches
-from .clip import Clip, NoiseName, window_noise
+from ...train.data.order import generator
+from ...train.losses import smooth_l1
+from ...train.models.deltatok import DeltaTok
+from ...train.models.deltaworld import DeltaWorld
+from ...train.models.dinoworld import DINOWorld
 from .config import ForecastConfig
-from .loading import ForecastModels, WorldModel
-from .rollout import best_sample, decode_rollout, mean_sample, sample_losses
+from .models import ForecastModels, WorldModel
+
+NoiseName = tuple[int | str, ...]
+"""What a window's noise is drawn for, beside seed and horizon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """C context frames, and the times of all C + H frames."""
+
+    x_context: Tensor
+    """(B, C, N, D)"""
+    z_context: Tensor
+    """(B, C, D)"""
+    times: Tensor
+    """(B, C + H)"""
+    steps: int
+    grid: tuple[int, int]
+
+
+def window_noise(
+    world: WorldModel, config: ForecastConfig, horizon: str, names: Sequence[NoiseName]
+) -> Tensor:
+    """Noise queries (H, B, S, 1, Dp) on the CPU, a function of (seed, horizon, name) for each
+    window, so that neither batch size nor device changes them."""
+    steps = config.steps(horizon)
+    drawn = [
+        world.draw_noise(
+            steps,
+            config.num_samples,
+            1,
+            generator=generator("forecast", config.seed, horizon, *name),
+        )
+        for name in names
+    ]
+    return torch.stack(drawn, dim=1)
+
+
+@torch.no_grad()
+def decode_rollout(
+    tokenizer: DeltaTok, z_hat: Tensor, x_last: Tensor, *, grid: tuple[int, int]
+) -> Tensor:
+    """Patch tokens (B, S, H, N, D) of predicted delta tokens z_hat (B, S, H, D).
+
+    Every sample decodes each step from its own previous features; x_last (B, N, D), the features
+    of the last context frame, precedes the first.
+    """
+    batch, samples, horizon, size = z_hat.shape
+    previous = x_last.repeat_interleave(samples, 0)
+    steps = []
+    for z in z_hat.reshape(batch * samples, horizon, size).unbind(1):
+        previous = tokenizer.decode(z, previous, grid=grid)
+        steps.append(previous)
+    return torch.stack(steps, dim=1).reshape(batch, samples, horizon, *x_last.shape[1:])
+
+
+def sample_losses(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean smooth-L1 float32 (B, S) of every sample's last step to the last true frame.
+
+    predictions (B, S, H, N, D), targets (B, H, N, D).
+    """
+    last = predictions[:, :, -1]
+    return smooth_l1(last, targets[:, None, -1].expand_as(last)).flatten(2).mean(2)
+
+
+def best_sample(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The "best" of each crop: features (B, H, N, D) and index int64 (B,) of the sample whose last
+    step has the lowest loss; that sample counts at every step, the first of equal ones."""
+    index = sample_losses(predictions, targets).argmin(dim=1)
+    return predictions[torch.arange(len(index), device=index.device), index], index
+
+
+def mean_sample(predictions: Tensor) -> Tensor:
+    """The "mean": features (B, H, N, D) averaged over samples, before any head."""
+    return predictions.mean(dim=1)
+
+
+def step_losses(prediction: Tensor, targets: Tensor) -> Tensor:
+    """Mean smooth-L1 float32 (H,) of each step over all crops; both (B, H, N, D)."""
+    return smooth_l1(prediction, targets).mean(dim=(0, 2, 3))
+
+
+DINO_SAMPLES_AT_ONCE = 4
+"""Samples of DINO-world rolled out at a time: keys and values of 6 frames at 512 px take 0.45 GB a
+sample and window in float32."""
+
+
+def dinoworld_rows(
+    config: ForecastConfig,
+    models: ForecastModels,
+    clip: Clip,
+    truth: Tensor,
+    *,
+    horizon: str,
+    names: Sequence[NoiseName],
+) -> dict[str, Tensor]:
+    """Row name -> (B, H, N, D): `dinoworld` of a model with a learned query, `dinoworld_best` and
+    `dinoworld_mean` of one with noise queries. {} without such models."""
+    rows: dict[str, Tensor] = {}
+    for world in models.dinoworlds:
+        if world.config.use_bom:
+            noise = window_noise(world, config, horizon, names).to(truth.device)
+            samples = roll_out_patches(world, clip, noise=noise)
+            rows["dinoworld_best"], _ = best_sample(samples, truth)
+            rows["dinoworld_mean"] = mean_sample(samples)
+        else:
+            rows["dinoworld"] = roll_out_patches(world, clip, noise=None)[:, 0]
+    return rows
+
+
+def roll_out_patches(world: DINOWorld, clip: Clip, *, noise: Tensor | None) -> Tensor:
+    """Features (B, S, H, N, D) that a DINO-world forecasts; S = 1 without noise."""
+    parts = [None] if noise is None else torch.split(noise, DINO_SAMPLES_AT_ONCE, dim=2)
+    return torch.cat(
+        [
+            world.rollout(
+                clip.x_context,
+                clip.times,
+                grid=clip.grid,
+                horizon=clip.steps,
+                num_samples=1 if part is None else part.shape[2],
+                noise=part,
+            ).float()
+            for part in parts
+        ],
+        dim=1,
+    )
+
+
+def regressor_null(
+    config: ForecastConfig,
+    models: ForecastModels,
+    clip: Clip,
+    truth: Tensor,
+    *,
+    horizon: str,
+    noise: Tensor,
+    names: Sequence[NoiseName],
+) -> dict[str, Tensor]:
+    """The row `regressor_null`: what best-of-S gives a model that has spread but no modes.
+
+    S draws from a Gaussian around the delta tokens that the discriminative model forecasts, with
+    the covariance of the S samples (noise: theirs, (H, B, S, 1, Dp)) over steps and channels
+    together; decoded as samples are, then the best of them. A best-of-many model that is no better
+    than this has only learned how far off a point forecast is. {} unless the world model and the
+    discriminative one are both DeltaWorlds.
+    """
+    world, regressor = models.world, models.discriminative
+    if not (isinstance(world, DeltaWorld) and isinstance(regressor, DeltaWorld)):
+        return {}
+    z = world.rollout(
+        clip.z_context, clip.times, horizon=clip.steps, num_samples=noise.shape[2], noise=noise
+    ).float()
+    centre = regressor.rollout(clip.z_context, clip.times, horizon=clip.steps, num_samples=1)
+    weights = torch.stack(
+        [
+            torch.randn(
+                z.shape[1],
+                z.shape[1],
+                generator=generator("regressor null", config.seed, horizon, *name),
+            )
+            for name in names
+        ]
+    )
+    draws = centre.float() + gaussian_like(z, weights.to(z.device))
+    features = decode_rollout(models.tokenizer, draws, clip.x_context[:, -1], grid=clip.grid)
+    best, _ = best_sample(features.float(), truth)
+    return {"regressor_null": best}
+
+
+def gaussian_like(samples: Tensor, weights: Tensor) -> Tensor:
+    """Draws (B, S', H, D) of mean 0 with the covariance of samples (B, S, H, D) over H and D
+    together, from standard normal weights (B, S', S)."""
+    count = samples.shape[1]
+    deviations = (samples - samples.mean(dim=1, keepdim=True)).flatten(2)
+    with torch.autocast(samples.device.type, enabled=False):
+        drawn: Tensor = weights @ deviations / max(count - 1, 1) ** 0.5
+    return drawn.reshape(-1, weights.shape[1], *samples.shape[2:])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A uniform cache: every window shows a whole frame, labels lie in LABELS/CLIP_KEY.npy. An evaluation
 cache (deltatok-extract --dataset): a clip's windows are the square crops of one labelled target,
-labels lie in the data set's own folder. Called by `inputs.py`.
+labels lie in the data set's own folder.
 """
 
 import logging
@@ -13,19 +13,24 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.cache import CacheInfo
-from ..shards.errors import DamagedShard, UsageError
-from ..shards.patches import PatchShards
-from ..train.models.heads import DepthHead, SegmentationHead
-from ..train.targets import Target, cut_of_crops, load_label, read_targets, windows_of_clips
-from .clip import NoiseName
+from ...shards.cache import CacheInfo
+from ...shards.errors import DamagedShard, UsageError
+from ...shards.evaluation.labels import IGNORE, NO_DEPTH
+from ...shards.evaluation.targets import (
+    Target,
+    cut_of_crops,
+    load_label,
+    read_targets,
+    windows_of_clips,
+)
+from ...shards.patches.reader import PatchShards
+from ...train.models.heads import DepthHead, SegmentationHead
+from ..report.pictures import Tile
+from ..report.target_frames import frames_of_crop
 from .config import ForecastConfig
-from .crop_labels import label_of_crop
-from .dense import WHOLE, Head, Label, LabelledFrame
 from .labels import LabelFolder
-from .pictures import Tile
-from .protocol import IGNORE, NO_DEPTH
-from .target_frames import frames_of_crop
+from .rollout import NoiseName
+from .scores import WHOLE, Head, Label, LabelledFrame, label_of_crop
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The frames a forecast sees, and those that really came: from a video, a folder of frames, arrays.
 
 Videos are decoded by extract/'s own rules, so that a frame is the one that a cache would hold.
-Called by `api.py`. T frames of H x W pixels.
+T frames of H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ..extract.clips import Clip
-from ..extract.decoders import decode_drawn
-from ..extract.sampling import WindowDraw
-from ..extract.sources import find_clips
-from ..extract.unusable import UnusableClip
-from ..shards.errors import DeltatokError, UsageError
+from ...extract.decoding.clip import decode_drawn
+from ...extract.sampling import WindowDraw
+from ...extract.sources.clip import Clip
+from ...extract.sources.find import find_clips
+from ...shards.errors import DeltatokError, UnusableClip, UsageError
 
 Frames = NDArray[np.uint8] | Tensor
 Video = Frames | str | Path

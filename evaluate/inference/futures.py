@@ -1,20 +1,29 @@
-"""Pictures of `Futures`: a grid as PNG, a moving one as MP4 or GIF."""
+"""Pictures of `Futures`: a grid as PNG, a moving one as MP4 or GIF.
+
+Possible futures: delta tokens, and what is read from them when it is asked for.
+
+S samples, H steps, N patch tokens of a frame, D channels. Made by `stream.py`.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.errors import UsageError
-from ..shards.files import write_bytes
-from ..train.models.heads import SegmentationHead
-from ..train.models.rgb_head import RGBHead
-from .animation import Cell, draw_moments, gif_bytes, write_mp4
-from .futures import Futures
-from .pictures import (
+from ...shards.errors import UsageError
+from ...shards.files import write_bytes
+from ...train.models.heads import SegmentationHead, feature_map
+from ...train.models.rgb_head import RGBHead
+from ..forecast.rollout import decode_rollout
+from ..report.animation import Cell, draw_moments, gif_bytes, write_mp4
+from ..report.differing import most_different
+from ..report.pictures import (
     TILE_HEIGHT,
     Panel,
     Strip,
@@ -27,6 +36,97 @@ from .pictures import (
     png_bytes,
     resize_tile,
 )
+from .parts import Parts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Futures:
+    """S futures of one video. `tokens` is there; the rest is computed when first asked for."""
+
+    tokens: Tensor
+    """(S, H, D) float32 delta tokens."""
+    times_s: tuple[float, ...]
+    """H times, seconds after the last frame seen."""
+    seen_s: tuple[float, ...]
+    """C times of the frames seen, the last one 0."""
+    seen: NDArray[np.uint8]
+    """(C, H, W, 3) the frames seen."""
+    came: NDArray[np.uint8]
+    """The frames that really came at the first of `times_s`, where they are known."""
+    last: Tensor
+    """(N, D) features of the last frame seen."""
+    parts: Parts
+    samples_at_once: int
+
+    def __len__(self) -> int:
+        """S."""
+        return len(self.tokens)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch rows and columns: N is their product."""
+        return self.parts.grid
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(S, H, N, D) float32 patch tokens of every sample; decoded at the first use."""
+        with self.parts.arithmetic():
+            decoded = [
+                decode_rollout(self.parts.tokenizer, tokens[None], self.last[None], grid=self.grid)[
+                    0
+                ].float()
+                for tokens in torch.split(self.tokens, self.samples_at_once)
+            ]
+        return torch.cat(decoded)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """(H, N, D): the samples' features averaged."""
+        return self.features.mean(dim=0)
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """(H, h, w): standard deviation of the samples, root mean square over channels."""
+        variance = self.features.var(dim=0, correction=0).mean(dim=-1)
+        return variance.sqrt().reshape(-1, *self.grid)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """What the head reads from every sample: (S, H, K, h, w) class logits or metres (K = 1), or
+        pictures (S, H, 3, pixels, pixels), about 0-1. UsageError without a head."""
+        rows = [self.read(sample) for sample in self.features]
+        return torch.stack(rows)
+
+    @cached_property
+    def mean_output(self) -> Tensor:
+        """What the head reads from the mean features: (H, K, h, w)."""
+        return self.read(self.mean)
+
+    def read(self, features: Tensor) -> Tensor:
+        """The head's output (B, K, h, w) for features (B, N, D), in float32."""
+        head = self.parts.head
+        if head is None:
+            raise UsageError("no head: pass head=FOLDER to DeltaWorld.from_pretrained")
+        with torch.no_grad():
+            output: Tensor = head(feature_map(features.float(), grid=self.grid))
+        return output
+
+    def most_different(self, count: int) -> list[int]:
+        """Numbers of the samples that differ most at the last step, the most typical first."""
+        return most_different(self.features[:, -1], count)
+
+    def save_grid(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
+        """A PNG: the frames seen, what came (where known), the samples that differ most, mean and
+        spread. show: "features" (colours) or "head" (what it reads); by default the head's if
+        there is one. Gives the path."""
+
+        return save_grid(self, Path(path), num_samples=num_samples, show=show)
+
+    def save_mp4(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
+        """The same as a video, samples side by side, in real time; ends in .gif: a GIF."""
+
+        return save_video(self, Path(path), num_samples=num_samples, show=show)
+
 
 PCA_TOKENS = 20_000
 """Tokens that the colours are fitted on, at most (a guess; 3 numbers are fitted for each of D)."""

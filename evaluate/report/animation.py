@@ -1,7 +1,4 @@
-"""Several rows of tiles as one moving picture: cells side by side that change in time.
-
-Called by `futures_pictures.py` (files) and `panels.py` (the report).
-"""
+"""Several rows of tiles as one moving picture: cells side by side that change in time."""
 
 import io
 from collections.abc import Sequence
@@ -15,8 +12,8 @@ import numpy as np
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
-from ..shards.errors import DeltatokError, UsageError
-from ..shards.files import partial_path, publish
+from ...shards.errors import DeltatokError, UsageError
+from ...shards.files import partial_path, publish
 from .pictures import WEBP_QUALITY, Tile
 
 LINE = 22  # pixels of a line of text

@@ -1,4 +1,4 @@
-"""Which of many samples to show: those that differ most. Called by `futures.py` and `panels.py`."""
+"""Which of many samples to show: those that differ most."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
 """Panels of one window: what a depth head or an RGB head reads from the features of every row.
-
-Called by `forecast.py`. Rows as in the other panels (panels.py).
+Rows as in the other panels (panels.py).
 """
 
 from collections.abc import Callable
@@ -8,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..train.models.heads import DepthHead, feature_map
-from ..train.models.rgb_head import RGBHead
+from ...shards.evaluation.labels import NO_DEPTH
+from ...train.models.heads import DepthHead, feature_map
+from ...train.models.rgb_head import RGBHead
 from .panels import Features, ShownWindow, panel_columns, panel_forecasts, video_strip
 from .pictures import Panel, Strip, Tile, heat_tile, resize_tile
-from .protocol import NO_DEPTH
 
 ROWS_SHOWN = ("present", "reconstruction", "best", "mean", "discriminative", "copy_last")
 

@@ -1,7 +1,4 @@
-"""What a report says first: a few numbers, from the lower bound to the upper one, in plain words.
-
-Called by `report.py`; the tables below it have the rest.
-"""
+"""What a report says first: a few numbers, from the lower bound to the upper one, in words."""
 
 from collections.abc import Sequence
 from html import escape

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .dense import Label
+from ...shards.evaluation.labels import IGNORE
+from ..forecast.rollout import HorizonForecast
+from ..forecast.scores import Label
 from .differing import most_different
 from .pictures import (
     Panel,
@@ -24,8 +26,6 @@ from .pictures import (
     heat_tile,
     resize_tile,
 )
-from .predict import HorizonForecast
-from .protocol import IGNORE
 
 NUM_SAMPLES_SHOWN = 4
 FORECASTS = (

@@ -1,7 +1,7 @@
 """The paper's rows beside ours: only where the protocol is the same, else with what differs.
 
 Figures of "A Frame is Worth One Token" (CVPR 2026, arXiv 2604.04913) and of the released weights,
-at 512 px; mIoU in percent, RMSE in metres, (short, mid). Called by `forecast.py` and `report.py`.
+at 512 px; mIoU in percent, RMSE in metres, (short, mid).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from ..train.models.heads import SegmentationHead
-from .config import ForecastConfig
-from .dense import Head
+from ...train.models.heads import SegmentationHead
+from ..forecast.config import ForecastConfig
+from ..forecast.scores import Head
 from .page import table_html
 from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value, markdown, show
 

@@ -14,7 +14,7 @@ from matplotlib.colors import hsv_to_rgb
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, features
 
-from .protocol import IGNORE
+from ...shards.evaluation.labels import IGNORE
 
 Tile = NDArray[np.uint8]  # (H, W, 3) RGB
 TILE_HEIGHT = 112  # pixels; seven tiles of a 16:9 video are then 1,400 wide

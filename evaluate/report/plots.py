@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..shards.errors import UsageError
+from ...shards.errors import UsageError
 from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value
 
 _LIGHT = {"ink": "#24292f", "faint": "#d0d7de"}

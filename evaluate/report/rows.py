@@ -1,7 +1,4 @@
-"""The rows of a report, their tables, and the order the paper found them in.
-
-Called by `forecast.py` (which makes rows) and `report.py` (which prints them).
-"""
+"""The rows of a report, their tables, and the order the paper found them in."""
 
 import math
 from collections.abc import Iterable, Sequence

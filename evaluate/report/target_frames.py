@@ -1,6 +1,5 @@
 """The frames of an evaluation cache, for pictures: read from the data set, cut as they were.
-
-Called by `windows.py`. The plan of the cache says which files they are.
+The plan of the cache says which files they are.
 """
 
 import logging
@@ -10,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..extract.clips import Clip, TargetFrames
-from ..extract.suffixes import VIDEO_SUFFIXES
-from ..train.targets import Target
+from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, TargetFrames
+from ...shards.evaluation.targets import Target
 from .pictures import Tile
 from .videos import read_frames
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..extract.clips import Clip
-from ..extract.decoders import decode_drawn
-from ..extract.sampling import WindowDraw
-from ..extract.sources import find_clips
-from ..extract.unusable import UnusableClip
+from ...extract.decoding.clip import decode_drawn
+from ...extract.sampling import WindowDraw
+from ...extract.sources.clip import Clip
+from ...extract.sources.find import find_clips
+from ...shards.errors import UnusableClip
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..shards.files import write_bytes, write_json
+from ...shards.files import write_bytes, write_json
+from ..forecast.config import UNNAMED
+from ..forecast.scores import FILE_NAME as SEQUENCES
 from .class_table import classes_html
-from .config import UNNAMED
 from .headline import headline_html
 from .mode_section import modes_html
 from .moving import Moving, moving_html
@@ -27,7 +28,6 @@ from .paper_rows import PaperComparison, paper_html
 from .pictures import Panel, panel_image, png_bytes
 from .plots import Plot, plot_best_of_k
 from .rows import ROW_LABELS, ReportRow, expected_order, markdown_table, table
-from .sequences import FILE_NAME as SEQUENCES
 from .template import PAGE, STYLE
 
 PROBE_TEXTS = {

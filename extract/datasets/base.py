@@ -3,19 +3,205 @@
 A loader (dataset_vspw.py, ...) knows a layout, and names of every target the frames and the label.
 Whether the files are there and fit together is looked at here, in the same way for all: a target
 that is incomplete goes to quarantine by name, and a data set without any good one is refused.
+
+What `deltatok-extract --dataset` is told: which data set, where it lies, what is a target.
+
+The sizes of frames and labels, from their headers: what a data set is looked through with.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from ..shards.crops import KB_CROP
-from ..shards.errors import UsageError
-from ..shards.plan_target import Kind, LabelRule, PlanTarget, is_inside, leads_out
-from .clips import Clip, Source, TargetFrames, Unreadable
-from .label_headers import BadLabel, file_size, image_size, label_size
+from PIL import Image, UnidentifiedImageError
+
+from ...shards.errors import UsageError
+from ...shards.evaluation.geometry import KB_CROP
+from ...shards.evaluation.labels import Kind, LabelRule, PlanTarget, is_inside, leads_out
+from ...shards.npy import map_npy
+from ..config import ExtractConfig, RunConfig, check, positive
+from ..decoding.images import EXIF_ORIENTATION
+from ..sources.clip import Clip, Source, TargetFrames, Unreadable
+
+DatasetName = Literal["vspw", "cityscapes", "kitti", "sequences", "little-world"]
+
+NUM_FRAMES = {"val": 7, "train": 1}
+"""4 context frames and 3 future ones to forecast; the labelled frame alone to fit heads."""
+
+_ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "split_file": ("vspw", "kitti"),
+    "every": ("vspw", "sequences"),
+    "name": ("sequences",),
+    "images": ("sequences",),
+    "labels": ("sequences",),
+    "kind": ("sequences",),
+    "fps": ("sequences",),
+    "stride_s": ("sequences",),
+    "ignore": ("sequences",),
+    "binary": ("sequences",),
+    "steps_per_m": ("sequences",),
+}
+"""The data sets that read an option; to all others it would mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(RunConfig):
+    """A labelled data set in, an evaluation cache out."""
+
+    dataset: DatasetName
+    """vspw, cityscapes, kitti (Eigen's split), little-world, or sequences: folders of frames and
+    their labels, told by --images and --labels."""
+    root: str
+    """Folder of the data set, in the layout it is published in."""
+    split: Literal["val", "train"] = "val"
+    """val: targets to evaluate on, 7 frames each; train: to fit heads on, the labelled frame."""
+    split_file: str | None = None
+    """vspw: list of videos, instead of ROOT/val.txt. kitti: the list of Eigen's test frames, which
+    must be given; lines "DATE/DRIVE/image_02/data/FRAME.png DEPTH ..." or "DATE/DRIVE FRAME l"."""
+    name: str | None = None
+    """sequences: what the data set is called, in reports and in the cache's identity
+    [sequences]."""
+    images: str | None = None
+    """sequences: pattern of the frames below ROOT, like "JPEGImages/480p/*/*.jpg"; what the last *
+    stands for is the frame's name, what the others stand for its sequence."""
+    labels: str | None = None
+    """sequences: pattern of the labels, with as many *: "Annotations/480p/*/*.png"; PNG."""
+    kind: Literal["segmentation", "depth"] | None = None
+    """sequences: what the labels are [segmentation]."""
+    fps: float | None = None
+    """sequences: frames a second of the frames in the folders."""
+    stride_s: float | None = None
+    """sequences: seconds between two frames of a window [0.2], to the nearest whole frame."""
+    every: int | None = None
+    """Only every so many-th frame of a sequence may be a target, the first being frame N - 1
+    [vspw: 20, sequences: 1]."""
+    ignore: tuple[int, ...] = ()
+    """sequences: stored values that count nowhere, beside 255 in classes and 0 in depth."""
+    binary: bool = False
+    """sequences: masks of 0 and anything else (255, object numbers) become classes 0 and 1."""
+    steps_per_m: float | None = None
+    """sequences, depth: stored steps in a metre; 1000 for millimetres."""
+    num_frames: int | None = None
+    """Frames of a window, the target being the last [7 with split val, 1 with train]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = get_args(DatasetName)
+        check("dataset", self.dataset, self.dataset in known, f"one of {', '.join(known)}")
+        check("root", self.root, bool(self.root), "the data set's folder")
+        check("split", self.split, self.split in NUM_FRAMES, "val or train")
+        frames, every = self.num_frames, self.every
+        check("num_frames", frames, frames is None or frames >= 1, "1 or more")
+        check("every", every, every is None or every >= 1, "1 or more")
+        for name in ("fps", "stride_s", "steps_per_m"):
+            value = getattr(self, name)
+            check(name, value, value is None or positive(value), "a number above 0")
+        valid = all(value >= 0 for value in self.ignore)
+        check("ignore", self.ignore, valid, "stored values, 0 or more")
+        self._check_options()
+        if self.dataset == "sequences":
+            self._check_sequences()
+
+    @property
+    def frames_a_window(self) -> int:
+        """`num_frames`, or what suits the split."""
+        return NUM_FRAMES[self.split] if self.num_frames is None else self.num_frames
+
+    def to_extraction(self) -> ExtractConfig:
+        """The same run as run_extraction wants it; its sampling is not used."""
+        run = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
+        two_squares: dict[str, Any] = {"num_windows": 2, "num_frames": self.frames_a_window}
+        return ExtractConfig(videos=(self.root,), **two_squares, **run)
+
+    def _check_options(self) -> None:
+        for name, datasets in _ONLY_FOR.items():
+            given = getattr(self, name)
+            if given not in (None, (), False) and self.dataset not in datasets:
+                raise UsageError(
+                    f"{name}: got {given!r} with dataset {self.dataset}, which does not read it "
+                    f"(only {', '.join(datasets)}): leave it out"
+                )
+
+    def _check_sequences(self) -> None:
+        for name in ("images", "labels", "fps"):
+            if getattr(self, name) is None:
+                raise UsageError(
+                    f"{name}: not given, dataset sequences cannot do without: give e.g. "
+                    '--images "images/*/*.png" --labels "labels/*/*.png" --fps 15'
+                )
+        if self.kind == "depth" and self.steps_per_m is None:
+            raise UsageError("steps_per_m: not given, depth needs it: 1000 for millimetres")
+        if self.kind != "depth" and self.steps_per_m is not None:
+            raise UsageError("steps_per_m: only for depth: add --kind depth, or leave it out")
+        if self.kind == "depth" and self.binary:
+            raise UsageError("binary: is for masks, not for depth: leave it out")
+
+
+LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+"""Pillow's names of one whole number a pixel."""
+
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, EOFError)
+
+
+class BadLabel(ValueError):
+    """A label that cannot be used, or its frame; says which and why."""
+
+
+def file_size(root: Path, name: str) -> int:
+    """Bytes; FileNotFoundError if it is not there, BadLabel if it is a folder, a pipe or the like,
+    which would be waited for."""
+    status = (root / name).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadLabel(f"{name} is no file")
+    return status.st_size
+
+
+def image_size(root: Path, name: str) -> tuple[int, int]:
+    """Height and width of a frame as it is shown, from its header alone: asking a PNG for metadata
+    that it does not begin with would decode it. BadLabel if it is no image."""
+    try:
+        with Image.open(root / name, formats=("JPEG", "PNG")) as image:
+            told = image.format == "JPEG" or "exif" in image.info
+            turned = told and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = image.size
+    except UnidentifiedImageError as error:  # whose text names the whole path
+        raise BadLabel(f"{name} is no JPEG or PNG image") from error
+    except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
+        raise BadLabel(f"{name} cannot be read: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
+    """Height and width of a label; BadLabel if it cannot be read."""
+    path = root / name
+    if frame is not None:
+        return _array_size(path, name, frame)
+    try:
+        with Image.open(path, formats=("PNG", "BMP", "TIFF")) as image:
+            mode, (width, height) = image.mode, image.size
+    except UnidentifiedImageError as error:  # whose text names the whole path
+        raise BadLabel(f"{name} is no label that can be read: no PNG, BMP or TIFF") from error
+    except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
+        raise BadLabel(f"{name} is no label that can be read: {error}") from error
+    if mode not in LABEL_MODES:
+        raise BadLabel(
+            f"{name} is an image of mode {mode}, wanted one whole number a pixel (grey or palette)"
+        )
+    return height, width
+
+
+def _array_size(path: Path, name: str, frame: int) -> tuple[int, int]:
+    try:
+        shape = map_npy(path).shape
+    except (OSError, ValueError) as error:
+        raise BadLabel(f"{name} is no array that can be read: {error}") from error
+    if len(shape) != 3 or shape[0] <= frame:
+        raise BadLabel(f"{name} has shape {shape}, wanted (frames, H, W) with frame {frame}")
+    return int(shape[1]), int(shape[2])
+
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -10,10 +10,9 @@ As released: the frames of a window are 3 apart (0.1875 s). For the labelled fra
 import re
 from pathlib import Path
 
-from ..shards.errors import UsageError
-from ..shards.plan_target import LabelRule
-from .dataset import Dataset, DatasetTarget, need_layout, window_numbers
-from .dataset_config import DatasetConfig
+from ...shards.errors import UsageError
+from ...shards.evaluation.labels import LabelRule
+from .base import Dataset, DatasetConfig, DatasetTarget, need_layout, window_numbers
 
 FPS = 16.0
 STRIDE = 3

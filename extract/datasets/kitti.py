@@ -20,10 +20,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ..shards.errors import UsageError
-from ..shards.plan_target import LabelRule
-from .dataset import Dataset, DatasetTarget, need_layout, read_lines, window_numbers
-from .dataset_config import DatasetConfig
+from ...shards.errors import UsageError
+from ...shards.evaluation.labels import LabelRule
+from .base import Dataset, DatasetConfig, DatasetTarget, need_layout, read_lines, window_numbers
 
 FPS = 10.0
 STRIDE = 2

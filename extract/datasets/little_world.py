@@ -10,11 +10,10 @@ A window begins with the clip, its frames are one tick apart.
 import json
 from pathlib import Path
 
-from ..shards.errors import UsageError
-from ..shards.plan_target import LabelRule
-from .dataset import Dataset, DatasetTarget, need_layout
-from .dataset_config import DatasetConfig
-from .run_config import positive
+from ...shards.errors import UsageError
+from ...shards.evaluation.labels import LabelRule
+from ..config import positive
+from .base import Dataset, DatasetConfig, DatasetTarget, need_layout
 
 FOLDERS = {"val": "val", "train": "head"}
 

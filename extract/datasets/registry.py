@@ -10,18 +10,17 @@ and train/label_rules.py.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .backbone import Backbone
-from .clips import Clip
-from .dataset import Dataset, clips_of_dataset
-from .dataset_cityscapes import load_cityscapes
-from .dataset_config import DatasetConfig, DatasetName
-from .dataset_kitti import load_kitti
-from .dataset_little import load_little_world
-from .dataset_sequences import load_sequences
-from .dataset_vspw import load_vspw
-from .evaluation import EvaluationPolicy
-from .run import ExtractionSummary, run_extraction
-from .sources_select import first_clips
+from ..backbone import Backbone
+from ..run import ExtractionSummary, run_extraction
+from ..sources.clip import Clip
+from ..sources.select import first_clips
+from .base import Dataset, DatasetConfig, DatasetName, clips_of_dataset
+from .cityscapes import load_cityscapes
+from .kitti import load_kitti
+from .little_world import load_little_world
+from .sequences import load_sequences
+from .vspw import load_vspw
+from .windows import EvaluationPolicy
 
 NUM_CONTEXT = 4
 """Frames that a forecast sees (paper); of a shorter window all but the target."""

@@ -19,10 +19,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from ..shards.errors import UsageError
-from ..shards.plan_target import LabelRule
-from .dataset import Dataset, DatasetTarget, need_layout, window_numbers
-from .dataset_config import DatasetConfig
+from ...shards.errors import UsageError
+from ...shards.evaluation.labels import LabelRule
+from .base import Dataset, DatasetConfig, DatasetTarget, need_layout, window_numbers
 
 DEFAULT_STRIDE_S = 0.2
 """As most of the paper's data sets."""

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..shards.plan_target import LabelRule
-from .dataset import Dataset, DatasetTarget, need_layout, read_lines, window_numbers
-from .dataset_config import DatasetConfig
+from ...shards.evaluation.labels import LabelRule
+from .base import Dataset, DatasetConfig, DatasetTarget, need_layout, read_lines, window_numbers
 
 FPS = 15.0
 STRIDE = 3

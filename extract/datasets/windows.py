@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
-from ..shards.crops import MAX_ASPECT_RATIO, compute_resize_sizes, kb_region, square_corners
-from ..shards.errors import DeltatokError
-from .packets import Float64
-from .sampling import SamplingPolicy, WindowDraw
-from .square import Square
-from .unusable import UnusableClip
+from ...shards.errors import DeltatokError, UnusableClip
+from ...shards.evaluation.geometry import (
+    MAX_ASPECT_RATIO,
+    compute_resize_sizes,
+    kb_region,
+    square_corners,
+)
+from ..decoding.container import Float64
+from ..sampling import SamplingPolicy, Square, WindowDraw
 
 CROPS = (
     "frame resized so that the short side is frame_size and the long one at most "

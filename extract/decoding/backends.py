@@ -5,26 +5,118 @@ cannot be decoded is replaced by a copy of its neighbour, an edit list is ignore
 files it can be held to (trust.py), in order, with every repaired frame an error, to the
 end, so that a frame lost on the way is missed there; and its first frame must be the one that
 PyAV shows. Whatever it stumbles over, PyAV reads instead.
+
+Decoding with PyAV: every frame in order, bad packets skipped, edit lists honoured.
+
+Slower than decord and right on every file that can be decoded at all, because what is stored is
+what it showed: times and pixels come from the same decoded frame.
+
+Decoding with torchcodec (optional), which seeks to the frames that windows use.
+
+Worth it on long videos, of which windows use few frames. It seeks by a scan of the whole file
+(`seek_mode="exact"`), and is believed only where trust.py says so, where the time of every frame it
+gives is the time of the packet asked for, and where its first frame is the one that PyAV shows.
+The tests compare its frames with an in-order decode for every container and codec it is let near.
+It does not see damage to frames that no window uses; the others do, and then count frames anew.
 """
 
 import io
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
-from .packets import FileIndex, UInt8, VideoFile, describe
-from .pyav_decoder import Draw
-from .sampling import WindowDraw
-from .trust import DecoderFailed, check_trusted
+from ...shards.errors import UnusableClip
+from ..sampling import WindowDraw
+from .container import (
+    DecoderFailed,
+    FileIndex,
+    Float64,
+    UInt8,
+    VideoFile,
+    check_trusted,
+    describe,
+    frames_of,
+    open_video,
+    read_packets,
+    shown_times,
+    to_rgb,
+)
 
-CODECS = frozenset({"h264", "hevc", "vp9"})
+Draw = Callable[[Float64, int, int], list[WindowDraw]]
+"""Windows of a clip from its times (seconds, float64 (N,)) and its shown height and width.
+Raises UnusableClip where there are none."""
+
+
+def decode_with_pyav(
+    path: VideoFile, *, index: FileIndex, draw: Draw, threads: int
+) -> tuple[list[WindowDraw], dict[int, UInt8]]:
+    """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
+
+    One pass keeps the frames that windows drawn from the packets' times need. Where the frames
+    shown turn out to be others (a damaged packet, an AVI), the windows are drawn again from what
+    was shown, and a second pass keeps those.
+
+    Raises:
+        UnusableClip: nothing can be decoded, the timestamps or the frame size make no sense, or no
+            window can be drawn.
+    """
+    height, width = index.first_frame.shape[:2]
+    wanted = _expected_frames(index, draw)
+    for _ in range(2):
+        times_s, kept = _decode_all(path, wanted, slots_s=index.slots_s, threads=threads)
+        windows = draw(times_s, height, width)
+        wanted = {frame for window in windows for frame in window.frame_index}
+        if wanted <= kept.keys():
+            return windows, {frame: kept[frame] for frame in wanted}
+    raise UnusableClip("shows other frames each time it is decoded", stage="decode")
+
+
+def _expected_frames(index: FileIndex, draw: Draw) -> set[int]:
+    """The frames that will be needed if every packet shows one frame; a guess, checked later."""
+    height, width = index.first_frame.shape[:2]
+    try:
+        windows = draw(index.times_s, height, width)
+    except UnusableClip:
+        return set()
+    return {frame for window in windows for frame in window.frame_index}
+
+
+def _decode_all(
+    path: VideoFile, wanted: set[int], *, slots_s: Float64 | None, threads: int
+) -> tuple[Float64, dict[int, UInt8]]:
+    """Seconds of every shown frame, float64 (N,), and RGB of the wanted ones."""
+    pts: list[int | None] = []
+    kept: dict[int, UInt8] = {}
+    shape: tuple[int, int] | None = None
+    reformatter = VideoReformatter()
+    with open_video(path, threads=threads) as (container, stream):
+        for packet in read_packets(container, stream, errors=[]):
+            for frame in frames_of(packet, stream, errors=[]):
+                shape = shape or (frame.height, frame.width)
+                if (frame.height, frame.width) != shape:
+                    raise UnusableClip(
+                        f"changes its size at frame {len(pts)}: from {shape[1]}x{shape[0]} to "
+                        f"{frame.width}x{frame.height}",
+                        stage="decode",
+                    )
+                if len(pts) in wanted:
+                    kept[len(pts)] = to_rgb(frame, reformatter)
+                pts.append(frame.pts)
+        return shown_times(pts, stream, slots_s=slots_s), kept
+
+
+DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 """It is too old for AV1."""
 
 NO_REPAIRS = 1e-9
 """decord's fault_tol: it raises above this share of frames replaced by copies, so at the first."""
 
-TIME_TOLERANCE_S = 1e-4
+DECORD_TIME_TOLERANCE_S = 1e-4
 """decord's times are float32; its frames must be the packets we know, not equal to the bit."""
 
 
@@ -41,7 +133,7 @@ def decode_with_decord(
         DecoderFailed: decord is missing, cannot read the file, or disagrees with `index`.
         UnusableClip: no window can be drawn.
     """
-    check_trusted(index, codecs=CODECS)
+    check_trusted(index, codecs=DECORD_CODECS)
     try:
         from decord import DECORDError, VideoReader
         from decord._ffi.base import DECORDLimitReachedError
@@ -73,7 +165,7 @@ def _check_times(reader: Any, index: FileIndex) -> None:
     times_s = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
     if num_frames != index.num_packets or not np.isfinite(times_s).all() or times_s[0] < 0:
         raise DecoderFailed(f"decord sees {num_frames} frames, the container {index.num_packets}")
-    tolerance_s = TIME_TOLERANCE_S + 1e-6 * float(index.times_s[-1])
+    tolerance_s = DECORD_TIME_TOLERANCE_S + 1e-6 * float(index.times_s[-1])
     if np.abs(times_s - times_s[0] - index.times_s).max() > tolerance_s:
         raise DecoderFailed("decord sees other timestamps than the container")
 
@@ -95,3 +187,49 @@ def _read_in_order(reader: Any, wanted: set[int], index: FileIndex) -> dict[int,
             kept[frame] = pixels
         position = frame + 1
     return kept
+
+
+TORCHCODEC_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
+
+TORCHCODEC_TIME_TOLERANCE_S = 1e-6
+"""Its times are float64 like the container's; both count from the first frame."""
+
+
+def decode_with_torchcodec(
+    video: VideoFile, *, index: FileIndex, draw: Draw, threads: int
+) -> tuple[list[WindowDraw], dict[int, UInt8]]:
+    """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
+
+    Raises:
+        DecoderFailed: torchcodec is missing, cannot read the file, or disagrees with `index`.
+        UnusableClip: no window can be drawn.
+    """
+    check_trusted(index, codecs=TORCHCODEC_CODECS)
+    try:
+        with warnings.catch_warnings():  # it warns of codecs that are not built in
+            warnings.simplefilter("ignore")
+            from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # not installed, or no FFmpeg beside it
+        raise DecoderFailed(f"torchcodec cannot be imported: {describe(error)}") from error
+    height, width = index.first_frame.shape[:2]
+    windows = draw(index.times_s, height, width)
+    wanted = sorted({0, *(frame for window in windows for frame in window.frame_index)})
+    try:
+        with nullcontext(video) if isinstance(video, Path) else video.open() as source:
+            reader = VideoDecoder(
+                source, dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
+            )
+            if len(reader) != index.num_packets:
+                raise DecoderFailed(
+                    f"torchcodec sees {len(reader)} frames, the container {index.num_packets}"
+                )
+            batch = reader.get_frames_at(wanted)
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+        raise DecoderFailed(f"torchcodec: {describe(error)}") from error
+    frames, times_s = batch.data.numpy(), batch.pts_seconds.numpy()
+    if np.abs(times_s - times_s[0] - index.times_s[wanted]).max() > TORCHCODEC_TIME_TOLERANCE_S:
+        raise DecoderFailed("torchcodec gives frames of other times than asked for")
+    if not np.array_equal(frames[0], index.first_frame):
+        raise DecoderFailed("torchcodec shows another first frame")
+    used = {frame for window in windows for frame in window.frame_index}
+    return windows, {frame: frames[row] for row, frame in enumerate(wanted) if frame in used}

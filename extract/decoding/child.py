@@ -1,6 +1,6 @@
 """A decoding process: takes clips from a pipe, gives windows and pixels back through a socket.
 
-Started by `pool.py` as `python -m deltatok.extract.child REQUEST_FD RESPONSE_FD PARENT_PID`. It
+Started as `python -m deltatok.extract.decoding.child REQUEST_FD RESPONSE_FD PARENT_PID`. It
 imports no torch, so that it starts in a fraction of a second. It dies with its parent, and it
 ignores SIGINT and SIGTERM: whether a run stops, and when, is for the parent to say.
 """
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .clips import source_from_json
-from .decoders import DecodedFrames, DecoderName, decode_clip
-from .evaluation import policy_from_json
-from .unusable import UnusableClip
+from ...shards.errors import UnusableClip
+from ..datasets.windows import policy_from_json
+from ..sources.clip import source_from_json
+from .clip import DecodedFrames, DecoderName, decode_clip
 from .wire import Message, MessageReader, send, send_frames, windows_message
 
 PR_SET_PDEATHSIG = 1

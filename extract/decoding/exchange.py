@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..shards.records import Quarantined
+from ...shards.records import Quarantined
 from .wire import DecodedFrames
 
 Result = DecodedFrames | Quarantined

@@ -1,7 +1,8 @@
 """A clip that is stored as images, one a frame: its times come from the names, exactly.
 
 Only the frames that windows use are read. EXIF rotation is applied: a frame is what viewers show.
-Called by decoders.py inside a decoding process.
+
+The frames of a target of a data set that are stored as images, whose names are known.
 """
 
 import io
@@ -13,11 +14,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .frame_names import frame_seconds
-from .packets import MAX_MEAN_GAP_S, Float64, UInt8, describe
-from .pyav_decoder import Draw
-from .sampling import WindowDraw
-from .unusable import UnusableClip
+from ...shards.errors import UnusableClip
+from ..sampling import WindowDraw
+from ..sources.clip import TargetFrames, frame_seconds
+from .backends import Draw
+from .container import MAX_MEAN_GAP_S, Float64, UInt8, describe
 
 MAX_FRAME_PIXELS = 2**26
 """A frame of 8192 x 8192. More is no video frame, but a file made to fill the memory (a guess)."""
@@ -126,3 +127,26 @@ def _opened(name: str, data: bytes) -> Image.Image:
             stage="decode",
         )
     return image
+
+
+def decode_images(
+    images: FrameImages, source: TargetFrames, *, draw: Draw
+) -> tuple[list[WindowDraw], dict[int, UInt8]]:
+    """The windows of the target, and RGB of its frames by number: uint8 (H, W, 3).
+
+    Raises:
+        UnusableClip: a frame cannot be read or has another size than the target.
+    """
+    frames = {
+        number: read_pixels(name, images.read(name))
+        for number, name in zip(source.numbers, source.names, strict=True)
+    }
+    height, width, _ = frames[source.numbers[-1]].shape
+    for name, pixels in zip(source.names, frames.values(), strict=True):
+        if pixels.shape[:2] != (height, width):
+            raise UnusableClip(
+                f"changes its size: {name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, the "
+                f"target {width}x{height}",
+                stage="decode",
+            )
+    return draw(np.zeros(0), height, width), frames

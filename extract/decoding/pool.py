@@ -19,15 +19,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.records import Quarantined
-from .clips import Clip, source_to_json
-from .config import DecoderChoice
-from .evaluation import Policy
+from ...shards.records import Quarantined
+from ..config import DecoderChoice
+from ..datasets.windows import Policy
+from ..sampling import WindowDraw
+from ..sources.clip import Clip, source_to_json
 from .exchange import Exchange, Result
 from .pump import Pump, PumpLimits
-from .sampling import WindowDraw
 
-CHILD_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.child")
+CHILD_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.decoding.child")
 """-P: the current folder is no place to import from."""
 
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..shards.errors import DeltatokError
-from ..shards.records import Quarantined
+from ...shards.errors import DeltatokError
+from ...shards.records import Quarantined
 from .child_process import ChildFailed, ChildProcess
 from .exchange import Exchange, Job, Result
 from .wire import Message, WireError, read_windows

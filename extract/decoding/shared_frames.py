@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.errors import DeltatokError
+from ...shards.errors import DeltatokError
 
 UInt8 = NDArray[np.uint8]
 

@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import WindowDraw
+from ..sampling import Square, WindowDraw
 from .shared_frames import BadFrames, map_frames, share_frames
-from .square import Square
 
 UInt8 = NDArray[np.uint8]
 

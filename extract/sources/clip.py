@@ -1,13 +1,91 @@
 """What a clip is: its name, and where its bytes lie, also inside an archive.
 
 Found by sources.py, named in plan.jsonl, handed as JSON to the decoding processes (child.py).
+
+Which file names count as videos.
+
+Frames stored as images: `<anything>_<seconds>.jpg`, one folder a clip.
+
+The released code stores pre-extracted Kinetics so. At least one name of a folder has a decimal
+point: `img_00001.jpg` counts frames, and taking such numbers for seconds would be silently wrong.
+
+What the searches of sources.py have in common: a thing found, and names that are refused.
 """
 
+import logging
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NoReturn
 
-from ..shards.plan_target import PlanTarget
+from ...shards.errors import UsageError
+from ...shards.evaluation.labels import PlanTarget
+
+VIDEO_SUFFIXES = frozenset(
+    [
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    ]
+)
+"""What counts as a video in a folder or a tar, in any case. A file that is named itself is always
+taken."""
+
+
+def without_suffix(name: str) -> str:
+    """`name` without the suffix of a video, if it has one."""
+    suffix = PurePath(name).suffix
+    return name[: -len(suffix)] if suffix.lower() in VIDEO_SUFFIXES else name
+
+
+logger = logging.getLogger(__name__)
+
+FRAME_NAME = re.compile(
+    rb".*_([0-9]{1,12}(\.[0-9]{0,40})?(?:e-[0-9]{1,2})?)\.(?:jpe?g|png)", re.IGNORECASE | re.DOTALL
+)
+"""Group 1: the seconds, as Python writes a float. Group 2: there is a decimal point."""
+
+WANTED_FRAMES = "folders of images named *_<seconds>.jpg, like 000012_0.48.jpg"
+
+
+def frame_seconds(name: str) -> str | None:
+    """The decimal number of seconds in the name of a frame; None for another file."""
+    match = FRAME_NAME.fullmatch(name.encode("utf-8", "surrogateescape"))
+    return None if match is None or name.startswith(".") else match[1].decode()
+
+
+def holds_frames(names: Iterable[str], *, folder: str) -> bool:
+    """Whether these names of one folder make it a clip; says so if they nearly do."""
+    numbers = [text for name in names if (text := frame_seconds(name)) is not None]
+    if numbers and not any("." in text for text in numbers):
+        warn_whole_numbers(folder)
+        return False
+    return bool(numbers)
+
+
+def warn_whole_numbers(folder: str) -> None:
+    """A folder is left out because its names may count frames."""
+    logger.warning(
+        "%s: left out: its images have whole numbers only, frames counted and not seconds; wanted "
+        "%s",
+        folder,
+        WANTED_FRAMES,
+    )
+
 
 Stamp = tuple[int, int]
 """Bytes and time of last change (ns) of an archive when it was searched: with another stamp it is
@@ -108,3 +186,65 @@ def source_from_json(value: dict[str, Any] | None) -> Source | None:
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+_DRIVE = re.compile(r"\A[A-Za-z]:/")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A clip before it has its key."""
+
+    name: str
+    """Its path inside what was searched; empty for that itself."""
+    path: Path
+    source: Source | None = None
+    size_bytes: int | None = None
+    """None: to be asked of the disk, if the clip is taken."""
+    label: str | None = None
+    split: str | None = None
+
+
+def check_member(name: str, archive: Path) -> None:
+    """Refuses an archive with a name that leads out of it: it was made to do harm."""
+    parts = _DRIVE.sub("/", name.replace("\\", "/")).split("/")
+    if not name or not parts[0] or ".." in parts or "\0" in name:
+        raise UsageError(
+            f"{archive}: holds {name[:200]!r}, a path that leaves the archive: make the archive "
+            "again with relative names, or do not use it"
+        )
+
+
+def stored_size(path: Path, source: Source | None) -> int:
+    """Bytes of the video, or of all frames of the folder; 0 where it is not there or not ours to
+    read (decoding it will say so)."""
+    try:
+        if isinstance(source, FrameFolder):
+            return sum(size for _, size in list_frames(path))
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something; False too for a name that no file can have."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def list_frames(folder: Path) -> list[tuple[str, int]]:
+    """(name, bytes) of the frames of a folder, unordered; OSError where it cannot be read."""
+    with os.scandir(folder) as entries:
+        return [
+            (entry.name, entry.stat().st_size)
+            for entry in entries
+            if frame_seconds(entry.name) is not None and entry.is_file()
+        ]
+
+
+def refuse_unreadable(error: OSError) -> NoReturn:
+    """UsageError for something that cannot be read."""
+    raise UsageError(f"{error.filename}: cannot be read ({error.strerror}): check its permissions")

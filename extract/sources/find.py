@@ -15,15 +15,21 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..shards.errors import UsageError
-from .clips import Clip, FrameFolder
-from .found import Found, is_there, refuse_unreadable, stored_size
-from .frame_names import WANTED_FRAMES, holds_frames
-from .sources_lists import LIST_SUFFIXES, find_in_list
-from .sources_tar import find_in_tar
-from .sources_zip import find_in_zip
-from .suffixes import VIDEO_SUFFIXES
-from .zip_parts import archive_of, find_parts
+from ...shards.errors import UsageError
+from .clip import (
+    VIDEO_SUFFIXES,
+    WANTED_FRAMES,
+    Clip,
+    Found,
+    FrameFolder,
+    holds_frames,
+    is_there,
+    refuse_unreadable,
+    stored_size,
+)
+from .lists import LIST_SUFFIXES, find_in_list
+from .tars import find_in_tar
+from .zips import archive_of, find_in_zip, find_parts
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Lists of videos (.txt, .csv, .jsonl) -> clips. Called by sources.py.
+"""Lists of videos (.txt, .csv, .jsonl) -> clips.
 
     .txt     a path a line
     .csv     a header with `path`, or with Kinetics' `youtube_id,time_start,time_end`; `label` and
@@ -20,9 +20,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..shards.errors import UsageError
-from .found import Found, is_there, refuse_unreadable
-from .suffixes import without_suffix
+from ...shards.errors import UsageError
+from .clip import Found, is_there, refuse_unreadable, without_suffix
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,15 @@
-"""Which of the clips found are taken: --exclude, then --split, then --limit. Called by run.py."""
+"""Which of the clips found are taken: --exclude, then --split, then --limit."""
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shards.errors import UsageError
-from ..shards.plan import plan_order
-from .clips import Clip
-from .config import ExtractConfig
-from .sources import find_clips
-from .suffixes import without_suffix
+from ...shards.errors import UsageError
+from ...shards.plan import plan_order
+from ..config import ExtractConfig
+from .clip import Clip, without_suffix
+from .find import find_clips
 
 logger = logging.getLogger(__name__)
 

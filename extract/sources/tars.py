@@ -1,4 +1,4 @@
-"""Uncompressed tars of videos, as WebDataset has them -> clips. Called by sources.py.
+"""Uncompressed tars of videos, as WebDataset has them -> clips.
 
     NAME.mp4      the video; read where it lies in the tar
     NAME.json     optional: an object with `label` and `split` (texts)
@@ -6,19 +6,78 @@
 
 What is lost is named, or the tar is refused: a video that the end of the file cuts off is a clip
 that goes to quarantine; where not even a name is left, nothing of the tar is used.
+
+A video that is a part of a file, given to decoders as a file object: nothing is unpacked.
 """
 
+import io
 import json
 import logging
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ..shards.errors import UsageError
-from .clips import Stamp, TarMember, Unreadable
-from .found import Found, check_member
-from .suffixes import VIDEO_SUFFIXES
+from ...shards.errors import UsageError
+from .clip import VIDEO_SUFFIXES, Found, Stamp, TarMember, Unreadable, check_member
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """`size` bytes of a file from `offset` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def open(self) -> "SliceReader":
+        """A file object of these bytes only; OSError where the file cannot be opened."""
+        return SliceReader(self)
+
+    def read(self) -> bytes:
+        """All of it."""
+        with self.open() as file:
+            return file.read()
+
+
+class SliceReader(io.RawIOBase):
+    """A seekable file that begins and ends with the slice."""
+
+    def __init__(self, part: FileSlice) -> None:
+        self._descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._part = part
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._part.size}
+        if start[whence] + offset < 0:
+            raise ValueError(f"seek to {start[whence] + offset}, before the start")
+        self._position = start[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        left = max(0, self._part.size - self._position)
+        view = memoryview(buffer).cast("B")[:left]
+        count = os.preadv(self._descriptor, [view], self._part.offset + self._position)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
 
 logger = logging.getLogger(__name__)
 

@@ -3,16 +3,136 @@
     entries' data ... | directory: one record an entry | end record (zip64: 3) | comment
 
 Our own reader, because `zipfile` keeps an object of some 600 bytes for every entry: Kinetics as
-frames has 136 million. Called by sources_zip.py (all of it) and zip_frames.py (one clip's part).
+frames has 136 million.
+
+A zip archive in one file or several: NAME.zip, or NAME.zip.part000, NAME.zip.part001, ...
+
+The parts are pieces of one file, in order, as `split` makes them; NAME.zip.000 or .001 on are taken
+too. Read by position only; nothing is joined on disk.
+
+The frames of one clip in a zip archive.
+
+Sizes are checked before anything is unpacked, and never more is unpacked than the archive says.
+
+Zip archives of frame folders -> clips.
+
+Only the directory of an archive is read here, once and in order; a clip keeps the places of its
+part of it.
 """
 
+import logging
+import os
+import re
 import struct
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ..shards.errors import DeltatokError
-from .zip_parts import ZipParts
+from ...shards.errors import DeltatokError, UnusableClip, UsageError
+from .clip import (
+    FRAME_NAME,
+    VIDEO_SUFFIXES,
+    WANTED_FRAMES,
+    Found,
+    Stamp,
+    ZipFolder,
+    check_member,
+    frame_seconds,
+    warn_whole_numbers,
+)
+
+PART_NAME = re.compile(r"(?P<archive>.+\.zip)\.(?:part)?(?P<number>[0-9]{2,6})", re.IGNORECASE)
+
+
+def archive_of(path: Path) -> Path | None:
+    """The zip archive that `path` is or is a part of; None for another name."""
+    if path.suffix.lower() == ".zip":
+        return path
+    match = PART_NAME.fullmatch(path.name)
+    return path.with_name(match["archive"]) if match else None
+
+
+def find_parts(archive: Path) -> list[Path]:
+    """The files that make the archive, in order; empty if there are none.
+
+    Raises UsageError for a part that is missing between others, and for parts of two kinds.
+    """
+    if archive.is_file():
+        return [archive]
+    numbered: dict[int, Path] = {}
+    folder = archive.parent
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = PART_NAME.fullmatch(path.name)
+        if match is None or match["archive"] != archive.name or not path.is_file():
+            continue
+        number = int(match["number"])
+        if number in numbered:
+            raise UsageError(f"{path} and {numbered[number].name}: both part {number}: keep one")
+        numbered[number] = path
+    first = min(numbered, default=0)
+    missing = sorted(set(range(min(first, 1), max(numbered, default=-1) + 1)) - numbered.keys())
+    if first == 1:  # 7-Zip counts from .001 on, split from .part000
+        missing = [number for number in missing if number]
+    if missing:
+        raise UsageError(
+            f"{archive}: part {missing[0]} is missing beside {numbered[first].name}: put all "
+            "parts into one folder"
+        )
+    return [numbered[number] for number in sorted(numbered)]
+
+
+class ZipParts:
+    """The bytes of an archive by position, over all of its parts."""
+
+    def __init__(self, archive: Path) -> None:
+        """Raises UsageError where it is not there, OSError where it cannot be opened."""
+        paths = find_parts(archive)
+        if not paths:
+            raise UsageError(f"{archive}: no such archive, nor parts of it: check the path")
+        self._descriptors: list[int] = []
+        self._starts = [0]
+        changed_ns = 0
+        try:
+            for path in paths:
+                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                status = os.fstat(self._descriptors[-1])
+                self._starts.append(self._starts[-1] + status.st_size)
+                changed_ns = max(changed_ns, status.st_mtime_ns)
+        except OSError:
+            self.close()
+            raise
+        self.size = self._starts[-1]
+        """Bytes of all parts together."""
+        self.stamp: Stamp = (self.size, changed_ns)
+
+    def pread(self, size: int, position: int) -> bytes:
+        """`size` bytes from `position` on; fewer where the archive ends."""
+        pieces: list[bytes] = []
+        for descriptor, start, end in zip(
+            self._descriptors, self._starts, self._starts[1:], strict=False
+        ):
+            while size > 0 and start <= position < end:
+                piece = os.pread(descriptor, min(size, end - position), position - start)
+                if not piece:
+                    return b"".join(pieces)
+                pieces.append(piece)
+                position += len(piece)
+                size -= len(piece)
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Closes the files; a second call does nothing."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> "ZipParts":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
 
 _END = struct.Struct("<4s4H2IH")
 _LOCATOR64 = struct.Struct("<4sIQI")
@@ -141,3 +261,165 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
             return [next(wide) if value == _FULL else value for value in values]
         position += 4 + length
     raise BadZip("an entry says zip64 and has no such field")
+
+
+MAX_FRAME_BYTES = 64 * 2**20
+"""A frame as a file; an uncompressed 4K frame has 25 MB (a guess)."""
+
+MAX_RATIO = 100
+"""Unpacked over packed bytes of a frame, where it is larger than 1 MiB: photographs do not get
+smaller in a zip; archives made to fill a disk reach 1000 (a guess)."""
+
+_STORED, _DEFLATED = 0, 8
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+
+
+class ZipImages:
+    """The frames of one folder of an archive."""
+
+    def __init__(self, parts: ZipParts, source: ZipFolder) -> None:
+        """BadZip where its part of the directory is not as it was."""
+        self._parts = parts
+        self._entries: dict[str, ZipEntry] = {}
+        for offset, size in source.runs:
+            for entry in read_entries(parts, offset, size):
+                folder, _, name = entry_name(entry.name).rpartition("/")
+                if folder == source.folder and frame_seconds(name) is not None:
+                    if name in self._entries:
+                        raise UnusableClip(f"{name} is twice in the archive", stage="open")
+                    self._entries[name] = entry
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all frames together, as they are stored."""
+        return sum(entry.stored_bytes for entry in self._entries.values())
+
+    def read(self, name: str) -> bytes:
+        entry = self._entries[name]
+        _check_entry(name, entry)
+        header = self._parts.pread(_LOCAL_HEADER.size + len(entry.name), entry.header_offset)
+        # The name is there a second time: a damaged directory gives no frame of another clip.
+        if not (header.startswith(b"PK\3\4") and header[_LOCAL_HEADER.size :] == entry.name):
+            raise _damaged(name, "does not lie where the archive says")
+        *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(header)
+        start = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+        stored = self._parts.pread(entry.stored_bytes, start)
+        if len(stored) < entry.stored_bytes:
+            raise _damaged(name, "is cut short")
+        data = stored if entry.method == _STORED else _inflate(name, stored, entry.size_bytes)
+        if len(data) != entry.size_bytes or zlib.crc32(data) != entry.crc32:
+            raise _damaged(name, "is not what its checksum says")
+        return data
+
+
+def _check_entry(name: str, entry: ZipEntry) -> None:
+    if entry.encrypted or entry.method not in (_STORED, _DEFLATED):
+        raise _damaged(name, f"is encrypted or compressed in another way ({entry.method})")
+    largest = max(entry.size_bytes, entry.stored_bytes)
+    bomb = entry.size_bytes > max(2**20, MAX_RATIO * entry.stored_bytes)
+    if largest > MAX_FRAME_BYTES or bomb:
+        raise _damaged(
+            name, f"would unpack from {entry.stored_bytes} to {entry.size_bytes} bytes, no frame"
+        )
+
+
+def _inflate(name: str, stored: bytes, size: int) -> bytes:
+    try:
+        return zlib.decompressobj(-15).decompress(stored, size + 1)
+    except zlib.error as error:
+        raise _damaged(name, f"cannot be unpacked ({error})") from error
+
+
+def _damaged(name: str, what: str) -> UnusableClip:
+    return UnusableClip(f"{name} {what}", stage="decode")
+
+
+logger = logging.getLogger(__name__)
+
+MAX_RUNS = 1000
+"""Parts of the directory a clip may be spread over before all between them counts as its part too
+(the part is then read and the entries of other clips passed over)."""
+
+
+@dataclass
+class _Folder:
+    """What is known of one folder of the archive so far."""
+
+    stored_bytes: int = 0
+    has_seconds: bool = False
+    """One of its names has a decimal point."""
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """(first byte, end)"""
+
+
+def find_in_zip(archive: Path) -> Iterator[Found]:
+    """The frame folders of the archive.
+
+    Raises UsageError for an archive that is cut short, lacks a part, or has an entry whose name
+    leads out of the archive.
+    """
+    try:
+        with ZipParts(archive) as parts:
+            folders, num_videos = _read_folders(parts, archive)
+            stamp = parts.stamp
+    except OSError as error:
+        raise UsageError(f"{archive}: cannot be read ({error.strerror}): check it") from error
+    except BadZip as error:
+        raise UsageError(f"{archive}: {error}: get it again, and all parts of it") from error
+    if num_videos:
+        logger.warning(
+            "%s: %d videos in it are not read: from a zip only %s are; unpack it, or make a tar",
+            archive,
+            num_videos,
+            WANTED_FRAMES,
+        )
+    for raw in sorted(folders):
+        folder, name = folders[raw], entry_name(raw)
+        if not folder.has_seconds:
+            warn_whole_numbers(f"{archive}: {name}")
+            continue
+        source = ZipFolder(folder=name, runs=_joined(folder.runs), stamp=stamp)
+        yield Found(_without_dots(name), archive, source, size_bytes=folder.stored_bytes)
+
+
+def _read_folders(parts: ZipParts, archive: Path) -> tuple[dict[bytes, _Folder], int]:
+    """Every folder that has frames, and how many videos there are beside them."""
+    directory = find_directory(parts)
+    folders: dict[bytes, _Folder] = {}
+    num_entries = num_videos = 0
+    current, folder = b"", _Folder()
+    for entry in read_entries(parts, directory.offset, directory.size):
+        num_entries += 1
+        parent, _, name = entry.name.rpartition(b"/")
+        match = FRAME_NAME.fullmatch(name)
+        if match is None or name.startswith(b"."):
+            num_videos += PurePosixPath(entry_name(name)).suffix.lower() in VIDEO_SUFFIXES
+            check_member(entry_name(entry.name), archive)
+            continue
+        if parent != current or num_entries == 1:
+            check_member(entry_name(entry.name), archive)
+            current, folder = parent, folders.setdefault(parent, _Folder())
+        folder.stored_bytes += entry.stored_bytes
+        folder.has_seconds = folder.has_seconds or match[2] is not None
+        start, end = entry.record_offset, entry.record_offset + entry.record_bytes
+        if folder.runs and folder.runs[-1][1] == start:
+            start = folder.runs.pop()[0]
+        folder.runs.append((start, end))
+    if num_entries != directory.num_entries:
+        raise BadZip(f"lists {num_entries} entries, its end says {directory.num_entries}")
+    return folders, num_videos
+
+
+def _joined(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """(first byte, bytes)"""
+    if len(runs) > MAX_RUNS:
+        runs = [(runs[0][0], runs[-1][1])]
+    return tuple((start, end - start) for start, end in runs)
+
+
+def _without_dots(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command import parse_config, run_command, run_subcommand
+from ..cli import parse_config, run_command, run_subcommand
 
 USAGE = """usage: deltatok-evaluate {forecast,compare,flops,cache-fidelity} [--help] ...
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _forecast(words: list[str]) -> None:
-    from ..evaluate.config import ForecastConfig
+    from ...evaluate.forecast.config import ForecastConfig
 
     config = parse_config(
         ForecastConfig,
@@ -44,14 +44,14 @@ def _forecast(words: list[str]) -> None:
         example="deltatok-evaluate forecast --patches cache/val --tokenizer runs/tokenizer "
         "--world runs/world --dataset little-world --out runs/report",
     )
-    from ..evaluate.forecast import run_forecast
+    from ...evaluate.forecast.run import run_forecast
 
     run_forecast(config)
     print(f"report: {Path(config.out) / 'report.html'}")
 
 
 def _compare(words: list[str]) -> None:
-    from ..evaluate.compare import CompareConfig, run_compare
+    from ...evaluate.compare import CompareConfig, run_compare
 
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     folders = ["--reports", *words[:count]] if count else []
@@ -69,7 +69,7 @@ def _compare(words: list[str]) -> None:
 
 
 def _flops(words: list[str]) -> None:
-    from ..evaluate.flops import CONVENTION, FlopsConfig, flops_rows, markdown_table, paper_table_b
+    from ...evaluate.flops import CONVENTION, FlopsConfig, flops_rows, markdown_table, paper_table_b
 
     config = parse_config(
         FlopsConfig,
@@ -85,7 +85,7 @@ def _flops(words: list[str]) -> None:
 
 
 def _cache_fidelity(words: list[str]) -> None:
-    from ..evaluate.cache_fidelity import CacheFidelityConfig, markdown_table, run_cache_fidelity
+    from ...evaluate.cache_fidelity import CacheFidelityConfig, markdown_table, run_cache_fidelity
 
     config = parse_config(
         CacheFidelityConfig,

@@ -1,18 +1,106 @@
-"""deltatok-extract: videos, a data set or patch-token shards -> patch- or delta-token shards."""
+"""deltatok-extract: videos, a data set or patch-token shards -> patch- or delta-token shards.
+
+What `deltatok-extract --videos` is told: an extraction, and a tokenizer to encode with at once.
+
+Nothing heavy is imported here: `--help` reads it.
+
+deltatok-extract --dataset: a labelled data set -> an evaluation cache.
+"""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from ..shards.errors import UsageError
-from .command import Parser, add_config_flags, config_from_arguments, run_command
-from .config import read_yaml
+from ...extract.config import ExtractConfig
+from ...shards.errors import UsageError
+from ..cli import Parser, add_config_flags, config_from_arguments, read_yaml, run_command
 
-if TYPE_CHECKING:
-    from .videos_config import VideosConfig
+
+@dataclass(frozen=True, kw_only=True)
+class VideosConfig(ExtractConfig):
+    """Videos in; a patch-token cache out, or, with a tokenizer, a delta-token cache."""
+
+    tokenizer: str | None = None
+    """Model folder of a tokenizer: delta-token shards are written straight from the videos, the
+    patch tokens are never stored."""
+    tokenizer_autocast: Literal["auto", "float32", "bfloat16"] | None = None
+    """Arithmetic of the tokenizer, only with one; auto, also where none is given: bfloat16 on
+    cuda, float32 on the CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokenizer is None:
+            if self.tokenizer_autocast is not None:
+                raise UsageError(
+                    f"tokenizer_autocast: got {self.tokenizer_autocast!r} without a tokenizer, "
+                    "which is all that it concerns: give --tokenizer DIR, or leave it out"
+                )
+            return
+        if self.sampling != "windows":
+            raise UsageError(
+                f"sampling: got {self.sampling!r} with --tokenizer, wanted 'windows': delta tokens "
+                "are for training; extract the uniform frames without --tokenizer, then draw "
+                "windows among them with --patches and --tokenizer"
+            )
+        if self.dtype != "float16":
+            raise UsageError(
+                f"dtype: got {self.dtype!r} with --tokenizer, wanted 'float16': patch tokens are "
+                "rounded to float16 before they are encoded; for another dtype extract first, "
+                "then encode with --patches and --tokenizer"
+            )
+
+
+DATASET_EXAMPLE = """examples:
+  deltatok-extract --dataset vspw --root VSPW --out cache/vspw
+  deltatok-extract --dataset cityscapes --root cityscapes --out cache/cityscapes
+  deltatok-extract --dataset kitti --root kitti --split-file eigen_test.txt --out cache/kitti
+  deltatok-extract --dataset sequences --name davis --root DAVIS \\
+      --images "JPEGImages/480p/*/*.jpg" --labels "Annotations/480p/*/*.png" --binary --fps 24 \\
+      --out cache/davis
+  deltatok-extract --dataset sequences --name scene --root scene --images "*.color.png" \\
+      --labels "*.depth.png" --kind depth --steps-per-m 1000 --ignore 65535 --fps 30 --out cache/d
+  deltatok-extract --dataset vspw --root VSPW --split train --out cache/vspw_train
+
+The cache refers to the labels, which stay where they are: deltatok-evaluate and deltatok-train head
+read them from --labels ROOT.
+
+exit codes: 0 done; 2 bad usage, or another layout; 3 finished, but too many targets are incomplete;
+4 the cache does not match; 75 stopped by SIGTERM or --time-limit, run again to go on; 1 other"""
+
+
+def run_dataset_command(words: list[str]) -> None:
+    """`deltatok-extract` with words that name a data set."""
+    from ...extract.datasets.base import DatasetConfig
+
+    parser = Parser(
+        prog="deltatok-extract",
+        description="Run a frozen DINOv3 over the labelled targets of a data set: their context "
+        "and the target itself, in the crops of the forecasting benchmark.",
+        epilog=DATASET_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_flags(parser, DatasetConfig)
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="say which targets there are and what they would take, and exit; writes nothing",
+    )
+    arguments = parser.parse_args(words)
+    config = config_from_arguments(DatasetConfig, arguments)
+    if arguments.plan:
+        from ..dataset_plan import dataset_plan
+
+        print(dataset_plan(config))
+        return
+    from ...extract.datasets.registry import run_dataset
+
+    logging.info("%s", run_dataset(config).told())
+    print(f"evaluation cache: {config.out}")
+
 
 SOURCES = ("videos", "dataset", "patches")
 """What a cache can be made from; one of them says which command it is."""
@@ -21,7 +109,7 @@ EXAMPLE = """examples:
   deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
       --frame-size 256 --windows 4 --out cache/patches
   deltatok-extract --videos more_clips/ --append --frame-size 256 --windows 4 --out cache/patches
-  accelerate launch --num_processes 8 -m deltatok.pipeline.extract_command --videos clips/ \\
+  accelerate launch --num_processes 8 -m deltatok.pipeline.commands.extract --videos clips/ \\
       --out cache/patches
   deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
   deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
@@ -51,8 +139,6 @@ def _run(words: list[str]) -> None:
             "leave the others out"
         )
     if "dataset" in given:
-        from .dataset_command import run_dataset_command
-
         run_dataset_command(words)
     elif "patches" in given:
         _run_tokenize(words)
@@ -89,7 +175,6 @@ def _parser(summary: str, config_type: type) -> Parser:
 
 
 def _run_videos(words: list[str]) -> None:
-    from .videos_config import VideosConfig
 
     summary = "Run a frozen DINOv3 over videos once and write what others train on."
     parser = _parser(summary, VideosConfig)
@@ -104,11 +189,11 @@ def _run_videos(words: list[str]) -> None:
             name = f"--{flag.replace('_', '-')}"
             raise UsageError(f"{name}: only --plan reads it: add --plan, or leave {name} out")
     if config.tokenizer is None:
-        from ..extract.run import run_extraction
+        from ...extract.run import run_extraction
 
         kind, result = "patch-token", run_extraction(config)
     else:
-        from .fused import run_fused
+        from ..fused import run_fused
 
         kind, result = "delta-token", run_fused(config)
     logging.info("%s", result.told())
@@ -134,10 +219,10 @@ def _add_plan_flags(parser: Parser, *, hidden: bool = False) -> None:
 
 
 def _print_plan(config: "VideosConfig", arguments: argparse.Namespace) -> None:
-    from ..shards.files import write_json
-    from .plan import DEFAULT_PROBE_CLIPS, make_extraction_plan
-    from .plan_result import as_json
-    from .plan_text import plan_text
+    from ...shards.files import write_json
+    from ..plan import DEFAULT_PROBE_CLIPS, make_extraction_plan
+    from ..plan_result import as_json
+    from ..plan_text import plan_text
 
     count = DEFAULT_PROBE_CLIPS if arguments.probe_clips is None else arguments.probe_clips
     plan = make_extraction_plan(config, num_probe_clips=count)
@@ -153,7 +238,7 @@ def _print_plan(config: "VideosConfig", arguments: argparse.Namespace) -> None:
 
 
 def _run_tokenize(words: list[str]) -> None:
-    from ..train.config import TokenizeConfig
+    from ...train.config import TokenizeConfig
 
     summary = "Encode patch-token shards with a tokenizer and write delta-token shards."
     parser = _parser(summary, TokenizeConfig)
@@ -166,12 +251,12 @@ def _run_tokenize(words: list[str]) -> None:
             "leave them out"
         )
     config = config_from_arguments(TokenizeConfig, arguments)
-    from ..train.tokenize import write_deltas
-    from .uniform_draws import UniformDraws
+    from ...train.encode import write_deltas
+    from ..uniform_draws import UniformDraws
 
     write_deltas(config, draws=UniformDraws.from_config(config))
     print(f"delta-token shards: {config.out}")
 
 
-if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.extract_command
+if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.commands.extract
     sys.exit(main())

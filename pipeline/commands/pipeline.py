@@ -1,5 +1,6 @@
 """deltatok-pipeline: run or plan all stages of a pipeline file; quickstart is the built-in one;
-import and export of the released checkpoints."""
+import and export of the released checkpoints.
+"""
 
 import argparse
 import json
@@ -7,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shards.files import write_json
-from .command import Parser, example_help, run_command
-from .config import PACKAGE, apply_settings
-from .stages import Pipeline, read_pipeline, run_pipeline, stages_to_run
+from ...shards.files import write_json
+from ..cli import PACKAGE, Parser, apply_settings, example_help, run_command
+from ..stages import Pipeline, read_pipeline, run_pipeline, stages_to_run
 
 RUN_EXAMPLE = "deltatok-pipeline run configs/quickstart.yaml --set tokenizer.steps=2000"
 
@@ -86,8 +86,7 @@ def _add_official(kinds: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from ..train.official import import_official
-    from ..train.official_configs import rgb_constants
+    from ...train.official import import_official, rgb_constants
 
     overrides: dict[str, object] = {}
     if arguments.backbone is not None:
@@ -101,7 +100,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from ..train.official import export_official
+    from ...train.official import export_official
 
     export_official(arguments.dir, arguments.out)
     print(f"checkpoint: {arguments.out}")

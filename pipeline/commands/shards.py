@@ -1,21 +1,46 @@
-"""deltatok-shards verify: is a cache whole, repair it, hold it against the videos it came from."""
+"""deltatok-shards verify: is a cache whole, repair it, hold it against the videos it came from.
+
+deltatok-shards export: a subset, a merger, other shards, another storage type, npy files.
+
+deltatok-shards preview: look at a cache.
+
+deltatok-shards bench: how fast a cache is read, beside what limits it.
+
+deltatok-shards: info, verify, preview, export and bench of a cache.
+"""
 
 import argparse
 import json
-from collections.abc import Iterator
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
-from ..shards.errors import DamagedShard, DeltatokError, UsageError
-from ..shards.files import write_json
-from ..shards.repair import Repaired, repair_cache
-from ..shards.verify import VerifyReport, verify_cache
+from ...shards.cache import PATCHES, read_cache_info
+from ...shards.deltas.reader import DeltaShards
+from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
+from ...shards.files import write_bytes, write_json
+from ...shards.patches.layout import STORED_DTYPES
+from ...shards.patches.reader import PatchShards
+from ...shards.patches.zarr_arrays import COMPRESSIONS
+from ...shards.tools.export import export_cache
+from ...shards.tools.export_plan import Selection
+from ...shards.tools.info import describe_cache
+from ...shards.tools.npy_folder import VALUE_DTYPES, export_npy
+from ...shards.tools.repair import Repaired, repair_cache
+from ...shards.tools.verify import VerifyReport, verify_cache
+from ...train.config import Residency
+from ..bench import BenchSettings, bench_deltas, bench_patches, first_residency
+from ..cli import Parser, example_help, run_command
 
 if TYPE_CHECKING:
-    from .audit import AuditReport
+    from ..audit import AuditReport
 
 LEASE_TIMEOUT_S = 60.0
 
@@ -140,8 +165,8 @@ def _repair(folder: Path, report: VerifyReport) -> Repaired:
 @contextmanager
 def _nobody_writes(folder: Path) -> Iterator[None]:
     """Holds what a writer needs to finish; UsageError while one is at work."""
-    from ..extract.common import CACHE_LEASE
-    from ..extract.leases import FOLDER, Leases
+    from ...extract.common import CACHE_LEASE
+    from ...extract.leases import FOLDER, Leases
 
     if (folder / FOLDER).is_symlink():
         raise UsageError(f"{folder / FOLDER}: is a link: remove it first")
@@ -183,7 +208,7 @@ def _after_repair(folder: Path, before: VerifyReport, done: Repaired) -> Deltato
 
 
 def _audit(arguments: argparse.Namespace) -> "AuditReport":
-    from .audit import AuditConfig, audit_cache
+    from ..audit import AuditConfig, audit_cache
 
     report = audit_cache(
         AuditConfig(
@@ -222,3 +247,313 @@ def _write(path: Path, found: dict[str, Any]) -> None:
         raise UsageError(
             f"--json {path}: cannot be written ({error.strerror or error}): give another file"
         ) from error
+
+
+logger = logging.getLogger(__name__)
+
+EXPORT_EXAMPLE = """examples:
+  deltatok-shards export cache/patches --split val --out cache/val
+  deltatok-shards export cache/videos-a cache/videos-b --windows-per-shard 4096 --out cache/all
+  deltatok-shards export cache/patches --dtype int8 --out cache/patches-int8
+  deltatok-shards export cache/deltas --format npy --out deltas-npy
+
+A clip is taken whole or not at all. With the dtype kept, every stored number and the fingerprint
+stay; another dtype makes another fingerprint. Killed, run the same command again: it goes on
+(npy: begins again). Caches that are merged must be of one identity."""
+
+PROGRESS_EVERY_S = 5.0
+
+
+def add_export(kinds: Any) -> None:
+    """Adds the subcommand to those of deltatok-shards."""
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        "export",
+        help="subset, merge, re-shard, another storage type, npy files",
+        epilog=EXPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("sources", metavar="SRC", nargs="+", type=Path, help="finished cache folders")
+    add(
+        "--out", required=True, type=Path, help="new folder (or one that was begun by this command)"
+    )
+    add("--format", choices=("cache", "npy"), default="cache", help="default: cache")
+    add("--clips", metavar="FILE", type=Path, help="take only these clips: one key a line")
+    add("--split", metavar="NAME", nargs="+", default=(), help="take only clips of these splits")
+    add("--label", metavar="NAME", nargs="+", default=(), help="take only clips of these classes")
+    add("--limit", metavar="N", type=int, help="take the first N clips in the plan's seeded order")
+    add("--clips-per-shard", metavar="N", type=int, help="default: as in the largest shard given")
+    add(
+        "--windows-per-shard",
+        metavar="N",
+        type=int,
+        help="at most, instead of clips; whole clips. A shard is held in memory",
+    )
+    dtypes = sorted({*STORED_DTYPES, *VALUE_DTYPES})
+    add(
+        "--dtype",
+        choices=dtypes,
+        help=f"default: as stored; caches: {', '.join(STORED_DTYPES)}; npy: "
+        f"{', '.join(VALUE_DTYPES)}",
+    )
+    add("--compression", choices=COMPRESSIONS, help="of patch shards; default: none")
+
+
+def run_export(arguments: Namespace) -> None:
+    """Does what `add_export` parsed."""
+    selection = Selection(
+        clips=None if arguments.clips is None else _read_keys(arguments.clips),
+        labels=tuple(arguments.label),
+        splits=tuple(arguments.split),
+        limit=arguments.limit,
+    )
+    if arguments.format == "npy":
+        for name in ("clips_per_shard", "windows_per_shard", "compression"):
+            if getattr(arguments, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} with --format npy, which has no shards: leave it out")
+        num_windows = export_npy(
+            arguments.sources,
+            arguments.out,
+            selection=selection,
+            dtype=arguments.dtype,
+            progress=_progress("windows"),
+        )
+    else:
+        info = export_cache(
+            arguments.sources,
+            arguments.out,
+            selection=selection,
+            clips_per_shard=arguments.clips_per_shard,
+            windows_per_shard=arguments.windows_per_shard,
+            dtype=arguments.dtype,
+            compression=arguments.compression or "none",
+            progress=_progress("shards"),
+        )
+        num_windows = info.counts["windows"]
+    print(f"{num_windows} windows: {arguments.out}")
+
+
+def _read_keys(path: Path) -> frozenset[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--clips {path}: cannot be read ({error})") from None
+    keys = frozenset(line for line in lines if line)
+    if not keys:
+        raise UsageError(f"--clips {path}: names no clip, wanted one key a line")
+    return keys
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """Logs rate and time left, now and then."""
+    start = time.monotonic()
+    told = start
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= PROGRESS_EVERY_S:
+            told = now
+            left_s = (now - start) * (total - done) / done
+            rate = done / (now - start)
+            logger.info("%d of %d %s, %.1f/s, %.0f s left", done, total, what, rate, left_s)
+
+    return tell
+
+
+PREVIEW_EXAMPLE = """examples:
+  deltatok-shards preview cache/patches --out patches.html --videos my_videos/
+  deltatok-shards preview cache/deltas --out deltas.png --windows 4 --seed 3
+
+The page is one file and fetches nothing. --videos takes the paths that deltatok-extract
+was given."""
+
+
+def add_preview(kinds: Any) -> None:
+    """Adds the subcommand to those of deltatok-shards."""
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        "preview",
+        help="some windows as pictures: an HTML page or a PNG",
+        epilog=PREVIEW_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("dir", metavar="DIR", type=Path, help="a finished cache folder")
+    add("--out", required=True, type=Path, help="FILE.html or FILE.png; replaced if it is there")
+    add("--videos", metavar="PATH", nargs="+", default=(), help="show their frames too")
+    add("--windows", metavar="N", type=int, default=6, help="windows to show; default: 6")
+    add("--seed", type=int, default=0, help="which windows; default: 0")
+
+
+def run_preview(arguments: Namespace) -> None:
+    """Does what `add_preview` parsed."""
+    out: Path = arguments.out
+    if out.suffix not in (".html", ".png"):
+        raise UsageError(f"--out {out}: wanted a name that ends with .html or .png")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.absolute().parent}: make it first")
+    is_patches = read_cache_info(arguments.dir).format == PATCHES
+    reader = PatchShards(arguments.dir) if is_patches else DeltaShards(arguments.dir, verify="size")
+    # Imported here: pictures take seconds to import, the other subcommands need none.
+    from ..preview import Preview, choose_windows, preview_html, preview_png
+    from ..preview_deltas import delta_sections
+    from ..preview_patches import patch_sections
+    from ..preview_times import cache_facts
+
+    windows = choose_windows(reader, arguments.windows, seed=arguments.seed)
+    chosen: dict[str, Any] = {"videos": arguments.videos, "seed": arguments.seed}
+    if isinstance(reader, PatchShards):
+        sections = patch_sections(reader, windows, **chosen)
+    else:
+        sections = delta_sections(reader, windows, **chosen)
+    kind = "Patch tokens" if is_patches else "Delta tokens"
+    preview = Preview(
+        title=f"{kind} in {arguments.dir.resolve().name}",
+        summary=f"{len(windows)} of {reader.num_windows} windows, of {len(reader.keys)} clips; "
+        f"seed {arguments.seed}",
+        facts=cache_facts(reader),
+        sections=sections,
+    )
+    data = preview_html(preview).encode() if out.suffix == ".html" else preview_png(preview)
+    write_bytes(out, data)
+    print(f"preview: {out}")
+
+
+BENCH_EXAMPLE = """examples:
+  deltatok-shards bench cache/deltas
+  deltatok-shards bench cache/deltas --residency stream --cold --json bench.json
+
+Rates of one run on a busy machine differ from the next one's; compare the columns of one run."""
+
+
+def add_bench(kinds: Any) -> None:
+    """Adds the subcommand to those of deltatok-shards."""
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        "bench",
+        help="loader and reader rates beside memory, memory-map and disk",
+        epilog=BENCH_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("dir", metavar="DIR", type=Path, help="a finished cache folder")
+    add("--batch-size", type=int, help="windows (deltas) or pairs (patches) [1024; 448]")
+    add("--workers", default="0,1", help="threads that read ahead, several with commas [0,1]")
+    names = [name for name in get_args(Residency) if name not in ("auto", "device")]
+    add("--residency", nargs="+", choices=names, help="the first is the headline [auto, map]")
+    add("--rounds", type=int, default=5, help="turns of every contestant [5]")
+    add("--seconds", type=float, default=0.5, help="of a turn [0.5]")
+    add("--cold", action="store_true", help="drop the files from the page cache before each turn")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers")
+
+
+def run_bench(arguments: Namespace) -> None:
+    """Prints the table; raises what opening the cache does."""
+    info = read_cache_info(arguments.dir)
+    patches = info.format == PATCHES
+    if not info.complete:
+        raise CacheMismatch(
+            f"{arguments.dir}: is not finished: first let the command that makes it come to its end"
+        )
+    if info.counts.get("windows", 0) == 0:
+        raise UsageError(f"{arguments.dir}: holds no windows, so there is nothing to measure")
+    auto = first_residency(arguments.dir, patches=patches)
+    residencies = tuple(arguments.residency or dict.fromkeys((auto, "map")))
+    wanted = arguments.batch_size or (448 if patches else 1024)
+    pairs = info.shape.num_frames - 1 if patches else 1
+    settings = BenchSettings(
+        batch_size=min(wanted, info.counts["windows"] * pairs),
+        workers=_workers(arguments.workers),
+        residencies=residencies,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        cold=arguments.cold,
+    )
+    if min(settings.rounds, settings.batch_size) < 1 or not settings.seconds > 0:
+        raise UsageError("--rounds, --batch-size and --seconds: wanted more than 0")
+    found = (bench_patches if patches else bench_deltas)(arguments.dir, settings)
+    print(_table(found, "pairs" if patches else "windows"))
+    if arguments.json is not None:
+        write_json(arguments.json, found)
+
+
+def _workers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = (-1,)
+    if min(numbers) < 0 or max(numbers) > 64:
+        raise UsageError(f"--workers {text}: wanted numbers from 0 to 64, like 0,1,2")
+    return numbers
+
+
+def _table(found: dict[str, Any], unit: str) -> str:
+    suffix = f"_{unit}_per_s"
+    rates = {name.removesuffix(suffix): rate for name, rate in found["rates"].items()}
+    limit = rates.get("in_memory") or rates.get("memmap")
+    lines = [
+        f"| | {unit}/s | of {'memory' if 'in_memory' in rates else 'memmap'} |",
+        "|---|---:|---:|",
+    ]
+    for name, rate in rates.items():
+        share = f"{rate / limit:.2f}" if limit else ""
+        lines.append(f"| {name} | {rate:,.0f} | {share} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `deltatok-shards`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(words))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="deltatok-shards",
+        description="Look at a cache of patch-token or delta-token shards.",
+        **example_help(
+            "deltatok-shards info cache/patches",
+            "deltatok-shards verify cache/patches",
+            "deltatok-shards preview cache/patches --out preview.html",
+            "deltatok-shards bench cache/deltas",
+            "deltatok-shards export cache/patches --split val --out cache/val",
+        ),
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    info = kinds.add_parser(
+        "info",
+        help="format, shape, size, provenance, quarantine",
+        **example_help("deltatok-shards info cache/patches --json"),
+    )
+    verify = kinds.add_parser("verify", help="is it whole; --repair; --audit")
+    for kind in (info, verify):
+        kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
+    info.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_verify_flags(verify)
+    add_preview(kinds)
+    add_export(kinds)
+    add_bench(kinds)
+    return parser
+
+
+def _run(words: list[str]) -> None:
+    arguments = _parser().parse_args(words)
+    if arguments.kind == "info":
+        _info(arguments.dir, as_json=arguments.json)
+    elif arguments.kind == "export":
+        run_export(arguments)
+    elif arguments.kind == "preview":
+        run_preview(arguments)
+    elif arguments.kind == "bench":
+        run_bench(arguments)
+    else:
+        run_verify(arguments)
+
+
+def _info(folder: Path, *, as_json: bool) -> None:
+    found = describe_cache(folder)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        print(f"{key:<20} {value if not isinstance(value, dict | list) else json.dumps(value)}")

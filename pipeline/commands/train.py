@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from .command import parse_config, run_command, run_subcommand
+from ..cli import parse_config, run_command, run_subcommand
 
 USAGE = """usage: deltatok-train {tokenizer,world,dinoworld,head} [--help] ...
 
@@ -27,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(lambda: run_subcommand("deltatok-train", kinds, USAGE, words))
     finally:
         if "torch" in sys.modules:  # it takes seconds to import: not for --help
-            from ..train.devices import leave_group
+            from ...train.engine.devices import leave_group
 
             leave_group()
 
 
 def _tokenizer(words: list[str]) -> None:
-    from ..train.config import TokenizerTrainConfig
+    from ...train.config import TokenizerTrainConfig
 
     config = parse_config(
         TokenizerTrainConfig,
@@ -42,14 +42,14 @@ def _tokenizer(words: list[str]) -> None:
         summary="Train DeltaTok on patch-token shards: one delta token a frame pair.",
         example="deltatok-train tokenizer --patches cache/patches --out runs/tokenizer",
     )
-    from ..train.tokenizer import train_tokenizer
+    from ...train.tokenizer import train_tokenizer
 
     train_tokenizer(config)
     print(f"tokenizer: {config.out}")
 
 
 def _world(words: list[str]) -> None:
-    from ..train.config import WorldTrainConfig
+    from ...train.config import WorldTrainConfig
 
     config = parse_config(
         WorldTrainConfig,
@@ -58,14 +58,14 @@ def _world(words: list[str]) -> None:
         summary="Train DeltaWorld on delta-token shards.",
         example="deltatok-train world --deltas cache/deltas --out runs/world",
     )
-    from ..train.world import train_world
+    from ...train.world import train_world
 
     train_world(config)
     print(f"world model: {config.out}")
 
 
 def _dinoworld(words: list[str]) -> None:
-    from ..train.config_dinoworld import DINOWorldTrainConfig
+    from ...train.config import DINOWorldTrainConfig
 
     config = parse_config(
         DINOWorldTrainConfig,
@@ -74,14 +74,14 @@ def _dinoworld(words: list[str]) -> None:
         summary="Train DINO-world, the baseline without delta tokens, on patch-token shards.",
         example="deltatok-train dinoworld --patches cache/patches --out runs/dinoworld",
     )
-    from ..train.dinoworld import train_dinoworld
+    from ...train.dinoworld import train_dinoworld
 
     train_dinoworld(config)
     print(f"world model: {config.out}")
 
 
 def _head(words: list[str]) -> None:
-    from ..train.config_head import HeadTrainConfig
+    from ...train.config import HeadTrainConfig
 
     config = parse_config(
         HeadTrainConfig,
@@ -90,11 +90,11 @@ def _head(words: list[str]) -> None:
         summary="Train a linear segmentation or depth head on cached patch tokens.",
         example="deltatok-train head --patches cache/vspw_train --labels VSPW --out runs/head",
     )
-    from ..train.head import train_head
+    from ...train.heads.train import train_head
 
     train_head(config)
     print(f"head: {config.out}")
 
 
-if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.train_command
+if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.commands.train
     raise SystemExit(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from ..shards.files import partial_path, publish, write_json
+from ...shards.files import partial_path, publish, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

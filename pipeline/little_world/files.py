@@ -8,9 +8,12 @@ OUT/labels/head/NNNN.mp4.npy   uint8 (frames, H, W): 0 ground, 1 disc, 2 square,
 OUT/labels/val/NNNN.mp4.npy
 OUT/futures/NNNN.mp4.npz       val clips: every possible target frame of both horizons, with its
                                probability given the context frames (evaluate/known_futures.py)
+
+The two stages that only the quickstart has: its world and its random backbone.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -18,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..evaluate.known_futures import write_futures
-from ..shards.errors import CacheMismatch
-from ..shards.files import partial_path, publish, write_json
-from .config import as_plain
-from .little_world import (
+from ...evaluate.forecast.modes import write_futures
+from ...shards.errors import CacheMismatch
+from ...shards.files import partial_path, publish, write_json
+from ..cli import as_plain, parse_config, run_command
+from .backbone import TinyBackboneConfig, make_tiny_backbone
+from .simulation import (
+    BACKGROUND,
     CLASS_NAMES,
     SHAPE_COLOURS,
     LittleWorldConfig,
@@ -30,9 +35,9 @@ from .little_world import (
     draw_ground,
     draw_mask,
     position_at,
+    seen_futures,
     simulate,
 )
-from .world_futures import BACKGROUND, seen_futures
 
 SPLITS = ("train", "head", "val")
 NUM_CONTEXT = 4
@@ -159,3 +164,35 @@ def _write_npy(path: Path, array: NDArray[np.uint8]) -> None:
 def _made(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def world(words: Sequence[str]) -> int:
+    """Write the little world; exit code."""
+
+    def body() -> None:
+        config = parse_config(
+            LittleWorldConfig,
+            words,
+            prog="little-world",
+            summary="Write clips of a shape that turns unforeseeably, with labels and futures.",
+            example="a stage of configs/quickstart.yaml",
+        )
+        make_little_world(config)
+
+    return run_command(body)
+
+
+def backbone(words: Sequence[str]) -> int:
+    """Write the random backbone; exit code."""
+
+    def body() -> None:
+        config = parse_config(
+            TinyBackboneConfig,
+            words,
+            prog="tiny-backbone",
+            summary="Write a small DINOv3 with fixed random weights as a model folder.",
+            example="a stage of configs/quickstart.yaml",
+        )
+        make_tiny_backbone(config)
+
+    return run_command(body)

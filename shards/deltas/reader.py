@@ -5,9 +5,28 @@
 
 Windows are numbered through all shards in shard order. Any number of threads may read, and
 processes forked while a reader is open may go on reading with it.
+
+Where the members of a delta-token tar lie: positions in the file, nothing unpacked.
+
+    512 bytes   header of BBBBBB.timestamps.npy: name, size, checksum, "ustar"
+    ...         its bytes, filled up to a multiple of 512
+    512 bytes   header of BBBBBB.tokens.npy
+    ...
+    1024 bytes  of zeros: the end
+
+Members of an uncompressed tar are contiguous, so an array in one can be mapped in place. Only
+regular files with the names above are let through: no links, folders, extended headers, paths.
+
+The blocks of windows in a delta-token tar: which members belong together, and their contents.
+
+BBBBBB.timestamps.npy   float32 (n, T)
+BBBBBB.tokens.npy       float16 (n, T, D)
+BBBBBB.windows.json     a list of n objects: clip, frames, crop, flipped
 """
 
 import math
+import os
+import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +37,252 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import DELTAS
-from .errors import DamagedShard
-from .opening import ADVICE, OpenedCache, Verify, checked_out, checked_windows, open_finished
-from .patch_table import WindowTable
-from .reader import CacheReader
-from .records import shard_path
-from .tar_blocks import Block, read_blocks, read_timestamps, read_windows
-from .zarr_map import ReadOnlyFile
+from ..cache import DELTAS
+from ..errors import DamagedShard
+from ..npy import MAX_PREFIX_BYTES, NpyHeader, parse_npy, read_npy
+from ..opening import OpenedCache, checked_out, checked_windows, open_finished
+from ..patches.table import WindowTable
+from ..patches.zarr_arrays import ReadOnlyFile
+from ..reader import CacheReader
+from ..records import SHARD_ADVICE, Verify, shard_path
+from ..schema import MAX_JSON_BYTES, Fields, is_number, parse_json, shown
+
+BLOCK_BYTES = 512
+MEMBER_NAME = re.compile(r"([0-9]{6,9})\.(tokens\.npy|timestamps\.npy|windows\.json)")
+
+_ZEROS = bytes(BLOCK_BYTES)
+_OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
+_TYPES = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"5": "a folder",
+    b"6": "a pipe",
+    b"L": "a long-name header",
+    b"K": "a long-link header",
+    b"g": "an extended header",
+    b"x": "an extended header",
+}
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """One regular file in a tar."""
+
+    name: str
+    offset: int
+    """Where its bytes start in the tar."""
+    size: int
+
+
+def read_members(path: Path) -> list[TarMember]:
+    """The members of a delta-token tar, in file order.
+
+    Raises DamagedShard for anything but regular files of our names that lie within the file, each
+    once, followed by the end mark.
+    """
+    members: dict[str, TarMember] = {}
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DamagedShard(
+            f"{path}: cannot be opened ({error.strerror}): {SHARD_ADVICE}"
+        ) from error
+    try:
+        file_size = os.fstat(descriptor).st_size
+        position = 0
+        while True:
+            header = os.pread(descriptor, BLOCK_BYTES, position)
+            where = f"{path}: byte {position}"
+            if len(header) < BLOCK_BYTES:
+                raise DamagedShard(f"{where}: the tar ends without its end mark: {SHARD_ADVICE}")
+            if header == _ZEROS:
+                if os.pread(descriptor, BLOCK_BYTES, position + BLOCK_BYTES) != _ZEROS:
+                    raise DamagedShard(f"{where}: half an end mark: {SHARD_ADVICE}")
+                return list(members.values())
+            name, size = _parse_header(header, where=where)
+            offset = position + BLOCK_BYTES
+            if offset + size > file_size:
+                raise DamagedShard(
+                    f"{where}: member {name!r} of {size} bytes does not fit into the file of "
+                    f"{file_size}: {SHARD_ADVICE}"
+                )
+            if name in members:
+                raise DamagedShard(f"{where}: member {name!r} a second time: {SHARD_ADVICE}")
+            members[name] = TarMember(name=name, offset=offset, size=size)
+            position = offset + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+    except OSError as error:
+        raise DamagedShard(f"{path}: cannot be read ({error.strerror}): {SHARD_ADVICE}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _parse_header(header: bytes, *, where: str) -> tuple[str, int]:
+    """The name and size in a 512-byte ustar header (POSIX.1-1988)."""
+    checksum = _octal(header[148:156], "checksum", where=where)
+    if checksum != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+        raise DamagedShard(f"{where}: a tar header with a wrong checksum: {SHARD_ADVICE}")
+    if header[257:263] != b"ustar\0":
+        raise DamagedShard(
+            f"{where}: {shown(header[257:265])}, wanted a ustar header: {SHARD_ADVICE}"
+        )
+    kind = header[156:157]
+    raw = header[:100].rstrip(b"\0")
+    prefix = header[345:500].rstrip(b"\0")
+    name = (prefix + b"/" + raw if prefix else raw).decode("latin-1")
+    if kind not in (b"0", b"\0"):
+        what = _TYPES.get(kind, f"of type {shown(kind)}")
+        raise DamagedShard(f"{where}: member {shown(name)} is {what}, wanted regular files")
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DamagedShard(f"{where}: member {shown(name)} would leave the folder it is read in")
+    if not MEMBER_NAME.fullmatch(name):
+        raise DamagedShard(
+            f"{where}: member {shown(name)}, wanted NNNNNN.tokens.npy, NNNNNN.timestamps.npy "
+            "or NNNNNN.windows.json"
+        )
+    return name, _octal(header[124:136], "size", where=where)
+
+
+def _octal(field: bytes, what: str, *, where: str) -> int:
+    match = _OCTAL.fullmatch(field)
+    if match is None:
+        raise DamagedShard(f"{where}: {what} {shown(field)} in a tar header, wanted octal digits")
+    return int(match[1], 8)
+
+
+_PARTS = ("timestamps.npy", "tokens.npy", "windows.json")
+MAX_INT32 = 2**31 - 1
+"""The largest frame index, and beyond any edge of a crop."""
+_FLOAT16 = np.dtype("<f2")
+_FLOAT32 = np.dtype("<f4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One sample of a delta-token tar."""
+
+    num_windows: int
+    tokens_offset: int
+    """Byte of the tar at which the first window's tokens start; the others follow."""
+    tokens: TarMember
+    timestamps: TarMember
+    windows: TarMember
+
+
+def read_blocks(path: Path, *, num_frames: int, hidden_size: int) -> list[Block]:
+    """The blocks of a tar in order; DamagedShard unless all are whole and of these sizes."""
+    samples: dict[int, dict[str, TarMember]] = {}
+    for member in read_members(path):
+        match = MEMBER_NAME.fullmatch(member.name)
+        if match is None:
+            raise AssertionError("read_members lets no other name pass")
+        samples.setdefault(int(match[1]), {})[match[2]] = member
+    if list(samples) != list(range(len(samples))):
+        raise DamagedShard(
+            f"{path}: its blocks are not numbered from 0 on in order: {SHARD_ADVICE}"
+        )
+    blocks = []
+    for number, parts in samples.items():
+        where = f"{path}: block {number:06d}"
+        if tuple(sorted(parts)) != _PARTS:
+            raise DamagedShard(
+                f"{where}: has {sorted(parts)}, wanted {list(_PARTS)}: {SHARD_ADVICE}"
+            )
+        tokens = _header(path, parts["tokens.npy"], dtype=_FLOAT16, num_axes=3)
+        timestamps = _header(path, parts["timestamps.npy"], dtype=_FLOAT32, num_axes=2)
+        num_windows = tokens.shape[0]
+        if (
+            num_windows == 0
+            or tokens.shape[1:] != (num_frames, hidden_size)
+            or timestamps.shape != (num_windows, num_frames)
+        ):
+            raise DamagedShard(
+                f"{where}: tokens {tokens.shape} and timestamps {timestamps.shape}, wanted "
+                f"(n, {num_frames}, {hidden_size}) and (n, {num_frames}) as in cache.json: "
+                f"{SHARD_ADVICE}"
+            )
+        blocks.append(
+            Block(
+                num_windows=num_windows,
+                tokens_offset=parts["tokens.npy"].offset + tokens.start,
+                tokens=parts["tokens.npy"],
+                timestamps=parts["timestamps.npy"],
+                windows=parts["windows.json"],
+            )
+        )
+    return blocks
+
+
+def read_tokens(path: Path, block: Block) -> NDArray[np.float16]:
+    """float16 (n, T, D), read and not mapped."""
+    data = _read(path, block.tokens, limit=block.tokens.size)
+    return read_npy(data, dtype=_FLOAT16, num_axes=3, where=f"{path}: {block.tokens.name}")
+
+
+def read_timestamps(path: Path, block: Block) -> NDArray[np.float32]:
+    """float32 (n, T), seconds from the window's first frame."""
+    data = _read(path, block.timestamps, limit=block.timestamps.size)
+    return read_npy(data, dtype=_FLOAT32, num_axes=2, where=f"{path}: {block.timestamps.name}")
+
+
+def read_windows(path: Path, block: Block, *, num_frames: int) -> list[dict[str, Any]]:
+    """Per window: clip (str), frames (list of T int), crop (list of 4 numbers), flipped (bool).
+
+    Raises DamagedShard if the member says anything else.
+    """
+    where = f"{path}: {block.windows.name}"
+    if block.windows.size > MAX_JSON_BYTES:
+        raise DamagedShard(f"{where}: {block.windows.size} bytes of JSON: {SHARD_ADVICE}")
+    value = parse_json(_read(path, block.windows, limit=block.windows.size), where=where)
+    if not isinstance(value, list) or len(value) != block.num_windows:
+        raise DamagedShard(f"{where}: wanted a list of {block.num_windows} windows: {SHARD_ADVICE}")
+    windows = []
+    for item in value:
+        fields = Fields(item, where=where)
+        frames, crop = fields.integers("frames", high=MAX_INT32), fields.sequence("crop")
+        if len(frames) != num_frames or len(crop) != 4 or not all(map(_is_edge, crop)):
+            raise DamagedShard(
+                f"{where}: frames {shown(frames)} and crop {shown(crop)}, wanted {num_frames} "
+                f"indices and 4 numbers: {SHARD_ADVICE}"
+            )
+        windows.append(
+            {
+                "clip": fields.text("clip"),
+                "frames": list(frames),
+                "crop": crop,
+                "flipped": fields.boolean("flipped"),
+            }
+        )
+    return windows
+
+
+def _is_edge(value: object) -> bool:
+    return is_number(value) and abs(float(value)) <= MAX_INT32  # type: ignore[arg-type]
+
+
+def _header(path: Path, member: TarMember, *, dtype: np.dtype[Any], num_axes: int) -> NpyHeader:
+    return parse_npy(
+        _read(path, member, limit=MAX_PREFIX_BYTES),
+        size=member.size,
+        dtype=dtype,
+        num_axes=num_axes,
+        where=f"{path}: {member.name}",
+    )
+
+
+def _read(path: Path, member: TarMember, *, limit: int) -> bytes:
+    """The first `limit` bytes of a member."""
+    wanted = min(limit, member.size)
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), wanted, member.offset)
+    except OSError as error:
+        raise DamagedShard(f"{path}: cannot be read ({error.strerror}): {SHARD_ADVICE}") from error
+    if len(data) != wanted:
+        raise DamagedShard(f"{path}: {member.name} is cut off: {SHARD_ADVICE}")
+    return data
+
 
 MAX_MAPPED_SHARDS = 4096
 """Shards mapped at once; a quarter of the files a process may open, where that is less (each
@@ -242,7 +499,7 @@ class DeltaShards(CacheReader[np.float16]):
                     if window["clip"] not in position:
                         raise DamagedShard(
                             f"{self._path(shard)}: a window of clip {window['clip']!r}, which the "
-                            f"done-record does not name: {ADVICE}"
+                            f"done-record does not name: {SHARD_ADVICE}"
                         )
                     yield position[window["clip"]], window
 
@@ -257,12 +514,14 @@ def _read_layout(cache: OpenedCache, shard: int) -> _Layout:
     row_bytes = shape.num_frames * shape.hidden_size * 2
     path = shard_path(cache.folder, record.shard, ".tar")
     if list(record.files) != [path.relative_to(cache.folder).as_posix()]:
-        raise DamagedShard(f"{path}: the done-record names other files than this one: {ADVICE}")
+        raise DamagedShard(
+            f"{path}: the done-record names other files than this one: {SHARD_ADVICE}"
+        )
     blocks = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
     starts = np.cumsum([0, *(block.num_windows for block in blocks)], dtype=np.int64)
     if starts[-1] != record.rows:
         raise DamagedShard(
-            f"{path}: {starts[-1]} windows, the done-record says {record.rows}: {ADVICE}"
+            f"{path}: {starts[-1]} windows, the done-record says {record.rows}: {SHARD_ADVICE}"
         )
     offsets = np.concatenate(
         [
@@ -279,9 +538,9 @@ def _map_rows(path: Path, *, size: int, row_bytes: int, stride: int) -> NDArray[
     try:
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise DamagedShard(f"{path}: cannot be mapped ({error}): {ADVICE}") from error
+        raise DamagedShard(f"{path}: cannot be mapped ({error}): {SHARD_ADVICE}") from error
     if mapped.size != size:
-        raise DamagedShard(f"{path}: {mapped.size} bytes, had {size} when opened: {ADVICE}")
+        raise DamagedShard(f"{path}: {mapped.size} bytes, had {size} when opened: {SHARD_ADVICE}")
     return np.ndarray(
         shape=((mapped.size - row_bytes) // stride + 1,),
         dtype=np.dtype((np.void, row_bytes)),

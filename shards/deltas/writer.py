@@ -1,6 +1,5 @@
 """Writes one delta-token shard: a plain WebDataset tar whose samples are blocks of windows.
-
-Called by what turns patch tokens into delta tokens (train/tokenize, the fused extraction). Same
+Same
 rows, same bytes: fixed owner, mode and time.
 """
 
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import DELTAS, CacheInfo, read_cache_info
-from .errors import CacheMismatch, DeltatokError, UsageError
-from .files import partial_path, remove
-from .npy import npy_bytes
-from .plan import window_order
-from .publishing import publish_shard
-from .records import DoneRecord, Quarantined, shard_path
+from ..cache import DELTAS, CacheInfo, read_cache_info
+from ..errors import CacheMismatch, DeltatokError, UsageError
+from ..files import partial_path, remove
+from ..npy import npy_bytes
+from ..plan import window_order
+from ..records import DoneRecord, Quarantined, publish_shard, shard_path
 
 BLOCK_WINDOWS = 256
 """Windows a sample: streaming gains 10x over one window a sample (74-103 k against 2-8 k

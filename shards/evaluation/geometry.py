@@ -7,7 +7,7 @@ labels and predictions by it. PAPER "Evaluation"; checked by tests/parity (08_ev
 
 from dataclasses import dataclass
 
-from .errors import DeltatokError
+from ..errors import DeltatokError
 
 MAX_ASPECT_RATIO = 2.0
 KB_CROP = (352, 1216)

@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..shards.cache import PATCHES, compare, read_cache_info
-from ..shards.crops import Cut
-from ..shards.errors import DeltatokError, UsageError
-from ..shards.npy import map_npy
-from ..shards.patches import PatchShards
-from ..shards.plan import read_plan
-from ..shards.plan_target import Kind, LabelRule, leads_out
-from .label_rules import apply_rule
+from ..cache import PATCHES, compare, read_cache_info
+from ..errors import DeltatokError, UsageError
+from ..npy import map_npy
+from ..patches.reader import PatchShards
+from ..plan import read_plan
+from .geometry import Cut
+from .labels import Kind, LabelRule, apply_rule, leads_out
 
 MAX_LABEL_PIXELS = 2**26
 """8192 x 8192: more is no label, but a file made to fill the memory (a guess)."""

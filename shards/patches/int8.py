@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import CHANNEL_SCALE, CacheInfo, read_cache_info
-from .checked import shown
-from .errors import CacheMismatch, DamagedShard, DeltatokError
-from .files import create_bytes, write_bytes
-from .npy import npy_bytes, read_npy
-from .strict_json import read_file
+from ..cache import CHANNEL_SCALE, CacheInfo, read_cache_info
+from ..errors import CacheMismatch, DamagedShard, DeltatokError
+from ..files import create_bytes, write_bytes
+from ..npy import npy_bytes, read_npy
+from ..schema import read_file, shown
 
 MAX_CODE = 127
 """Codes are -127..127."""

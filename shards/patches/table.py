@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import CacheInfo
-from .dtypes import STORED_DTYPES
-from .errors import CacheMismatch, DamagedShard
-from .npy import read_npy
-from .opening import OpenedCache
-from .patch_layout import WINDOW_ARRAYS, array_shapes
-from .records import DoneRecord, shard_path
-from .strict_json import read_file
-from .zarr_map import ADVICE, read_array, read_attributes
+from ..cache import CacheInfo
+from ..errors import CacheMismatch, DamagedShard
+from ..npy import read_npy
+from ..opening import OpenedCache
+from ..records import DoneRecord, shard_path
+from ..schema import read_file
+from .layout import STORED_DTYPES, WINDOW_ARRAYS, array_shapes
+from .zarr_arrays import ADVICE, read_array, read_attributes
 
 MAX_BLACK_BYTES = 2**30
 """Of black.npy: one frame in float32 (a guess)."""

@@ -19,10 +19,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import CHANNEL_SCALE, CacheInfo, compare, finish_cache, open_cache, read_cache_info
-from .delta_writer import DeltaRows, write_delta_shard
-from .dtypes import STORED_DTYPES
-from .errors import CacheMismatch, DeltatokError, UsageError
+from ..cache import CHANNEL_SCALE, CacheInfo, compare, finish_cache, open_cache, read_cache_info
+from ..deltas.writer import DeltaRows, write_delta_shard
+from ..errors import CacheMismatch, DeltatokError, UsageError
+from ..files import remove_partials
+from ..patches.int8 import (
+    SAMPLE_CLIPS,
+    channel_scale_of,
+    read_channel_scale,
+    sample_order,
+    scale_sha256,
+    write_channel_scale,
+)
+from ..patches.layout import STORED_DTYPES
+from ..patches.reader import PatchShards
+from ..patches.writer import PatchRows, write_black, write_patch_shard
+from ..patches.zarr_arrays import check_compression
+from ..plan import PlanEntry, clips_by_shard, write_plan
+from ..records import read_done, write_quarantine
 from .export_plan import (
     Selection,
     Source,
@@ -33,20 +47,6 @@ from .export_plan import (
     select_clips,
 )
 from .export_rows import gather_columns, in_order_of_content
-from .files import remove_partials
-from .int8 import (
-    SAMPLE_CLIPS,
-    channel_scale_of,
-    read_channel_scale,
-    sample_order,
-    scale_sha256,
-    write_channel_scale,
-)
-from .patch_writer import PatchRows, write_black, write_patch_shard
-from .patches import PatchShards
-from .plan import PlanEntry, clips_by_shard, write_plan
-from .records import read_done, write_quarantine
-from .zstd import check_compression
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,7 @@
     sources = open_sources(["cache/a", "cache/b"])     # of one identity
     clips = select_clips(sources, Selection(splits=("train",)))
     plan = deal(sources, clips, clips_per_shard=64)
-
-Called by `export` and `npy_folder`. Clips are taken whole, those in quarantine too, so that the new
+Clips are taken whole, those in quarantine too, so that the new
 cache says what its videos did not give.
 """
 
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import BLACK, PATCHES, CacheInfo, compare, read_cache_info
-from .deltas import DeltaShards
-from .errors import CacheMismatch, UsageError
-from .patches import PatchShards
-from .plan import PlanEntry, plan_order, read_plan
-from .reader import known_names
-from .records import DoneRecord, read_all_done
+from ..cache import BLACK, PATCHES, CacheInfo, compare, read_cache_info
+from ..deltas.reader import DeltaShards
+from ..errors import CacheMismatch, UsageError
+from ..patches.reader import PatchShards
+from ..plan import PlanEntry, plan_order, read_plan
+from ..reader import known_names
+from ..records import DoneRecord, read_all_done
 
 Reader = PatchShards | DeltaShards
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import STORED_DTYPES
+from ..patches.layout import STORED_DTYPES
+from ..patches.reader import PatchShards
 from .export_plan import Reader
-from .patches import PatchShards
 
 Pick = tuple[Reader, NDArray[np.int64]]
 """The windows of one clip, by their numbers in its cache."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cache import PATCHES, CacheInfo, read_cache_info
-from .plan import PLAN, num_shards, read_plan
-from .records import read_all_done
+from ..cache import PATCHES, CacheInfo, read_cache_info
+from ..plan import PLAN, num_shards, read_plan
+from ..records import read_all_done
 
 
 def describe_cache(folder: Path | str) -> dict[str, Any]:

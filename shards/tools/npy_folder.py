@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import BLACK, CHANNEL_SCALE
-from .dtypes import STORED_DTYPES
-from .errors import DeltatokError, UsageError
+from ..cache import BLACK, CHANNEL_SCALE
+from ..errors import DeltatokError, UsageError
+from ..files import partial_path, publish, remove, remove_partials, write_json
+from ..npy import npy_bytes
+from ..patches.layout import STORED_DTYPES
+from ..patches.reader import PatchShards
 from .export import SPARE, check_free
 from .export_plan import Reader, Selection, Source, exported_from, open_sources, select_clips
-from .files import partial_path, publish, remove, remove_partials, write_json
-from .npy import npy_bytes
 from .npy_readme import readme
-from .patches import PatchShards
 
 CHUNK_BYTES = 64 * 2**20
 """Of tokens, copied at once (a guess)."""

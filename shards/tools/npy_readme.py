@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .cache import CacheInfo
+from ..cache import CacheInfo
 
 TEXT = """Features of video windows, exported from a {format} cache.
 

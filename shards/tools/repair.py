@@ -10,12 +10,11 @@ cache meanwhile.
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .cache import read_cache_info, refresh_derived, reopen_cache
-from .errors import DamagedShard, DeltatokError
-from .files import remove_partials
-from .records import read_done, remove_done, shard_path, write_quarantine
-from .verify import VerifyReport
-from .verify_beside import is_untouched
+from ..cache import read_cache_info, refresh_derived, reopen_cache
+from ..errors import DamagedShard, DeltatokError
+from ..files import remove_partials
+from ..records import read_done, remove_done, shard_path, write_quarantine
+from .verify import VerifyReport, is_untouched
 
 
 @dataclass(frozen=True, kw_only=True)

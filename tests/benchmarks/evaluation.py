@@ -27,22 +27,22 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from deltatok.evaluate.config import ForecastConfig
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.report import Report
+from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.report.write import Report
 from deltatok.extract.backbone import Backbone
-from deltatok.extract.clips import Clip, TargetFrames
-from deltatok.extract.dataset_config import DatasetConfig
-from deltatok.extract.datasets import find_targets, run_dataset
+from deltatok.extract.datasets.base import DatasetConfig
+from deltatok.extract.datasets.registry import find_targets, run_dataset
+from deltatok.extract.decoding.images import decode_images
 from deltatok.extract.pixels import window_pixels
-from deltatok.extract.target_decoder import decode_images
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.shards.patches import PatchShards
+from deltatok.extract.sources.clip import Clip, TargetFrames
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
-from deltatok.train.pretrained import weights_sha256
 
 NUM_CLASSES = 19
 FPS = 5.0
@@ -191,7 +191,7 @@ def tokens_from_pixels(config: DatasetConfig) -> Iterator[None]:
     """Evaluations inside read their caches' tokens from the images."""
     backbone = Backbone.load(config.backbone, device=torch.device("cpu"))
     reader = functools.partial(PixelPatches, backbone=backbone, config=config)
-    with mock.patch("deltatok.evaluate.inputs.PatchShards", reader):
+    with mock.patch("deltatok.evaluate.forecast.run.PatchShards", reader):
         yield
 
 

@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 
-from deltatok.extract.backbone import Backbone
+from deltatok.extract.backbone import Backbone, load_backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.devices import load_backbone
 from deltatok.extract.run import run_extraction
-from deltatok.extract.sources import find_clips
+from deltatok.extract.sources.find import find_clips
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.plan_probe import FORWARD_MIN_S, probe_forward
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
 
 BACKBONES = {
     "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},

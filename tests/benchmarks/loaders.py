@@ -40,9 +40,9 @@ from deltatok.shards import (
     write_patch_shard,
     write_plan,
 )
-from deltatok.shards.patch_writer import write_black
-from deltatok.train.stream import DeltaBlocks, windows_of_group
-from deltatok.train.stream_order import StreamOrder, same_block_share
+from deltatok.shards.patches.writer import write_black
+from deltatok.train.data.order import StreamOrder, same_block_share
+from deltatok.train.data.stream import DeltaBlocks, windows_of_group
 
 NUM_FRAMES, SIZE = 8, 768
 WARM = BenchSettings(

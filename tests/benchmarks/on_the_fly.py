@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from deltatok.extract.backbone import Backbone
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.train.losses import smooth_l1
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
+from deltatok.train.models.deltatok import DeltaTok
+from deltatok.train.models.deltaworld import DeltaWorld
 
 sys.path.append(str(Path(__file__).parents[1] / "train"))
 from plain_best_of_many import plain_select

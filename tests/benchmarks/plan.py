@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deltatok.extract.run import run_extraction
+from deltatok.pipeline.commands.extract import VideosConfig
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.plan import DEFAULT_PROBE_CLIPS, make_extraction_plan
 from deltatok.pipeline.plan_text import plan_text
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.videos_config import VideosConfig
 
 BACKBONES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deltatok.evaluate.rows import MODE_ROWS, ReportRow, markdown_table, show_row
+from deltatok.evaluate.report.rows import MODE_ROWS, ReportRow, markdown_table, show_row
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"

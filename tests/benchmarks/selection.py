@@ -42,11 +42,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltatok.shards.deltas import DeltaShards
-from deltatok.train.best_of_many import ChunkLosses, Selection, default_chunks, select
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.products import ProductsName
-from deltatok.train.noise import CounterNoise, GivenNoise
+from deltatok.shards.deltas.reader import DeltaShards
+from deltatok.train.models.configs import DeltaWorldConfig
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.selection.folded import ProductsName
+from deltatok.train.selection.noise import CounterNoise, GivenNoise
+from deltatok.train.selection.search import ChunkLosses, Selection, default_chunks, select
 
 sys.path.append(str(Path(__file__).parents[1] / "train"))
 from plain_best_of_many import plain_select

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from deltatok.shards import PatchShards
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
-from deltatok.train.data import Batch
-from deltatok.train.devices import make_accelerator
-from deltatok.train.first_weights import make_model
-from deltatok.train.loop import Trainer
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
-from deltatok.train.order import Share
-from deltatok.train.run_folder import Run
-from deltatok.train.sources import settled
+from deltatok.train.data.batches import Batch
+from deltatok.train.data.order import Share
+from deltatok.train.data.residency import settled
+from deltatok.train.engine.checkpoints import make_model
+from deltatok.train.engine.devices import make_accelerator
+from deltatok.train.engine.loop import Trainer
+from deltatok.train.engine.run_folder import Run
+from deltatok.train.models.configs import DeltaTokConfig
+from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.tokenizer import TokenizerStage
 from deltatok.train.world import train_world
 

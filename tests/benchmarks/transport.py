@@ -21,16 +21,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from deltatok.extract.clips import Clip
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
+from deltatok.extract.sources.clip import Clip
 
 CHILD = """
 import os, sys
 import numpy as np
-from deltatok.extract import child
-from deltatok.extract.decoders import DecodedFrames
+from deltatok.extract.decoding import child
+from deltatok.extract.decoding.clip import DecodedFrames
 from deltatok.extract.sampling import WindowDraw
 
 num_frames, height, width, shared = map(int, sys.argv[1:5])

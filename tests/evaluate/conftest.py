@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.evaluate.config import ForecastConfig
+from deltatok.evaluate.forecast.config import ForecastConfig
 from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, finish_cache, open_cache
-from deltatok.shards.patch_writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
-from deltatok.train.pretrained import weights_sha256
 
 GRID = (2, 3)
 NUM_FRAMES = 7

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.evaluate import baselines
-from deltatok.evaluate.baselines import gaussian_like
-from deltatok.evaluate.dense import class_ious
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.report import Report
-from deltatok.evaluate.rows import find_value
+from deltatok.evaluate.forecast import rollout as baselines
+from deltatok.evaluate.forecast.rollout import gaussian_like
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.forecast.scores import class_ious
+from deltatok.evaluate.report.rows import find_value
+from deltatok.evaluate.report.write import Report
 from deltatok.shards.errors import CacheMismatch, UsageError
-from deltatok.shards.patches import PatchShards
-from deltatok.train.draws import generator
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.train.data.order import generator
+from deltatok.train.models.configs import DINOWorldConfig
+from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import DepthHead, DepthHeadConfig
 
 STEPS = {"short": 1, "mid": 3}

@@ -9,12 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.evaluate.cache_fidelity import (
-    CacheFidelityConfig,
-    markdown_table,
-    run_cache_fidelity,
-)
-from deltatok.pipeline.evaluate_command import main
+from deltatok.evaluate.cache_fidelity import CacheFidelityConfig, markdown_table, run_cache_fidelity
+from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards import (
     CacheInfo,
     CacheMismatch,

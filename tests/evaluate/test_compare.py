@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from deltatok.evaluate.compare import CompareConfig, Comparison, run_compare
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.sequences import Score, SequenceScores, sequences_jsonl
-from deltatok.pipeline.evaluate_command import main
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.forecast.scores import Score, SequenceScores, sequences_jsonl
+from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards.errors import CacheMismatch, UsageError
 
 ROW = Score("mid", "best", "feature_loss")

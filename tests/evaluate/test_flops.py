@@ -14,7 +14,7 @@ from deltatok.evaluate.flops import (
     paper_table_b,
 )
 from deltatok.shards.errors import UsageError
-from deltatok.train.models.deltaworld import DeltaWorldConfig
+from deltatok.train.models.configs import DeltaWorldConfig
 
 RELEASED = {  # row: GFLOPs at 256 px, at 512 px, counted from the released modules
     "backbone, a frame": (47.1, 215.0),

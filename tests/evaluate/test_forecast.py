@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.rows import HORIZONS, ROW_NAMES, ReportRow, find_value
-from deltatok.shards.patches import PatchShards
-from deltatok.train.draws import generator
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.report.rows import HORIZONS, ROW_NAMES, ReportRow, find_value
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.train.data.order import generator
+from deltatok.train.models.configs import DINOWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
+from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import SegmentationHead
 
 NUM_CONTEXT, TARGET = 4, 6

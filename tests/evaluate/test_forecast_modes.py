@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.known_futures import KnownFutures, write_futures
-from deltatok.evaluate.mode_scores import ModeScorer
-from deltatok.evaluate.predict import HorizonForecast, WindowBatch
-from deltatok.evaluate.protocol import segment
-from deltatok.evaluate.report import Report
-from deltatok.evaluate.rows import find_row, find_value
-from deltatok.evaluate.sequences import SequenceScores
+from deltatok.evaluate.forecast.modes import KnownFutures, ModeScorer, write_futures
+from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.forecast.scores import SequenceScores, segment
+from deltatok.evaluate.report.rows import find_row, find_value
+from deltatok.evaluate.report.write import Report
 from deltatok.shards.errors import UsageError
-from deltatok.shards.patches import PatchShards
+from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.models.heads import SegmentationHead
 
 SIZE = (10, 14)

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.evaluate.config import ForecastConfig
-from deltatok.evaluate.predict import HorizonForecast, WindowBatch
-from deltatok.evaluate.probes import (
+from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch
+from deltatok.evaluate.forecast.scores import (
+    Scorer,
     best_of_k,
     mean_square_motion,
     mean_square_spread,
     spread_ratio,
 )
-from deltatok.evaluate.score import Scorer
 
 
 def test_best_of_k_is_the_mean_over_all_choices_of_k_samples() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.evaluate.forecast import run_forecast
+from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.shards.errors import CacheMismatch, UsageError
 
 # conftest.py is no module to import from; its helpers come as the fixture `make`.
@@ -133,7 +133,9 @@ def test_labels_of_no_use_are_found_before_the_work(
 ) -> None:
     path = copy_labels(tiny) / "c.mp4.npy"
     np.save(path, np.full_like(np.load(path), 7))
-    monkeypatch.setattr("deltatok.evaluate.forecast.score_windows", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr(
+        "deltatok.evaluate.forecast.run.score_windows", lambda *_: pytest.fail("work")
+    )
     with pytest.raises(UsageError, match=r"clip c\.mp4.*class 7"):
         run_forecast(tiny.config())
 
@@ -141,7 +143,9 @@ def test_labels_of_no_use_are_found_before_the_work(
 def test_labels_that_are_all_ignored_are_refused(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltatok.evaluate.forecast.score_windows", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr(
+        "deltatok.evaluate.forecast.run.score_windows", lambda *_: pytest.fail("work")
+    )
     folder = copy_labels(tiny)
     for path in folder.rglob("*.npy"):
         np.save(path, np.full_like(np.load(path), 255))

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from deltatok.evaluate.config import ForecastConfig
-from deltatok.evaluate.crop_labels import label_of_crop
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.report import Report
-from deltatok.evaluate.rows import HORIZONS, find_value
-from deltatok.shards.patches import PatchShards
-from deltatok.train.draws import generator
+from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.forecast.scores import label_of_crop
+from deltatok.evaluate.report.rows import HORIZONS, find_value
+from deltatok.evaluate.report.write import Report
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.train.data.order import generator
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.models.heads import DepthHead, DepthHeadConfig, SegmentationHead

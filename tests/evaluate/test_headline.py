@@ -3,8 +3,8 @@
 import re
 from html import unescape
 
-from deltatok.evaluate.headline import headline_html
-from deltatok.evaluate.rows import ReportRow
+from deltatok.evaluate.report.headline import headline_html
+from deltatok.evaluate.report.rows import ReportRow
 
 
 def row(name: str, value: float, *, horizon: str = "mid", metric: str = "miou") -> ReportRow:

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.intervals import NUM_RESAMPLES, Resamples, draw_weights
-from deltatok.evaluate.protocol import MeanIoU
-from deltatok.evaluate.rows import find_row
-from deltatok.evaluate.sequences import (
+from deltatok.evaluate.forecast.intervals import NUM_RESAMPLES, Resamples, draw_weights
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.forecast.scores import (
+    MeanIoU,
     Score,
     SequenceScores,
     Sums,
@@ -20,6 +19,7 @@ from deltatok.evaluate.sequences import (
     sequences_jsonl,
     values,
 )
+from deltatok.evaluate.report.rows import find_row
 from deltatok.shards.errors import UsageError
 
 

@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deltatok.evaluate.known_futures import FutureFolder, KnownFutures, write_futures
-from deltatok.evaluate.mode_scores import Calibration, mode_values, reliability
-from deltatok.evaluate.modes import NO_MODE, find_modes, hits, overlap, recall_of_draws
+from deltatok.evaluate.forecast.modes import (
+    NO_MODE,
+    Calibration,
+    FutureFolder,
+    KnownFutures,
+    find_modes,
+    hits,
+    mode_values,
+    overlap,
+    recall_of_draws,
+    reliability,
+    write_futures,
+)
 from deltatok.shards.errors import UsageError
 
 SIZE = 12

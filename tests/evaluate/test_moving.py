@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltatok.evaluate.animation import GAP, LINE, Cell, draw_moments
-from deltatok.evaluate.moving import moving_html, moving_panel, moving_panels
-from deltatok.evaluate.pictures import Panel, Strip
+from deltatok.evaluate.report.animation import GAP, LINE, Cell, draw_moments
+from deltatok.evaluate.report.moving import moving_html, moving_panel, moving_panels
+from deltatok.evaluate.report.pictures import Panel, Strip
 
 TIMES_S = (-0.4, -0.2, 0.0, 0.2, 0.4)
 SIDE = 20

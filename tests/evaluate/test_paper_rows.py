@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from deltatok.evaluate.config import ForecastConfig
-from deltatok.evaluate.paper_rows import (
+from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.report.paper_rows import (
     PAPER_ROWS,
     PaperComparison,
     compare_with_paper,
     paper_html,
     paper_table,
 )
-from deltatok.evaluate.rows import ROW_NAMES, ReportRow
+from deltatok.evaluate.report.rows import ROW_NAMES, ReportRow
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 
 IDENTITY: dict[str, Any] = {

@@ -6,19 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltatok.evaluate.protocol import (
-    DepthRMSE,
-    MeanIoU,
-    compute_resize_sizes,
-    cut_frames,
-    cut_labels,
-    cut_of,
-    join_halves,
-    kb_crop,
-    segment,
-)
-from deltatok.evaluate.rollout import best_sample, mean_sample, sample_losses
+from deltatok.evaluate.forecast.rollout import best_sample, mean_sample, sample_losses
+from deltatok.evaluate.forecast.scores import DepthRMSE, MeanIoU, segment
 from deltatok.shards.errors import DeltatokError
+from deltatok.shards.evaluation.geometry import compute_resize_sizes, cut_of
+from deltatok.shards.evaluation.labels import kb_crop
+from deltatok.train.heads.crops import cut_frames, cut_labels, join_halves
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 
 SIDES = st.integers(1, 40)

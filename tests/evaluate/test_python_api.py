@@ -15,17 +15,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from deltatok.evaluate import DeltaWorld, Futures, futures_pictures
-from deltatok.evaluate.differing import most_different
-from deltatok.evaluate.pictures import heat_tile
-from deltatok.evaluate.rollout import decode_rollout
+from deltatok.evaluate import DeltaWorld, Futures
+from deltatok.evaluate.forecast.rollout import decode_rollout
+from deltatok.evaluate.inference import futures as futures_pictures
+from deltatok.evaluate.report.differing import most_different
+from deltatok.evaluate.report.pictures import heat_tile
 from deltatok.extract.backbone import Backbone
-from deltatok.extract.describe import RESIZE_RULE
+from deltatok.extract.identity import RESIZE_RULE
 from deltatok.extract.pixels import window_pixels
 from deltatok.extract.sampling import WindowDraw
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.shards.errors import CacheMismatch, DeltatokError, UsageError
-from deltatok.train.draws import generator
+from deltatok.train.data.order import generator
+from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld as WorldModel
@@ -35,7 +37,6 @@ from deltatok.train.models.heads import (
     SegmentationHead,
     SegmentationHeadConfig,
 )
-from deltatok.train.pretrained import weights_sha256
 
 WIDTH, SIZE, STEPS = 16, 32, 3
 

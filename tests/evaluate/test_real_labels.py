@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModel
 
-from deltatok.evaluate.config import ForecastConfig
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.rows import find_value
-from deltatok.extract.dataset_config import DatasetConfig
-from deltatok.extract.datasets import run_dataset
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.shards.patches import PatchShards
+from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.report.rows import find_value
+from deltatok.extract.datasets.base import DatasetConfig
+from deltatok.extract.datasets.registry import run_dataset
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.models.heads import (
     DepthHead,
     DepthHeadConfig,

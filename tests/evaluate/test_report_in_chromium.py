@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 
 from deltatok.evaluate.compare import CompareConfig, run_compare
-from deltatok.evaluate.forecast import run_forecast
+from deltatok.evaluate.forecast.run import run_forecast
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TIMEOUT_S = 60.0

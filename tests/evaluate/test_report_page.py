@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.rows import ReportRow, expected_order, markdown_table
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.report.rows import ReportRow, expected_order, markdown_table
 
 VOID = {"meta", "img", "source", "br", "wbr", "link"}
 

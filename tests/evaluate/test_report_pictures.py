@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltatok.evaluate.inputs import windows_to_show
-from deltatok.evaluate.panels import ShownWindow, class_panel, feature_panel
-from deltatok.evaluate.pictures import (
+from deltatok.evaluate.forecast.run import windows_to_show
+from deltatok.evaluate.report.panels import ShownWindow, class_panel, feature_panel
+from deltatok.evaluate.report.pictures import (
     GAP,
     TILE_HEIGHT,
     class_legend,
@@ -16,7 +16,7 @@ from deltatok.evaluate.pictures import (
     panel_image,
     strip_image,
 )
-from deltatok.evaluate.plots import plot_curves, read_curve
+from deltatok.evaluate.report.plots import plot_curves, read_curve
 from deltatok.shards.errors import UsageError
 
 GRID = (4, 5)

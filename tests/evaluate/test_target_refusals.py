@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltatok.evaluate.config import ForecastConfig
-from deltatok.evaluate.forecast import run_forecast
-from deltatok.evaluate.windows import EvaluationWindows
+from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.run import run_forecast
+from deltatok.evaluate.forecast.windows import EvaluationWindows
 from deltatok.shards.errors import CacheMismatch, DamagedShard, UsageError
-from deltatok.shards.patches import PatchShards
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.heads import (
     DepthHead,
@@ -23,7 +24,6 @@ from deltatok.train.models.heads import (
     SegmentationHead,
     SegmentationHeadConfig,
 )
-from deltatok.train.pretrained import weights_sha256
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from quickstart_runs import QuickstartRuns, report_values, save
 
 from deltatok.shards import DeltaShards
 from deltatok.train.config import WorldTrainConfig
+from deltatok.train.data.order import Share, split_windows
 from deltatok.train.models.deltaworld import DeltaWorld
-from deltatok.train.order import Share, split_windows
 from deltatok.train.world import WorldStage
 
 VALIDATION_FRACTION = 0.05

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from deltatok.train import world as world_training
 from deltatok.train.losses import smooth_l1
-from deltatok.train.selection import Windows
+from deltatok.train.selection.selector import Windows
 
 WORLD_STAGE = world_training.WorldStage
 PLAIN = {

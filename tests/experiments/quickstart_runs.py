@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from deltatok.pipeline.pipeline_command import quickstart_file
+from deltatok.pipeline.commands.pipeline import quickstart_file
 from deltatok.pipeline.stages import COMMANDS, read_pipeline
 from deltatok.shards.errors import UsageError
 from deltatok.shards.files import write_json

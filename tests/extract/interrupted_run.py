@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from deltatok.extract import calibration, features, run
+from deltatok.extract import features, run
+from deltatok.extract import int8_calibration as calibration
 from deltatok.extract.config import ExtractConfig
-from deltatok.shards import DeltatokError, Stopped, publishing
+from deltatok.shards import DeltatokError, Stopped
+from deltatok.shards import records as publishing
 
 
 def at_call(module: Any, name: str, number: int, signal_number: int) -> None:

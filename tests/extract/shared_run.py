@@ -23,7 +23,7 @@ from deltatok.extract import making
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.shards import publishing
+from deltatok.shards import records as publishing
 
 LIMIT_S = 120
 

@@ -11,13 +11,7 @@ from deltatok.extract import common
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.shards import (
-    CacheMismatch,
-    PatchShards,
-    read_cache_info,
-    read_plan,
-    verify_cache,
-)
+from deltatok.shards import CacheMismatch, PatchShards, read_cache_info, read_plan, verify_cache
 
 ConfigMaker = Callable[..., ExtractConfig]
 Digests = Callable[[Path], dict[str, str]]

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract.pixels import window_pixels
-from deltatok.extract.resize import resize_bilinear
+from deltatok.extract.pixels import resize_bilinear, window_pixels
 from deltatok.extract.sampling import WindowDraw
 
 CPU = torch.device("cpu")

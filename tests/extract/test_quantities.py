@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltatok.extract.quantities import parse_duration_s, parse_size_bytes
+from deltatok.extract.config import parse_duration_s, parse_size_bytes
 from deltatok.shards import UsageError
 
 

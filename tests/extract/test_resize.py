@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from deltatok.extract import resize
-from deltatok.extract.resize import resize_bilinear
+from deltatok.extract import pixels as resize
+from deltatok.extract.pixels import resize_bilinear
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "08_eval"
 CASES = json.loads((GOLDEN / "cv2_resize.json").read_text())["cases"]

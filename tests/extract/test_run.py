@@ -13,15 +13,10 @@ import torch
 from deltatok.extract import making, tally
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.resize import resize_bilinear
+from deltatok.extract.features import PixelStage
+from deltatok.extract.pixels import resize_bilinear
 from deltatok.extract.run import ExtractionSummary, clips_per_shard, run_extraction
-from deltatok.extract.staging import PixelStage
-from deltatok.shards import (
-    PatchShards,
-    TooManyQuarantined,
-    read_cache_info,
-    read_done,
-)
+from deltatok.shards import PatchShards, TooManyQuarantined, read_cache_info, read_done
 
 FPS = 25
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatok.extract import common, devices
+from deltatok.extract import backbone as devices
+from deltatok.extract import common
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.holder import Holder

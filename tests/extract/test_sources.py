@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.extract.sources import find_clips
+from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UsageError
 
 

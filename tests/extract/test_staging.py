@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract.pool import DecodedClip, DecodedWindow
+from deltatok.extract.decoding.pool import DecodedClip, DecodedWindow
+from deltatok.extract.features import PixelStage, StagedClip
 from deltatok.extract.sampling import WindowDraw
-from deltatok.extract.staging import PixelStage, StagedClip
 from deltatok.shards.records import Quarantined
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_only_so_many_windows_are_made_ahead(monkeypatch: pytest.MonkeyPatch) ->
             third.set()
         return torch.zeros(1)
 
-    monkeypatch.setattr("deltatok.extract.staging.window_pixels", make)
+    monkeypatch.setattr("deltatok.extract.features.window_pixels", make)
     with PixelStage(frame_size=S, device=CPU, num_ahead=2) as stage:
         clip = next(stage.clips(iter([_clip("a", 50)])))
         assert isinstance(clip, StagedClip)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from deltatok.extract.backbone_files import load_frozen_model
+from deltatok.extract.backbone import load_frozen_model
 from deltatok.extract.stop import stop_on_signals
 from deltatok.shards.errors import Stopped
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract import calibration
+from deltatok.extract import int8_calibration as calibration
 from deltatok.extract.backbone import Backbone
-from deltatok.extract.calibration import fit_channel_scale
 from deltatok.extract.config import ExtractConfig
+from deltatok.extract.int8_calibration import fit_channel_scale
 from deltatok.extract.quantise import split_int8, to_bfloat16_bits, to_float16, to_int8
 from deltatok.extract.run import run_extraction
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.sources import find_clips
+from deltatok.extract.sources.find import find_clips
 from deltatok.extract.writer import PatchShardWriter
 from deltatok.shards import (
     CacheMismatch,
@@ -34,8 +34,8 @@ from deltatok.shards import (
     scale_sha256,
     verify_cache,
 )
-from deltatok.shards.dtypes import to_bfloat16_bits as bits_on_the_host
-from deltatok.shards.int8 import agree_on_channel_scale
+from deltatok.shards.patches.int8 import agree_on_channel_scale
+from deltatok.shards.patches.layout import to_bfloat16_bits as bits_on_the_host
 
 PROGRAM = Path(__file__).with_name("interrupted_run.py")
 

@@ -35,9 +35,9 @@ from tqdm import tqdm
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.pipeline.little_world import LittleWorldConfig
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.world_files import make_little_world
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.pipeline.little_world.files import make_little_world
+from deltatok.pipeline.little_world.simulation import LittleWorldConfig
 from deltatok.shards import DeltatokError, Stopped, done_shards, verify_cache
 
 LIMIT_S = 600.0

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from deltatok.extract.sources import find_clips
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.extract.sources.find import find_clips
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.shards.records import read_all_done
 
-EXTRACT = "from deltatok.pipeline.extract_command import main; raise SystemExit(main())"
+EXTRACT = "from deltatok.pipeline.commands.extract import main; raise SystemExit(main())"
 FIRST_SHARE = 0.2
 """Of the clips: before that the process still loads, and fills its buffers."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import google_crc32c
 
-from deltatok.shards.identity import checksum, fingerprint
+from deltatok.shards.cache import checksum, fingerprint
 
 Files = dict[str, bytes]
 NUMBERS = [0, 1, -1, 2, 7, 255, 65536, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63)]

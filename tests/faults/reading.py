@@ -27,7 +27,7 @@ import numpy as np
 
 import deltatok.shards.opening
 from deltatok.shards import DeltaShards, DeltatokError, DoneRecord, PatchShards, verify_cache
-from deltatok.shards.file_checks import check_files
+from deltatok.shards.records import check_files
 
 HERE = Path(__file__).resolve()
 KINDS = ("float16", "bfloat16", "int8", "zstd", "delta")

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
+from deltatok.train.models.configs import DeltaTokConfig
+from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import (

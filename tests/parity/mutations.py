@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltatok.evaluate import rollout
-from deltatok.train import best_of_many, losses
-from deltatok.train.models import blocks, deltatok, deltaworld, dinoworld, folded, rope
+from deltatok.evaluate.forecast import rollout
+from deltatok.train import losses
+from deltatok.train.models import blocks, deltatok, deltaworld, dinoworld, rope
+from deltatok.train.selection import folded
+from deltatok.train.selection import search as best_of_many
 
 MODELS = Path(__file__).resolve().with_name("test_parity_models.py")
 split = blocks._split_heads

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
-from deltatok.train.official_configs import CLASSES, guess_class, infer_config
-from deltatok.train.optim import parameter_groups, warmup_factor
+from deltatok.train.engine.loop import parameter_groups, warmup_factor
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
+from deltatok.train.models.deltatok import DeltaTok
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.dinoworld import DINOWorld
+from deltatok.train.official import CLASSES, guess_class, infer_config
 
 
 def test_full_size_keys_file(full_size_keys_file, comparison):

@@ -7,24 +7,24 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from deltatok.evaluate.protocol import (
-    DepthRMSE,
-    MeanIoU,
+from deltatok.evaluate.forecast.scores import DepthRMSE, MeanIoU
+from deltatok.extract.pixels import resize_bilinear
+from deltatok.extract.sampling import middle_frame_indices, sample_frame_indices
+from deltatok.shards.evaluation.geometry import compute_resize_sizes, cut_of
+from deltatok.shards.evaluation.labels import (
     cityscapes_table,
-    compute_resize_sizes,
-    cut_frames,
-    cut_labels,
-    cut_of,
     depth_label,
     garg_mask,
-    join_halves,
     kb_crop,
-    repeat_for_crops,
-    upsample_predictions,
     vspw_table,
 )
-from deltatok.extract.resize import resize_bilinear
-from deltatok.extract.sampling import middle_frame_indices, sample_frame_indices
+from deltatok.train.heads.crops import (
+    cut_frames,
+    cut_labels,
+    join_halves,
+    repeat_for_crops,
+    upsample_predictions,
+)
 
 
 def test_crops_file(crops_file, comparison):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from deltatok.evaluate.rollout import (
+from deltatok.evaluate.forecast.rollout import (
     best_sample,
     decode_rollout,
     mean_sample,
@@ -17,16 +17,16 @@ from deltatok.evaluate.rollout import (
     step_losses,
 )
 from deltatok.extract.backbone import Backbone
-from deltatok.train import best_of_many
-from deltatok.train.best_of_many import Chunks, select, select_patches
 from deltatok.train.losses import log_cosh, mse, smooth_l1
 from deltatok.train.models.deltatok import draw_rope_rescale
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.models.heads import feature_map
 from deltatok.train.models.rgb_head import RGBHead, sine_cosine_table
 from deltatok.train.models.rope import patch_rope
-from deltatok.train.noise import GivenNoise
-from deltatok.train.official_configs import rgb_constants
+from deltatok.train.official import rgb_constants
+from deltatok.train.selection import search as best_of_many
+from deltatok.train.selection.noise import GivenNoise
+from deltatok.train.selection.search import Chunks, select, select_patches
 
 
 def test_backbone_case(backbone_case, comparison):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.pipeline.little_world import LittleWorldConfig
-from deltatok.pipeline.pipeline_command import main as pipeline_main
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.world_files import make_little_world
+from deltatok.pipeline.commands.pipeline import main as pipeline_main
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.pipeline.little_world.files import make_little_world
+from deltatok.pipeline.little_world.simulation import LittleWorldConfig
 
 TINY = """
 out: unused

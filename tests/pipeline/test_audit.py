@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from deltatok.pipeline.audit import AuditConfig, audit_cache
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.shards_command import main as shards
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.shards import main as shards
 from deltatok.shards import (
     CacheMismatch,
     PatchRows,
@@ -184,7 +184,7 @@ def test_a_window_that_the_video_does_not_give_is_named(
 def test_another_backbone_is_refused(
     tiny_inputs: Path, extracted: Path, tmp_path: Path, fails: Fails
 ) -> None:
-    from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
+    from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 
     make_tiny_backbone(
         TinyBackboneConfig(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.pipeline.shards_command import main
+from deltatok.pipeline.commands.shards import main
 from deltatok.shards.cache import reopen_cache
 
 QUICK = ("--rounds", "1", "--seconds", "0.02")

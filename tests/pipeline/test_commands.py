@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltatok.pipeline.evaluate_command import main as evaluate
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.pipeline_command import main as pipeline
-from deltatok.pipeline.shards_command import main as shards
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.train_command import main as train
+from deltatok.pipeline.commands.evaluate import main as evaluate
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.pipeline import main as pipeline
+from deltatok.pipeline.commands.shards import main as shards
+from deltatok.pipeline.commands.train import main as train
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.shards import DeltaShards, PatchShards
 
 Fails = Callable[..., None]

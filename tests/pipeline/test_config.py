@@ -6,8 +6,7 @@ from typing import Literal
 
 import pytest
 
-from deltatok.pipeline.command import parse_config
-from deltatok.pipeline.config import as_plain, build_config, field_docs, read_yaml
+from deltatok.pipeline.cli import as_plain, build_config, field_docs, parse_config, read_yaml
 from deltatok.shards.errors import UsageError
 
 

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.dataset_config import DatasetConfig
-from deltatok.pipeline import train_command
-from deltatok.pipeline.config import build_config, read_yaml
-from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
-from deltatok.train.config_dinoworld import DINOWorldTrainConfig
-from deltatok.train.config_head import HeadTrainConfig
-from deltatok.train.first_weights import NOT_IN_THE_WEIGHTS
+from deltatok.extract.datasets.base import DatasetConfig
+from deltatok.pipeline.cli import build_config, read_yaml
+from deltatok.pipeline.commands import train as train_command
+from deltatok.train.config import (
+    DINOWorldTrainConfig,
+    HeadTrainConfig,
+    TokenizerTrainConfig,
+    WorldTrainConfig,
+)
+from deltatok.train.engine.checkpoints import NOT_IN_THE_WEIGHTS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIVEN = {  # what the command line of the file's header adds
@@ -73,7 +76,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (command,) = re.findall("^# Command: (.*)$", path.read_text(), flags=re.MULTILINE)
         words = shlex.split(command)
         at = words.index("-m") + 1 if words[0] == "accelerate" else 0
-        assert words[at] in ("deltatok-train", "deltatok.pipeline.train_command")
+        assert words[at] in ("deltatok-train", "deltatok.pipeline.commands.train")
         assert train_command.main(words[at + 1 :]) == 0, command
     return found
 

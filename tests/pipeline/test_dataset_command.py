@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltatok.pipeline.evaluate_command import main as evaluate
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.train_command import main as train
+from deltatok.pipeline.commands.evaluate import main as evaluate
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.train import main as train
 from deltatok.shards import PatchShards
-from deltatok.train.targets import load_label, read_targets
+from deltatok.shards.evaluation.targets import load_label, read_targets
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_bad_input_is_refused(fails, tmp_path, monkeypatch, words, message) -> N
 
 
 def test_an_audit_of_targets_is_refused(fails, targets_cache: Path, tiny_inputs: Path) -> None:
-    from deltatok.pipeline.shards_command import main as shards
+    from deltatok.pipeline.commands.shards import main as shards
 
     assert shards(["verify", str(targets_cache), "--deep"]) == 0
     words = ["verify", str(targets_cache), "--audit", "1"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.shards_command import main
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.shards import main
 from deltatok.shards import DeltaShards, PatchShards
 
 

@@ -10,11 +10,12 @@ import torch
 
 from deltatok.extract.stop import StopRequest
 from deltatok.pipeline import fused
-from deltatok.pipeline.extract_command import main as extract
+from deltatok.pipeline.commands.extract import VideosConfig
+from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.fused import DeltaShardWriter
-from deltatok.pipeline.videos_config import VideosConfig
 from deltatok.shards import DeltaShards, DeltatokError, done_shards, read_cache_info, verify_cache
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
+from deltatok.train.models.configs import DeltaTokConfig
+from deltatok.train.models.deltatok import DeltaTok
 
 Fails = Callable[..., None]
 Words = Callable[..., list[str]]

@@ -7,10 +7,17 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.evaluate.known_futures import FutureFolder
-from deltatok.pipeline.little_world import LittleWorldConfig, Walker, futures, simulate, walk
-from deltatok.pipeline.world_files import make_little_world, render, write_mp4
-from deltatok.pipeline.world_futures import possible_rests, seen_futures
+from deltatok.evaluate.forecast.modes import FutureFolder
+from deltatok.pipeline.little_world.files import make_little_world, render, write_mp4
+from deltatok.pipeline.little_world.simulation import (
+    LittleWorldConfig,
+    Walker,
+    futures,
+    possible_rests,
+    seen_futures,
+    simulate,
+    walk,
+)
 from deltatok.shards.errors import CacheMismatch
 from deltatok.shards.files import sha256_file
 

@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from deltatok.extract.sources import find_clips
+from deltatok.extract.sources.find import find_clips
 from deltatok.pipeline import plan as plan_module
 from deltatok.pipeline import plan_probe
-from deltatok.pipeline.extract_command import main as extract
+from deltatok.pipeline.commands.extract import VideosConfig
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.plan import make_extraction_plan
 from deltatok.pipeline.plan_probe import probe_disk, probe_forward
 from deltatok.pipeline.plan_text import plan_text
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.videos_config import VideosConfig
 from deltatok.shards import UsageError, read_cache_info
 from deltatok.shards.plan import plan_order
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
+from deltatok.train.models.configs import DeltaTokConfig
+from deltatok.train.models.deltatok import DeltaTok
 
 Fails = Callable[..., None]
 

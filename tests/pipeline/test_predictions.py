@@ -14,18 +14,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from deltatok.evaluate import prediction_rows
-from deltatok.evaluate.config import ForecastConfig
-from deltatok.evaluate.predictions import wanted
-from deltatok.evaluate.videos import clips_by_key, read_frames
-from deltatok.evaluate.windows import EvaluationWindows
+from deltatok.evaluate.forecast import predictions as prediction_rows
+from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.predictions import wanted
+from deltatok.evaluate.forecast.windows import EvaluationWindows
+from deltatok.evaluate.report.videos import clips_by_key, read_frames
 from deltatok.extract.backbone import Backbone
-from deltatok.extract.evaluation import EvaluationPolicy
+from deltatok.extract.datasets.windows import EvaluationPolicy
 from deltatok.extract.pixels import window_pixels
-from deltatok.pipeline.evaluate_command import main as evaluate
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.tiny_backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.shards.patches import PatchShards
+from deltatok.pipeline.commands.evaluate import main as evaluate
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
+from deltatok.shards.patches.reader import PatchShards
 
 Frames = NDArray[np.uint8]
 Fails = Callable[..., None]

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from deltatok.pipeline import preview
+from deltatok.pipeline.commands.shards import main
 from deltatok.pipeline.preview import choose_windows, frame_strips
-from deltatok.pipeline.shards_command import main
 from deltatok.shards import DeltaShards, PatchShards, UsageError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deltatok.pipeline import stages
-from deltatok.pipeline.pipeline_command import quickstart_file
+from deltatok.pipeline.commands.pipeline import quickstart_file
 from deltatok.pipeline.stages import StageFailed, read_pipeline, run_pipeline, stages_to_run
 from deltatok.shards.errors import UsageError
 

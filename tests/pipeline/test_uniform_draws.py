@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from deltatok.extract.config import KINETICS_STRIDE_RANGE_S
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.train_command import main as train
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.train import main as train
 from deltatok.pipeline.uniform_draws import UniformDraws
 from deltatok.shards import DeltaShards, PatchShards, UsageError, verify_cache
 from deltatok.shards.files import sha256_file
 from deltatok.train.config import TokenizeConfig
+from deltatok.train.encode import write_deltas
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.tokenize import write_deltas
 
 Fails = Callable[..., None]
 

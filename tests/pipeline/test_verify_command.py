@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.shards_command import main as shards
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.shards import main as shards
 
 Fails = Callable[..., None]
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from deltatok.pipeline import command, pipeline_command, shards_command
-from deltatok.pipeline.evaluate_command import main as evaluate
-from deltatok.pipeline.extract_command import main as extract
-from deltatok.pipeline.pipeline_command import main as pipeline
-from deltatok.pipeline.shards_command import main as shards
-from deltatok.pipeline.train_command import main as train
+from deltatok.pipeline import cli as command
+from deltatok.pipeline.commands import pipeline as pipeline_command
+from deltatok.pipeline.commands import shards as shards_command
+from deltatok.pipeline.commands.evaluate import main as evaluate
+from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.pipeline import main as pipeline
+from deltatok.pipeline.commands.shards import main as shards
+from deltatok.pipeline.commands.train import main as train
 
 ROOT = Path(__file__).resolve().parents[2]
 Main = Callable[[Sequence[str]], int]

@@ -30,7 +30,7 @@ from deltatok.shards import (
     write_plan,
     write_quarantine,
 )
-from deltatok.shards.int8 import scale_sha256
+from deltatok.shards.patches.int8 import scale_sha256
 
 NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
 NUM_TOKENS = GRID[0] * GRID[1]

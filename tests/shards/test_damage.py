@@ -198,7 +198,8 @@ def test_reader_refuses_broken_group_metadata(patches: Any, text: str) -> None:
 def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
     patches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltatok.shards import token_encoder, write_patch_shard
+    from deltatok.shards import write_patch_shard
+    from deltatok.shards.patches import writer as token_encoder
 
     monkeypatch.setattr(token_encoder, "is_storable", lambda *_, **__: True)
     monkeypatch.setattr(token_encoder, "_statistics", lambda *_, **__: {})
@@ -286,7 +287,7 @@ def test_made_up_window_descriptions_are_refused(
 ) -> None:
     from webdataset import TarWriter
 
-    from deltatok.shards.tar_map import read_members
+    from deltatok.shards.deltas.reader import read_members
 
     path = deltas.folder / "shards/000000.tar"
     data = path.read_bytes()

@@ -136,7 +136,7 @@ def test_any_shape_comes_back(
 
 
 def test_reader_maps_few_shards_at_once(deltas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltatok.shards.deltas.MAX_MAPPED_SHARDS", 1)
+    monkeypatch.setattr("deltatok.shards.deltas.reader.MAX_MAPPED_SHARDS", 1)
     reader = DeltaShards(deltas.folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
@@ -271,7 +271,7 @@ def test_shard_without_windows_is_only_a_done_record(little: Any, deltas: Any) -
 
 
 def test_threads_may_read_together(deltas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltatok.shards.deltas.MAX_MAPPED_SHARDS", 1)
+    monkeypatch.setattr("deltatok.shards.deltas.reader.MAX_MAPPED_SHARDS", 1)
     reader = DeltaShards(deltas.folder)
     wrong: list[int] = []
 

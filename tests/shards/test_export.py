@@ -31,12 +31,12 @@ from deltatok.shards import (
     write_patch_shard,
     write_quarantine,
 )
-from deltatok.shards.dtypes import from_stored, to_bfloat16_bits
-from deltatok.shards.export import export_cache
-from deltatok.shards.export_plan import Selection
 from deltatok.shards.files import sha256_file, write_bytes
-from deltatok.shards.int8 import dequantise
+from deltatok.shards.patches.int8 import dequantise
+from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
 from deltatok.shards.plan import plan_lines
+from deltatok.shards.tools.export import export_cache
+from deltatok.shards.tools.export_plan import Selection
 
 
 def opened(folder: Path) -> Any:
@@ -255,10 +255,10 @@ def test_an_export_killed_while_it_writes_goes_on(patches: Any, tmp_path: Path) 
     """SIGKILL in the middle of publishing a shard: a partial folder is left, and then cleared."""
     code = """
 import os, signal, sys
-import deltatok.shards.publishing as publishing
+import deltatok.shards.records as publishing
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 publishing.publish = kill
-from deltatok.shards.export import export_cache
+from deltatok.shards.tools.export import export_cache
 export_cache([sys.argv[1]], sys.argv[2], dtype="int8")
 """
     out = tmp_path / "out"

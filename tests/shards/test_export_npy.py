@@ -17,8 +17,8 @@ from deltatok.shards import (
     finish_cache,
     write_patch_shard,
 )
-from deltatok.shards.export_plan import Selection
-from deltatok.shards.npy_folder import export_npy
+from deltatok.shards.tools.export_plan import Selection
+from deltatok.shards.tools.npy_folder import export_npy
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
@@ -97,7 +97,7 @@ def test_small_pieces_give_the_same_file(
     patches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export_npy([patches.folder], tmp_path / "one")
-    monkeypatch.setattr("deltatok.shards.npy_folder.CHUNK_BYTES", 1)
+    monkeypatch.setattr("deltatok.shards.tools.npy_folder.CHUNK_BYTES", 1)
     export_npy([patches.folder], tmp_path / "two")
     files = [path.name for path in (tmp_path / "one").iterdir()]
     for name in files:
@@ -108,7 +108,7 @@ def test_what_was_begun_is_never_seen_and_goes_away(
     patches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out.partial-1999999999-00000000").mkdir()  # of another machine: kept for a day
-    monkeypatch.setattr("deltatok.shards.npy_folder.CHUNK_BYTES", 1)
+    monkeypatch.setattr("deltatok.shards.tools.npy_folder.CHUNK_BYTES", 1)
 
     def stop(done: int, total: int) -> None:
         assert not (tmp_path / "out").exists()

@@ -11,7 +11,8 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltatok.shards import DamagedShard, PatchShards, frame_file
+from deltatok.shards import DamagedShard, PatchShards
+from deltatok.shards.patches import zarr_arrays as frame_file
 
 QUIET = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

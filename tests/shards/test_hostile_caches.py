@@ -25,8 +25,8 @@ from deltatok.shards import (
     read_plan,
     verify_cache,
 )
+from deltatok.shards.cache import checksum, fingerprint
 from deltatok.shards.files import sha256_file
-from deltatok.shards.identity import checksum, fingerprint
 
 TOKENS = "shards/000000.zarr/tokens/zarr.json"
 EXTRA_BYTES = 2**30  # threads reserve most of it

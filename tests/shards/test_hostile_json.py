@@ -9,7 +9,7 @@ import pytest
 
 from deltatok.shards import DeltatokError, PatchShards, describe_cache, verify_cache
 from deltatok.shards.files import sha256_file
-from deltatok.shards.strict_json import parse_json
+from deltatok.shards.schema import parse_json
 
 TOKENS = "shards/000000.zarr/tokens/zarr.json"
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltatok.shards import DamagedShard
+from deltatok.shards.deltas.reader import read_members
 from deltatok.shards.npy import npy_bytes, parse_npy, read_npy
-from deltatok.shards.tar_map import read_members
 
 FLOAT16 = np.dtype("<f2")
 

@@ -28,7 +28,7 @@ from deltatok.shards import (
     write_channel_scale,
     write_patch_shard,
 )
-from deltatok.shards.int8 import MAX_NORMALISED, MIN_TOKEN_SCALE, UNSTORABLE
+from deltatok.shards.patches.int8 import MAX_NORMALISED, MIN_TOKEN_SCALE, UNSTORABLE
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ def test_a_shard_that_appears_while_it_is_moved_is_taken_as_it_is(
         aside.rename(final)  # the other process is a moment faster
         partial.rename(final)
 
-    monkeypatch.setattr("deltatok.shards.publishing.publish", late)
+    monkeypatch.setattr("deltatok.shards.records.publish", late)
     write_patch_shard(patches.folder, 1, patches.rows[1], dtype="float16", seed=7)
     assert tree(patches.folder) == wanted
 
@@ -268,7 +268,7 @@ def test_a_failed_shard_leaves_the_old_one_and_no_partial(
     def full(partial: Path, final: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deltatok.shards.publishing.publish", full)
+    monkeypatch.setattr("deltatok.shards.records.publish", full)
     with pytest.raises(OSError, match="No space left"):
         if kind == "patches":
             write_patch_shard(cache.folder, 1, cache.rows[1], dtype="float16", seed=7)

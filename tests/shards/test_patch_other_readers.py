@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from deltatok.shards import (
-    PatchShards,
-)
+from deltatok.shards import PatchShards
 
 
 def test_reader_gives_what_plain_zarr_gives(patches: Any) -> None:

@@ -22,7 +22,7 @@ from deltatok.shards import (
     window_order,
     write_patch_shard,
 )
-from deltatok.shards.dtypes import from_stored, to_bfloat16_bits
+from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
 
 
 def test_float16_tokens_come_back_as_their_nearest_float16(patches: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_pickled_reader_opens_the_same_cache(patches: Any) -> None:
 
 
 def test_reader_keeps_few_files_open(patches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltatok.shards.patches.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("deltatok.shards.patches.reader.MAX_OPEN_FILES", 1)
     reader = PatchShards(patches.folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for window in (0, 10, 0, 10):

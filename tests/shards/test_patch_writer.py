@@ -18,8 +18,8 @@ from deltatok.shards import (
     window_order,
     write_patch_shard,
 )
-from deltatok.shards.dtypes import from_stored, to_bfloat16_bits
 from deltatok.shards.files import sha256_file
+from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
 
 
 def test_bfloat16_bits_are_those_of_torch() -> None:

@@ -20,9 +20,9 @@ from deltatok.shards import (
     finish_cache,
     read_plan,
 )
+from deltatok.shards.deltas.reader import read_blocks, read_windows
 from deltatok.shards.files import write_bytes
 from deltatok.shards.plan import plan_lines
-from deltatok.shards.tar_blocks import read_blocks, read_windows
 
 
 def opened(little: Any, folder: Path, kind: str) -> Any:

@@ -17,7 +17,7 @@ from deltatok.shards import (
     write_patch_shard,
 )
 from deltatok.shards.cache import read_cache_info
-from deltatok.shards.repair import Repaired, repair_cache
+from deltatok.shards.tools.repair import Repaired, repair_cache
 
 
 def repair(folder: Path, *, deep: bool = False) -> Repaired:

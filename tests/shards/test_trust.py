@@ -20,8 +20,8 @@ from deltatok.shards import (
     verify_cache,
     write_patch_shard,
 )
+from deltatok.shards.cache import NOTICE
 from deltatok.shards.index import INDEX
-from deltatok.shards.notice import NOTICE
 from deltatok.shards.samples import sample_sha256
 
 TOKENS = "tokens/c/0/0/0/0"

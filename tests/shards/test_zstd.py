@@ -11,7 +11,7 @@ from numcodecs import Zstd
 
 from deltatok.shards import DamagedShard, PatchShards, UsageError, verify_cache, write_patch_shard
 from deltatok.shards.files import sha256_file
-from deltatok.shards.zstd import compress, decompress
+from deltatok.shards.patches.zarr_arrays import compress, decompress
 
 DTYPES = ["float16", "bfloat16", "int8"]
 

@@ -28,8 +28,7 @@ from deltatok.shards import (
     write_quarantine,
 )
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
-from deltatok.train.models.deltatok import DeltaTokConfig
-from deltatok.train.models.deltaworld import DeltaWorldConfig
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 
 NUM_LATENTS = 3
 

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltatok.train.best_of_many import (
+from deltatok.train.losses import smooth_l1
+from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.dinoworld import DINOWorld
+from deltatok.train.selection.folded import ProductsName, fold, predictions, project, weights_of
+from deltatok.train.selection.noise import CounterNoise, GivenNoise
+from deltatok.train.selection.search import (
     CPU_MEMORY_MB,
     Chunks,
     Selection,
@@ -21,12 +27,6 @@ from deltatok.train.best_of_many import (
     select,
     select_patches,
 )
-from deltatok.train.losses import smooth_l1
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
-from deltatok.train.models.folded import fold, predictions, project, weights_of
-from deltatok.train.models.products import ProductsName
-from deltatok.train.noise import CounterNoise, GivenNoise
 
 sys.path.append(str(Path(__file__).parent))
 from plain_best_of_many import plain_select, plain_select_one_by_one, plain_select_patches

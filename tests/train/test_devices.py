@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltatok.shards import UsageError
-from deltatok.train.devices import make_accelerator
+from deltatok.train.engine.devices import make_accelerator
 
 
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from deltatok.shards import DeltaShards, PatchShards
-from deltatok.train.data import (
-    Batch,
-    TokenizerBatches,
-    WorldBatches,
-)
-from deltatok.train.order import Share
-from deltatok.train.prefetch import Prefetcher
-from deltatok.train.sources import delta_source, patch_source
+from deltatok.train.data.batches import Batch, Prefetcher, TokenizerBatches, WorldBatches
+from deltatok.train.data.order import Share
+from deltatok.train.data.residency import delta_source, patch_source
 
 Reader = Callable[[int], Batch]
 Values = list[tuple[torch.Tensor, ...]]

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from deltatok.shards.errors import DeltatokError, UsageError
 from deltatok.train.models.blocks import LayerScale
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig, draw_rope_rescale
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
+from deltatok.train.models.deltatok import DeltaTok, draw_rope_rescale
+from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.models.heads import (
     DepthHead,
     DepthHeadConfig,

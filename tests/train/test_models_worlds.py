@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from deltatok.shards.errors import DeltatokError, UsageError
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
+from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.dinoworld import DINOWorld
 
 GRID = (2, 3)
 WORLD = DeltaWorldConfig(

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltatok.train.draws import seed_for
-from deltatok.train.noise import CounterNoise, GivenNoise, _mix
+from deltatok.train.data.order import seed_for
+from deltatok.train.selection.noise import CounterNoise, GivenNoise, _mix
 
 KEYS = torch.tensor([seed_for("test", number) for number in range(3)])
 NOISE = CounterNoise(keys=KEYS, positions=4, channels=10, std=0.02)

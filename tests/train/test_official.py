@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from deltatok.shards.errors import DeltatokError, UsageError
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
+from deltatok.train.engine.model_folder import read_provenance, weights_sha256
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
+from deltatok.train.models.deltatok import DeltaTok
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import (
     DepthHead,
     DepthHeadConfig,
@@ -18,9 +20,7 @@ from deltatok.train.models.heads import (
     SegmentationHeadConfig,
 )
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig
-from deltatok.train.official import export_official, import_official, read_official
-from deltatok.train.official_configs import rgb_constants
-from deltatok.train.pretrained import read_provenance, weights_sha256
+from deltatok.train.official import export_official, import_official, read_official, rgb_constants
 
 PREDICTOR = {
     "hidden_size": 8,

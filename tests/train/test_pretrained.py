@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltatok.shards.errors import DeltatokError, UsageError
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
+from deltatok.train.engine.model_folder import read_class, read_provenance, weights_sha256
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
+from deltatok.train.models.deltatok import DeltaTok
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig
-from deltatok.train.pretrained import read_class, read_provenance, weights_sha256
 
 TOKENIZER = DeltaTokConfig(
     hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=12

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deltatok.shards import UsageError
-from deltatok.train.run_lock import LOCK
+from deltatok.train.engine.run_folder import LOCK
 from deltatok.train.world import train_world
 
 Make = Callable[..., Any]

@@ -11,19 +11,28 @@ from torch import nn
 
 from deltatok.shards import DeltaShards, DeltatokError, Stopped, UsageError
 from deltatok.shards.files import sha256_file
-from deltatok.train import loop, selection
-from deltatok.train.best_of_many import ChunkLosses, Selection, select
-from deltatok.train.config import WorldTrainConfig
-from deltatok.train.config_dinoworld import DINOWorldTrainConfig
-from deltatok.train.flops import flops_per_sample
-from deltatok.train.logs import Meter
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
-from deltatok.train.models.folded import fold, predictions, project, weights_of
-from deltatok.train.models.products import LARGEST, affine8, product, scaled8
-from deltatok.train.noise import CounterNoise
-from deltatok.train.order import Share
-from deltatok.train.selection import Selector, Windows, check_float8
+from deltatok.train.config import DINOWorldTrainConfig, WorldTrainConfig
+from deltatok.train.data.order import Share
+from deltatok.train.engine import loop
+from deltatok.train.engine.logs import Meter
+from deltatok.train.engine.loop import flops_per_sample
+from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.dinoworld import DINOWorld
+from deltatok.train.selection import selector as selection
+from deltatok.train.selection.folded import (
+    LARGEST,
+    affine8,
+    fold,
+    predictions,
+    product,
+    project,
+    scaled8,
+    weights_of,
+)
+from deltatok.train.selection.noise import CounterNoise
+from deltatok.train.selection.search import ChunkLosses, Selection, select
+from deltatok.train.selection.selector import Selector, Windows, check_float8
 from deltatok.train.world import WorldStage, train_world
 
 Make = Callable[..., Any]
@@ -288,7 +297,7 @@ def test_flops_are_counted_anew_where_the_schedule_changes(
 
 def test_the_log_counts_each_step_with_its_own_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("deltatok.train.logs.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("deltatok.train.engine.logs.time.perf_counter", lambda: clock[0])
     meter = Meter("windows", CPU)
     meter.flop_per_sample = 1e12
     meter.count(3)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatok.train.best_of_many import ChunkLosses, Selection, select
-from deltatok.train.models.deltaworld import DeltaWorld, DeltaWorldConfig
-from deltatok.train.models.folded import fold, project, weights_of
-from deltatok.train.noise import CounterNoise
+from deltatok.train.models.configs import DeltaWorldConfig
+from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.selection.folded import fold, project, weights_of
+from deltatok.train.selection.noise import CounterNoise
+from deltatok.train.selection.search import ChunkLosses, Selection, select
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

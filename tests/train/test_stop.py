@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deltatok.train.stop import StopSignal
+from deltatok.train.engine.stop import StopSignal
 
 
 @pytest.fixture(autouse=True)

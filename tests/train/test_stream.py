@@ -11,12 +11,12 @@ import torch
 
 from deltatok.shards import DeltaShards, PatchShards, read_cache_info
 from deltatok.shards.errors import CacheMismatch
-from deltatok.shards.export import export_cache
-from deltatok.train import memory, sources
-from deltatok.train.buffers import BufferPool
-from deltatok.train.sources import choose_place, delta_source, patch_source
-from deltatok.train.stream import DeltaBlocks, PatchBlocks, StreamRows
-from deltatok.train.stream_order import StreamOrder, same_block_share
+from deltatok.shards.tools.export import export_cache
+from deltatok.train.data import residency as memory
+from deltatok.train.data import residency as sources
+from deltatok.train.data.order import StreamOrder, same_block_share
+from deltatok.train.data.residency import choose_place, delta_source, patch_source
+from deltatok.train.data.stream import BufferPool, DeltaBlocks, PatchBlocks, StreamRows
 from deltatok.train.world import train_world
 
 

@@ -9,16 +9,15 @@ from PIL import Image
 
 from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, finish_cache, open_cache
 from deltatok.shards.errors import CacheMismatch, DamagedShard, UsageError
-from deltatok.shards.patches import PatchShards
+from deltatok.shards.evaluation.targets import cut_of_crops, load_label, windows_of_clips
+from deltatok.shards.patches.reader import PatchShards
 from deltatok.shards.plan import write_plan
-from deltatok.train.config_head import HeadTrainConfig
-from deltatok.train.cuts import cut_labels, upsample_predictions
-from deltatok.train.head import train_head
-from deltatok.train.head_tasks import Depth, Segmentation
+from deltatok.train.config import HeadTrainConfig
+from deltatok.train.engine.model_folder import read_provenance
+from deltatok.train.heads.crops import cut_labels, upsample_predictions
+from deltatok.train.heads.labels import TargetLabels
+from deltatok.train.heads.train import Depth, Segmentation, train_head
 from deltatok.train.models.heads import DepthHead, SegmentationHead, feature_map
-from deltatok.train.pretrained import read_provenance
-from deltatok.train.target_labels import TargetLabels
-from deltatok.train.targets import cut_of_crops, load_label, windows_of_clips
 
 
 @pytest.fixture

@@ -8,17 +8,16 @@ from PIL import Image
 
 from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, open_cache
 from deltatok.shards.errors import CacheMismatch, DamagedShard, UsageError
-from deltatok.shards.patches import PatchShards
-from deltatok.shards.plan import read_plan
-from deltatok.shards.plan_target import LabelRule, is_inside, leads_out
-from deltatok.train.label_rules import apply_rule
-from deltatok.train.targets import (
+from deltatok.shards.evaluation.labels import LabelRule, apply_rule, is_inside, leads_out
+from deltatok.shards.evaluation.targets import (
     Target,
     cut_of_crops,
     load_label,
     read_targets,
     windows_of_clips,
 )
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.shards.plan import read_plan
 
 
 @pytest.fixture

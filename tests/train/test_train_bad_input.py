@@ -14,12 +14,11 @@ import pytest
 
 from deltatok.shards import DamagedShard, DeltaShards, DeltatokError, PatchShards, UsageError
 from deltatok.shards.files import sha256_file
-from deltatok.train.config_dinoworld import DINOWorldTrainConfig
-from deltatok.train.config_head import HeadTrainConfig
+from deltatok.train.config import DINOWorldTrainConfig, HeadTrainConfig
+from deltatok.train.data.order import split_windows
 from deltatok.train.dinoworld import train_dinoworld
-from deltatok.train.head import train_head
+from deltatok.train.heads.train import train_head
 from deltatok.train.models.configs import DINOWorldConfig
-from deltatok.train.order import split_windows
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from deltatok.shards import CacheMismatch, DeltatokError, PatchShards, UsageError
-from deltatok.train import checkpoints, logs, loop
+from deltatok.train.engine import checkpoints, logs, loop
+from deltatok.train.engine.model_folder import read_provenance, read_tensors
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.pretrained import read_provenance, read_tensors
 from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
 from deltatok.train.world import train_world
 

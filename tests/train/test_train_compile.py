@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from deltatok.shards import UsageError
-from deltatok.train import loop, selection
-from deltatok.train.pretrained import read_tensors
+from deltatok.train.engine import loop
+from deltatok.train.engine.model_folder import read_tensors
+from deltatok.train.selection import selector as selection
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
 

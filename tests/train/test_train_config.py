@@ -6,11 +6,11 @@ import pytest
 
 from deltatok.shards import UsageError
 from deltatok.train.config import (
+    HeadTrainConfig,
     TokenizeConfig,
     TokenizerTrainConfig,
     WorldTrainConfig,
 )
-from deltatok.train.config_head import HeadTrainConfig
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,25 @@ import pytest
 import torch
 
 from deltatok.shards import DeltaShards, PatchShards, UsageError
-from deltatok.train import memory
-from deltatok.train.data import (
+from deltatok.train.data import residency as memory
+from deltatok.train.data.batches import (
     Batch,
+    Prefetcher,
     TokenizerBatches,
     WorldBatches,
     check_frames,
 )
-from deltatok.train.draws import permutation, seed_for, uniforms
-from deltatok.train.order import BatchOrder, Share, evenly, split_windows
-from deltatok.train.prefetch import Prefetcher
-from deltatok.train.schedule import is_time
-from deltatok.train.sources import delta_source, patch_source
+from deltatok.train.data.order import (
+    BatchOrder,
+    Share,
+    evenly,
+    permutation,
+    seed_for,
+    split_windows,
+    uniforms,
+)
+from deltatok.train.data.residency import delta_source, patch_source
+from deltatok.train.engine.loop import is_time
 
 ONE = Share()
 

@@ -11,16 +11,18 @@ import torch
 
 from deltatok.shards import PatchShards, Stopped, UsageError
 from deltatok.shards.files import sha256_file
-from deltatok.train import loop, selection
-from deltatok.train.best_of_many import Chunks
-from deltatok.train.config_dinoworld import DINOWorldTrainConfig
+from deltatok.train.config import DINOWorldTrainConfig
+from deltatok.train.data.order import Share
 from deltatok.train.dinoworld import DINOWorldStage, train_dinoworld
-from deltatok.train.first_weights import make_model
-from deltatok.train.logs import Meter
-from deltatok.train.models.dinoworld import DINOWorld, DINOWorldConfig
-from deltatok.train.order import Share
-from deltatok.train.pretrained import read_provenance
-from deltatok.train.selection import Windows
+from deltatok.train.engine import loop
+from deltatok.train.engine.checkpoints import make_model
+from deltatok.train.engine.logs import Meter
+from deltatok.train.engine.model_folder import read_provenance
+from deltatok.train.models.configs import DINOWorldConfig
+from deltatok.train.models.dinoworld import DINOWorld
+from deltatok.train.selection import selector as selection
+from deltatok.train.selection.search import Chunks
+from deltatok.train.selection.selector import Windows
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from deltatok.shards import CacheMismatch, PatchShards, UsageError
-from deltatok.train.config_head import HeadTrainConfig
-from deltatok.train.devices import check_compiler
-from deltatok.train.head import train_head
+from deltatok.train.config import HeadTrainConfig
+from deltatok.train.engine.devices import check_compiler
+from deltatok.train.engine.model_folder import read_provenance
+from deltatok.train.heads.train import train_head
 from deltatok.train.models.heads import SegmentationHead
-from deltatok.train.pretrained import read_provenance
 
 Make = Callable[..., Any]
 HEIGHT, WIDTH = 32, 48
@@ -96,7 +96,7 @@ def test_frames_without_labels_train_nothing(
 
 
 def test_labels_of_different_sizes_share_a_batch(head_config: Make, tmp_path: Path) -> None:
-    from deltatok.train.labels import Labels
+    from deltatok.train.heads.labels import Labels
 
     class TwoSizes:
         clip_index = np.array([0, 1])

@@ -11,8 +11,9 @@ import torch
 
 from deltatok.shards import UsageError
 from deltatok.shards.files import sha256_file
-from deltatok.train import loop, trackers
-from deltatok.train.flops import flops_per_sample
+from deltatok.train.engine import logs as trackers
+from deltatok.train.engine import loop
+from deltatok.train.engine.loop import flops_per_sample
 from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
 from deltatok.train.world import train_world
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from deltatok.shards import CacheMismatch, DeltatokError, PatchShards, UsageError
-from deltatok.train.checkpoints import find_checkpoints
-from deltatok.train.draws import generator
+from deltatok.train.data.order import generator
+from deltatok.train.engine.checkpoints import find_checkpoints
+from deltatok.train.engine.model_folder import read_provenance, read_tensors
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.pretrained import read_provenance, read_tensors
 from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
 
 Make = Callable[..., Any]

@@ -10,7 +10,8 @@ from torch import nn
 
 from deltatok.shards import DeltatokError
 from deltatok.train.losses import mse
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
+from deltatok.train.models.configs import DeltaTokConfig
+from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.probes import participation_ratio, probe_tokenizer
 from deltatok.train.tokenizer import train_tokenizer
 

@@ -19,8 +19,8 @@ import torch
 
 from deltatok.shards.files import sha256_file
 from deltatok.train.config import WorldTrainConfig
-from deltatok.train.pretrained import read_tensors
-from deltatok.train.run_lock import LOCK
+from deltatok.train.engine.model_folder import read_tensors
+from deltatok.train.engine.run_folder import LOCK
 from deltatok.train.world import train_world
 
 Make = Callable[..., Any]
@@ -31,9 +31,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from deltatok.shards import DeltatokError
-from deltatok.train import loop, world
+from deltatok.train.engine import loop
+from deltatok.train import world
 from deltatok.train.config import WorldTrainConfig
-from deltatok.train.models.deltaworld import DeltaWorldConfig
+from deltatok.train.models.configs import DeltaWorldConfig
 from deltatok.train.world import train_world
 def config_of(fields):
     fields["model"]["rope_axis_sizes"] = tuple(fields["model"]["rope_axis_sizes"])

@@ -15,8 +15,8 @@ import pytest
 
 from deltatok.shards import CacheMismatch, DamagedShard, DeltatokError, Stopped, UsageError
 from deltatok.shards.files import sha256_file
-from deltatok.train import loop
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
+from deltatok.train.engine import loop
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
 
@@ -81,9 +81,9 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from deltatok.train import checkpoints, loop, pretrained, run_folder
+from deltatok.train.engine import checkpoints, loop, model_folder as pretrained, run_folder
 from deltatok.train.config import TokenizerTrainConfig
-from deltatok.train.models.deltatok import DeltaTokConfig
+from deltatok.train.models.configs import DeltaTokConfig
 from deltatok.train.tokenizer import train_tokenizer
 import json
 fields = json.loads(sys.argv[1])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deltatok.shards import UsageError
+from deltatok.train.engine.model_folder import read_tensors
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorld
-from deltatok.train.pretrained import read_tensors
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
 

@@ -22,12 +22,13 @@ from deltatok.shards import (
 )
 from deltatok.shards.cache import finish_cache, reopen_cache
 from deltatok.shards.files import sha256_file
-from deltatok.shards.patch_writer import PatchRows, write_patch_shard
+from deltatok.shards.patches.writer import PatchRows, write_patch_shard
 from deltatok.shards.plan import extend_plan, num_shards, read_plan
-from deltatok.train import tokenize
+from deltatok.train import encode as tokenize
 from deltatok.train.config import TokenizeConfig
-from deltatok.train.models.deltatok import DeltaTok, DeltaTokConfig
-from deltatok.train.tokenize import write_deltas
+from deltatok.train.encode import write_deltas
+from deltatok.train.models.configs import DeltaTokConfig
+from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.tokenizer import train_tokenizer
 
 Make = Callable[..., Any]

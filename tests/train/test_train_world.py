@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from deltatok.shards import CacheMismatch, DeltaShards, UsageError
-from deltatok.train import selection
-from deltatok.train.best_of_many import Chunks, Selection
-from deltatok.train.data import Batch
-from deltatok.train.first_weights import make_model
-from deltatok.train.logs import Meter
+from deltatok.train.data.batches import Batch
+from deltatok.train.data.order import Share
+from deltatok.train.engine.checkpoints import make_model
+from deltatok.train.engine.logs import Meter
+from deltatok.train.engine.model_folder import read_provenance, read_tensors
 from deltatok.train.models.deltaworld import DeltaWorld
-from deltatok.train.order import Share
-from deltatok.train.pretrained import read_provenance, read_tensors
-from deltatok.train.selection import Windows
+from deltatok.train.selection import selector as selection
+from deltatok.train.selection.search import Chunks, Selection
+from deltatok.train.selection.selector import Windows
 from deltatok.train.world import WorldStage, train_world
 
 Make = Callable[..., Any]

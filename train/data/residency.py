@@ -8,28 +8,73 @@
     auto     the first of these that there is room for
 
 The first three give the same batches; stream has an order of its own. Used by the stages.
+
+How much memory a cache may take. Used by sources.py for `residency: auto`.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..shards.deltas import DeltaShards
-from ..shards.patches import PatchShards
-from ..shards.reader import CacheReader
-from .buffers import BufferPool
-from .config import Residency, TrainConfig
-from .devices import Accelerator
-from .memory import available_bytes, device_bytes, fits_in_memory
-from .order import BatchOrder, Indices
-from .stream import Blocks, DeltaBlocks, PatchBlocks, StreamRows, windows_of_group
-from .stream_order import StreamOrder
+from ...shards.deltas.reader import DeltaShards
+from ...shards.patches.reader import PatchShards
+from ...shards.reader import CacheReader
+from ..config import Residency, TrainConfig
+from ..engine.devices import Accelerator
+from .order import BatchOrder, Indices, StreamOrder
+from .stream import Blocks, BufferPool, DeltaBlocks, PatchBlocks, StreamRows, windows_of_group
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+LARGEST_SHARE = 0.5
+"""Of what is free, at most this much for a cache (a guess: the rest is page cache, batches and
+everybody else)."""
+
+
+def fits_in_memory(size_bytes: int) -> bool:
+    """Whether every process of this machine may load `size_bytes` at the same time."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return size_bytes * processes <= LARGEST_SHARE * available_bytes()
+
+
+def device_bytes(device: torch.device) -> int:
+    """What a cache may take of a cuda device's memory: the model comes after it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(LARGEST_SHARE * free)
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping; 0 where the system does not say."""
+    limits = [value for value in (_system_bytes(), _container_bytes()) if value is not None]
+    return min(limits, default=0)
+
+
+def _system_bytes() -> int | None:
+    if not MEMINFO.is_file():
+        return None
+    for line in MEMINFO.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _container_bytes() -> int | None:
+    """What is left under the control group's limit; None without one."""
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if not (limit.is_file() and used.is_file()):
+        return None
+    text = limit.read_text(encoding="ascii").strip()
+    return None if text == "max" else max(0, int(text) - int(used.read_text(encoding="ascii")))
+
 
 logger = logging.getLogger(__name__)
 

@@ -10,24 +10,40 @@
 Written as a whole folder under a partial name, flushed, then renamed: what has the name is whole.
 Kept are the newest and the best. Which is the best stands in every state.json; best.json repeats
 the newest one's. No random state is in there, since nothing in training has any (draws.py).
+
+The model a run begins with: fresh, or the weights of another run. Used by tokenizer.py,
+world.py and head.py.
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..shards.errors import DamagedShard, UsageError
-from ..shards.files import partial_path, publish, read_json, remove, write_json
-from .disk import writing
-from .pretrained import CONFIG, PROVENANCE, WEIGHTS, Pretrained, config_json, read_tensors
+from ...shards.errors import CacheMismatch, DamagedShard, UsageError
+from ...shards.files import partial_path, publish, remove, write_json, writing
+from ...shards.schema import read_json
+from ..config import TrainConfig
+from ..data.order import generator
+from ..models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
+from .model_folder import (
+    CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    Pretrained,
+    config_json,
+    load_weights,
+    read_tensors,
+    weights_sha256,
+)
 
 MODEL, OPTIMIZER, STATE = WEIGHTS, "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -176,3 +192,69 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=Pretrained)
+SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig)
+
+NOT_IN_THE_WEIGHTS = frozenset(
+    {
+        *("layer_scale_init", "initializer_range"),  # fresh weights only
+        *("use_rope_aug", "pos_embed_rescale"),  # training draws only
+        *("num_samples_train", "num_samples_eval"),
+    }
+)
+"""Fields of a model's config that may differ from those of the weights a run starts from."""
+
+
+def with_size_of_cache(config: SizedT, hidden_size: int, *, cache: str) -> SizedT:
+    """The config with the cache's hidden_size; CacheMismatch if another one was set by hand."""
+    default = type(config)().hidden_size
+    if config.hidden_size not in (hidden_size, default):
+        raise CacheMismatch(
+            f"model.hidden_size is {config.hidden_size}, the tokens in {cache} have {hidden_size} "
+            "channels: leave model.hidden_size away, or give another cache"
+        )
+    return replace(config, hidden_size=hidden_size)
+
+
+def start_folder(config: TrainConfig) -> Path | None:
+    """The folder whose weights, and with start_optimizer whose optimizer, a run begins with.
+
+    UsageError if the optimizer's state is asked for and there is none.
+    """
+    if config.start_from is None:
+        return None
+    folder = Path(config.start_from)
+    return folder_with_optimizer(folder) if config.start_optimizer else folder
+
+
+def make_model(
+    model_class: type[ModelT], config: Any, *, seed: int, start_from: Path | None
+) -> tuple[ModelT, str | None]:
+    """The model, on the CPU, and the sha256 of the weights it starts from (None: fresh ones).
+
+    Fresh weights depend on the seed and the config alone. CacheMismatch naming the field if the
+    weights of `start_from` belong to another config.
+    """
+    model = model_class(config, generator=generator(seed, "first weights"))  # type: ignore[call-arg]
+    if start_from is None:
+        return model, None
+    if not (start_from / CONFIG).is_file():
+        raise UsageError(
+            f"start_from {start_from}: no model there, wanted {CONFIG} and {WEIGHTS}: "
+            "give a run that has ended, or a checkpoint, RUN/checkpoints/step-NNNNNNNN"
+        )
+    source = model_class.from_pretrained(start_from)
+    wanted = asdict(config)
+    for name, value in asdict(source.config).items():
+        if name not in NOT_IN_THE_WEIGHTS and value != wanted[name]:
+            raise CacheMismatch(
+                f"start_from {start_from}: {name} is {value}, this run's model has {wanted[name]}: "
+                f"set model.{name} to {value}, or start from other weights"
+            )
+    load_weights(model, source.state_dict(), source=str(start_from))
+    logger.info("starting from the weights in %s", start_from)
+    return model, weights_sha256(source)

@@ -1,12 +1,11 @@
 """One accelerate.Accelerator a command: the device, the ranks, the precision. Used by loop.py and
-tokenize.py."""
+tokenize.py.
+"""
 
 import os
 from collections.abc import Callable, Mapping
 
 import torch
-
-# accelerate publishes no type information; imported here only.
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import (  # type: ignore[import-untyped]
     AcceleratorState,
@@ -18,8 +17,11 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     broadcast_object_list,
 )
 
-from ..shards.errors import DeltatokError, UsageError
-from .config import Device, Precision
+from ...shards.errors import DeltatokError, UsageError
+from ..config import Device, Precision
+
+# accelerate publishes no type information; imported here only.
+
 
 __all__ = [
     "Accelerator",

@@ -2,19 +2,38 @@
 
 Used by tokenizer.py, world.py, dinoworld.py and head.py. What is computed is in the stage; when it
 is read, logged, evaluated and saved is here.
+
+When something is due in a training loop. Used by loop.py.
+
+Which windows to look at when a number is not finite. Used by loop.py and the stages.
+
+AdamW's parameter groups and the learning-rate warm-up, by the released rules.
+
+What the training loop asks of a stage (tokenizer, world model, head). Used by loop.py.
+
+Letters: B samples of one rank's batch, b samples of one micro-batch of it.
+
+FLOPs of a training step, counted from the step itself: at the first one, and where the work of
+a step changes (the number of candidates may follow a schedule). Used by loop.py for its log.
+
+2 per multiply-add, products only, backward as it runs; of best-of-many, the selection too.
 """
 
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..shards.errors import DeltatokError, Stopped, UsageError
+from ...shards.errors import DamagedShard, DeltatokError, Stopped, UsageError
+from ...shards.files import writing
+from ..data.batches import Batch, Prefetcher
+from ..data.order import Indices
 from .checkpoints import (
     MODEL,
     Best,
@@ -23,23 +42,170 @@ from .checkpoints import (
     load_optimizer,
     read_best,
     save_checkpoint,
+    start_folder,
     write_best,
 )
-from .data import Batch
 from .devices import Accelerator, check_compiler, from_main, on_main
-from .disk import writing
-from .finite import named_windows
-from .first_weights import start_folder
-from .flops import flops_per_sample
-from .logs import Meter, RunLog
-from .optim import parameter_groups, warmup_factor
-from .prefetch import Prefetcher
-from .pretrained import load_weights, read_tensors
+from .logs import Meter, RunLog, Trackers, check_trackers
+from .model_folder import Pretrained, load_weights, read_tensors
 from .run_folder import Run
-from .schedule import is_time
-from .stage import Stage
 from .stop import StopSignal
-from .trackers import Trackers, check_trackers
+
+
+def is_time(step: int, *, every: int, last: int) -> bool:
+    """Whether what happens every `every` steps happens after `step` steps, or at the `last`."""
+    return step % every == 0 or step == last
+
+
+MAX_NAMED_WINDOWS = 4
+"""Windows that are named at most."""
+
+
+def named_windows(losses: Tensor, batch: Batch, *, clip_of: Callable[[int], str]) -> str:
+    """ "(its own loss is not finite): window 3 of clip 'a.mp4', ...": of one rank's losses (B,)
+    those that are not finite; all, where every one is (then it is the gradient, or another rank).
+    """
+    bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
+    which = "its own loss is not finite" if bad else "its own losses are finite"
+    chosen = bad or range(len(losses))
+    return f"({which}): {_named([int(batch.windows[index]) for index in chosen], clip_of)}"
+
+
+def check_finite(tokens: Tensor, windows: Indices, *, clip_of: Callable[[int], str]) -> None:
+    """DamagedShard naming those of the validation `windows`, tokens (w, ...), that hold anything
+    but numbers: else every evaluation would say nothing, and no checkpoint be the best."""
+    bad = (~tokens.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise DamagedShard(
+            f"validation: {_named([int(windows[index]) for index in bad], clip_of)}: holds "
+            "numbers that are not finite: run `deltatok-shards verify` on the cache, and make what "
+            "it names again"
+        )
+
+
+def _named(windows: list[int], clip_of: Callable[[int], str]) -> str:
+    different = list(dict.fromkeys(windows))
+    named = ", ".join(
+        f"window {window} of clip {clip_of(window)!r}" for window in different[:MAX_NAMED_WINDOWS]
+    )
+    return f"{named}{', ...' if len(different) > MAX_NAMED_WINDOWS else ''}"
+
+
+class ParameterGroup(TypedDict):
+    """One group as torch.optim takes it, with the names of its parameters."""
+
+    params: list[nn.Parameter]
+    names: list[str]
+    weight_decay: float
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
+    """The decayed and the other trainable parameters, each in the module's order.
+
+    Decayed are the weights of linear and convolution layers only; embeddings, norms, layer scales
+    and biases are not.
+    """
+    decayed: set[str] = set()
+    for path, part in model.named_modules():
+        if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            decayed.add(f"{path}.weight" if path else "weight")
+    groups: list[ParameterGroup] = [
+        {"params": [], "names": [], "weight_decay": weight_decay},
+        {"params": [], "names": [], "weight_decay": 0.0},
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = groups[0 if name in decayed else 1]
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return groups
+
+
+def warmup_factor(step: int, *, warmup_steps: int) -> float:
+    """The factor on the learning rate of update number `step` (from 0): step / warmup_steps up to
+    1, so that the very first update has learning rate 0 (as released); no warm-up: always 1."""
+    return min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
+
+
+class Stage(Protocol):
+    """A model, its batches and its loss. Everything is a function of the step alone."""
+
+    unit: str
+    """What a sample is, in the log: "pairs", "windows", "frames"."""
+    best_by: str
+    """The number of `evaluate` that tells the best checkpoint: the lower, the better."""
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens that a sample brings, for the log's tokens a second."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every training window comes once."""
+
+    @property
+    def model(self) -> Pretrained:
+        """The bare model, float32, on the CPU when the loop takes it."""
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether there are validation windows."""
+
+    def read(self, step: int) -> Batch:
+        """This rank's batch of a step (from 0). Called from the prefetch thread."""
+
+    def losses(
+        self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """float32 (b,): the loss of each of the batch's `samples`, with gradient through
+        `forward`, which is `model` as wrapped for this launch; and scalars for the log."""
+
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """DeltatokError if what is about to be logged of a training step, the same on every rank,
+        says that it must not change the weights."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation numbers, by their names in the log; the same on every rank. Called in eval
+        mode and without gradient."""
+
+    def judge(self, values: Mapping[str, float], *, step: int) -> None:
+        """DeltatokError if validation shows that going on is pointless."""
+
+    def work_at(self, step: int) -> int:
+        """Any number that is the same for steps that take the same FLOPs a sample."""
+
+    def clip_of(self, window: int) -> str:
+        """The key of a window's clip."""
+
+    def provenance(self) -> dict[str, Any]:
+        """provenance.json of the trained model."""
+
+
+COUNTED_SAMPLES = 2
+"""Samples of the pass that is counted: FLOPs grow in proportion, and BatchNorm needs two."""
+
+
+def flops_per_sample(stage: Stage, batch: Batch, *, step: int, device: torch.device) -> float:
+    """FLOPs that one sample of a step takes, forward and backward.
+
+    The pass runs on a second model of zeros, so that neither weights, gradients, running
+    statistics nor a compiled or distributed wrapper see it; no random state is drawn from.
+    """
+    with torch.device("meta"):
+        twin = type(stage.model)(stage.model.config)
+    twin = twin.to_empty(device=device).train()
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            tensor.zero_()
+    count = min(COUNTED_SAMPLES, len(batch.samples))
+    meter = Meter(stage.unit, device)
+    meter.is_counting = True
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        losses, _ = stage.losses(twin, batch, slice(0, count), step=step, meter=meter)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+    total: int = counter.get_total_flops()
+    return total / count
+
 
 logger = logging.getLogger(__name__)
 

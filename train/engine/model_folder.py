@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..shards.errors import DeltatokError, UsageError
-from ..shards.files import partial_path, publish, write_json
+from ...shards.errors import DeltatokError, UsageError
+from ...shards.files import partial_path, publish, write_json
 
 ConfigT = TypeVar("ConfigT")
 

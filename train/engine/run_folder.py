@@ -7,11 +7,15 @@
     OUT/config.json, model.safetensors, provenance.json     the model, when training ends
 
 Used by tokenizer.py, world.py and head.py, through loop.py.
+
+One training run at a time writes into a folder. Used by the train_* functions.
 """
 
+import fcntl
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +23,47 @@ from typing import Any
 
 import torch
 
-from ..shards.checked import Fields, shown
-from ..shards.errors import CacheMismatch, DamagedShard, UsageError
-from ..shards.files import is_partial, read_json, remove_partials, write_json
+from ...shards.errors import CacheMismatch, DamagedShard, UsageError
+from ...shards.files import is_partial, remove_partials, write_json
+from ...shards.schema import Fields, read_json, shown
+from ..config import TrainConfig
 from .checkpoints import STATE, find_checkpoints
-from .config import TrainConfig
-from .run_lock import LOCK
+from .devices import Accelerator, on_main
+
+LOCK = "run.lock"
+"""An empty file in OUT; the system drops the lock when its holder ends, however it ends."""
+
+
+@contextmanager
+def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold OUT's lock on the main rank; the other ranks are led by it.
+
+    Raises UsageError, on every rank, where another process trains into the folder, or it cannot be
+    written.
+    """
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: _lock(folder, stack))
+        yield
+
+
+def _lock(folder: Path, stack: ExitStack) -> None:
+    """Until the stack is left."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context((folder / LOCK).open("wb"))
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be written ({error.strerror or error}): make room on the disk, or "
+            "set another out"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"{folder}: another process is training into it: wait for it, stop it, or set "
+            "another out"
+        ) from None
+
 
 DESCRIPTION = "train.json"
 

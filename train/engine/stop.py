@@ -1,5 +1,6 @@
 """Stopping when asked: SIGTERM (a scheduler's preemption) or Ctrl-C ends a run after the step at
-hand, with a checkpoint. Used by loop.py and tokenize.py."""
+hand, with a checkpoint. Used by loop.py and tokenize.py.
+"""
 
 import signal
 import threading

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shards.crops import Cut
-from .label_rules import IGNORE, NO_DEPTH
+from ...shards.evaluation.geometry import Cut
+from ...shards.evaluation.labels import IGNORE, NO_DEPTH
 
 
 def cut_frames(frames: Tensor, cut: Cut) -> Tensor:

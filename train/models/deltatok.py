@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...shards.errors import DeltatokError
-from ..pretrained import Pretrained
+from ..engine.model_folder import Pretrained
 from .blocks import TokenizerBlock, init_weights
 from .configs import DeltaTokConfig
 from .rope import Rope, patch_rope, with_prefix

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...shards.errors import UsageError
-from ..pretrained import Pretrained
+from ..engine.model_folder import Pretrained
 from .blocks import init_weights
 
 INITIALIZER_RANGE = 0.02  # as the other fresh weights (paper); the release has only trained heads

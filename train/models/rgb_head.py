@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...shards.errors import UsageError
-from ..pretrained import Pretrained
+from ..engine.model_folder import Pretrained
 from .blocks import init_weights
 
 LAYER_NORM_EPS = 1e-12  # released head

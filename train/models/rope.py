@@ -1,7 +1,7 @@
 """Rotary positions: of patches on a grid (tokenizer), and of seconds, x, y (predictor).
 
 Both are tables of cosines and sines in float32, made where they are used: they hold no state, so
-any grid and any times work. Called by blocks.py, deltatok.py, predictor.py.
+any grid and any times work.
 
 Letters: B batch, A heads, L tokens, E channels of a head, N patches = h * w.
 """

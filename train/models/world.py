@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...shards.errors import DeltatokError
-from ..pretrained import Pretrained
+from ..engine.model_folder import Pretrained
 from .blocks import init_weights
 from .configs import PredictorConfig
 from .predictor import Predictor

@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .losses import SMOOTH_L1_BETA, smooth_l1
-from .models.deltaworld import DeltaWorld
-from .models.dinoworld import DINOWorld
-from .models.folded import Folded, WorldWeights, fold, predictions, project, weights_of
-from .models.products import ProductsName
+from ..losses import SMOOTH_L1_BETA, smooth_l1
+from ..models.deltaworld import DeltaWorld
+from ..models.dinoworld import DINOWorld
+from .folded import Folded, ProductsName, WorldWeights, fold, predictions, project, weights_of
 from .noise import Noise
 
 CPU_MEMORY_MB = 64

@@ -11,17 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..shards.errors import DeltatokError, UsageError
-from .best_of_many import ChunkLosses, Selection, default_chunks, select, select_patches
-from .config import WorldTrainConfig
-from .config_dinoworld import DINOWorldTrainConfig
-from .devices import check_compiler, precision_name
-from .draws import seed_for
-from .models.deltaworld import DeltaWorld
-from .models.dinoworld import DINOWorld
-from .models.products import MULTIPLE, ProductsName
+from ...shards.errors import DeltatokError, UsageError
+from ..config import DINOWorldTrainConfig, WorldTrainConfig
+from ..data.order import seed_for
+from ..engine.devices import check_compiler, precision_name
+from ..engine.loop import is_time
+from ..models.deltaworld import DeltaWorld
+from ..models.dinoworld import DINOWorld
+from .folded import MULTIPLE, ProductsName
 from .noise import CounterNoise, GivenNoise, Noise
-from .schedule import is_time
+from .search import ChunkLosses, Selection, default_chunks, select, select_patches
 
 Names = Sequence[tuple[int | str, ...]]
 """What each window's noise is drawn for."""

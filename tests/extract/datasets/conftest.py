@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltatok.extract.dataset_config import DatasetConfig
+from deltatok.extract.datasets.base import DatasetConfig
 
 Shape = tuple[int, int]
 

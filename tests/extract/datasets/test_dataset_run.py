@@ -8,14 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from deltatok.evaluate.protocol import compute_resize_sizes, cut_frames, cut_of, kb_crop
-from deltatok.extract.dataset_config import DatasetConfig
-from deltatok.extract.datasets import run_dataset
-from deltatok.extract.resize import resize_bilinear
+from deltatok.extract.datasets.base import DatasetConfig
+from deltatok.extract.datasets.registry import run_dataset
+from deltatok.extract.pixels import resize_bilinear
 from deltatok.shards.errors import CacheMismatch, TooManyQuarantined
-from deltatok.shards.patches import PatchShards
-from deltatok.shards.verify import verify_cache
-from deltatok.train.targets import cut_of_crops, load_label, read_targets, windows_of_clips
+from deltatok.shards.evaluation.geometry import compute_resize_sizes, cut_of
+from deltatok.shards.evaluation.labels import kb_crop
+from deltatok.shards.evaluation.targets import (
+    cut_of_crops,
+    load_label,
+    read_targets,
+    windows_of_clips,
+)
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.shards.tools.verify import verify_cache
+from deltatok.train.heads.crops import cut_frames
 
 TINY = {"frame_size": 32, "workers": 1, "batch_frames": 14, "max_quarantined": 0.5}
 

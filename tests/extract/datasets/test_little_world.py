@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from deltatok.extract.clips import TargetFrames
-from deltatok.extract.datasets import find_targets
+from deltatok.extract.datasets.registry import find_targets
+from deltatok.extract.sources.clip import TargetFrames
 from deltatok.shards.errors import UsageError
 
 

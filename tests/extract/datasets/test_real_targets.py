@@ -10,13 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from deltatok.evaluate.protocol import compute_resize_sizes, cut_frames, cut_of
-from deltatok.extract.datasets import find_targets, run_dataset
-from deltatok.extract.resize import resize_bilinear
+from deltatok.extract.datasets.registry import find_targets, run_dataset
+from deltatok.extract.pixels import resize_bilinear
 from deltatok.shards.errors import UsageError
-from deltatok.shards.patches import PatchShards
-from deltatok.train.cuts import cut_labels
-from deltatok.train.targets import cut_of_crops, load_label, read_targets, windows_of_clips
+from deltatok.shards.evaluation.geometry import compute_resize_sizes, cut_of
+from deltatok.shards.evaluation.targets import (
+    cut_of_crops,
+    load_label,
+    read_targets,
+    windows_of_clips,
+)
+from deltatok.shards.patches.reader import PatchShards
+from deltatok.train.heads.crops import cut_frames, cut_labels
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "eval"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real labelled frames at {FOLDER}")

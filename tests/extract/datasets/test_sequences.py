@@ -2,8 +2,8 @@
 
 import pytest
 
-from deltatok.extract.clips import TargetFrames, Unreadable
-from deltatok.extract.datasets import find_targets
+from deltatok.extract.datasets.registry import find_targets
+from deltatok.extract.sources.clip import TargetFrames, Unreadable
 from deltatok.shards.errors import UsageError
 
 PATTERNS = {"name": "mine", "images": "frames/*/*.jpg", "labels": "masks/*/*.png", "fps": 15.0}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltatok.extract.clips import TargetFrames, Unreadable
-from deltatok.extract.datasets import find_targets
+from deltatok.extract.datasets.registry import find_targets
+from deltatok.extract.sources.clip import TargetFrames, Unreadable
 from deltatok.shards.errors import UsageError
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltatok.extract import frames_decoder
-from deltatok.extract.clips import Clip, FrameFolder, TarMember, Unreadable
-from deltatok.extract.decoders import DecodedFrames, decode_clip
-from deltatok.extract.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding import images as frames_decoder
+from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
+from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.sources import find_clips
-from deltatok.extract.unusable import UnusableClip
+from deltatok.extract.sources.clip import Clip, FrameFolder, TarMember, Unreadable
+from deltatok.extract.sources.find import find_clips
+from deltatok.shards.errors import UnusableClip
 from deltatok.shards.records import Quarantined
 
 Decode = Callable[..., DecodedFrames]
@@ -147,7 +147,7 @@ def test_zip_of_frames_decodes_as_the_folder(tmp_path: Path, decode: Decode, met
 def test_scattered_frames_are_read_past_those_of_other_clips(
     tmp_path: Path, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltatok.extract.sources_zip.MAX_RUNS", 3)
+    monkeypatch.setattr("deltatok.extract.sources.zips.MAX_RUNS", 3)
     with zipfile.ZipFile(tmp_path / "f.zip", "w") as archive:
         for name, data in _frames().items():
             archive.writestr(f"c/{name}", data)

@@ -12,9 +12,9 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.extract.decoders import DecodedFrames, decode_clip
+from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.unusable import UnusableClip
+from deltatok.shards.errors import UnusableClip
 
 MakePolicy = Callable[..., SamplingPolicy]
 UNEVEN = [4 * i + (0, 1, 3, 1)[i % 4] for i in range(40)]

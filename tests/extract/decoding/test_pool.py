@@ -17,9 +17,10 @@ import numpy as np
 import psutil
 import pytest
 
-from deltatok.extract.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.sources import Clip, find_clips
+from deltatok.extract.sources.clip import Clip
+from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import DeltatokError
 from deltatok.shards.records import Quarantined
 
@@ -29,10 +30,10 @@ CHILD = """
 import ctypes, os, signal, socket, sys
 import numpy as np
 from pathlib import Path
-from deltatok.extract import child
-from deltatok.extract.decoders import DecodedFrames
+from deltatok.extract.decoding import child
+from deltatok.extract.decoding.clip import DecodedFrames
 from deltatok.extract.sampling import WindowDraw
-from deltatok.extract.unusable import UnusableClip
+from deltatok.shards.errors import UnusableClip
 
 def decode(request, starting):
     key, again = request["key"], request["decoder"] == "pyav"
@@ -302,9 +303,9 @@ def test_processes_die_with_a_killed_parent(
     script.write_text(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from deltatok.extract.pool import DecodePool\n"
+        "from deltatok.extract.decoding.pool import DecodePool\n"
         "from deltatok.extract.sampling import SamplingPolicy\n"
-        "from deltatok.extract.sources import Clip\n"
+        "from deltatok.extract.sources.clip import Clip\n"
         "from deltatok.extract.config import ExtractConfig\n"
         "here = Path(sys.argv[1])\n"
         "policy = SamplingPolicy.from_config(ExtractConfig(videos=('v',), out='o'))\n"
@@ -367,7 +368,7 @@ def test_corrupt_file_among_good_ones_costs_one(videos: Any, make_policy: MakePo
 
 def test_child_imports_neither_torch_nor_decord() -> None:
     code = (
-        "import sys, deltatok.extract.child; "
+        "import sys, deltatok.extract.decoding.child; "
         "sys.exit(' '.join({'torch', 'decord', 'zarr', 'webdataset'} & set(sys.modules)))"
     )
     ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)

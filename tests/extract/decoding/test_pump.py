@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.extract import pump as pump_module
-from deltatok.extract.exchange import Exchange, Job
-from deltatok.extract.pump import TICK_S, Pump, PumpLimits
-from deltatok.extract.wire import DecodedFrames
+from deltatok.extract.decoding import pump as pump_module
+from deltatok.extract.decoding.exchange import Exchange, Job
+from deltatok.extract.decoding.pump import TICK_S, Pump, PumpLimits
+from deltatok.extract.decoding.wire import DecodedFrames
 
 TIMEOUT_S = 60.0
 

@@ -13,9 +13,9 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.extract.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.sources import find_clips
+from deltatok.extract.sources.find import find_clips
 from deltatok.shards.records import Quarantined
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "videos"
@@ -56,7 +56,7 @@ UNUSABLE = {  # file: (stage, reason)
 }
 WITHOUT_DECORD = """
 import sys
-from deltatok.extract import child
+from deltatok.extract.decoding import child
 def decode(request, starting):
     return child.decode_request(request | {"decoder": "pyav"}, starting)
 sys.exit(child.main(sys.argv[1:], decode=decode))

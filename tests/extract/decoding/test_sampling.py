@@ -20,7 +20,7 @@ from deltatok.extract.sampling import (
     sample_frame_indices,
     uniform_windows,
 )
-from deltatok.extract.unusable import UnusableClip
+from deltatok.shards.errors import UnusableClip
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "08_eval"
 SAMPLED = json.loads((GOLDEN / "sample_frame_indices.json").read_text())["sample_frame_indices"]

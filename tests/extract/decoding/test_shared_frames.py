@@ -11,8 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltatok.extract.shared_frames import NAME, share_frames
-from deltatok.extract.wire import MAGIC, Message, MessageReader, WireError, send, send_frames
+from deltatok.extract.decoding.shared_frames import NAME, share_frames
+from deltatok.extract.decoding.wire import (
+    MAGIC,
+    Message,
+    MessageReader,
+    WireError,
+    send,
+    send_frames,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.extract.decoders import DecodedFrames, decode_clip
+from deltatok.extract.decoding.backends import decode_with_torchcodec
+from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.slices import FileSlice
-from deltatok.extract.sources import find_clips
-from deltatok.extract.torchcodec_decoder import decode_with_torchcodec
-from deltatok.extract.unusable import UnusableClip
+from deltatok.extract.sources.find import find_clips
+from deltatok.extract.sources.tars import FileSlice
+from deltatok.shards.errors import UnusableClip
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "videos"
 
@@ -84,7 +84,7 @@ def test_other_files_are_left_to_pyav(videos: Any, decode: Any, name: str) -> No
 def test_video_inside_a_tar_is_read_in_place(
     videos: Any, make_policy: Callable[..., SamplingPolicy]
 ) -> None:
-    from deltatok.extract.packets import read_index
+    from deltatok.extract.decoding.container import read_index
     from deltatok.extract.sampling import draw_windows
 
     path = videos.write("tc_inner.mp4", options={"g": "12"})

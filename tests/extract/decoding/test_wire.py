@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltatok.extract.decoding.wire import (
+    MAGIC,
+    Message,
+    MessageReader,
+    WireError,
+    read_windows,
+    send,
+)
+from deltatok.extract.decoding.wire import windows_message as make_windows_message
 from deltatok.extract.sampling import WindowDraw
-from deltatok.extract.wire import MAGIC, Message, MessageReader, WireError, read_windows, send
-from deltatok.extract.wire import windows_message as make_windows_message
 
 DRAWS = [
     WindowDraw((3, 5, 5), (0.12, 0.2, 0.2), (1, 2, 3, 4), True),

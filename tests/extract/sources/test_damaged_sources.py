@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.extract.opened_clip import opened_clip
-from deltatok.extract.packets import VideoFile
-from deltatok.extract.slices import FileSlice
-from deltatok.extract.sources import find_clips
-from deltatok.extract.unusable import UnusableClip
-from deltatok.shards.errors import UsageError
+from deltatok.extract.decoding.clip import opened_clip
+from deltatok.extract.decoding.container import VideoFile
+from deltatok.extract.sources.find import find_clips
+from deltatok.extract.sources.tars import FileSlice
+from deltatok.shards.errors import UnusableClip, UsageError
 
 Write = Callable[..., Path]
 IMAGES = {f"{c}/{i}_{i / 10}.jpg": c.encode() * 300 + bytes([i]) for c in "abc" for i in range(4)}

@@ -13,7 +13,7 @@ from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.shards import PatchShards, read_done, read_plan
-from deltatok.shards.patch_table import WindowTable
+from deltatok.shards.patches.table import WindowTable
 
 MakeConfig = Callable[..., ExtractConfig]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.extract.clips import (
+from deltatok.extract.sources.clip import (
     FrameFolder,
     TarMember,
     Unreadable,
@@ -18,7 +18,7 @@ from deltatok.extract.clips import (
     source_from_json,
     source_to_json,
 )
-from deltatok.extract.sources import find_clips
+from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UsageError
 
 Write = Callable[..., Path]

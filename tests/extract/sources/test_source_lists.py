@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.extract.clips import FrameFolder, TarMember
-from deltatok.extract.sources import find_clips
+from deltatok.extract.sources.clip import FrameFolder, TarMember
+from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UsageError
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.extract.clips import Clip
-from deltatok.extract.config import ExtractConfig
-from deltatok.extract.run_config import parse_shard_of
-from deltatok.extract.sources_select import clips_of, first_clips, of_split, without_excluded
+from deltatok.extract.config import ExtractConfig, parse_shard_of
+from deltatok.extract.sources.clip import Clip
+from deltatok.extract.sources.select import clips_of, first_clips, of_split, without_excluded
 from deltatok.shards.errors import UsageError
 
 CLIPS = [

@@ -1,0 +1,1 @@
+"""Forecasts made from caches and scored."""

@@ -1,0 +1,1 @@
+"""From pixels to possible futures: the Python API."""

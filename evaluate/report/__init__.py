@@ -1,0 +1,1 @@
+"""The report: tables, pictures and plots on one page."""

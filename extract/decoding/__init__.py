@@ -1,0 +1,1 @@
+"""From a clip to the frames of its windows."""

@@ -1,0 +1,1 @@
+"""The quickstart's little world: simulation, files, backbone."""

@@ -1,0 +1,1 @@
+"""Delta-token shards: WebDataset tars of packed windows."""

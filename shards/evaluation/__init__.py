@@ -1,0 +1,1 @@
+"""The protocol of evaluation in NumPy: crops, label rules, targets."""

@@ -1,0 +1,1 @@
+"""Patch-token shards: Zarr v3 arrays, a chunk a frame."""

@@ -1,0 +1,1 @@
+"""What `deltatok-shards` runs on a cache: info, verify, repair, export."""

@@ -1,0 +1,1 @@
+"""What all training commands share: loop, run folder, checkpoints, logs, devices."""

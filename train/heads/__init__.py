@@ -1,0 +1,1 @@
+"""Linear task heads on frozen features: training, labels, crops."""

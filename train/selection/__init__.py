@@ -1,0 +1,1 @@
+"""Best of many: the sample that comes nearest, found without a gradient."""
