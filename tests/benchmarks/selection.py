@@ -49,7 +49,7 @@ from deltatok.train.selection.folded import ProductsName
 from deltatok.train.selection.noise import CounterNoise, GivenNoise
 from deltatok.train.selection.search import ChunkLosses, Selection, default_chunks, select
 
-sys.path.append(str(Path(__file__).parents[1] / "train"))
+sys.path.append(str(Path(__file__).parents[1] / "train" / "selection"))
 from plain_best_of_many import plain_select
 
 COUNTS = (16, 64, 256, 1024)

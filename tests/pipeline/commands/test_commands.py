@@ -216,7 +216,7 @@ def test_help_exits_at_once_with_code_0(
 
 
 def test_a_released_head_is_imported_and_exported_unchanged(tmp_path: Path, fails: Fails) -> None:
-    golden = Path(__file__).parents[1] / "golden" / "07a_seg_head" / "state.safetensors"
+    golden = Path(__file__).parents[2] / "golden" / "07a_seg_head" / "state.safetensors"
     model, file = tmp_path / "head", tmp_path / "pytorch_model.bin"
     assert pipeline(["import-official", str(golden), "--out", str(model)]) == 0
     assert pipeline(["export-official", str(model), "--out", str(file)]) == 0

@@ -22,7 +22,7 @@ from deltatok.extract.sampling import (
 )
 from deltatok.shards.errors import UnusableClip
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "08_eval"
+GOLDEN = Path(__file__).parents[1] / "golden" / "08_eval"
 SAMPLED = json.loads((GOLDEN / "sample_frame_indices.json").read_text())["sample_frame_indices"]
 MIDDLE = json.loads((GOLDEN / "middle_frame_indices.json").read_text())[
     "compute_middle_frame_indices"

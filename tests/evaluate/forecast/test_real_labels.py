@@ -30,7 +30,7 @@ from deltatok.train.models.heads import (
     SegmentationHeadConfig,
 )
 
-FRAMES = Path(__file__).parents[3] / "shared" / "eval"
+FRAMES = Path(__file__).parents[4] / "shared" / "eval"
 SIDE = 64
 """Pixels of the short side: 4 x 4 patches a crop."""
 Map = NDArray[np.float64]

@@ -17,7 +17,7 @@ from deltatok.pipeline.commands.pipeline import main as pipeline
 from deltatok.pipeline.commands.shards import main as shards
 from deltatok.pipeline.commands.train import main as train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Main = Callable[[Sequence[str]], int]
 COMMANDS: dict[str, Main] = {
     "deltatok-extract": extract,
