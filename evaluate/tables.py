@@ -18,4 +18,7 @@ class Table(NamedTuple):
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """Cells as a Markdown table, all columns but the first right-aligned; no newline at its end."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+    return "\n".join(
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+        for cells in (header, rule, *body)
+    )
