@@ -11,18 +11,16 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..evaluate.report.page import facts_html, panels_html, plot_html, value_text
+from ..evaluate.report.frames import clips_by_key, read_frames
+from ..evaluate.report.html import render_page, value_text
 from ..evaluate.report.pictures import Panel, Strip, Tile, panel_image, png_bytes, resize_tile
 from ..evaluate.report.plots import Plot
-from ..evaluate.report.template import PAGE, STYLE
-from ..evaluate.report.videos import clips_by_key, read_frames
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
@@ -152,19 +150,8 @@ def _seen(frame: Tile, crop: Sequence[float], flipped: bool) -> Tile:
 
 def preview_html(preview: Preview) -> str:
     """The page: one file, pictures inside, light and dark by the reader's setting."""
-    parts = [facts_html(preview.facts)]
-    for section in preview.sections:
-        if section.panels:
-            parts.append(panels_html(section.title, section.text, section.panels))
-        else:
-            parts.append(f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>")
-        parts += map(plot_html, section.plots)
-    return PAGE.substitute(
-        title=escape(preview.title),
-        summary=escape(preview.summary),
-        style=STYLE,
-        body="\n".join(parts),
-    )
+    values = {"title": preview.title, "preview": preview}
+    return render_page("preview.html.j2", values, package=__package__)
 
 
 def preview_png(preview: Preview) -> bytes:
