@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..evaluate.report.page import data_uri, value_text
+from ..evaluate.report.frames import clips_by_key, read_frames
+from ..evaluate.report.html import render_page, value_text
 from ..evaluate.report.pictures import (
     IGNORE_COLOUR,
     TILE_HEIGHT,
@@ -29,15 +29,11 @@ from ..evaluate.report.pictures import (
     Tile,
     fit_pca_colours,
     heat_tile,
-    page_picture,
     panel_image,
     png_bytes,
     resize_tile,
-    strip_image,
 )
 from ..evaluate.report.plots import COLOURS, Plot, draw_plot
-from ..evaluate.report.template import STYLE
-from ..evaluate.report.videos import clips_by_key, read_frames
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
@@ -101,7 +97,7 @@ class Preview:
     title: str
     summary: str
     sections: Sequence[Section]
-    facts: Mapping[str, str]
+    facts: Mapping[str, Any]
 
 
 def make_preview(
@@ -125,7 +121,7 @@ def make_preview(
         summary=f"{len(windows)} of {reader.num_windows} windows, of {len(reader.keys)} clips; "
         f"seed {seed}",
         sections=sections,
-        facts={name: value_text(value) for name, value in cache_facts(reader).items()},
+        facts=cache_facts(reader),
     )
 
 
@@ -444,24 +440,10 @@ def _map_plot(tokens: NDArray[np.float32], gaps: NDArray[np.float32]) -> Plot:
     return draw_plot(draw, alt=alt)
 
 
-def preview_html(preview: Preview) -> bytes:
-    """One file, pictures inside, light and dark by the reader's setting."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_uri"] = data_uri
-    environment.filters["strip_uri"] = _strip_uri
-    template = environment.get_template("preview.html.j2")
-    return template.render(preview=preview, style=STYLE).encode()
-
-
-def _strip_uri(strip: Strip) -> str:
-    picture, kind = page_picture(strip_image(strip))
-    return data_uri(picture, kind=kind)
+def preview_html(preview: Preview) -> str:
+    """The page: one file, pictures inside, light and dark by the reader's setting."""
+    values = {"title": preview.title, "preview": preview}
+    return render_page("preview.html.j2", values, package=__package__)
 
 
 def preview_png(preview: Preview) -> bytes:
@@ -476,7 +458,9 @@ def preview_png(preview: Preview) -> bytes:
             image = Image.open(io.BytesIO(plot.light)).convert("RGBA")
             parts.append(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image))
     for name, value in preview.facts.items():
-        parts.append(_text_image(textwrap.shorten(f"{name}: {value}", PNG_LINE), size=13))
+        parts.append(
+            _text_image(textwrap.shorten(f"{name}: {value_text(value)}", PNG_LINE), size=13)
+        )
     gap = PNG_MARGIN // 2
     width = max(part.width for part in parts) + 2 * PNG_MARGIN
     height = sum(part.height + gap for part in parts) + 2 * PNG_MARGIN

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
+from ...evaluate.tables import markdown_table
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
@@ -426,7 +427,8 @@ def run_preview(arguments: Namespace) -> None:
     preview = make_preview(
         reader, num_windows=arguments.windows, videos=arguments.videos, seed=arguments.seed
     )
-    write_bytes(out, preview_html(preview) if out.suffix == ".html" else preview_png(preview))
+    data = preview_html(preview).encode() if out.suffix == ".html" else preview_png(preview)
+    write_bytes(out, data)
     print(f"preview: {out}")
 
 
@@ -501,11 +503,9 @@ def _table(found: dict[str, Any], unit: str) -> str:
     suffix = f"_{unit}_per_s"
     rates = {name.removesuffix(suffix): rate for name, rate in found["rates"].items()}
     limit = rates.get("in_memory") or rates.get("memmap")
-    lines = [
-        f"| | {unit}/s | of {'memory' if 'in_memory' in rates else 'memmap'} |",
-        "|---|---:|---:|",
+    header = ["", f"{unit}/s", f"of {'memory' if 'in_memory' in rates else 'memmap'}"]
+    body = [
+        [name, f"{rate:,.0f}", f"{rate / limit:.2f}" if limit else ""]
+        for name, rate in rates.items()
     ]
-    for name, rate in rates.items():
-        share = f"{rate / limit:.2f}" if limit else ""
-        lines.append(f"| {name} | {rate:,.0f} | {share} |")
-    return "\n".join(lines)
+    return markdown_table(header, body)
