@@ -10,20 +10,18 @@ of the clip, all of them of one black pixel.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..shards.errors import UnusableClip
 from ..shards.records import Quarantined
 from .config import ExtractConfig
-from .decoding.child import main
 from .decoding.clip import DecodedFrames, DecoderName, decode_drawn, opened_clip
 from .decoding.container import Float64, VideoFile, read_index
 from .decoding.pool import DecodedClip, DecodePool, default_num_workers
+from .decoding.worker import DecodeRequest, main
 from .sampling import SamplingPolicy, WindowDraw, draw_windows
-from .sources.clip import Clip, source_from_json
+from .sources.clip import Clip
 
 COUNT_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.counting")
 
@@ -43,7 +41,7 @@ def count_windows(
         timeout_s=config.decode_timeout_s,
         decode_threads=config.decode_threads,
         decoder=config.decoder,
-        child_command=COUNT_COMMAND,
+        worker_command=COUNT_COMMAND,
     ) as pool:
         for result in pool.decode(clips):
             if isinstance(result, DecodedClip):
@@ -56,28 +54,26 @@ def count_windows(
     return windows, refused
 
 
-def count_request(
-    request: dict[str, Any], starting: Callable[[DecoderName], None]
-) -> DecodedFrames:
+def count_request(request: DecodeRequest, starting: Callable[[DecoderName], None]) -> DecodedFrames:
     """The windows of the clip a request names, one pixel each (child.py's `decode`)."""
-    policy, key = SamplingPolicy.from_json(request["policy"]), request["key"]
-    path, source = Path(request["path"]), source_from_json(request["source"])
+    policy, clip = request.policy, request.clip
+    assert isinstance(policy, SamplingPolicy)
     drawn: list[WindowDraw] = []
 
     def draw(times_s: Float64, height: int, width: int) -> list[WindowDraw]:
-        drawn[:] = draw_windows(policy, key, times_s, height, width)
+        drawn[:] = draw_windows(policy, clip.key, times_s, height, width)
         return [replace(drawn[0], frame_index=(0,), timestamps_s=(0.0,))]
 
     decoder: DecoderName = "pyav"
     starting(decoder)
-    if not _drawn_from_packets(path, request, draw):
+    if not _drawn_from_packets(clip, draw):
         decoder = decode_drawn(
-            path,
+            clip.path,
             draw=draw,
-            source=source,
-            size_bytes=request["size_bytes"],
-            decoder=request["decoder"],
-            threads=request["threads"],
+            source=clip.source,
+            size_bytes=clip.size_bytes,
+            decoder=request.decoder,
+            threads=request.threads,
             starting=starting,
         ).decoder
     pixel = np.zeros((1, 1, 3), np.uint8)
@@ -90,15 +86,12 @@ def count_request(
     return DecodedFrames(decoder, [still] * len(drawn), {0: pixel})
 
 
-def _drawn_from_packets(
-    path: Path, request: dict[str, Any], draw: Callable[[Float64, int, int], list[WindowDraw]]
-) -> bool:
+def _drawn_from_packets(clip: Clip, draw: Callable[[Float64, int, int], list[WindowDraw]]) -> bool:
     """Calls `draw` if the clip is a video that can be counted so."""
-    source = source_from_json(request["source"])
-    with opened_clip(path, source, size_bytes=request["size_bytes"]) as clip:
-        if not isinstance(clip, VideoFile):
+    with opened_clip(clip.path, clip.source, size_bytes=clip.size_bytes) as opened:
+        if not isinstance(opened, VideoFile):
             return False
-        index = read_index(clip)
+        index = read_index(opened)
         if not index.regular:
             return False
         try:
@@ -109,4 +102,4 @@ def _drawn_from_packets(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], decode=count_request))
+    main(sys.argv[1:], decode=count_request)
