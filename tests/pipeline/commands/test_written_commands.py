@@ -26,7 +26,7 @@ COMMANDS: dict[str, Main] = {
     "deltatok-shards": shards,
     "deltatok-pipeline": pipeline,
 }
-MODULES = {f"deltatok.pipeline.{name[9:]}_command": name for name in COMMANDS}
+MODULES = {f"deltatok.pipeline.commands.{name[9:]}": name for name in COMMANDS}
 HELPS = [
     *["extract", "extract --patches x", "extract --dataset x"],
     *["train", "train tokenizer", "train world", "train dinoworld", "train head"],
