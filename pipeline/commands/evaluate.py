@@ -69,7 +69,7 @@ def _compare(words: list[str]) -> None:
 
 
 def _flops(words: list[str]) -> None:
-    from ...evaluate.flops import CONVENTION, FlopsConfig, flops_rows, markdown_table, paper_table_b
+    from ...evaluate.flops import CONVENTION, FlopsConfig, flops_rows, flops_table, paper_table_b
 
     config = parse_config(
         FlopsConfig,
@@ -79,13 +79,13 @@ def _flops(words: list[str]) -> None:
         example="deltatok-evaluate flops --frame-size 512 --set world.num_samples_train=64",
     )
     print(CONVENTION)
-    print(markdown_table([(f"{config.frame_size} px", flops_rows(config))]))
+    print(flops_table([(f"{config.frame_size} px", flops_rows(config))]))
     print("\nAs the paper's Table B counts (plain blocks, norms and activations counted too):")
-    print(markdown_table([(f"{config.frame_size} px", paper_table_b(config))]))
+    print(flops_table([(f"{config.frame_size} px", paper_table_b(config))]))
 
 
 def _cache_fidelity(words: list[str]) -> None:
-    from ...evaluate.cache_fidelity import CacheFidelityConfig, markdown_table, run_cache_fidelity
+    from ...evaluate.cache_fidelity import CacheFidelityConfig, fidelity_table, run_cache_fidelity
 
     config = parse_config(
         CacheFidelityConfig,
@@ -96,6 +96,6 @@ def _cache_fidelity(words: list[str]) -> None:
         example="deltatok-evaluate cache-fidelity --patches cache/int8 --reference cache/float16 "
         "--tokenizer runs/tokenizer --out runs/fidelity.json",
     )
-    print(markdown_table(run_cache_fidelity(config)))
+    print(fidelity_table(run_cache_fidelity(config)))
     if config.out is not None:
         print(f"cache fidelity: {config.out}")
