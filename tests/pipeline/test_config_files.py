@@ -70,8 +70,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(CONFIGS.parent)
     found: dict[str, Any] = {}
     for kind in TRAINED:
+        module = "heads.train" if kind == "head" else kind
         monkeypatch.setattr(
-            f"deltatok.train.{kind}.train_{kind}", lambda config: found.update({config.out: config})
+            f"deltatok.train.{module}.train_{kind}",
+            lambda config: found.update({config.out: config}),
         )
     for path in TRAINING_FILES:
         (command,) = re.findall("^# Command: (.*)$", path.read_text(), flags=re.MULTILINE)

@@ -80,8 +80,7 @@ def test_a_file_swapped_with_another_shards_is_refused_on_read(
 def test_a_large_file_swapped_is_told_by_its_sample(
     little: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("records", "file_checks"):
-        monkeypatch.setattr(f"deltatok.shards.{module}.SAMPLED_ABOVE_BYTES", 256)
+    monkeypatch.setattr("deltatok.shards.records.SAMPLED_ABOVE_BYTES", 256)
     monkeypatch.setattr("deltatok.shards.samples.PIECE_BYTES", 16)
     folder = equal_shards(little, tmp_path / "cache", kind="patches")
     record = json.loads((folder / "shards/000000.json").read_text())
