@@ -42,6 +42,7 @@ from .forecast.config import pick_device
 from .forecast.labels import LabelFolder
 from .forecast.models import check_patches, check_width
 from .forecast.scores import MeanIoU, class_map
+from .tables import markdown_table
 
 COLUMNS = ("frame_index", "timestamps_s", "crop", "flipped")
 """What makes a window of a clip the same, as the columns of `PatchShards.table()`."""
@@ -314,15 +315,15 @@ def run_cache_fidelity(config: CacheFidelityConfig) -> dict[str, Any]:
     return result
 
 
-def markdown_table(result: dict[str, Any]) -> str:
+def fidelity_table(result: dict[str, Any]) -> str:
     """The numbers of `run_cache_fidelity` as a Markdown table."""
-    header = "| | " + " | ".join(f"{side} ({result[side]['dtype']})" for side in SIDES) + " |"
-    lines = [header, "|---|---:|---:|"]
-    for metric, text in METRICS.items():
-        if metric in result[SIDES[0]]:
-            cells = [_shown(result[side][metric], metric) for side in SIDES]
-            lines.append(f"| {text} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = ["", *(f"{side} ({result[side]['dtype']})" for side in SIDES)]
+    body = [
+        [text, *(_shown(result[side][metric], metric) for side in SIDES)]
+        for metric, text in METRICS.items()
+        if metric in result[SIDES[0]]
+    ]
+    return markdown_table(header, body)
 
 
 def _shown(value: float | None, metric: str) -> str:

@@ -46,8 +46,7 @@ from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order
 from ..shards.records import DoneRecord, quarantined_of, read_all_done
-from ..shards.tools.export import export_cache
-from ..shards.tools.export_plan import Selection
+from ..shards.tools.export import Selection, export_cache
 from ..train.config import TokenizeConfig
 from ..train.encode import write_deltas
 from .commands.extract import VideosConfig

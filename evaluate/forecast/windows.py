@@ -25,8 +25,8 @@ from ...shards.evaluation.targets import (
 )
 from ...shards.patches.reader import PatchShards
 from ...train.models.heads import DepthHead, SegmentationHead
+from ..report.frames import frames_of_crop
 from ..report.pictures import Tile
-from ..report.target_frames import frames_of_crop
 from .config import ForecastConfig
 from .labels import LabelFolder
 from .rollout import NoiseName

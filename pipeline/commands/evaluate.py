@@ -70,19 +70,19 @@ def compare(config: "CompareConfig") -> str:
 
 def flops(config: "FlopsConfig") -> str:
     """The tables of FLOPs, and how they are counted."""
-    from ...evaluate.flops import CONVENTION, flops_rows, markdown_table, paper_table_b
+    from ...evaluate.flops import CONVENTION, flops_rows, flops_table, paper_table_b
 
     size = f"{config.frame_size} px"
     return (
-        f"{CONVENTION}\n{markdown_table([(size, flops_rows(config))])}\n"
+        f"{CONVENTION}\n{flops_table([(size, flops_rows(config))])}\n"
         "\nAs the paper's Table B counts (plain blocks, norms and activations counted too):\n"
-        f"{markdown_table([(size, paper_table_b(config))])}"
+        f"{flops_table([(size, paper_table_b(config))])}"
     )
 
 
 def cache_fidelity(config: "CacheFidelityConfig") -> str:
     """The table of what the storage type costs."""
-    from ...evaluate.cache_fidelity import markdown_table, run_cache_fidelity
+    from ...evaluate.cache_fidelity import fidelity_table, run_cache_fidelity
 
-    table = markdown_table(run_cache_fidelity(config))
+    table = fidelity_table(run_cache_fidelity(config))
     return table if config.out is None else f"{table}\ncache fidelity: {config.out}"
