@@ -36,7 +36,11 @@ HELPS = [
     *["pipeline", "pipeline run", "pipeline plan", "pipeline quickstart"],
     *["pipeline import-official", "pipeline export-official"],
 ]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_COMMANDS = {"architecture.md", "experiments.md", "measured.md"}
+PAGES = [
+    ROOT / "README.md",
+    *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in WITHOUT_COMMANDS),
+]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
 
 
