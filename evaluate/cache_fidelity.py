@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..shards.cache import compare
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
+from ..shards.evaluation.labels import ClipLabels
 from ..shards.files import write_json
 from ..shards.patches.reader import PatchShards
 from ..shards.tools.info import describe_cache
@@ -39,7 +40,6 @@ from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
 from .forecast.config import pick_device
-from .forecast.labels import LabelFolder
 from .forecast.models import check_patches, check_width
 from .forecast.scores import MeanIoU, class_map
 from .tables import markdown_table
@@ -190,7 +190,7 @@ class Reconstruction:
 class Segmentation:
     """The head's mIoU over all frames."""
 
-    def __init__(self, head: SegmentationHead, labels: LabelFolder, cache: PatchShards) -> None:
+    def __init__(self, head: SegmentationHead, labels: ClipLabels, cache: PatchShards) -> None:
         self._head, self._labels, self._cache = head, labels, cache
         self._keys, self._clips = cache.keys, cache.clip_index.tolist()
         num_classes = head.config.num_classes
@@ -366,7 +366,7 @@ def _judges(config: CacheFidelityConfig, cache: PatchShards, device: torch.devic
         head = SegmentationHead.from_pretrained(config.head, device=device)
         check_width("head", config.head, head.config.in_size, cache.info)
         check_patches("head", config.head, cache.info)
-        labels = LabelFolder(
+        labels = ClipLabels(
             Path(config.labels),
             last_frames=_last_frames(cache),
             num_classes=head.config.num_classes,
