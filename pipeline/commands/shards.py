@@ -127,7 +127,10 @@ def add_verify_flags(parser: argparse.ArgumentParser) -> None:
         "process writes to DIR",
     )
     parser.add_argument(
-        "--audit", type=int, metavar="N", help="make N random windows again and compare them"
+        "--audit",
+        type=int,
+        metavar="N",
+        help="extract N random clips again and compare their windows",
     )
     parser.add_argument(
         "--videos",
@@ -143,7 +146,7 @@ def add_verify_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="DIR", help="for --audit of delta caches: the tokenizer's folder"
     )
     parser.add_argument("--device", help="for --audit: auto, cpu or cuda:N [auto]")
-    parser.add_argument("--seed", type=int, help="for --audit: which windows [0]")
+    parser.add_argument("--seed", type=int, help="for --audit: which clips [0]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
 
 
@@ -155,7 +158,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
         if arguments.audit is None and getattr(arguments, flag) is not None:
             raise UsageError(f"--{flag}: only --audit reads it: add --audit N, or leave it out")
     if arguments.audit is not None and arguments.audit < 1:
-        raise UsageError(f"--audit {arguments.audit}: wanted the number of windows, 1 or more")
+        raise UsageError(f"--audit {arguments.audit}: wanted the number of clips, 1 or more")
     report = _verify(folder, deep=arguments.deep)
     for problem in report.problems:
         print(problem)
@@ -266,7 +269,7 @@ def _audit(arguments: argparse.Namespace) -> "AuditReport":
     report = audit_cache(
         AuditConfig(
             cache=str(arguments.dir),
-            windows=arguments.audit,
+            clips=arguments.audit,
             videos=tuple(arguments.videos or ()),
             root=arguments.root,
             backbone=arguments.backbone,
