@@ -38,7 +38,7 @@ from ..models.heads import (
     SegmentationHeadConfig,
     feature_map,
 )
-from .labels import Labels, LabelSource, TargetLabels
+from .labels import ClipFrameLabels, LabelSource, TargetLabels
 
 SCALE_INVARIANCE = 0.85
 """Share of a frame's squared mean log error that costs nothing: Eigen's lambda, with the value that
@@ -192,7 +192,7 @@ def open_labels(config: HeadTrainConfig, shards: PatchShards) -> LabelSource:
         return TargetLabels(config.labels, shards, num_classes=config.num_classes)
     if config.num_classes is None:
         raise UsageError("num_classes: not given; give --num-classes, the classes of the labels")
-    return Labels(config.labels, shards, num_classes=config.num_classes)
+    return ClipFrameLabels(config.labels, shards, num_classes=config.num_classes)
 
 
 class HeadStage:
