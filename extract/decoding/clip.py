@@ -22,13 +22,14 @@ from ..config import DecoderChoice
 from ..datasets.windows import EvaluationPolicy, Policy
 from ..sampling import WindowDraw, draw_windows
 from ..sources.clip import (
+    ClipSource,
     FrameFolder,
-    Source,
     Stamp,
     TargetFrames,
-    TarMember,
+    TarVideo,
     Unreadable,
     ZipFolder,
+    file_stamp,
 )
 from ..sources.tars import FileSlice
 from ..sources.zips import BadZip, ZipImages, ZipParts
@@ -69,7 +70,7 @@ def decode_clip(
     *,
     key: str,
     policy: Policy,
-    source: Source | None = None,
+    source: ClipSource | None = None,
     size_bytes: int | None = None,
     decoder: DecoderChoice = "auto",
     threads: int = 1,
@@ -114,7 +115,7 @@ def decode_clip(
 
 
 def _windows(
-    policy: Policy, key: str, source: Source | None, times_s: Float64, height: int, width: int
+    policy: Policy, key: str, source: ClipSource | None, times_s: Float64, height: int, width: int
 ) -> list[WindowDraw]:
     if not isinstance(policy, EvaluationPolicy):
         return draw_windows(policy, key, times_s, height, width)
@@ -128,7 +129,7 @@ def decode_drawn(
     path: Path,
     *,
     draw: Draw,
-    source: Source | None = None,
+    source: ClipSource | None = None,
     size_bytes: int | None = None,
     decoder: DecoderChoice = "auto",
     threads: int = 1,
@@ -171,7 +172,7 @@ def _decode_video(
 
 @contextmanager
 def opened_clip(
-    path: Path, source: Source | None, *, size_bytes: int | None = None
+    path: Path, source: ClipSource | None, *, size_bytes: int | None = None
 ) -> Iterator[VideoFile | FrameImages]:
     """What to decode. Held against its size when it is opened and again when it is left.
 
@@ -193,24 +194,19 @@ def opened_clip(
             _check_size(folder.size_bytes, size_bytes)
             yield folder
             _check_size(FolderImages(path, names).size_bytes, folder.size_bytes)
-        elif isinstance(source, TarMember):
-            _check_stamp(path, _stamp(path), source.stamp)
+        elif isinstance(source, TarVideo):
+            _check_stamp(path, file_stamp(path), source.stamp)
             yield FileSlice(path, source.offset, size_bytes or 0)
-            _check_stamp(path, _stamp(path), source.stamp)
+            _check_stamp(path, file_stamp(path), source.stamp)
         else:
-            before = _stamp(path) if path.exists() else None
+            before = file_stamp(path) if path.exists() else None
             if before is not None:
                 _check_size(before[0], size_bytes)
             yield path
             if before is not None:
-                _check_stamp(path, _stamp(path), before)
+                _check_stamp(path, file_stamp(path), before)
     except (OSError, BadZip, UsageError) as error:
         raise UnusableClip(f"cannot be opened: {describe(error)}", stage="open") from error
-
-
-def _stamp(path: Path) -> Stamp:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _check_size(got: int, planned: int | None) -> None:

@@ -17,7 +17,7 @@ from deltatok.extract.decoding import images
 from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
 from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.sources.clip import Clip, FrameFolder, TarMember, Unreadable
+from deltatok.extract.sources.clip import Clip, FrameFolder, TarVideo, Unreadable
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UnusableClip
 from deltatok.shards.records import Quarantined
@@ -313,7 +313,7 @@ def test_frame_folder_may_not_be_a_tar_slice_beyond_the_file(
 ) -> None:
     (tmp_path / "w.tar").write_bytes(b"short")
     status = (tmp_path / "w.tar").stat()
-    source = TarMember(10**6, (status.st_size, status.st_mtime_ns))
+    source = TarVideo(10**6, (status.st_size, status.st_mtime_ns))
     with pytest.raises(UnusableClip, match="cannot be opened"):
         decode(Clip("k", tmp_path / "w.tar", 100, source))
     with pytest.raises(UnusableClip, match="cannot be opened"):
