@@ -44,12 +44,12 @@ from ..report.plots import Curve, plot_curves, read_curve
 from ..report.rows import HORIZONS, expected_order, table
 from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig, pick_device
-from .intervals import more_seeds, seeds_of, with_intervals
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .predictions import PredictionRows
-from .rollout import HorizonForecast, encode_windows, forecast_horizon
-from .scores import Scorer, check_labels, class_map, sequences_jsonl, tokenizer_probes
+from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
+from .scores import Scorer, check_labels, class_map, tokenizer_probes, with_intervals
+from .sequences import sequences_jsonl
 from .windows import UniformWindows, Windows, is_evaluation, open_windows
 
 logger = logging.getLogger(__name__)
