@@ -283,7 +283,9 @@ def test_no_command_imports_what_it_does_not_use(code: str, unwanted: set[str]) 
     script = (
         f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {code}"
     )
-    run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", f"{script}; {code}"], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert not unwanted & set(run.stderr.split())
 
