@@ -311,6 +311,11 @@ class Fields:
         self._value: dict[str, Any] = value
         self._where = where
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of them, as they are."""
+        return self._value
+
     def text(self, name: str) -> str:
         """A string."""
         value = self._get(name)
@@ -328,6 +333,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             self._refuse(name, value, f"an integer from {low} to {high}")
         return int(value)
+
+    def number(self, name: str) -> float:
+        """A finite number."""
+        value = self._get(name)
+        if not is_number(value):
+            self._refuse(name, value, "a number")
+        return float(value)
 
     def boolean(self, name: str) -> bool:
         """true or false."""

@@ -125,16 +125,30 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
 
 
 def compare_tensors(
-    wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], *, optional: Sequence[str] = ()
+    wanted: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    *,
+    optional: Sequence[str] = (),
+    dtypes: bool = False,
 ) -> list[str]:
-    """One line for every difference in names and shapes; empty if there is none."""
+    """One line for every difference in names, shapes and kinds; empty if there is none.
+
+    dtypes: they must be equal; else whole numbers must not stand for others, or the reverse.
+    """
     problems = [f"missing: {n}" for n in wanted if n not in got and n not in optional]
     problems += [f"left over: {n}" for n in sorted(got) if n not in wanted]
-    problems += [
-        f"misshapen: {n}: got {tuple(got[n].shape)}, wanted {tuple(wanted[n].shape)}"
-        for n in wanted
-        if n in got and got[n].shape != wanted[n].shape
-    ]
+    for name in wanted:
+        if name not in got:
+            continue
+        ours, theirs = wanted[name], got[name]
+        if ours.shape != theirs.shape:
+            problems.append(
+                f"misshapen: {name}: got {tuple(theirs.shape)}, wanted {tuple(ours.shape)}"
+            )
+        elif ours.is_floating_point() != theirs.is_floating_point() or (
+            dtypes and ours.dtype != theirs.dtype
+        ):
+            problems.append(f"mistyped: {name}: got {theirs.dtype}, wanted {ours.dtype}")
     return problems
 
 
