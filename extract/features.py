@@ -1,4 +1,4 @@
-"""Decoded windows -> pixels, made ahead -> tokens, in batches of one fixed shape -> a writer's rows.
+"""Decoded windows -> pixels, made ahead -> tokens, in batches of one shape -> rows for a writer.
 
 A product of matrices rounds differently in another batch shape. So every batch holds the same
 number of windows, the last one of a shard is filled up with zeros, and no batch spans two shards:
