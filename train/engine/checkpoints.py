@@ -145,7 +145,7 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
         except (OSError, SafetensorError) as error:
             raise _damaged(file, f"not readable ({error})") from error
     try:
-        values = read_json(checkpoint / STATE)
+        values: dict[str, Any] = read_json(checkpoint / STATE)
         state = load(_State, values, where=str(checkpoint / STATE), how=STORED)
     except DamagedShard as error:
         raise _damaged(checkpoint / STATE, f"not readable ({error})") from error
