@@ -21,7 +21,7 @@ from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import write_bytes, write_json
 from ..shards.schema import is_number
 from .forecast.intervals import Estimate, Resamples
-from .forecast.scores import Score, SequenceScores, read_sequences
+from .forecast.sequences import Score, SequenceScores, read_sequences
 from .report.html import flatten, render_page, value_text
 from .report.plots import COLOURS, Plot, draw_plot, legend_below
 from .report.rows import (

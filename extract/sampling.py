@@ -11,13 +11,13 @@ The square that an evaluation window shows of a resized frame. Part of sampling.
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.errors import UnusableClip
+from ..shards.errors import ClipError
 from .config import ExtractConfig
 
 
@@ -129,19 +129,6 @@ class SamplingPolicy:
             "flip_probability": self.flip_probability,
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; `from_json` takes them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """The policy that `to_json` described."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
-
 
 def draw_windows(
     policy: SamplingPolicy, key: str, timestamps_s: Float64, height: int, width: int
@@ -153,12 +140,12 @@ def draw_windows(
         height, width: of the shown frame, in pixels.
 
     Raises:
-        UnusableClip: fewer than `min_frames` different frames, or (uniform) not one window long.
+        ClipError: fewer than `min_frames` different frames, or (uniform) not one window long.
     """
     shown = len(np.unique(timestamps_s))
     if shown < policy.min_frames:
         frames = "frame" if shown == 1 else "frames"
-        raise UnusableClip(
+        raise ClipError(
             f"shows {shown} {frames}; a window needs at least {policy.min_frames}", stage="sample"
         )
     if policy.policy == "uniform":
@@ -295,14 +282,14 @@ def _uniform_numbers(policy: SamplingPolicy, key: str, window: int) -> _Draws:
 def _uniform_rows(policy: SamplingPolicy, timestamps_s: Float64) -> Int64:
     fps = policy.fps or 0.0
     if timestamps_s[-1] * fps > MAX_REPEATS * len(timestamps_s):
-        raise UnusableClip(
+        raise ClipError(
             f"shows {len(timestamps_s)} frames over {timestamps_s[-1]:.4g} s, too few for "
             f"{fps:g} a second",
             stage="sample",
         )
     rows = uniform_windows(timestamps_s, fps=fps, num_frames=policy.num_frames)
     if len(rows) == 0:
-        raise UnusableClip(
+        raise ClipError(
             f"shows {len(timestamps_s)} frames over {timestamps_s[-1]:.3f} s; a window of "
             f"{policy.num_frames} frames at {fps:g} a second needs "
             f"{(policy.num_frames - 1) / fps:.3f} s",

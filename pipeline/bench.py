@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..evaluate.tables import markdown_table
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
@@ -29,6 +30,7 @@ from ..train.config import Residency
 from ..train.data.batches import Prefetcher, TokenizerBatches, WorldBatches
 from ..train.data.order import BatchOrder, Indices, Share
 from ..train.data.residency import choose_place, delta_source, fits_in_memory, patch_source
+from ..train.data.stream import buffers_needed
 
 READ_BYTES = 8 * 2**20
 """Of one read of a file from end to end."""
@@ -156,10 +158,11 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
         contestants["in_memory"] = gather
     contestants["reader"] = lambda step: len(shards.tokens(order.at(step)))
     contestants["disk"] = read_disk(folder, ".tar", window_bytes=num_frames * size * 2)
+    num_buffers = buffers_needed(max(settings.workers, default=1))
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = WorldBatches(
-                delta_source(shards, residency=residency),
+                delta_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
@@ -228,10 +231,11 @@ def bench_patches(folder: Path, settings: BenchSettings) -> dict[str, Any]:
     contestants |= {"reader": reader, "reader_random_pairs": reader_pairs}
     window_bytes = num_frames * raw.frame_bytes / (num_frames - 1)
     contestants["disk"] = read_disk(folder, "", window_bytes=window_bytes)
+    num_buffers = buffers_needed(max(settings.workers, default=1))
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = TokenizerBatches(
-                patch_source(shards, residency=residency),
+                patch_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 num_frames=num_frames,
                 batch_size=per_batch * (num_frames - 1),
@@ -323,3 +327,16 @@ def first_residency(folder: Path, *, patches: bool) -> Residency:
     """What `residency: auto` would choose for this cache on a machine without a GPU."""
     shards = PatchShards(folder) if patches else DeltaShards(folder, verify="size")
     return choose_place(shards.size_bytes, residency="auto")
+
+
+def bench_table(found: dict[str, Any], unit: str) -> str:
+    """The rates as a Markdown table; unit: windows or pairs."""
+    suffix = f"_{unit}_per_s"
+    rates = {name.removesuffix(suffix): rate for name, rate in found["rates"].items()}
+    limit = rates.get("in_memory") or rates.get("memmap")
+    header = ["", f"{unit}/s", f"of {'memory' if 'in_memory' in rates else 'memmap'}"]
+    body = [
+        [name, f"{rate:,.0f}", f"{rate / limit:.2f}" if limit else ""]
+        for name, rate in rates.items()
+    ]
+    return markdown_table(header, body)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...shards.files import write_bytes, write_json
 from ..forecast.config import UNNAMED
-from ..forecast.scores import FILE_NAME as SEQUENCES
+from ..forecast.sequences import FILE_NAME as SEQUENCES
 from ..tables import Table
 from .animation import Moving
 from .html import flatten, render_page, value_text

@@ -5,10 +5,10 @@ processes. PAPER "Evaluation"; the geometry is that of shards/crops.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from ...shards.errors import DeltatokError, UnusableClip
+from ...shards.errors import ClipError, DeltatokError
 from ...shards.evaluation.geometry import (
     MAX_ASPECT_RATIO,
     compute_resize_sizes,
@@ -58,15 +58,6 @@ class EvaluationPolicy:
             "seed": self.seed,
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; `from_json` takes them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """The policy that `to_json` described."""
-        return cls(**fields)
-
     def draw(
         self, numbers: Sequence[int], times_s: Float64, height: int, width: int
     ) -> list[WindowDraw]:
@@ -78,10 +69,10 @@ class EvaluationPolicy:
             height, width: of the shown frame, in pixels.
 
         Raises:
-            UnusableClip: the sequence ends before the last frame, or frames are too small.
+            ClipError: the sequence ends before the last frame, or frames are too small.
         """
         if numbers[-1] >= len(times_s):
-            raise UnusableClip(
+            raise ClipError(
                 f"shows {len(times_s)} frames, the target is frame {numbers[-1]}", stage="sample"
             )
         region = (0, 0, height, width)
@@ -89,7 +80,7 @@ class EvaluationPolicy:
             try:
                 region = kb_region(height, width)
             except DeltatokError as error:
-                raise UnusableClip(str(error), stage="sample") from error
+                raise ClipError(str(error), stage="sample") from error
         resized = compute_resize_sizes(*region[2:], self.frame_size)
         return [
             WindowDraw(
@@ -104,12 +95,6 @@ class EvaluationPolicy:
 
 
 Policy = SamplingPolicy | EvaluationPolicy
-
-
-def policy_from_json(fields: dict[str, Any]) -> Policy:
-    """The policy that its `to_json` described."""
-    kind = EvaluationPolicy if fields["policy"] == "evaluation" else SamplingPolicy
-    return kind.from_json(fields)
 
 
 def one_window_a_clip(policy: Policy) -> Policy:

@@ -1,12 +1,7 @@
 """What a video file says of itself before it is decoded: its packets' times and its first frame.
 
-`decoders.py` draws the windows from these times, decides by them whether decord can be trusted
-with the file, and checks decord's first frame against the one that PyAV shows.
-
-Which files the fast decoders may read: those whose frames they can be held to.
-
-decord and torchcodec are compared with the container (packets.py) frame by frame. That only works
-where one packet is one shown frame and every packet has its own time. All other files are PyAV's.
+Windows are drawn from these times. By them it is also decided whether a fast decoder may read the
+file, and its first frame is held against the one that PyAV shows here.
 """
 
 from collections.abc import Iterator, Set
@@ -24,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from ...shards.errors import UnusableClip
+from ...shards.errors import ClipError
 from ..sources.tars import FileSlice
 
 VideoFile = Path | FileSlice
@@ -41,6 +36,11 @@ MAX_MEAN_GAP_S = 60.0
 """Frames further apart than this on average are damaged timestamps, not a video (a guess; the
 garbage seen in real files lies at 1e17 s)."""
 
+FAST_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+"""Where one packet is one shown frame and every packet has its own time, mostly: fast decoders are
+held to the container frame by frame. All other files are PyAV's."""
+FAST_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+"""Where every decoder converts to the same RGB."""
 
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "webm_dash_manifest"})
 """FFmpeg's formats that are lists of other files: what a clip shows must lie in the clip."""
@@ -79,7 +79,7 @@ def open_video(
     """The file and its best video stream (FFmpeg's choice, which is also decord's).
 
     Raises:
-        UnusableClip: the file cannot be opened, or holds no video.
+        ClipError: the file cannot be opened, or holds no video.
     """
     with ExitStack() as opened:
         try:
@@ -97,21 +97,21 @@ def open_video(
                     buffer_size=SLICE_BUFFER_BYTES,
                 )
         except (OSError, av.error.FFmpegError, UnicodeError) as error:
-            raise UnusableClip(
+            raise ClipError(
                 f"cannot be opened: {_why_not_opened(video, error)}", stage="open"
             ) from error
         opened.enter_context(container)
         if container.format.name in PLAYLISTS:
-            raise UnusableClip(
+            raise ClipError(
                 f"is no video but a playlist of others ({container.format.name})", stage="open"
             )
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
-            raise UnusableClip("holds no video stream", stage="open")
+            raise ClipError("holds no video stream", stage="open")
         try:
             stream.codec_context.thread_count = threads
         except (av.error.FFmpegError, AttributeError) as error:
-            raise UnusableClip(f"no decoder: {describe(error)}", stage="open") from error
+            raise ClipError(f"no decoder: {describe(error)}", stage="open") from error
         yield container, stream
 
 
@@ -148,16 +148,16 @@ def frames_of(
     return [frame for frame in frames if isinstance(frame, VideoFrame)]
 
 
-def read_index(path: VideoFile) -> FileIndex:
+def read_index(video: VideoFile) -> FileIndex:
     """Reads all packet headers and decodes up to the first frame.
 
     Raises:
-        UnusableClip: the file cannot be opened, or not one frame of it can be decoded.
+        ClipError: the file cannot be opened, or not one frame of it can be decoded.
     """
     packets: list[_Header] = []
     errors: list[str] = []
     first: VideoFrame | None = None
-    with open_video(path) as (container, stream):
+    with open_video(video) as (container, stream):
         for packet in read_packets(container, stream, errors=errors):
             if packet is not None and packet.size:
                 packets.append(
@@ -167,7 +167,7 @@ def read_index(path: VideoFile) -> FileIndex:
                 first = next(iter(frames_of(packet, stream, errors=errors)), None)
         if first is None:
             reason = f": {errors[0]}" if errors else ""
-            raise UnusableClip(
+            raise ClipError(
                 f"none of its {len(packets)} packets gives a frame{reason}", stage="decode"
             )
         times = sorted(head.pts for head in packets if head.pts is not None and not head.hidden)
@@ -213,7 +213,7 @@ def shown_times(pts: list[int | None], stream: VideoStream, *, slots_s: Float64 
     even go backward. There the frames simply take the packets' turns, `slots_s`, one by one.
 
     Raises:
-        UnusableClip: there are no times, or they go backward or make no sense.
+        ClipError: there are no times, or they go backward or make no sense.
     """
     known = [value for value in pts if value is not None]
     steps = np.diff(np.array(known, np.int64))
@@ -222,16 +222,16 @@ def shown_times(pts: list[int | None], stream: VideoStream, *, slots_s: Float64 
     if guessed and slots_s is not None and len(slots_s) >= len(pts):
         return slots_s[: len(pts)]
     if len(known) < len(pts):
-        raise UnusableClip(f"frame {pts.index(None)} has no timestamp", stage="decode")
+        raise ClipError(f"frame {pts.index(None)} has no timestamp", stage="decode")
     times_s = seconds(known, stream.time_base)
     if backward is not None:
-        raise UnusableClip(
+        raise ClipError(
             f"timestamps go backward: frame {backward} at {times_s[backward]:.3f} s, "
             f"the next one at {times_s[backward + 1]:.3f} s",
             stage="decode",
         )
     if len(times_s) and times_s[-1] > MAX_MEAN_GAP_S * len(times_s):
-        raise UnusableClip(
+        raise ClipError(
             f"timestamps make no sense: {len(times_s)} frames over {times_s[-1]:.4g} s",
             stage="decode",
         )
@@ -259,27 +259,22 @@ def describe(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
-CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
-PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-"""Where every decoder converts to the same RGB."""
-
-
 class DecoderFailed(Exception):
     """This decoder cannot be used for this file; the text says why."""
 
 
-def check_trusted(index: FileIndex, *, codecs: Set[str]) -> None:
+def require_supported(index: FileIndex, *, codecs: Set[str]) -> None:
     """Raises DecoderFailed for a file that a fast decoder cannot be held to.
 
     Args:
-        codecs: FFmpeg's names of those the decoder is trusted with. One packet must be one frame in
-            them (VP8 hides frames; MPEG-4 packs two frames in a packet).
+        codecs: FFmpeg's names of those the decoder may read. One packet must be one frame in them
+            (VP8 hides frames; MPEG-4 packs two frames in a packet).
     """
-    if index.container not in CONTAINERS:
+    if index.container not in FAST_CONTAINERS:
         raise DecoderFailed(f"container {index.container}")
     if index.codec not in codecs:
         raise DecoderFailed(f"codec {index.codec}")
-    if index.pixel_format not in PIXEL_FORMATS:
+    if index.pixel_format not in FAST_PIXEL_FORMATS:
         raise DecoderFailed(f"pixel format {index.pixel_format}")
     if index.interlaced:
         raise DecoderFailed("interlaced")

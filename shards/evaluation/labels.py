@@ -1,26 +1,28 @@
-"""What a plan says of a clip of an evaluation cache: the label its forecast is held against.
+"""Labels: what a plan says of them, by which rules stored values become classes or metres, and the
+label files of whole clips. NumPy only. Letters: H, W pixels.
+
+Labels stay with their data set. The plan of an evaluation cache refers to them, by paths relative
+to the data set's folder (`targets` reads them):
 
     {"label": "gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png", "label_size": [1024, 2048],
      "kind": "segmentation", "sequence": "ulm_000001", "rule": {"name": "cityscapes"}}
 
-Labels stay with their data set; the cache only refers to them, by paths relative to the data set's
-folder. Part of plan.jsonl; train/targets.py reads the labels themselves.
+Those of a uniform cache's clips lie in a folder of their own, named by the clips' keys:
 
-Stored label values -> classes or metres, by the rules of the data sets. NumPy only.
-
-Letters: H, W pixels. Checked by tests/parity (08_eval).
+    LABELS/CLIP_KEY.npy    uint8 (frames, H, W), class of each pixel, 255 = ignore
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CacheMismatch, DamagedShard, UsageError
-from ..schema import Fields, is_count, is_number, shown
+from ..npy import map_npy
+from ..schema import shown
 from .geometry import kb_region
 
 Kind = Literal["segmentation", "depth"]
@@ -80,34 +82,21 @@ def target_to_json(target: PlanTarget) -> dict[str, Any]:
     return fields | {"frames": list(target.frames)} if target.frames else fields
 
 
-def target_from_json(value: Mapping[str, Any], *, where: str) -> PlanTarget:
-    """The target that `target_to_json` described; DamagedShard for anything else, and for a label
-    path that leads out of the data set."""
-    fields = Fields(dict(value), where=where)
-    label, size, kind = fields.text("label"), fields.sequence("label_size"), fields.text("kind")
-    if not is_inside(label):
-        raise DamagedShard(f"{where}: label is {shown(label)}, wanted a path inside the data set")
-    if len(size) != 2 or not all(is_count(side) and 1 <= side <= MAX_LABEL_SIDE for side in size):
-        raise DamagedShard(f"{where}: label_size is {shown(size)}, wanted height and width")
-    frames = fields.sequence("frames") if fields.has("frames") else []
-    for frame in frames:
-        if not (isinstance(frame, str) and is_inside(frame)):
+def check_target(target: PlanTarget, *, where: str) -> None:
+    """DamagedShard for a target whose label or frames lead out of the data set, or that has numbers
+    that cannot be."""
+    for name, path in (("label", target.label), *(("a frame", frame) for frame in target.frames)):
+        if not is_inside(path):
             raise DamagedShard(
-                f"{where}: a frame is {shown(frame)}, wanted a path inside the data set"
+                f"{where}: {name} is {shown(path)}, wanted a path inside the data set"
             )
-    known: dict[str, Kind] = {name: name for name in get_args(Kind)}
-    if kind not in known:
-        raise DamagedShard(f"{where}: kind is {shown(kind)}, wanted {' or '.join(known)}")
-    return PlanTarget(
-        label=label,
-        label_size=(size[0], size[1]),
-        kind=known[kind],
-        sequence=fields.text("sequence"),
-        rule=_rule(fields.mapping("rule"), where=f"{where}: rule")
-        if fields.has("rule")
-        else LabelRule(),
-        frames=tuple(frames),
-    )
+    if not all(1 <= side <= MAX_LABEL_SIDE for side in target.label_size):
+        raise DamagedShard(
+            f"{where}: label_size is {shown(target.label_size)}, wanted height and width"
+        )
+    steps = target.rule.steps_per_m
+    if steps is not None and not steps > 0:
+        raise DamagedShard(f"{where}: rule.steps_per_m is {shown(steps)}, wanted a number above 0")
 
 
 def check_same_target(where: str, stored: PlanTarget | None, asked: PlanTarget | None) -> None:
@@ -139,26 +128,6 @@ def leads_out(root: Path, path: str) -> bool:
     found, (top, *rest) = (root / path).resolve(), path.split("/")
     homes = [root.resolve(), *([(root / top).resolve()] if rest else [])]
     return not any(found.is_relative_to(home) for home in homes)
-
-
-def _rule(value: Mapping[str, Any], *, where: str) -> LabelRule:
-    fields = Fields(dict(value), where=where)
-    name = fields.text("name")
-    known: dict[str, RuleName] = {name: name for name in get_args(RuleName)}
-    if name not in known:
-        raise DamagedShard(
-            f"{where}: name is {shown(name)}, wanted one of {', '.join(known)}: "
-            "a newer release may know it"
-        )
-    steps = value.get("steps_per_m")
-    if steps is not None and not (is_number(steps) and steps > 0):
-        raise DamagedShard(f"{where}: steps_per_m is {shown(steps)}, wanted a number above 0")
-    return LabelRule(
-        name=known[name],
-        ignore=fields.integers("ignore") if fields.has("ignore") else (),
-        steps_per_m=None if steps is None else float(steps),
-        frame=fields.integer("frame") if fields.has("frame") else None,
-    )
 
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -248,3 +217,66 @@ def _depth(stored: NDArray[Any], rule: LabelRule) -> NDArray[np.float32]:
     depth = stored.astype(np.float32) / np.float32(rule.steps_per_m or 1.0)
     depth[np.isin(stored, rule.ignore)] = NO_DEPTH
     return depth
+
+
+class ClipLabels:
+    """The label files of the clips of a uniform cache, indexed as its frame_index: by the frames'
+    numbers in presentation order. Mapped, never resized; H and W need not be the video's."""
+
+    def __init__(
+        self, folder: Path | str, *, last_frames: Mapping[str, int], num_classes: int
+    ) -> None:
+        """last_frames: clip key -> the highest frame that will be read.
+
+        Raises UsageError, naming the clip, for a key that leads out of the folder and for a file
+        that is missing, of another layout, or of fewer frames.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"--labels {folder}: no such folder")
+        self._num_classes = num_classes
+        self._maps = {key: _map_labels(folder, key) for key in last_frames}
+        for key, last in last_frames.items():
+            if last >= len(self._maps[key]):
+                raise UsageError(
+                    f"clip {key}: its labels have {len(self._maps[key])} frames, the cache has its "
+                    f"frame {last}: label every frame of the clip ({IGNORE} = ignore)"
+                )
+
+    def size(self, key: str) -> tuple[int, int]:
+        """Height and width of a clip's labels."""
+        _, height, width = self._maps[key].shape
+        return height, width
+
+    def frame(self, key: str, index: int) -> NDArray[np.uint8]:
+        """The label of one frame, uint8 (H, W); UsageError for a class beyond `num_classes`."""
+        label = np.array(self._maps[key][index])
+        classes = label[label != IGNORE]
+        if classes.size and classes.max() >= self._num_classes:
+            raise UsageError(
+                f"clip {key}: the label of frame {index} has class {classes.max()}: wanted 0 to "
+                f"{self._num_classes - 1}, or {IGNORE} for ignore: set num_classes or give the "
+                "head of these labels, or convert them"
+            )
+        return label
+
+
+def _map_labels(folder: Path, key: str) -> NDArray[np.uint8]:
+    path = folder / f"{key}.npy"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"clip {key}: its name leads out of the label folder {folder}")
+    try:
+        maps = map_npy(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"clip {key}: no labels, {path} does not exist: write it, uint8 (frames, height, "
+            f"width), {IGNORE} = ignore"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"clip {key}: {path} cannot be read as .npy ({error})") from error
+    if maps.dtype != np.uint8 or maps.ndim != 3 or not maps.size:
+        raise UsageError(
+            f"clip {key}: {path} holds {maps.dtype} {maps.shape}, wanted uint8 (frames, height, "
+            "width)"
+        )
+    return maps

@@ -25,15 +25,10 @@ from deltatok.extract.run import run_extraction
 from deltatok.extract.stop import stop_on_signals
 from deltatok.extract.work import SharedWork
 from deltatok.extract.writer import PatchShardWriter, ShardRows
-from deltatok.shards import (
-    DoneRecord,
-    Stopped,
-    clips_by_shard,
-    read_done,
-    read_plan,
-    verify_cache,
-    write_done,
-)
+from deltatok.shards import Stopped
+from deltatok.shards.plan import clips_by_shard, read_plan
+from deltatok.shards.records import DoneRecord, read_done, write_done
+from deltatok.shards.tools.verify import verify_cache
 
 PROGRAM = Path(__file__).with_name("shared_run.py")
 
@@ -224,7 +219,7 @@ def test_each_rank_of_a_machine_has_its_own_gpu(
 def test_ranks_of_a_machine_share_its_cores(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "default_num_workers", lambda: 16)
+    monkeypatch.setattr("deltatok.extract.decoding.pool.default_num_workers", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert devices.choose_num_workers(make_config(workers=None)) == 2
     assert devices.choose_num_workers(make_config(workers=3)) == 3

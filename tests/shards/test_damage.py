@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards, verify_cache
+from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards
+from deltatok.shards.tools.verify import verify_cache
 
 PATCH_FILES = [
     "zarr.json",
@@ -198,8 +199,8 @@ def test_reader_refuses_broken_group_metadata(patches: Any, text: str) -> None:
 def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
     patches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltatok.shards import write_patch_shard
     from deltatok.shards.patches import writer as token_encoder
+    from deltatok.shards.patches.writer import write_patch_shard
 
     monkeypatch.setattr(token_encoder, "is_storable", lambda *_, **__: True)
     monkeypatch.setattr(token_encoder, "_statistics", lambda *_, **__: {})
@@ -222,7 +223,7 @@ def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
         ({"rows": 10**400}, "an integer of 401 digits"),
         ({"shard": 1}, "record of another shard"),
         ({"keys": "abc"}, "keys is 'abc', wanted a JSON array"),
-        ({"keys": [1]}, "wanted a JSON array of texts"),
+        ({"keys": [1]}, r"keys\[0\] is 1, wanted text"),
         ({"keys": ["a", "a"]}, "names a clip twice"),
         ({"files": []}, "files is .*, wanted a JSON object"),
         ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "names the file '/etc"),
@@ -234,7 +235,7 @@ def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
         ({"files": {"shards/x": {"bytes": 1, "sha256": "zz"}}}, "64 hex digits"),
         ({"files": {"shards/x": 3}}, "wanted a JSON object"),
         ({"statistics": None}, "statistics is None"),
-        ({"decoders": {"a": 1}}, "wanted a JSON object of texts"),
+        ({"decoders": {"a": 1}}, "decoders.a is 1, wanted text"),
         ({"quarantined": [{}]}, "no field 'clip'"),
         ({"quarantined": 7}, "quarantined is 7"),
     ],
@@ -278,8 +279,8 @@ def test_a_missing_done_record_of_a_complete_cache_is_refused(patches: Any) -> N
         (lambda windows: [windows[0], {**windows[1], "clip": 3}], "clip is 3, wanted text"),
         (lambda windows: [windows[0], {**windows[1], "clip": "other"}], "other"),
         (lambda windows: [windows[0], {**windows[1], "frames": [1, 2]}], "wanted 3 indices"),
-        (lambda windows: [windows[0], {**windows[1], "frames": [1, 2, -3]}], "frames is"),
-        (lambda windows: [windows[0], {**windows[1], "crop": [1, 2, 3, "4"]}], "4 numbers"),
+        (lambda windows: [windows[0], {**windows[1], "frames": [1, 2, -3]}], r"frames\[2\] is"),
+        (lambda windows: [windows[0], {**windows[1], "crop": [1, 2, 3, "4"]}], "wanted a number"),
         (lambda windows: [windows[0], {**windows[1], "flipped": 1}], "flipped is 1"),
     ],
 )

@@ -12,11 +12,9 @@ import pytest
 
 from deltatok.extract.sources.clip import (
     FrameFolder,
-    TarMember,
+    TarVideo,
     Unreadable,
     ZipFolder,
-    source_from_json,
-    source_to_json,
 )
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UsageError
@@ -59,7 +57,7 @@ def test_tar_gives_its_videos_with_class_and_split(write_tar: Write) -> None:
         ("a/two.webm", 2, "jump", None, path),
     ]
     for clip in clips:
-        assert isinstance(clip.source, TarMember)
+        assert isinstance(clip.source, TarVideo)
         data = path.read_bytes()[clip.source.offset :][: clip.size_bytes]
         assert data == VIDEOS[clip.key]
 
@@ -73,7 +71,7 @@ def test_long_names_and_pax_headers_are_read(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(b"abc"))
         (clip,) = find_clips([tmp_path / "long.tar"])
         assert clip.key == name
-        assert isinstance(clip.source, TarMember)
+        assert isinstance(clip.source, TarVideo)
         assert (tmp_path / "long.tar").read_bytes()[clip.source.offset :][:3] == b"abc"
 
 
@@ -99,7 +97,7 @@ def test_cut_short_tar_names_the_video_that_is_cut(
     path.write_bytes(path.read_bytes()[: 3 * 512 + 400])
     with caplog.at_level(logging.WARNING):
         one, two = find_clips([path])
-    assert (one.key, type(one.source)) == ("one.mp4", TarMember)
+    assert (one.key, type(one.source)) == ("one.mp4", TarVideo)
     assert two.key == "two.mp4"
     assert isinstance(two.source, Unreadable)
     assert "cut short: 400 of the 900 bytes" in two.source.reason
@@ -329,9 +327,3 @@ def test_folder_of_frames_itself_is_known_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "clip" / "f_0.5.jpg").write_bytes(b"1")
     (clip,) = find_clips([tmp_path / "clip"])
     assert (clip.key, clip.path) == ("clip", tmp_path / "clip")
-
-
-def test_source_comes_back_from_json() -> None:
-    zipped = ZipFolder(folder="a", runs=((3, 4), (5, 6)), stamp=(7, 8))
-    for source in (None, FrameFolder(), TarMember(512, (1, 2)), zipped, Unreadable("gone")):
-        assert source_from_json(source_to_json(source)) == source

@@ -10,7 +10,6 @@ import pytest
 
 from deltatok.pipeline import cli as command
 from deltatok.pipeline.commands import pipeline as pipeline_command
-from deltatok.pipeline.commands import shards as shards_command
 from deltatok.pipeline.commands.evaluate import main as evaluate
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.pipeline import main as pipeline
@@ -51,22 +50,20 @@ class ParsedError(Exception):
 @pytest.fixture
 def understood(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Checks that a command line is parsed, its config built; nothing is run."""
-    build = command.build_config
+    load = command.load
 
-    def only_build(*arguments: Any, **named: Any) -> None:
-        build(*arguments, **named)
+    def only_load(*arguments: Any, **named: Any) -> None:
+        load(*arguments, **named)
         raise ParsedError
 
-    monkeypatch.setattr(command, "build_config", only_build)
+    monkeypatch.setattr(command, "load", only_load)
 
     def check(line: str) -> None:
         name, *words = shlex.split(line, comments=True)
         if name == "accelerate":
             module = words.index("-m") + 1
             name, words = MODULES[words[module]], words[module + 1 :]
-        if name == "deltatok-shards":
-            shards_command._parser().parse_args(words)
-        elif name == "deltatok-pipeline":
+        if name == "deltatok-pipeline":
             pipeline_command._parser().parse_args(words)
         else:
             with pytest.raises(ParsedError):
