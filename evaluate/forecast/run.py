@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,11 +46,13 @@ from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig, pick_device
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
-from .predictions import PredictionRows
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
 from .scores import Scorer, check_labels, class_map, tokenizer_probes, with_intervals
 from .sequences import sequences_jsonl
 from .windows import UniformWindows, Windows, is_evaluation, open_windows
+
+if TYPE_CHECKING:
+    from .predictions import PredictionRows
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class ForecastInputs:
     black: Tensor
     """(N, D) tokens of a black frame."""
     device: torch.device
-    predictions: PredictionRows | None
+    predictions: "PredictionRows | None"
     """Another model's frames; None without any."""
 
     def batches(self) -> list[list[int]]:
@@ -176,8 +178,18 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),
         device=device,
-        predictions=PredictionRows(config, cache, device) if config.predictions else None,
+        predictions=_prediction_rows(config, cache, device),
     )
+
+
+def _prediction_rows(
+    config: ForecastConfig, cache: PatchShards, device: torch.device
+) -> "PredictionRows | None":
+    if not config.predictions:
+        return None
+    from .predictions import PredictionRows  # brings the backbone and the decoders
+
+    return PredictionRows(config, cache, device)
 
 
 def named(config: ForecastConfig, info: CacheInfo) -> ForecastConfig:
