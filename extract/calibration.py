@@ -30,11 +30,12 @@ from ..shards.records import Quarantined
 from .backbone import Backbone
 from .clips import Clip
 from .config import ExtractConfig
+from .devices import choose_num_workers
 from .evaluation import Policy, one_window_a_clip
 from .features import WindowFeatures
 from .pixels import window_pixels
-from .pool import DecodePool, default_num_workers
-from .writer import PatchShardWriter
+from .pool import DecodePool
+from .shard_writer import PatchShardWriter
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def fit_channel_scale(
     refused: list[Quarantined] = []
     with DecodePool(
         one_window_a_clip(policy),
-        num_workers=config.workers or default_num_workers(),
+        num_workers=choose_num_workers(config),
         timeout_s=config.decode_timeout_s,
         decode_threads=config.decode_threads,
         decoder=config.decoder,

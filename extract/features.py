@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Backbone
-from .writer import Converter
+from .shard_writer import Converter
 
 MAX_ON_THE_WAY = 2
 """Batches whose rows are being copied from the device while the next one is begun."""

@@ -20,9 +20,8 @@ from ..extract.describe import describe_patches
 from ..extract.devices import load_backbone
 from ..extract.pixels import window_pixels
 from ..extract.pool import DecodedWindow, DecodePool
-from ..extract.quantise import split_int8
 from ..extract.sampling import SamplingPolicy
-from ..extract.writer import PatchShardWriter
+from ..extract.shard_writer import PatchShardWriter, split_int8
 from ..shards.cache import CacheInfo, compare, read_cache_info
 from ..shards.deltas import DeltaShards
 from ..shards.dtypes import STORED_DTYPES, from_stored

@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
 import typing
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..shards.errors import DeltatokError, Stopped, UsageError
+from ..shards.interrupts import StopRequest
 from .config import apply_settings, build_config, field_docs, read_yaml
 
 Config = TypeVar("Config")
@@ -52,7 +54,9 @@ def run_command(body: Callable[[], None]) -> int:
     for noisy in ("httpx", "accelerate", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        body()
+        # From the first import on; what a run may not be torn out of takes the signal itself.
+        with StopRequest(signals=(signal.SIGTERM,)) as stop, stop.at_once():
+            body()
     except (DeltatokError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

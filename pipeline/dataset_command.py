@@ -49,5 +49,5 @@ def run_dataset_command(words: list[str]) -> None:
         return
     from ..extract.datasets import run_dataset
 
-    logging.info("%s", run_dataset(config).told())
+    logging.info("%s", run_dataset(config).summary_line())
     print(f"evaluation cache: {config.out}")

@@ -111,7 +111,7 @@ def _run_videos(words: list[str]) -> None:
         from .fused import run_fused
 
         kind, result = "delta-token", run_fused(config)
-    logging.info("%s", result.told())
+    logging.info("%s", result.summary_line())
     print(f"{kind} shards: {config.out}")
 
 

@@ -26,8 +26,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from ..shards.files import write_bytes
-from .disk import writing
+from ..shards.files import disk_errors, write_bytes
 from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class RunLog:
             total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
         )
         if enabled:
-            with writing(path):
+            with disk_errors(path):
                 _drop_after(path, start)
                 self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
 
@@ -74,7 +73,7 @@ class RunLog:
             return
         line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
         self._trackers.write(kind, step, values)
-        with writing(self._path):
+        with disk_errors(self._path):
             self._file.write((json.dumps(line) + "\n").encode())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._progress.disable:
@@ -85,7 +84,7 @@ class RunLog:
     def sync(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint promises it."""
         if self._enabled:
-            with writing(self._path):
+            with disk_errors(self._path):
                 os.fsync(self._file.fileno())
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..shards.errors import DeltatokError, Stopped, UsageError
+from ..shards.files import disk_errors
+from ..shards.interrupts import StopRequest
 from .checkpoints import (
     MODEL,
     Best,
@@ -27,7 +29,6 @@ from .checkpoints import (
 )
 from .data import Batch
 from .devices import Accelerator, check_compiler, from_main, on_main
-from .disk import writing
 from .finite import named_windows
 from .first_weights import start_folder
 from .flops import flops_per_sample
@@ -38,7 +39,6 @@ from .pretrained import load_weights, read_tensors
 from .run_folder import Run
 from .schedule import is_time
 from .stage import Stage
-from .stop import StopSignal
 from .trackers import Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Trainer:
         with (
             Prefetcher(self._read, start=self.start, stop=last) as batches,
             self._open_log() as log,
-            StopSignal() as stop,
+            StopRequest() as stop,
         ):
             for step in range(self.start, last):
                 batch = self._fetch(batches)
@@ -124,7 +124,7 @@ class Trainer:
                 learning_rate = self._set_learning_rate(step)
                 losses, extras = self._forward_backward(batch, step)
                 norm = self._clip()
-                update = self._agree(losses, norm, stop.requested)
+                update = self._agree(losses, norm, stop.asked)
                 self._check_finite(update, losses, batch, step)
                 done = step + 1
                 is_logged = is_time(done, every=config.log_every, last=last)
@@ -293,7 +293,7 @@ class Trainer:
         }
 
     def _finish(self) -> None:
-        with writing(self.run.folder):
+        with disk_errors(self.run.folder):
             self.stage.model.save_pretrained(self.run.folder, self.stage.provenance())
             self.run.finish()
         logger.info("trained %d steps: the model is in %s", self.config.steps, self.run.folder)

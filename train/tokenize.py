@@ -27,6 +27,7 @@ from ..shards.cache import (
 from ..shards.delta_writer import DeltaRows, write_delta_shard
 from ..shards.errors import Stopped, UsageError
 from ..shards.files import remove, remove_partials
+from ..shards.interrupts import StopRequest
 from ..shards.patches import PatchShards
 from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
 from ..shards.records import append_timing, read_done, shard_path, write_quarantine
@@ -45,7 +46,6 @@ from .frame_picks import (
 from .logs import Meter
 from .models.deltatok import DeltaTok
 from .prefetch import Prefetcher
-from .stop import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,12 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
-        StopSignal() as stop,
+        StopRequest() as stop,
     ):
         for part in mine:
             shard = part.record.shard
             if read_done(out, shard) is None:
-                if stop.requested:
+                if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
                 write_delta_shard(

@@ -83,8 +83,8 @@ def test_slices_of_machines_without_a_common_folder_are_put_together(
     run_extraction(there, backbone=backbone)
     shutil.copytree(Path(there.out, "shards"), Path(here.out, "shards"), dirs_exist_ok=True)
     summary = run_extraction(here, backbone=backbone)
-    assert "(60 frames, " in summary.told()
-    assert "in 3 shards, none to make; 1 of 6 clips in quarantine" in summary.told()
+    assert "(60 frames, " in summary.summary_line()
+    assert "in 3 shards, none to make; 1 of 6 clips in quarantine" in summary.summary_line()
     assert digests(Path(here.out)) == digests(finished)
 
 
