@@ -133,8 +133,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         advice = "check the permissions" if error.errno in _REFUSED else "make room on the disk"
         raise DeltatokError(
-            f"{path}: cannot be written ({error.strerror or error}): {advice} and run the same "
-            "command again; what is finished stays"
+            f"{path}: cannot be written ({error.strerror or error}): {advice} and run again; "
+            "what is finished stays"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Processes that extract into one folder each have a part of it, whatever becomes of one of them."""
+"""Processes that extract into one folder make a part each, whatever becomes of one of them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatok.extract import devices, ledger
+from deltatok.extract import calibration, devices, ledger
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.ledger import Part, close_cache
@@ -237,14 +237,17 @@ def test_closing_a_cache_twice_changes_no_byte(
         assert digests(out) == digests(finished)
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID"])
 @pytest.mark.parametrize(("rank", "wanted"), [("0", "cuda:0"), ("5", "cuda:1"), ("", "cuda:0")])
 def test_each_rank_of_a_machine_has_its_own_gpu(
-    monkeypatch: pytest.MonkeyPatch, rank: str, wanted: str
+    monkeypatch: pytest.MonkeyPatch, name: str, rank: str, wanted: str
 ) -> None:
+    for other in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(other, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv(name, rank)
     assert devices.choose_device("auto") == torch.device(wanted)
 
 
@@ -255,4 +258,20 @@ def test_ranks_of_a_machine_share_its_cores(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert devices.choose_num_workers(make_config(workers=None)) == 2
     assert devices.choose_num_workers(make_config(workers=3)) == 3
-    assert os.environ["LOCAL_WORLD_SIZE"] == "8"
+
+
+def test_ranks_of_a_machine_share_its_cores_also_to_fit_the_scales_of_int8(
+    make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def make_pool(*_: object, num_workers: int, **__: object) -> None:
+        started.append(num_workers)
+        raise Stopped
+
+    monkeypatch.setattr(devices, "default_num_workers", lambda: 16)
+    monkeypatch.setattr(calibration, "DecodePool", make_pool)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(Stopped):
+        run_extraction(make_config(workers=None, dtype="int8"), backbone=backbone)
+    assert started == [2]
