@@ -3,9 +3,9 @@
     python shared_run.py CONFIG.json PROCESSES
 
 Each process has its rank, as a launcher sets it; with PROCESSES negative none has one, as if
-somebody started the same command so often. Rank 0 is killed when its first shard is written, but not yet in
-place. Prints the shards that each process made and its exit status, as JSON. Processes are forked:
-torch is imported only once.
+somebody started the same command so often. Rank 0 is killed when its first shard is written, but
+not yet in place. Prints the shards that each process made and its exit status, as JSON. Processes
+are forked: torch is imported only once.
 """
 
 import json

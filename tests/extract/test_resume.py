@@ -142,7 +142,7 @@ def test_full_disk_stops_cleanly_and_goes_on(
     make_config: ConfigMaker, backbone: Backbone, uninterrupted: dict[str, str], digests: Digests
 ) -> None:
     config = make_config()
-    with pytest.raises(DeltatokError, match=r"No space left on device.*make room .*run the same"):
+    with pytest.raises(DeltatokError, match=r"No space left on device.*make room .*run again"):
         run_extraction(config, backbone=backbone, writer=_FailingWriter())
     assert done_shards(config.out) == [0]
     run_extraction(config, backbone=backbone)
