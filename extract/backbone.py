@@ -351,12 +351,14 @@ def load_backbone(config: ExtractConfig) -> Backbone:
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device; UsageError if it is not there.
 
-    `auto` and `cuda`: the GPU of this process's LOCAL_RANK, the first one without a launcher.
+    `auto` and `cuda`: the GPU of this process's rank on its machine, the first one without a
+    launcher.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.device_count():
-        name = f"cuda:{_launched('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+        rank = _launched("LOCAL_RANK", default=_launched("SLURM_LOCALID", default=0))
+        name = f"cuda:{rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -372,9 +374,9 @@ def choose_num_workers(config: ExtractConfig) -> int:
     """Decoding processes: as given, else this process's share of the CPU cores, at least one."""
     if config.workers is not None:
         return config.workers
-    return max(1, default_num_workers() // max(1, _launched("LOCAL_WORLD_SIZE", 1)))
+    return max(1, default_num_workers() // max(1, _launched("LOCAL_WORLD_SIZE", default=1)))
 
 
-def _launched(name: str, default: int) -> int:
+def _launched(name: str, *, default: int) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default

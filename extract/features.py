@@ -30,7 +30,7 @@ from .backbone import Backbone
 from .decoding.pool import DecodedClip, DecodedWindow
 from .pixels import window_pixels
 from .sampling import WindowDraw
-from .writer import Converter
+from .shard_writer import Converter
 
 Pixels = Callable[[], Tensor]
 """Gives a window's pixels, uint8 (T, 3, S, S) on the device; to be called once."""

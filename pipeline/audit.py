@@ -20,9 +20,8 @@ from ..extract.config import ExtractConfig
 from ..extract.decoding.pool import DecodedWindow, DecodePool
 from ..extract.identity import describe_patches
 from ..extract.pixels import window_pixels
-from ..extract.quantise import split_int8
 from ..extract.sampling import SamplingPolicy
-from ..extract.writer import PatchShardWriter
+from ..extract.shard_writer import PatchShardWriter, split_int8
 from ..shards.cache import CacheInfo, compare, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import DamagedShard, UsageError

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..extract.backbone import choose_device
 from ..extract.run import ExtractionSummary, run_extraction
-from ..extract.writer import ShardRows
+from ..extract.shard_writer import ShardRows
 from ..shards.cache import CacheInfo
 from ..shards.deltas.writer import DeltaRows, write_delta_shard
 from ..shards.errors import DeltatokError
@@ -40,7 +40,7 @@ def run_fused(config: VideosConfig) -> ExtractionSummary:
 
 
 class DeltaShardWriter:
-    """Keeps the delta tokens of every window: a ShardWriter, see extract/writer.py.
+    """Keeps the delta tokens of every window: a ShardWriter, see extract/shard_writer.py.
 
     B windows, T frames, N patches, D channels.
     """

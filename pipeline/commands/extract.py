@@ -98,7 +98,7 @@ def run_dataset_command(words: list[str]) -> None:
         return
     from ...extract.datasets.registry import run_dataset
 
-    logging.info("%s", run_dataset(config).told())
+    logging.info("%s", run_dataset(config).summary_line())
     print(f"evaluation cache: {config.out}")
 
 
@@ -196,7 +196,7 @@ def _run_videos(words: list[str]) -> None:
         from ..fused import run_fused
 
         kind, result = "delta-token", run_fused(config)
-    logging.info("%s", result.told())
+    logging.info("%s", result.summary_line())
     print(f"{kind} shards: {config.out}")
 
 

@@ -15,8 +15,7 @@ import logging
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
-from ...shards.files import write_bytes, write_json
+from ...shards.files import living_partials, write_bytes, write_json
 from ...shards.patches.layout import STORED_DTYPES
 from ...shards.patches.reader import PatchShards
 from ...shards.patches.zarr_arrays import COMPRESSIONS
@@ -41,8 +40,6 @@ from ..cli import Parser, example_help, run_command
 
 if TYPE_CHECKING:
     from ..audit import AuditReport
-
-LEASE_TIMEOUT_S = 60.0
 
 EXAMPLE = """examples:
   deltatok-shards verify cache/patches                     every byte, against its SHA-256
@@ -68,8 +65,8 @@ def add_verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="remove partial work and damaged shards, so that they are made again; refused while a "
-        "process writes to DIR",
+        help="remove partial work and damaged shards, so that they are made again; refused where a "
+        "process is seen writing to DIR",
     )
     parser.add_argument(
         "--audit", type=int, metavar="N", help="make N random windows again and compare them"
@@ -153,8 +150,8 @@ def _verify(folder: Path, *, deep: bool) -> VerifyReport:
 
 def _repair(folder: Path, report: VerifyReport) -> Repaired:
     try:
-        with _nobody_writes(folder):
-            return repair_cache(folder, report)
+        _check_nobody_writes(folder)
+        return repair_cache(folder, report)
     except OSError as error:
         raise UsageError(
             f"{error.filename or folder}: cannot be removed or written "
@@ -162,22 +159,13 @@ def _repair(folder: Path, report: VerifyReport) -> Repaired:
         ) from error
 
 
-@contextmanager
-def _nobody_writes(folder: Path) -> Iterator[None]:
-    """Holds what a writer needs to finish; UsageError while one is at work."""
-    from ...extract.common import CACHE_LEASE
-    from ...extract.leases import FOLDER, Leases
-
-    if (folder / FOLDER).is_symlink():
-        raise UsageError(f"{folder / FOLDER}: is a link: remove it first")
-    with Leases(folder, timeout_s=LEASE_TIMEOUT_S) as leases:
-        for name in sorted({*leases.names(), CACHE_LEASE}):
-            if leases.take(name) is None:
-                raise UsageError(
-                    f"{folder}: a process is writing to it (lease {name!r}): wait for it or stop "
-                    "it, then repair; leases of a dead machine are to be deleted by hand"
-                )
-        yield
+def _check_nobody_writes(folder: Path) -> None:
+    """UsageError while a process of this machine is seen at work in the cache."""
+    for place in (folder, folder / "shards"):
+        for partial in living_partials(place):
+            raise UsageError(
+                f"{partial}: a process is writing to it: wait for it or stop it, then repair"
+            )
 
 
 def _after_repair(folder: Path, before: VerifyReport, done: Repaired) -> DeltatokError | None:

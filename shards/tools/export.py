@@ -10,7 +10,6 @@ arguments it goes on, and the bytes are the same. One process.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from ..cache import CHANNEL_SCALE, CacheInfo, compare, finish_cache, open_cache, read_cache_info
 from ..deltas.writer import DeltaRows, write_delta_shard
 from ..errors import CacheMismatch, DeltatokError, UsageError
-from ..files import remove_partials
+from ..files import check_free, remove_partials
 from ..patches.int8 import (
     SAMPLE_CLIPS,
     channel_scale_of,
@@ -226,16 +225,4 @@ def _check_room(
         for shard, entries in clips_by_shard(plan).items()
         if read_done(out, shard) is None
     )
-    check_free(out, int(needed * SPARE))
-
-
-def check_free(out: Path, needed: int) -> None:
-    """Raises DeltatokError unless `needed` bytes are free on the disk that `out` is, or will be,
-    on."""
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise DeltatokError(
-            f"{out}: the export takes {needed / 1e9:.3g} GB, there are {free / 1e9:.3g} GB left: "
-            "make room, take fewer clips, or give a folder on another disk"
-        )
+    check_free(out, int(needed * SPARE), what="the export")

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from ..cache import BLACK, CHANNEL_SCALE
 from ..errors import DeltatokError, UsageError
-from ..files import partial_path, publish, remove, remove_partials, write_json
+from ..files import check_free, partial_path, publish, remove, remove_partials, write_json
 from ..npy import npy_bytes
 from ..patches.layout import STORED_DTYPES
 from ..patches.reader import PatchShards
-from .export import SPARE, check_free
+from .export import SPARE
 from .export_plan import Reader, Selection, Source, exported_from, open_sources, select_clips
 from .npy_readme import readme
 
@@ -68,7 +68,7 @@ def export_npy(
     shape = (count, *sources[0].reader.shape)
     stored = _stored_dtype(sources[0].reader)
     tokens_dtype = stored if dtype is None else VALUE_DTYPES[dtype]
-    check_free(out, int(math.prod(shape) * tokens_dtype.itemsize * SPARE))
+    check_free(out, int(math.prod(shape) * tokens_dtype.itemsize * SPARE), what="the export")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     remove_partials(out.absolute().parent, prefix=f"{out.name}.partial-")
     partial = partial_path(out)

@@ -186,7 +186,6 @@ KNOWN_NAMES = {
     INDEX,
     NOTICE,
     "timings.jsonl",
-    "leases",
     "shards",
 }
 _FOR_PEOPLE = ("licen", "readme")
