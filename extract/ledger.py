@@ -74,18 +74,16 @@ class Part:
         return shard % self.count == self.index and self._rank_of(shard) == self.rank
 
     def elsewhere(self, shards: Sequence[int]) -> str:
-        """Who makes these shards, none of them in this part, for people."""
+        """Whose these shards are, as "rank 1 of 2, --shard-of 1/4, 3/4"."""
         makers = []
         ranks = {self._rank_of(shard) for shard in shards if shard % self.count == self.index}
         if ranks:
-            names = _listed(sorted(ranks))
-            makers.append(f"rank {names} of {self.num_ranks} (may be at it)")
+            makers.append(f"rank {_listed(sorted(ranks))} of {self.num_ranks}")
         parts = {shard % self.count for shard in shards} - {self.index}
         if parts:
             names = _listed([f"{part}/{self.count}" for part in sorted(parts)])
-            makers.append(f"--shard-of {names} (elsewhere? copy its shards/ into this folder)")
-        alone = "the same command without launcher and --shard-of makes all that is left"
-        return "; ".join([*makers, alone])
+            makers.append(f"--shard-of {names}")
+        return " and ".join(makers)
 
     def _rank_of(self, shard: int) -> int:
         return shard // self.count % self.num_ranks
@@ -244,7 +242,9 @@ def close_cache(folder: Path, *, num_frames: int, changed: bool, part: Part) -> 
         if changed:
             ledger.list_quarantined(now=True)
         _LOGGER.info(
-            "%s: %d of %d shards are done, not those of %s",
+            "%s: %d of %d shards are done, the others are left to %s: in this folder, or, from other "
+            "machines, once their shards/ are copied into it and the command is run again; without "
+            "launcher and --shard-of it makes all that is left",
             folder,
             len(ledger.windows),
             len(ledger.plan),
