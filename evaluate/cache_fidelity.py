@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..shards.cache import compare
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
+from ..shards.evaluation.labels import ClipLabels
 from ..shards.files import write_json
 from ..shards.patches.reader import PatchShards
 from ..shards.tools.info import describe_cache
@@ -39,9 +40,10 @@ from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
 from .forecast.config import pick_device
-from .forecast.labels import LabelFolder
 from .forecast.models import check_patches, check_width
-from .forecast.scores import MeanIoU, class_map
+from .forecast.scores import class_counts, class_map, confusion_matrix
+from .forecast.sequences import values
+from .tables import markdown_table
 
 COLUMNS = ("frame_index", "timestamps_s", "crop", "flipped")
 """What makes a window of a clip the same, as the columns of `PatchShards.table()`."""
@@ -186,14 +188,15 @@ class Reconstruction:
         return {"reconstruction_loss": (ours, theirs)}
 
 
-class Segmentation:
+class SegmentationJudge:
     """The head's mIoU over all frames."""
 
-    def __init__(self, head: SegmentationHead, labels: LabelFolder, cache: PatchShards) -> None:
+    def __init__(self, head: SegmentationHead, labels: ClipLabels, cache: PatchShards) -> None:
         self._head, self._labels, self._cache = head, labels, cache
         self._keys, self._clips = cache.keys, cache.clip_index.tolist()
-        num_classes = head.config.num_classes
-        self._metrics = (MeanIoU(num_classes=num_classes), MeanIoU(num_classes=num_classes))
+        self._num_classes = head.config.num_classes
+        self._counts = tuple(np.zeros((2, self._num_classes), np.int64) for _ in SIDES)
+        """Intersections and unions of every class, pixels."""
 
     def add(self, numbers: NDArray[np.int64], ours: Tensor, theirs: Tensor) -> None:
         frames = self._cache.frame_index(numbers).tolist()
@@ -201,13 +204,16 @@ class Segmentation:
             for frame, index in enumerate(indices):
                 label = self._labels.frame(self._keys[self._clips[number]], index)
                 size = (label.shape[0], label.shape[1])
-                for x, metric in zip((ours, theirs), self._metrics, strict=True):
+                for x, counts in zip((ours, theirs), self._counts, strict=True):
                     grid = self._cache.grid
                     classes = class_map(self._head, x[row, frame], grid=grid, size=size)
-                    metric.update(classes[None], torch.from_numpy(label)[None].to(classes))
+                    truth = torch.from_numpy(label).to(classes)
+                    counts += class_counts(
+                        confusion_matrix(classes[None], truth[None], num_classes=self._num_classes)
+                    )
 
     def results(self) -> dict[str, Pair]:
-        ours, theirs = (float(metric.compute()) for metric in self._metrics)
+        ours, theirs = (float(values("miou", *counts)) for counts in self._counts)
         return {"miou": (ours, theirs)}
 
 
@@ -294,8 +300,8 @@ def run_cache_fidelity(config: CacheFidelityConfig) -> dict[str, Any]:
         frames = described["windows"] * cache.shape[0]
         found[side]["bytes_per_frame"] = described["bytes"] / frames
     for judge in judges:
-        for metric, values in judge.results().items():
-            for side, value in zip(SIDES, values, strict=True):
+        for metric, pair in judge.results().items():
+            for side, value in zip(SIDES, pair, strict=True):
                 found[side][metric] = value
     result = {
         **{
@@ -314,15 +320,15 @@ def run_cache_fidelity(config: CacheFidelityConfig) -> dict[str, Any]:
     return result
 
 
-def markdown_table(result: dict[str, Any]) -> str:
+def fidelity_table(result: dict[str, Any]) -> str:
     """The numbers of `run_cache_fidelity` as a Markdown table."""
-    header = "| | " + " | ".join(f"{side} ({result[side]['dtype']})" for side in SIDES) + " |"
-    lines = [header, "|---|---:|---:|"]
-    for metric, text in METRICS.items():
-        if metric in result[SIDES[0]]:
-            cells = [_shown(result[side][metric], metric) for side in SIDES]
-            lines.append(f"| {text} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = ["", *(f"{side} ({result[side]['dtype']})" for side in SIDES)]
+    body = [
+        [text, *(_shown(result[side][metric], metric) for side in SIDES)]
+        for metric, text in METRICS.items()
+        if metric in result[SIDES[0]]
+    ]
+    return markdown_table(header, body)
 
 
 def _shown(value: float | None, metric: str) -> str:
@@ -365,12 +371,12 @@ def _judges(config: CacheFidelityConfig, cache: PatchShards, device: torch.devic
         head = SegmentationHead.from_pretrained(config.head, device=device)
         check_width("head", config.head, head.config.in_size, cache.info)
         check_patches("head", config.head, cache.info)
-        labels = LabelFolder(
+        labels = ClipLabels(
             Path(config.labels),
             last_frames=_last_frames(cache),
             num_classes=head.config.num_classes,
         )
-        judges.append(Segmentation(head, labels, cache))
+        judges.append(SegmentationJudge(head, labels, cache))
     return judges
 
 

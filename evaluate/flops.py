@@ -20,6 +20,7 @@ from ..train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from ..train.models.deltatok import DeltaTok
 from ..train.models.deltaworld import DeltaWorld
 from ..train.models.rope import patch_rope, with_prefix
+from .tables import markdown_table
 
 aten = torch.ops.aten
 GIGA = 1e9
@@ -157,16 +158,14 @@ def paper_table_b(config: FlopsConfig) -> list[FlopsRow]:
     return [*rows, FlopsRow("decoder, a frame, plain blocks", decoder / GIGA)]
 
 
-def markdown_table(columns: Sequence[tuple[str, Sequence[FlopsRow]]]) -> str:
+def flops_table(columns: Sequence[tuple[str, Sequence[FlopsRow]]]) -> str:
     """A Markdown table in GFLOPs; all columns (heading, rows) have the same row names."""
-    lines = [
-        "| GFLOPs | " + " | ".join(heading for heading, _ in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+    header = ["GFLOPs", *(heading for heading, _ in columns)]
+    body = [
+        [rows[0].name, *(_format(row.gflops) for row in rows)]
+        for rows in zip(*(rows for _, rows in columns), strict=True)
     ]
-    for rows in zip(*(rows for _, rows in columns), strict=True):
-        values = " | ".join(_format(row.gflops) for row in rows)
-        lines.append(f"| {rows[0].name} | {values} |")
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, body) + "\n"
 
 
 def _vit(config: FlopsConfig) -> nn.Module:

@@ -242,9 +242,9 @@ def close_cache(folder: Path, *, num_frames: int, changed: bool, part: Part) -> 
         if changed:
             ledger.list_quarantined(now=True)
         _LOGGER.info(
-            "%s: %d of %d shards are done, the others are left to %s: in this folder, or, from other "
-            "machines, once their shards/ are copied into it and the command is run again; without "
-            "launcher and --shard-of it makes all that is left",
+            "%s: %d of %d shards are done, the others are left to %s: in this folder, or, from "
+            "other machines, once their shards/ are copied into it and the command is run again; "
+            "without launcher and --shard-of it makes all that is left",
             folder,
             len(ledger.windows),
             len(ledger.plan),

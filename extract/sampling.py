@@ -11,7 +11,7 @@ The square that an evaluation window shows of a resized frame. Part of sampling.
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -128,19 +128,6 @@ class SamplingPolicy:
             "crop_ratio": list(self.crop_ratio),
             "flip_probability": self.flip_probability,
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; `from_json` takes them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """The policy that `to_json` described."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
 
 
 def draw_windows(

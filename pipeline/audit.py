@@ -1,13 +1,13 @@
-"""Holds a cache against the videos: random windows are made again and compared.
+"""Holds a cache against the videos: random clips are extracted again and their windows compared.
 
 Everything that was drawn (frames, crop, flip, times) must be equal, token values up to what the
 storage type rounds off and what another device or batch computes differently. Patch caches, and
 delta caches made from sampled windows.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import groupby
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..evaluate.cache_fidelity import COLUMNS, TokenErrors
 from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
-from ..extract.decoding.pool import DecodedWindow, DecodePool
 from ..extract.identity import describe_patches
-from ..extract.pixels import window_pixels
+from ..extract.run import run_extraction
 from ..extract.sampling import SamplingPolicy
-from ..extract.shard_writer import PatchShardWriter, split_int8
+from ..extract.shard_writer import PatchShardWriter, ShardWriter
+from ..extract.sources.clip import VIDEO_SUFFIXES, Clip, FrameFolder
+from ..extract.sources.find import find_clips
 from ..shards.cache import CacheInfo, compare, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import DamagedShard, UsageError
-from ..shards.patches.int8 import dequantise, read_channel_scale
-from ..shards.patches.layout import STORED_DTYPES, from_stored
+from ..shards.interrupts import StopRequest
+from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
-from ..shards.records import Quarantined
+from ..shards.plan import PlanEntry, read_plan, window_order
+from ..shards.records import quarantined_of, read_all_done
 from ..train.models.deltatok import DeltaTok
-from .audit_windows import AuditedWindow, choose_windows, find_audited
 from .fused import DeltaShardWriter
 
 ROUNDED = {"float16": 1e-3, "bfloat16": 8e-3, "int8": 3e-2}
-"""What a storage type rounds off, of a channel's root mean square."""
+"""What a storage type rounds off, relative to the values."""
 COMPUTED = {"float32": 1e-3, "bfloat16": 3e-2}
 """What another device or batch shape changes, likewise (a guess); the same ones change nothing."""
-DECODE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,8 @@ class AuditConfig:
     """What is asked of an audit; the fields are the flags of `deltatok-shards verify`."""
 
     cache: str
-    windows: int
-    """How many to make again."""
+    clips: int
+    """How many to extract again."""
     videos: tuple[str, ...] = ()
     """As for an extraction; none: where the plan says."""
     root: str | None = None
@@ -56,11 +57,11 @@ class AuditConfig:
     """Folder; delta caches only."""
     device: str = "auto"
     seed: int = 0
-    """Which windows."""
+    """Which clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class DifferentWindow:
     """A window that is not what the videos give."""
 
     window: int
@@ -74,12 +75,12 @@ class AuditReport:
     """What `audit_cache` found."""
 
     windows: int
-    """Windows made again."""
+    """Windows of the clips that were extracted again."""
     clips: int
     largest_error: float
-    """Over windows and channels: root mean square of the difference over that of the values."""
+    """Over windows: root mean square of the difference over that of the values."""
     allowed_error: float
-    differing: list[Difference]
+    differing: list[DifferentWindow]
 
     def lines(self) -> Iterator[str]:
         """For people."""
@@ -97,164 +98,126 @@ class AuditReport:
 
 
 def audit_cache(config: AuditConfig) -> AuditReport:
-    """Makes `config.windows` random windows again.
+    """Extracts `config.clips` random clips of the cache again.
 
     Raises UsageError where videos, backbone or tokenizer are missing, CacheMismatch if they are not
     those that made the cache, DamagedShard for a shard that cannot be read.
     """
-    folder = Path(config.cache)
-    info = read_cache_info(folder)
-    reader: PatchShards | DeltaShards
-    if info.shape.grid is None:
-        reader = DeltaShards(folder, verify="size", allow_incomplete=True)
-    else:
-        reader = PatchShards(folder, allow_incomplete=True)
-    maker = _Maker(config, info)
-    policy = maker.policy
-    chosen = choose_windows(
-        reader, count=config.windows, draw_seed=config.seed, plan_seed=policy.seed
+    folder, info = Path(config.cache), read_cache_info(config.cache)
+    extraction, allowed = _extraction(config, info)
+    stored = _open(folder, info)
+    if not stored.num_windows:
+        raise UsageError(f"{folder}: has no windows: there is nothing to audit")
+    policy, backbone = SamplingPolicy.from_config(extraction), load_backbone(extraction)
+    writer = _writer(config, info, extraction)
+    compare(
+        writer.describe(describe_patches(extraction, policy, backbone)).identity,
+        info.identity,
+        what_got="the backbone and tokenizer given",
+        what_wanted=str(folder),
     )
-    keys = sorted({window.key for window in chosen})
-    clips = find_audited(folder, keys, videos=config.videos, root=config.root)
-    differing: list[Difference] = []
-    largest = 0.0
-    by_clip = {key: list(group) for key, group in groupby(chosen, key=lambda window: window.key)}
-    with DecodePool(policy, num_workers=1, timeout_s=DECODE_TIMEOUT_S) as pool:
-        decoded = pool.decode(clips[key][0] for key in keys)
-        for key, clip in zip(keys, decoded, strict=True):
-            for window in by_clip[key]:
-                size, planned = clips[key][0].size_bytes, clips[key][1].size_bytes
-                if size != planned:
-                    what = f"the video has {size} bytes, had {planned} when the plan was made"
-                elif isinstance(clip, Quarantined):
-                    what = f"the video gives no windows ({clip.stage}: {clip.reason})"
-                elif len(clip.windows) != window.num_drawn:
-                    what = f"{window.num_drawn} windows stored, the video gives {len(clip.windows)}"
-                else:
-                    drawn = clip.windows[window.drawn]
-                    what = _drawn_differently(reader, window, drawn)
-                    error = maker.error(reader, window, drawn)
-                    largest = max(largest, error)
-                    if not what and not error <= maker.allowed_error:
-                        what = f"relative error {error:.3g}, allowed {maker.allowed_error:.3g}"
+    rng = np.random.Generator(np.random.PCG64(config.seed))
+    count = min(config.clips, len(stored.keys))
+    keys = sorted(stored.keys[i] for i in rng.choice(len(stored.keys), size=count, replace=False))
+    planned = {entry.key: entry for entry in read_plan(folder)}
+    clips = _find(config, keys, planned)
+    errors: dict[int, float] = {}
+    differing: dict[int, str] = {}
+    ours = _windows_as_drawn(stored, seed=extraction.seed)
+    with tempfile.TemporaryDirectory() as out, StopRequest() as stop, stop.at_once():
+        run = replace(extraction, out=out)
+        run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))  # type: ignore[arg-type]
+        made = _open(Path(out), info)
+        theirs = _windows_as_drawn(made, seed=extraction.seed)
+        refused = {lost.clip: lost for lost in quarantined_of(read_all_done(out))}
+        for clip in clips:
+            mine, its = ours[clip.key], theirs.get(clip.key, [])
+            size, what = planned[clip.key].size_bytes, ""
+            if clip.size_bytes != size:
+                what = f"the video has {clip.size_bytes} bytes, had {size} when it was planned"
+            elif lost := refused.get(clip.key):
+                what = f"the video gives no windows ({lost.stage}: {lost.reason})"
+            elif len(mine) != len(its):
+                what = f"{len(mine)} windows stored, the video gives {len(its)}"
+            if what:
+                differing |= dict.fromkeys(mine, what)
+                continue
+            for window, other in zip(mine, its, strict=True):
+                errors[window] = _relative_error(stored.tokens([window]), made.tokens([other]))
+                what = _drawn_differently(stored, window, made, other)
+                if not what and not errors[window] <= allowed:
+                    what = f"relative error {errors[window]:.3g}, allowed {allowed:.3g}"
                 if what:
-                    differing.append(
-                        Difference(window=window.window, shard=window.shard, clip=key, what=what)
-                    )
+                    differing[window] = what
+    shards = [record.shard for record in read_all_done(folder) if record.rows]
     return AuditReport(
-        windows=len(chosen),
+        windows=sum(len(ours[key]) for key in keys),
         clips=len(keys),
-        largest_error=largest,
-        allowed_error=maker.allowed_error,
-        differing=differing,
+        largest_error=max(errors.values(), default=0.0),
+        allowed_error=allowed,
+        differing=[
+            DifferentWindow(
+                window=window,
+                shard=shards[int(np.searchsorted(stored.shard_starts, window, side="right")) - 1],
+                clip=stored.keys[int(stored.clip_index[window])],
+                what=what,
+            )
+            for window, what in sorted(differing.items())
+        ],
     )
 
 
-class _Maker:
-    """Makes the tokens of a window as the extraction of this cache did."""
+def _open(folder: Path, info: CacheInfo) -> PatchShards | DeltaShards:
+    return (DeltaShards if info.shape.grid is None else PatchShards)(folder, verify="size")
 
-    def __init__(self, config: AuditConfig, info: CacheInfo) -> None:
-        folder = Path(config.cache)
-        is_delta = info.shape.grid is None
-        identity = info.identity["patches"] if is_delta else info.identity
-        extraction = _extraction(config, info, identity)
-        self.policy = SamplingPolicy.from_config(extraction)
-        self._frame_size = extraction.frame_size
-        self._dtype = identity["storage"]["dtype"]
-        if is_delta and self._dtype != "float16":
-            raise UsageError(
-                f"{folder}: was made from {self._dtype} patch tokens, an audit makes delta tokens "
-                "from float16 ones: audit the patch cache that it was made from"
-            )
-        self.allowed_error = (
-            ROUNDED[info.identity["storage"]["dtype"]] + COMPUTED[identity["autocast_dtype"]]
-        )
-        self._channel_scale: NDArray[np.float32] | None = None
-        if not is_delta and self._dtype == "int8":
-            self._channel_scale = read_channel_scale(folder, info)
-        self._backbone = load_backbone(extraction)
-        self._is_delta = is_delta
-        self._writer: PatchShardWriter | DeltaShardWriter
-        if is_delta:
-            if config.tokenizer is None:
-                raise UsageError(f"{folder}: holds delta tokens: give the --tokenizer that made it")
-            self._writer = DeltaShardWriter(
-                DeltaTok.from_pretrained(config.tokenizer),
-                config.tokenizer,
-                autocast_dtype=info.identity["autocast_dtype"],
-                seed=self.policy.seed,
-            )
-        else:
-            self._writer = PatchShardWriter(
-                dtype=self._dtype, seed=self.policy.seed, channel_scale=self._channel_scale
-            )
-        wanted = self._writer.describe(describe_patches(extraction, self.policy, self._backbone))
-        compare(
-            wanted.identity,
-            info.identity,
-            what_got="the backbone and tokenizer given",
-            what_wanted=str(folder),
-        )
-        if isinstance(self._writer, DeltaShardWriter):
-            black = self._backbone.black_tokens(self._frame_size)
-            self._writer.begin(folder, black.to(self._backbone.device))
 
-    @torch.inference_mode()
-    def error(
-        self, reader: PatchShards | DeltaShards, window: AuditedWindow, drawn: DecodedWindow
-    ) -> float:
-        """The largest channel's root mean square of stored minus made, over that of the stored."""
-        device = self._backbone.device
-        pixels = window_pixels(drawn.frames, drawn.draw, frame_size=self._frame_size, device=device)
-        rows = self._writer.convert(self._backbone.tokens(pixels)[None])[0].cpu().numpy()
-        made = self._values(rows)
-        stored = reader.tokens([window.window])[0].astype(np.float32)
-        if stored.shape != made.shape:
-            raise DamagedShard(f"{reader.folder}: windows of {stored.shape}, made {made.shape}")
-        axes = tuple(range(stored.ndim - 1))
-        difference = np.sqrt(np.square(stored - made, dtype=np.float64).mean(axis=axes))
-        size = np.sqrt(np.square(stored, dtype=np.float64).mean(axis=axes))
-        # A channel that is almost nothing has almost no relative error to speak of.
-        floor = max(0.01 * float(np.median(size)), float(np.finfo(np.float32).tiny))
-        return float((difference / np.maximum(size, floor)).max())
-
-    def _values(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        if self._is_delta:
-            return rows.astype(np.float32)
-        if self._channel_scale is not None:
-            codes, scale = split_int8(rows)
-            return dequantise(codes, scale, self._channel_scale)
-        return from_stored(rows.view(STORED_DTYPES[self._dtype]), self._dtype)
+def _windows_as_drawn(reader: PatchShards | DeltaShards, *, seed: int) -> dict[str, list[int]]:
+    """Clip -> its windows in the order they were drawn: a shard stores its own permuted."""
+    windows: dict[str, list[int]] = {}
+    first = 0
+    for record in read_all_done(reader.folder):
+        order = window_order(record.rows, seed=seed, shard=record.shard)
+        for window in first + np.argsort(order):
+            windows.setdefault(reader.keys[int(reader.clip_index[window])], []).append(int(window))
+        first += record.rows
+    return windows
 
 
 def _drawn_differently(
-    reader: PatchShards | DeltaShards, window: AuditedWindow, drawn: DecodedWindow
+    stored: PatchShards | DeltaShards, window: int, made: PatchShards | DeltaShards, other: int
 ) -> str:
-    """What of a window's frames, times, crop and flip is not as drawn from the video; "" if all
-    is."""
-    number, draw = window.window, drawn.draw
-    times_s = np.array(draw.timestamps_s, dtype=np.float32)
-    if isinstance(reader, PatchShards):
-        frames = reader.frame_index([number])[0].tolist()
-        crop, flipped = reader.crop[number].tolist(), bool(reader.flipped[number])
-    else:
-        stored = reader.window(number)
-        frames, crop, flipped = stored["frames"], stored["crop"], stored["flipped"]
-        times_s = times_s - times_s[0]
-    for name, got, wanted in (
-        ("frames", frames, list(draw.frame_index)),
-        ("crop", crop, [float(edge) for edge in draw.crop]),
-        ("flipped", flipped, draw.flipped),
-        ("timestamps_s", reader.timestamps_s([number])[0].tolist(), times_s.tolist()),
-    ):
+    """Which of COLUMNS is not as it is drawn from the video; "" if all are."""
+    for name in COLUMNS:
+        got, wanted = (
+            getattr(reader.table(), name)[number].tolist()
+            for reader, number in ((stored, window), (made, other))
+        )
         if got != wanted:
             return f"{name} {got} stored, the video gives {wanted}"
     return ""
 
 
-def _extraction(config: AuditConfig, info: CacheInfo, identity: dict[str, Any]) -> ExtractConfig:
-    """The extraction that made the cache, from its identity."""
-    if "sampling" in info.identity and info.shape.grid is None:
+def _relative_error(stored: NDArray[Any], made: NDArray[Any]) -> float:
+    if stored.shape != made.shape:
+        raise DamagedShard(f"windows of {stored.shape}, made {made.shape}")
+    # (1, T, N, D), also of delta tokens: one a frame.
+    first, second = (
+        torch.from_numpy(tokens.astype(np.float32)).reshape(
+            1, tokens.shape[1], -1, tokens.shape[-1]
+        )
+        for tokens in (stored, made)
+    )
+    judge = TokenErrors()
+    judge.add(np.zeros(1, np.int64), second, first)
+    error, _ = judge.results()["relative_error"]
+    return float("inf") if error is None else error
+
+
+def _extraction(config: AuditConfig, info: CacheInfo) -> tuple[ExtractConfig, float]:
+    """The extraction that made the cache, or its patch tokens, by its identity; and the relative
+    error that is allowed."""
+    is_delta = info.shape.grid is None
+    if is_delta and "sampling" in info.identity:
         raise UsageError(
             f"{config.cache}: its windows were drawn from stored frames, not from videos: audit "
             "the patch cache that it was made from"
@@ -268,29 +231,89 @@ def _extraction(config: AuditConfig, info: CacheInfo, identity: dict[str, Any]) 
             "where: give --backbone"
         )
     try:
+        identity = info.identity["patches"] if is_delta else info.identity
         sampling: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in identity["sampling"].items()
         }
-        policy = sampling.pop("policy")
+        policy, dtype = sampling.pop("policy"), identity["storage"]["dtype"]
         if policy == "evaluation":
             raise UsageError(
                 f"{config.cache}: is an evaluation cache, which has no videos to be audited by: "
                 "extract it again, with --limit a part of it, and compare the two"
             )
-        return ExtractConfig(
+        if is_delta and dtype != "float16":
+            raise UsageError(
+                f"{config.cache}: was made from {dtype} patch tokens, an audit makes delta tokens "
+                "from float16 ones: audit the patch cache that it was made from"
+            )
+        extraction = ExtractConfig(
             videos=config.videos or ("the plan's sources",),
             out=config.cache,
             backbone=backbone,
             frame_size=identity["preprocessing"]["frame_size"],
             sampling=policy,
-            dtype=identity["storage"]["dtype"],
+            dtype=dtype,
             device=config.device,
             autocast=identity["autocast_dtype"],
+            max_quarantined=1.0,
             **sampling,
         )
+        allowed = ROUNDED[info.identity["storage"]["dtype"]] + COMPUTED[extraction.autocast]
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{config.cache}: its identity is not one that deltatok-extract writes ({error!r}): "
             "it cannot be audited"
         ) from error
+    return extraction, allowed
+
+
+def _writer(config: AuditConfig, info: CacheInfo, extraction: ExtractConfig) -> ShardWriter:
+    if info.shape.grid is not None:
+        is_int8 = extraction.dtype == "int8"
+        return PatchShardWriter(
+            dtype=extraction.dtype,
+            seed=extraction.seed,
+            channel_scale=read_channel_scale(Path(config.cache), info) if is_int8 else None,
+        )
+    if config.tokenizer is None:
+        raise UsageError(f"{config.cache}: holds delta tokens: give the --tokenizer that made it")
+    return DeltaShardWriter(
+        DeltaTok.from_pretrained(config.tokenizer),
+        config.tokenizer,
+        autocast_dtype=info.identity["autocast_dtype"],
+        seed=extraction.seed,
+    )
+
+
+def _find(config: AuditConfig, keys: Sequence[str], planned: Mapping[str, PlanEntry]) -> list[Clip]:
+    """The clips of these keys among `config.videos`, or, where none are given, where the plan says
+    that they were; UsageError for one that is not there."""
+    if not config.videos:
+        return [_from_source(planned[key]) for key in keys]
+    known = {clip.key: clip for clip in find_clips(config.videos, root=config.root)}
+    missing = [key for key in keys if key not in known]
+    if missing:
+        raise UsageError(
+            f"--videos: clip {missing[0]!r} of {config.cache} is not among them ({len(missing)} of "
+            f"{len(keys)} clips; it came from {planned[missing[0]].source}): give the paths that "
+            "the cache was made from"
+        )
+    return [known[key] for key in keys]
+
+
+def _from_source(entry: PlanEntry) -> Clip:
+    """The clip where the plan says it was: a video, a folder of frames, or in an archive."""
+    path = Path(entry.source)
+    if path.is_dir():
+        return Clip(entry.key, path, entry.size_bytes, FrameFolder())
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        if not path.is_file():
+            raise UsageError(f"{path}: clip {entry.key!r} is no longer there: give --videos")
+        return Clip(entry.key, path, entry.size_bytes)
+    inside = [
+        clip for clip in find_clips([path]) if f"/{entry.key}".endswith(f"/{clip.key}")
+    ]  # keys of a folder of archives begin with the archives' names
+    if not inside:
+        raise UsageError(f"{path}: holds no clip {entry.key!r}: give --videos")
+    return replace(max(inside, key=lambda clip: len(clip.key)), key=entry.key)

@@ -29,6 +29,7 @@ from ..train.config import Residency
 from ..train.data.batches import Prefetcher, TokenizerBatches, WorldBatches
 from ..train.data.order import BatchOrder, Indices, Share
 from ..train.data.residency import choose_place, delta_source, fits_in_memory, patch_source
+from ..train.data.stream import buffers_needed
 
 READ_BYTES = 8 * 2**20
 """Of one read of a file from end to end."""
@@ -156,10 +157,11 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
         contestants["in_memory"] = gather
     contestants["reader"] = lambda step: len(shards.tokens(order.at(step)))
     contestants["disk"] = read_disk(folder, ".tar", window_bytes=num_frames * size * 2)
+    num_buffers = buffers_needed(max(settings.workers, default=1))
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = WorldBatches(
-                delta_source(shards, residency=residency),
+                delta_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
@@ -228,10 +230,11 @@ def bench_patches(folder: Path, settings: BenchSettings) -> dict[str, Any]:
     contestants |= {"reader": reader, "reader_random_pairs": reader_pairs}
     window_bytes = num_frames * raw.frame_bytes / (num_frames - 1)
     contestants["disk"] = read_disk(folder, "", window_bytes=window_bytes)
+    num_buffers = buffers_needed(max(settings.workers, default=1))
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = TokenizerBatches(
-                patch_source(shards, residency=residency),
+                patch_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 num_frames=num_frames,
                 batch_size=per_batch * (num_frames - 1),

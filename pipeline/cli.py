@@ -1,10 +1,9 @@
-"""Frozen dataclasses from YAML files and command-line words; every command reads its settings here.
+"""What all commands share: flags made from config dataclasses, tables of subcommands, exit codes.
 
 A YAML file maps 1:1 onto a config dataclass. Later wins: defaults, `--config FILE`, flags, `--set`.
-An unknown key is an error that names the nearest known one; a value of the wrong type names the
-field, what was got and what is allowed.
-
-What all commands share: a parser made from a config dataclass, logging, exit codes.
+An unknown key is an error that names the nearest known one. (jsonargparse 4.53 was tried instead:
+it names no nearest key, takes neither `--videos A B` for a tuple nor `--no-fast`, and shows the
+types of Python in help and errors.)
 
 Exit codes: 0 done; 1 anything else; 2 bad usage or config; 3 too many clips quarantined;
 4 cache does not match; 75 stopped by SIGTERM; 130 interrupted from the keyboard.
@@ -14,6 +13,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import importlib
 import inspect
 import itertools
 import logging
@@ -22,9 +22,9 @@ import re
 import signal
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -32,67 +32,13 @@ import yaml
 
 from ..shards.errors import DeltatokError, Stopped, UsageError
 from ..shards.interrupts import StopRequest
+from ..shards.schema import load
 
 Config = TypeVar("Config")
 PACKAGE = Path(__file__).resolve().parents[1]
 """Where configs/ lies, in a checkout and where the wheel is installed."""
-
-
-def build_config(config_type: type[Config], values: Mapping[str, Any], *, where: str) -> Config:
-    """One `config_type` from nested plain `values`; `where` names their origin in errors.
-
-    Raises:
-        UsageError: unknown key (names the nearest), missing key, or a value of the wrong type.
-    """
-    hints = typing.get_type_hints(config_type)
-    fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
-    arguments = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise UsageError(f"{where}: {_unknown(str(key), fields)}")
-        arguments[key] = convert(value, hints[key], name=f"{where}: {key}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in arguments
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise UsageError(f"{where}: {', '.join(missing)} not given; add {flags} or the YAML key")
-    return config_type(**arguments)
-
-
-def convert(value: Any, wanted: Any, *, name: str) -> Any:
-    """`value` as the annotation `wanted` asks: scalars, Literal, X | None, tuples, dataclasses.
-
-    Strings are read as numbers where numbers are wanted (YAML reads `1e-3` as a string).
-    """
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in inner:
-            return None
-        if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in inner:
-            return None
-        rest = [choice for choice in inner if choice is not type(None)]
-        return _first_that_fits(value, rest, name=name)
-    if origin is typing.Literal:
-        if value not in inner:
-            allowed = ", ".join(map(str, inner))
-            raise UsageError(f"{name}: got {value!r}, wanted one of {allowed}")
-        return value
-    if origin is tuple:
-        return _convert_tuple(value, inner, name=name)
-    if dataclasses.is_dataclass(wanted):
-        if isinstance(value, wanted):  # type: ignore[arg-type]
-            return value
-        if not isinstance(value, Mapping):
-            raise UsageError(f"{name}: got {value!r}, wanted a mapping of settings")
-        return build_config(wanted, value, where=name)  # type: ignore[arg-type]
-    if wanted is Any:
-        return value
-    return _convert_scalar(value, wanted, name=name)
+ROOT = __name__.rpartition(".pipeline.")[0]
+"""deltatok."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -169,52 +115,6 @@ def _own_field_docs(config_type: type) -> dict[str, str]:
     return docs
 
 
-def _unknown(key: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.0)
-    return f"unknown key {key!r}; did you mean {near[0]!r}?" if near else f"unknown key {key!r}"
-
-
-def _first_that_fits(value: Any, choices: Sequence[Any], *, name: str) -> Any:
-    for choice in choices[:-1]:
-        try:
-            return convert(value, choice, name=name)
-        except UsageError:
-            continue
-    return convert(value, choices[-1], name=name)
-
-
-def _convert_tuple(value: Any, inner: tuple[Any, ...], *, name: str) -> tuple[Any, ...]:
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",")]
-    if not isinstance(value, list | tuple):
-        value = [value]
-    if len(inner) == 2 and inner[1] is Ellipsis:
-        return tuple(convert(item, inner[0], name=f"{name}[{i}]") for i, item in enumerate(value))
-    if len(value) != len(inner):
-        raise UsageError(f"{name}: got {len(value)} values, wanted {len(inner)}")
-    return tuple(
-        convert(item, kind, name=f"{name}[{i}]")
-        for i, (item, kind) in enumerate(zip(value, inner, strict=True))
-    )
-
-
-def _convert_scalar(value: Any, wanted: Any, *, name: str) -> Any:
-    if wanted is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if wanted is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if wanted in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = None
-        if number is not None and (wanted is float or number.is_integer()):
-            return wanted(value) if isinstance(value, int) else wanted(number)
-    if isinstance(value, wanted) and not (isinstance(value, bool) and wanted is not bool):
-        return value
-    raise UsageError(f"{name}: got {value!r}, wanted {getattr(wanted, '__name__', wanted)}")
-
-
 SHORT_FLAGS = {"num_windows": "--windows"}
 """Fields whose flag is shorter than their name; the long one works too."""
 MAX_USAGE_LINES = 5
@@ -260,16 +160,83 @@ def run_command(body: Callable[[], None]) -> int:
     return 0
 
 
-def run_subcommand(
-    prog: str, kinds: Mapping[str, Callable[[list[str]], None]], usage: str, words: list[str]
-) -> None:
-    """Run the one of `kinds` that the first word names with the words after it."""
-    if not words or words[0] in ("-h", "--help"):
-        print(usage)
-    elif words[0] in kinds:
-        kinds[words[0]](words[1:])
-    else:
-        raise UsageError(f"{prog} {words[0]}: wanted one of {', '.join(kinds)}\n{usage}")
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command whose flags are the fields of a config dataclass.
+
+    `config` and `run` are names, "package.module:name" below deltatok, so that a command imports
+    only what it uses, and --help nearly nothing.
+    """
+
+    help: str
+    """For the list of commands, a few words."""
+    summary: str
+    examples: tuple[str, ...]
+    config: str
+    """The dataclass."""
+    run: str
+    """What takes one; a text that it gives is printed."""
+    done: str = ""
+    """The last line: where the result lies, {field} standing for a field of the config."""
+    positional: str | None = None
+    """The field that is given without a flag."""
+    notes: str = ""
+    """Printed behind the examples."""
+
+    def __call__(self, prog: str, words: Sequence[str]) -> None:
+        """Parses the words, runs the command, and prints what came of it."""
+        config = self.parse(prog, words)
+        result = load_name(self.run)(config)
+        if isinstance(result, str):
+            print(result)
+        if self.done:
+            print(self.done.format_map(vars(config)))
+
+    def parse(self, prog: str, words: Sequence[str]) -> Any:
+        """The config that the words, and the file that they may name, make."""
+        config_type = load_name(self.config)
+        parser = self.parser(prog, config_type, words)
+        return config_from_arguments(config_type, parser.parse_args(words))
+
+    def parser(self, prog: str, config_type: type, words: Sequence[str]) -> Parser:
+        """The parser of the command's flags."""
+        parser = Parser(prog=prog, description=self.summary, **example_help(*self.examples))
+        given = {word.partition("=")[0] for word in words}
+        elsewhere = {"--config", f"--{self.positional}"} & given
+        add_config_flags(parser, config_type, positional=None if elsewhere else self.positional)
+        if self.notes:
+            parser.epilog = f"{parser.epilog}\n\n{self.notes}"
+        return parser
+
+
+def load_name(name: str) -> Any:
+    """What "package.module:name" below deltatok is."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"{ROOT}.{module}"), attribute)
+
+
+def run_table(prog: str, commands: Mapping[str, Command], words: Sequence[str] | None) -> int:
+    """Runs the one of `commands` that the first word names (of sys.argv, if None), with the words
+    after it; gives the exit code."""
+    words = sys.argv[1:] if words is None else words
+    return run_command(lambda: _run_one(prog, commands, list(words)))
+
+
+def _run_one(prog: str, commands: Mapping[str, Command], words: list[str]) -> None:
+    if words and words[0] in commands:
+        commands[words[0]](f"{prog} {words[0]}", words[1:])
+        return
+    width = max(map(len, commands))
+    usage = [f"usage: {prog} {{{','.join(commands)}}} [--help] ...", ""]
+    usage += [f"  {name:<{width}}  {command.help}" for name, command in commands.items()]
+    usage += ["", "examples:", *(f"  {command.examples[0]}" for command in commands.values())]
+    if words and words[0] not in ("-h", "--help"):
+        near = difflib.get_close_matches(words[0], commands, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(
+            f"{prog} {words[0]}: wanted one of {', '.join(commands)}{hint}\n" + "\n".join(usage)
+        )
+    print("\n".join(usage))
 
 
 def example_help(*lines: str) -> dict[str, Any]:
@@ -278,15 +245,13 @@ def example_help(*lines: str) -> dict[str, Any]:
     return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
-def config_parser(prog: str, config_type: type, *, summary: str, example: str) -> Parser:
-    """A parser with one flag for every top-level field of `config_type`, and --config, --set."""
-    parser = Parser(prog=prog, description=summary, **example_help(example))
-    add_config_flags(parser, config_type)
-    return parser
+def add_config_flags(
+    parser: argparse.ArgumentParser, config_type: type, *, positional: str | None = None
+) -> None:
+    """Add --config, --set and a flag for each field; nested dataclasses are reached by --set.
 
-
-def add_config_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
-    """Add --config, --set and a flag for each field; nested dataclasses are reached by --set."""
+    positional: the field that is given without a flag.
+    """
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same names")
     parser.add_argument(
         "--set",
@@ -303,7 +268,11 @@ def add_config_flags(parser: argparse.ArgumentParser, config_type: type) -> None
         if field.name in SHORT_FLAGS:
             flags.insert(0, SHORT_FLAGS[field.name])
         text = f"{docs.get(field.name, '')}{shown_default(field)}".replace("%", "%%")
-        if hint is bool:
+        if field.name == positional:
+            many = typing.get_origin(hint) is tuple
+            metavar = field.name.upper()
+            parser.add_argument(field.name, nargs="+" if many else None, metavar=metavar, help=text)
+        elif hint is bool:
             action: Any = argparse.BooleanOptionalAction
             parser.add_argument(*flags, dest=field.name, action=action, default=None, help=text)
         elif dataclasses.is_dataclass(hint):
@@ -369,12 +338,4 @@ def config_from_arguments(config_type: type[Config], arguments: argparse.Namespa
         if given is not None:
             values[field.name] = given
     apply_settings(values, arguments.set)
-    return build_config(config_type, values, where=arguments.config or "command line")
-
-
-def parse_config(
-    config_type: type[Config], argv: Sequence[str], *, prog: str, summary: str, example: str
-) -> Config:
-    """Parse `argv` straight into a `config_type`."""
-    parser = config_parser(prog, config_type, summary=summary, example=example)
-    return config_from_arguments(config_type, parser.parse_args(argv))
+    return load(config_type, values, where=arguments.config or "command line")

@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,39 @@ import yaml
 
 from ..shards.errors import DeltatokError, UsageError
 from ..shards.files import write_bytes, write_json
-from .cli import apply_settings, build_config, read_yaml
-from .commands import evaluate as evaluate_command
-from .commands import extract as extract_command
-from .commands import train as train_command
-from .little_world import files as little_command
+from ..shards.schema import load
+from .cli import Command, apply_settings, read_yaml, run_table
+from .commands import evaluate, extract, train
 
-Command = Callable[[Sequence[str]], int]
-COMMANDS: dict[str, Command] = {
-    "little-world": little_command.world,
-    "tiny-backbone": little_command.backbone,
-    "deltatok-extract": extract_command.main,
-    "deltatok-train tokenizer": lambda words: train_command.main(["tokenizer", *words]),
-    "deltatok-train world": lambda words: train_command.main(["world", *words]),
-    "deltatok-train dinoworld": lambda words: train_command.main(["dinoworld", *words]),
-    "deltatok-train head": lambda words: train_command.main(["head", *words]),
-    "deltatok-evaluate forecast": lambda words: evaluate_command.main(["forecast", *words]),
+LITTLE_WORLD = {
+    "little-world": Command(
+        help="the world of the quickstart",
+        summary="Write clips of a shape that turns unforeseeably, with labels and futures.",
+        examples=("a stage of configs/quickstart.yaml",),
+        config="pipeline.little_world.simulation:LittleWorldConfig",
+        run="pipeline.little_world.files:make_little_world",
+    ),
+    "tiny-backbone": Command(
+        help="the backbone of the quickstart",
+        summary="Write a small DINOv3 with fixed random weights as a model folder.",
+        examples=("a stage of configs/quickstart.yaml",),
+        config="pipeline.little_world.backbone:TinyBackboneConfig",
+        run="pipeline.little_world.backbone:make_tiny_backbone",
+    ),
+}
+"""The stages that only the quickstart has."""
+
+
+def _begin(main: Callable[[list[str]], int], kind: str) -> Callable[[list[str]], int]:
+    """`main` with a first word."""
+    return lambda words: main([kind, *words])
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "deltatok-extract": extract.main,
+    "deltatok-evaluate forecast": _begin(evaluate.main, "forecast"),
+    **{f"deltatok-train {kind}": _begin(train.main, kind) for kind in train.COMMANDS},
+    **{kind: _begin(partial(run_table, "stage", LITTLE_WORLD), kind) for kind in LITTLE_WORLD},
 }
 log = logging.getLogger(__name__)
 
@@ -118,7 +136,7 @@ def read_pipeline(file: Path, *, out: str | None, settings: Sequence[str]) -> Pi
             raise UsageError(f"--set {setting}: wanted STAGE.KEY=VALUE, stages: {sorted(by_name)}")
         apply_settings(by_name[name], [rest])
     values["stages"] = [_fill(stage, str(values["out"])) for stage in stages]
-    return build_config(Pipeline, values, where=str(file))
+    return load(Pipeline, values, where=str(file))
 
 
 def stages_to_run(pipeline: Pipeline) -> list[Stage]:

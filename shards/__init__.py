@@ -49,10 +49,8 @@ from .records import (
     write_done,
     write_quarantine,
 )
-from .tools.export import export_cache
-from .tools.export_plan import Selection
+from .tools.export import Selection, export_cache
 from .tools.info import describe_cache
-from .tools.npy_folder import export_npy
 from .tools.verify import VerifyReport, verify_cache
 
 __all__ = [
@@ -86,7 +84,6 @@ __all__ = [
     "describe_cache",
     "done_shards",
     "export_cache",
-    "export_npy",
     "fingerprint",
     "finish_cache",
     "make_plan",

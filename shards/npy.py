@@ -1,19 +1,19 @@
 """The npy format, strictly: one plain numeric array, C order, nothing to unpickle.
 
-`npy_bytes` writes it, `parse_npy` finds the numbers in it without NumPy's own reader, which
-evaluates the header as Python text and can be made to unpickle. `map_npy` opens what other
-programs wrote: labels, predicted frames.
+`npy_bytes` writes it, `parse_npy` finds the numbers in it, NumPy parses the header (as a Python
+literal, nothing is executed). `map_npy` opens what other programs wrote: labels, predicted frames.
 """
 
 import io
 import math
-import re
 import tokenize
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from .errors import DamagedShard
@@ -22,12 +22,15 @@ from .schema import shown
 MAX_PREFIX_BYTES = 4096
 """More than any header of ours takes (128): what to read of a member to parse its header."""
 
-_MAGIC = b"\x93NUMPY"
-_PREFIX_BYTES = {1: 10, 2: 12}
-_HEADER = re.compile(
-    r"\{'descr': '(?P<descr>[<|][a-z][0-9]{1,2})', 'fortran_order': False, "
-    r"'shape': \((?P<shape>[0-9]{1,12},|[0-9]{1,12}(?:, [0-9]{1,12}){1,7}),?\), ?\} *\n?"
+_READERS = {
+    (1, 0): npy_format.read_array_header_1_0,
+    (2, 0): npy_format.read_array_header_2_0,
+}
+_HEADER_ERRORS = (
+    *(EOFError, MemoryError, OverflowError, RecursionError, SyntaxError, TypeError, ValueError),
+    *(tokenize.TokenError, UserWarning),  # a warning, as an error, for headers of Python 2
 )
+"""What NumPy's reader raises for damaged headers."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,7 @@ class NpyHeader:
 def npy_bytes(values: NDArray[Any]) -> bytes:
     """The npy file of `values`, version 1.0, C order; the same array gives the same bytes."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(
-        buffer, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False
-    )
+    npy_format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -57,21 +58,20 @@ def parse_npy(
     Raises DamagedShard unless it is C order, of this dtype and number of axes, and exactly as
     long as its shape says.
     """
-    if prefix[:6] != _MAGIC or len(prefix) < 12 or prefix[6] not in _PREFIX_BYTES:
-        raise DamagedShard(f"{where}: starts with {shown(prefix[:8])}, wanted an npy file")
-    begin = _PREFIX_BYTES[prefix[6]]
-    start = begin + int.from_bytes(prefix[8:begin], "little")
-    if start > len(prefix):
+    length = 10 if prefix[6:7] == b"\1" else 12  # of the magic string and the header's length
+    start = length + int.from_bytes(prefix[8:length], "little")
+    try:
+        shape, fortran_order, stored = _parse_header(prefix[:start])
+    except _HEADER_ERRORS as error:
         raise DamagedShard(
-            f"{where}: an npy header of {start} bytes, wanted at most {MAX_PREFIX_BYTES}"
-        )
-    text = prefix[begin:start].decode("latin-1")
-    match = _HEADER.fullmatch(text)
-    if match is None or match["descr"] != dtype.str:
+            f"{where}: starts with {shown(prefix[:8])}, wanted an npy file with an npy header of "
+            f"at most {MAX_PREFIX_BYTES} bytes ({error})"
+        ) from error
+    if stored != dtype or fortran_order or any(axis < 0 for axis in shape):
         raise DamagedShard(
-            f"{where}: npy header {shown(text.strip())}, wanted {dtype.str!r} in C order"
+            f"{where}: npy header of {shown(stored)} {shape}"
+            f"{' in Fortran order' if fortran_order else ''}, wanted {dtype.str!r} in C order"
         )
-    shape = tuple(int(length) for length in match["shape"].split(",") if length.strip())
     wanted = start + math.prod(shape) * dtype.itemsize
     if len(shape) != num_axes or wanted != size:
         raise DamagedShard(
@@ -79,6 +79,16 @@ def parse_npy(
             f"{wanted} bytes"
         )
     return NpyHeader(shape=shape, dtype=dtype, start=start)
+
+
+@lru_cache(maxsize=256)  # the blocks of a cache have few different headers
+def _parse_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and dtype in what precedes the numbers of an npy file."""
+    file = io.BytesIO(data)
+    version = npy_format.read_magic(file)
+    if version not in _READERS:
+        raise ValueError(f"version {version}")
+    return _READERS[version](file)
 
 
 def read_npy(data: bytes, *, dtype: np.dtype[Any], num_axes: int, where: str) -> NDArray[Any]:
@@ -93,10 +103,10 @@ def map_npy(path: Path) -> NDArray[Any]:
     """The array of anybody's npy file, of any plain dtype, mapped read-only.
 
     Raises OSError, or ValueError for what is no such file (an .npz, an empty file, one that is
-    shorter than its shape says): of damaged headers NumPy's reader raises much else.
+    shorter than its shape says).
     """
     try:
-        mapped: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except (EOFError, OverflowError, SyntaxError, TypeError, tokenize.TokenError) as error:
+        mapped: NDArray[Any] = npy_format.open_memmap(path, mode="r")
+    except _HEADER_ERRORS as error:
         raise ValueError(f"no npy header: {error}") from error
     return mapped

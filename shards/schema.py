@@ -10,16 +10,24 @@ Used by the readers of cache.json, plan.jsonl, the done-records and the shards' 
 Whatever is wrong is a DamagedShard that names the file and the field, never a KeyError.
 """
 
+import contextlib
+import dataclasses
+import difflib
+import functools
 import json
 import math
 import os
 import re
 import stat
+import types
+import typing
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from .errors import DamagedShard
+from .errors import DamagedShard, DeltatokError, UsageError
 
 MAX_JSON_BYTES = 32 * 2**20
 """No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
@@ -122,8 +130,176 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"more than {MAX_DEPTH} lists and objects within one another")
 
 
+Loaded = TypeVar("Loaded")
+
 MAX_COUNT = 2**53
 """The largest integer that every JSON reader keeps exact."""
+NONE_WORDS = ("none", "null")
+STORED_NAMES = {
+    int: f"an integer from 0 to {MAX_COUNT}",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+}
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """How plain values become a dataclass: those that somebody typed, or those of a file of ours.
+
+    Typed ones may be text where a number is wanted (YAML reads `1e-3` as text), and one value where
+    several are. Stored ones are exactly what JSON says, and integers are counts: 0 to 2**53.
+    """
+
+    error: type[DeltatokError]
+    is_typed: bool
+    needs_all: bool = False
+    """Also what has a default."""
+    ignores_unknown: bool = False
+    advice: str = ""
+
+
+ADVICE = "the file was changed or damaged: restore it from a copy or make the cache again"
+TYPED = Strictness(UsageError, is_typed=True)
+"""Configs: YAML files, flags, --set."""
+STORED = Strictness(DamagedShard, is_typed=False, ignores_unknown=True, advice=f": {ADVICE}")
+"""Files of a cache, to which a later release may add."""
+
+
+def load(
+    cls: type[Loaded], values: object, *, where: str, strictness: Strictness = TYPED
+) -> Loaded:
+    """A `cls`, which is a dataclass, from plain nested `values`; `where` names their origin.
+
+    Raises `strictness.error` that names the field, what was got and what is wanted: for a key that
+    is missing, unknown (with the nearest known one) or of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        kind = "a mapping of settings" if strictness.is_typed else "a JSON object"
+        raise _refusal(values, kind, where, strictness)
+    hints, optional = _schema(typing.cast(Any, cls))
+    arguments = {}
+    for key, value in values.items():
+        if key in hints:
+            arguments[key] = convert(value, hints[key], name=f"{where}: {key}", how=strictness)
+        elif not strictness.ignores_unknown:
+            near = difflib.get_close_matches(str(key).replace("-", "_"), hints, n=1, cutoff=0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise strictness.error(f"{where}: unknown key {str(key)!r}{hint}{strictness.advice}")
+    allowed = set() if strictness.needs_all else optional
+    missing = [name for name in hints if name not in arguments and name not in allowed]
+    if missing and strictness.is_typed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise strictness.error(
+            f"{where}: {', '.join(missing)} not given; add {flags} or the YAML key"
+        )
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise strictness.error(f"{where}: no field {names}{strictness.advice}")
+    return cls(**arguments)
+
+
+def convert(value: Any, wanted: Any, *, name: str, how: Strictness = TYPED) -> Any:
+    """`value` as the annotation `wanted` asks: scalars, Literal, X | None, tuple, list, dict,
+    dataclass; Any takes everything."""
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(value, inner, name=name, how=how)
+    if origin is Literal:
+        if value in inner:
+            return value
+        raise _refusal(value, f"one of {', '.join(map(str, inner))}", name, how)
+    if origin in (tuple, list):
+        items = _convert_items(value, inner, name=name, how=how)
+        return origin(items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _refusal(value, "a JSON object", name, how)
+        return {
+            k: convert(item, inner[1], name=f"{name}.{k}", how=how) for k, item in value.items()
+        }
+    if dataclasses.is_dataclass(wanted):
+        if isinstance(value, wanted):  # type: ignore[arg-type]
+            return value
+        return load(wanted, value, where=name, strictness=how)  # type: ignore[arg-type]
+    return (_convert_typed if how.is_typed else _convert_stored)(value, wanted, name=name, how=how)
+
+
+@functools.cache
+def _schema(cls: type) -> tuple[dict[str, Any], set[str]]:
+    """Field -> its annotation, and the fields that have a default."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    hints = typing.get_type_hints(cls)
+    optional = {
+        field.name
+        for field in fields
+        if field.default is not missing or field.default_factory is not missing
+    }
+    return {field.name: hints[field.name] for field in fields}, optional
+
+
+def _convert_union(value: Any, inner: tuple[Any, ...], *, name: str, how: Strictness) -> Any:
+    if type(None) in inner:
+        text_for_none = how.is_typed and isinstance(value, str) and value.lower() in NONE_WORDS
+        if value is None or text_for_none:
+            return None
+    *first, last = (choice for choice in inner if choice is not type(None))
+    for choice in first:
+        with contextlib.suppress(how.error):
+            return convert(value, choice, name=name, how=how)
+    return convert(value, last, name=name, how=how)
+
+
+def _convert_items(value: Any, inner: tuple[Any, ...], *, name: str, how: Strictness) -> list[Any]:
+    """Of a tuple[X, Y], tuple[X, ...] or list[X]."""
+    if how.is_typed and isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if not isinstance(value, list | tuple):
+        if not how.is_typed:
+            raise _refusal(value, "a JSON array", name, how)
+        value = [value]
+    if len(inner) == 1 or inner[1] is Ellipsis:
+        inner = inner[:1] * len(value)
+    if len(value) != len(inner):
+        raise how.error(f"{name}: got {len(value)} values, wanted {len(inner)}{how.advice}")
+    return [
+        convert(item, kind, name=f"{name}[{i}]", how=how)
+        for i, (item, kind) in enumerate(zip(value, inner, strict=True))
+    ]
+
+
+def _convert_typed(value: Any, wanted: Any, *, name: str, how: Strictness) -> Any:
+    if wanted is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if wanted is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if wanted in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and (wanted is float or number.is_integer()):
+            return wanted(value) if isinstance(value, int) else wanted(number)
+    if isinstance(value, wanted) and not (isinstance(value, bool) and wanted is not bool):
+        return value
+    raise _refusal(value, getattr(wanted, "__name__", str(wanted)), name, how)
+
+
+def _convert_stored(value: Any, wanted: Any, *, name: str, how: Strictness) -> Any:
+    if wanted is int and is_count(value):
+        return value
+    if wanted is float and is_number(value):
+        return float(value)
+    if wanted in (bool, str) and isinstance(value, wanted):
+        return value
+    raise _refusal(value, STORED_NAMES[wanted], name, how)
+
+
+def _refusal(value: object, wanted: str, name: str, how: Strictness) -> DeltatokError:
+    return how.error(f"{name}: got {shown(value)}, wanted {wanted}{how.advice}")
 
 
 class Fields:
@@ -134,6 +310,11 @@ class Fields:
             raise DamagedShard(f"{where}: {shown(value)}, wanted a JSON object: {ADVICE}")
         self._value: dict[str, Any] = value
         self._where = where
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of them, as they are."""
+        return self._value
 
     def text(self, name: str) -> str:
         """A string."""
@@ -152,6 +333,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             self._refuse(name, value, f"an integer from {low} to {high}")
         return int(value)
+
+    def number(self, name: str) -> float:
+        """A finite number."""
+        value = self._get(name)
+        if not is_number(value):
+            self._refuse(name, value, "a number")
+        return float(value)
 
     def boolean(self, name: str) -> bool:
         """true or false."""
@@ -213,9 +401,6 @@ class Fields:
 
     def _refuse(self, name: str, value: object, wanted: str) -> None:
         raise DamagedShard(f"{self._where}: {name} is {shown(value)}, wanted {wanted}: {ADVICE}")
-
-
-ADVICE = "the file was changed or damaged: restore it from a copy or make the cache again"
 
 
 def is_count(value: object) -> bool:

@@ -19,7 +19,7 @@ from ..shards.patches.reader import PatchShards
 from .config import DINOWorldTrainConfig
 from .data.batches import Batch, check_frames
 from .data.order import Indices, Share, evenly, split_windows
-from .data.residency import Read, order_data, patch_source, settled
+from .data.residency import Read, order_data, patch_source, resolve_residency
 from .engine.checkpoints import make_model, start_folder, with_size_of_cache
 from .engine.devices import make_accelerator
 from .engine.logs import Meter
@@ -47,7 +47,7 @@ def train_dinoworld(config: DINOWorldTrainConfig) -> Path:
         DINOWorld, config.model, seed=config.seed, start_from=start_folder(config)
     )
     accelerator = make_accelerator(config.device, config.precision)
-    config = settled(config, shards.size_bytes, accelerator)
+    config = resolve_residency(config, shards.size_bytes, accelerator)
     run = Run(
         command="dinoworld",
         config=config,
@@ -98,7 +98,7 @@ class DINOWorldStage:
         # Read once: while training runs, the prefetch thread is the only reader.
         self._validation = None
         if len(chosen):
-            self._validation = self._batch(self._source.read_few, chosen, chosen)
+            self._validation = self._batch(self._source.read_to_keep, chosen, chosen)
             check_finite(self._validation.tensors["x"], chosen, clip_of=self.clip_of)
 
     @property

@@ -18,7 +18,7 @@ from ..shards.patches.reader import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
 from .data.batches import Batch, TokenizerBatches
 from .data.order import Share, evenly, generator, split_windows
-from .data.residency import order_data, patch_source, settled
+from .data.residency import order_data, patch_source, resolve_residency
 from .encode import write_deltas
 from .engine.checkpoints import make_model, start_folder, with_size_of_cache
 from .engine.devices import make_accelerator
@@ -48,7 +48,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
         config, model=with_size_of_cache(config.model, size, cache=config.patches)
     )
     accelerator = make_accelerator(config.device, config.precision)
-    config = settled(config, shards.size_bytes, accelerator)
+    config = resolve_residency(config, shards.size_bytes, accelerator)
     model, started_from = make_model(
         DeltaTok, config.model, seed=config.seed, start_from=start_folder(config)
     )
@@ -124,7 +124,7 @@ class TokenizerStage:
             wide_pair_fraction=config.wide_pair_fraction,
         )
         chosen = evenly(split.validation, config.validation_windows)
-        self._validation = frames.read_few(chosen)[0] if len(chosen) else None
+        self._validation = frames.read_to_keep(chosen)[0] if len(chosen) else None
         if self._validation is not None:
             check_finite(self._validation, chosen, clip_of=self.clip_of)
         else:

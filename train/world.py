@@ -19,7 +19,7 @@ from ..shards.deltas.reader import DeltaShards
 from .config import WorldTrainConfig
 from .data.batches import Batch, WorldBatches, check_frames
 from .data.order import Share, evenly, split_windows
-from .data.residency import delta_source, order_data, settled
+from .data.residency import delta_source, order_data, resolve_residency
 from .engine.checkpoints import make_model, start_folder, with_size_of_cache
 from .engine.devices import make_accelerator
 from .engine.logs import Meter
@@ -52,7 +52,7 @@ def train_world(config: WorldTrainConfig) -> Path:
     accelerator = make_accelerator(config.device, config.precision)
     shards, shape = DeltaShards(config.deltas, verify="size"), info.shape
     window_bytes = shape.num_frames * (2 * shape.hidden_size + 4)
-    config = settled(config, shards.num_windows * window_bytes, accelerator)
+    config = resolve_residency(config, shards.num_windows * window_bytes, accelerator)
     run = Run(
         command="world",
         config=config,
@@ -102,9 +102,9 @@ class WorldStage:
             rows, split.training, batch_size=config.batch_size, seed=config.seed, share=share
         )
         self._validation = evenly(split.validation, config.validation_windows)
-        self._validation_rows = rows.read_few(self._validation)
+        self._validation_rows = rows.read_to_keep(self._validation)
         check_finite(self._validation_rows[0], self._validation, clip_of=self.clip_of)
-        _log_statistics(rows.read_few(evenly(split.training, 1024))[0])
+        _log_statistics(rows.read_to_keep(evenly(split.training, 1024))[0])
 
     @property
     def tokens_per_sample(self) -> int:

@@ -51,7 +51,8 @@ from ...train.models.heads import SegmentationHead
 from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS
 from .config import ForecastConfig
 from .rollout import HorizonForecast, WindowBatch
-from .scores import Score, SequenceScores, segment
+from .scores import segment
+from .sequences import Score, SequenceScores
 
 _DTYPES = {
     "context_frame": np.int32,

@@ -1,24 +1,14 @@
 """Forecasts of a batch of windows at one horizon: every row of the report as features.
 
-Letters: B windows, T frames, N patch tokens of a frame, D channels, S samples, H steps of the
-horizon, C context frames. Features are float32.
+Beside the world model's samples (best, mean) stand the rows to hold it against: copying the last
+frame, DINO-world, the tokenizer's reconstructions, the regressor null.
 
-What a rollout sees, and what its noise is drawn for. Used by `predict.py` and `baselines.py`.
-
-Letters: B windows, C context frames, H steps, S samples, N patch tokens, D channels, Dp channels
-of a query.
-
-Forecasts in feature space: decoding a rollout, and the two numbers it is reported by.
-
-Letters: B batch (crops), S samples, H horizon (steps), N patches, D channels.
-Used by the forecast evaluation; pure functions.
-
-Rows to hold the world model against: DINO-world, the tokenizer's open loop, the regressor null.
-Letters as there: B windows, S samples, H steps, N patch tokens, D channels.
+Letters: B windows, T frames, N patch tokens of a frame, D channels, Dp channels of a query,
+S samples, H steps of the horizon, C context frames. Features are float32.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,12 +21,14 @@ from ...train.models.dinoworld import DINOWorld
 from .config import ForecastConfig
 from .models import ForecastModels, WorldModel
 
+SAMPLED_ROWS = ("best", "mean", "regressor_null", "dinoworld_best", "dinoworld_mean")
+"""Rows that another seed changes."""
 NoiseName = tuple[int | str, ...]
 """What a window's noise is drawn for, beside seed and horizon."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class RolloutContext:
     """C context frames, and the times of all C + H frames."""
 
     x_context: Tensor
@@ -119,7 +111,7 @@ sample and window in float32."""
 def dinoworld_rows(
     config: ForecastConfig,
     models: ForecastModels,
-    clip: Clip,
+    clip: RolloutContext,
     truth: Tensor,
     *,
     horizon: str,
@@ -139,7 +131,7 @@ def dinoworld_rows(
     return rows
 
 
-def roll_out_patches(world: DINOWorld, clip: Clip, *, noise: Tensor | None) -> Tensor:
+def roll_out_patches(world: DINOWorld, clip: RolloutContext, *, noise: Tensor | None) -> Tensor:
     """Features (B, S, H, N, D) that a DINO-world forecasts; S = 1 without noise."""
     parts = [None] if noise is None else torch.split(noise, DINO_SAMPLES_AT_ONCE, dim=2)
     return torch.cat(
@@ -161,7 +153,7 @@ def roll_out_patches(world: DINOWorld, clip: Clip, *, noise: Tensor | None) -> T
 def regressor_null(
     config: ForecastConfig,
     models: ForecastModels,
-    clip: Clip,
+    clip: RolloutContext,
     truth: Tensor,
     *,
     horizon: str,
@@ -283,7 +275,7 @@ def forecast_horizon(
     if start > 0:  # the clip's first token is black -> its own first frame
         first = models.tokenizer.encode(black.expand_as(last), context[:, 0], grid=grid)
         z_context = torch.cat([first[:, None].float(), z_context[:, 1:]], dim=1)
-    clip = Clip(
+    clip = RolloutContext(
         x_context=context,
         z_context=z_context,
         times=batch.times[:, start : config.num_frames],
@@ -323,7 +315,7 @@ def forecast_horizon(
 
 
 def roll_out(
-    models: ForecastModels, world: WorldModel, clip: Clip, *, noise: Tensor | None
+    models: ForecastModels, world: WorldModel, clip: RolloutContext, *, noise: Tensor | None
 ) -> Tensor:
     """Features (B, S, H, N, D) that a world model forecasts; noise (H, B, S, 1, Dp) or None."""
     num_samples = 1 if noise is None else noise.shape[2]
@@ -334,3 +326,25 @@ def roll_out(
         last = clip.x_context[:, -1]
         return decode_rollout(models.tokenizer, z_hat, last, grid=clip.grid).float()
     return roll_out_patches(world, clip, noise=noise)
+
+
+def seeds_of(config: ForecastConfig) -> list[int]:
+    """The seeds of the samples; the first is that of curve, probes and pictures."""
+    return list(range(config.seed, config.seed + config.num_seeds))
+
+
+def more_seeds(
+    config: ForecastConfig,
+    models: ForecastModels,
+    batch: WindowBatch,
+    horizon: str,
+    *,
+    black: Tensor,
+    grid: tuple[int, int],
+) -> Iterator[tuple[int, HorizonForecast]]:
+    """The forecasts of the seeds after the first, with the rows that a seed changes only."""
+    for seed in seeds_of(config)[1:]:
+        seeded = replace(config, seed=seed)
+        forecast = forecast_horizon(seeded, models, batch, horizon, black=black, grid=grid)
+        rows = {name: row for name, row in forecast.rows.items() if name in SAMPLED_ROWS}
+        yield seed, replace(forecast, rows=rows)

@@ -28,22 +28,28 @@ from ...shards.errors import UsageError
 from ...shards.patches.reader import PatchShards
 from ...train.engine.devices import precision_name
 from ...train.models.heads import DepthHead, SegmentationHead
-from ..report.head_panels import depth_panel, rgb_panel
-from ..report.moving import moving_panels
-from ..report.panels import ShownWindow, class_panel, feature_panel, keep_features
+from ..report.animation import moving_panels
+from ..report.frames import clips_by_key, read_frames
+from ..report.panels import (
+    ShownWindow,
+    class_panel,
+    depth_panel,
+    feature_panel,
+    keep_features,
+    rgb_panel,
+)
 from ..report.paper_rows import compare_with_paper
 from ..report.pictures import Tile
 from ..report.plots import Curve, plot_curves, read_curve
-from ..report.rows import HORIZONS, expected_order, markdown_table
-from ..report.videos import clips_by_key, read_frames
+from ..report.rows import HORIZONS, expected_order, table
 from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig, pick_device
-from .intervals import more_seeds, seeds_of, with_intervals
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .predictions import PredictionRows
-from .rollout import HorizonForecast, encode_windows, forecast_horizon
-from .scores import Scorer, check_labels, class_map, sequences_jsonl, tokenizer_probes
+from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
+from .scores import Scorer, check_labels, class_map, tokenizer_probes, with_intervals
+from .sequences import sequences_jsonl
 from .windows import UniformWindows, Windows, is_evaluation, open_windows
 
 logger = logging.getLogger(__name__)
@@ -255,7 +261,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
     )
     write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
-    logger.info("%s\n%s", markdown_table(report.rows), expected_order(report.rows).text)
+    logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)
     return report
 
 

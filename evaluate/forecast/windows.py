@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...shards.cache import CacheInfo
 from ...shards.errors import DamagedShard, UsageError
-from ...shards.evaluation.labels import IGNORE, NO_DEPTH
+from ...shards.evaluation.labels import IGNORE, NO_DEPTH, ClipLabels
 from ...shards.evaluation.targets import (
     Target,
     cut_of_crops,
@@ -25,10 +25,9 @@ from ...shards.evaluation.targets import (
 )
 from ...shards.patches.reader import PatchShards
 from ...train.models.heads import DepthHead, SegmentationHead
+from ..report.frames import frames_of_crop
 from ..report.pictures import Tile
-from ..report.target_frames import frames_of_crop
 from .config import ForecastConfig
-from .labels import LabelFolder
 from .rollout import NoiseName
 from .scores import WHOLE, Head, Label, LabelledFrame, label_of_crop
 
@@ -65,7 +64,7 @@ class UniformWindows:
     """Windows of whole frames at a fixed rate, each a target of its own."""
 
     def __init__(
-        self, config: ForecastConfig, cache: PatchShards, labels: LabelFolder | None
+        self, config: ForecastConfig, cache: PatchShards, labels: ClipLabels | None
     ) -> None:
         self._config = config
         self._cache = cache
@@ -244,7 +243,7 @@ def open_windows(
             "policy uniform are classes; give a SegmentationHead, or an evaluation cache "
             "(deltatok-extract --dataset) of labels in metres"
         )
-    labels = LabelFolder(
+    labels = ClipLabels(
         Path(config.labels), last_frames=last_frames, num_classes=head.config.num_classes
     )
     return UniformWindows(config, cache, labels)

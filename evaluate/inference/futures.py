@@ -22,7 +22,7 @@ from ...train.models.heads import SegmentationHead, feature_map
 from ...train.models.rgb_head import RGBHead
 from ..forecast.rollout import decode_rollout
 from ..report.animation import Cell, draw_moments, gif_bytes, write_mp4
-from ..report.differing import most_different
+from ..report.panels import most_diverse
 from ..report.pictures import (
     TILE_HEIGHT,
     Panel,
@@ -113,7 +113,7 @@ class Futures:
 
     def most_different(self, count: int) -> list[int]:
         """Numbers of the samples that differ most at the last step, the most typical first."""
-        return most_different(self.features[:, -1], count)
+        return most_diverse(self.features[:, -1], count)
 
     def save_grid(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
         """A PNG: the frames seen, what came (where known), the samples that differ most, mean and

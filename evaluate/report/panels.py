@@ -1,20 +1,22 @@
-"""The panels of one window: features as colours, and what the segmentation head reads from them.
+"""The panels of one window: features as colours, and what a head reads from them.
 
-`forecast.py` keeps a `ShownWindow` for each window that is to be shown and turns it into panels
-at the end. Rows from top to bottom: video, truth, then the forecasts, then copy last.
+A `ShownWindow` is kept of each window that is to be shown, and becomes panels at the end. Rows from
+top to bottom: video, truth or labels, then the forecasts, then copy last.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...shards.evaluation.labels import IGNORE
+from ...shards.evaluation.labels import IGNORE, NO_DEPTH
+from ...train.models.heads import DepthHead, feature_map
+from ...train.models.rgb_head import RGBHead
 from ..forecast.rollout import HorizonForecast
 from ..forecast.scores import Label
-from .differing import most_different
 from .pictures import (
     Panel,
     Strip,
@@ -37,6 +39,8 @@ FORECASTS = (
     "copy_last",
 )
 """Rows of a panel, where there are any, in order; single samples come after the mean."""
+HEAD_ROWS = ("present", "reconstruction", "best", "mean", "discriminative", "copy_last")
+"""The same of panels of depths and RGB pictures."""
 Features = NDArray[np.float32]
 ClassMap = NDArray[np.uint8]
 Segment = Callable[[Features, tuple[int, int]], ClassMap]
@@ -91,8 +95,23 @@ def keep_features(
         return rows, nothing, (), None
     samples = forecast.samples[i]
     spread = samples.var(dim=0, correction=0).mean(dim=-1).sqrt()
-    numbers = most_different(samples[:, -1], NUM_SAMPLES_SHOWN)
+    numbers = most_diverse(samples[:, -1], NUM_SAMPLES_SHOWN)
     return rows, _array(samples[numbers]), tuple(numbers), _array(spread).reshape(-1, *grid)
+
+
+def most_diverse(samples: Tensor, count: int) -> list[int]:
+    """Numbers of up to `count` of the samples (S, ...): first the one nearest to their mean, then
+    each time the one farthest from all that were taken; equal samples are taken once."""
+    if not len(samples) or count < 1:
+        return []
+    flat = samples.flatten(1).float()
+    distance = (flat - flat.mean(dim=0)).square().sum(dim=1)
+    taken = [int(distance.argmin())]
+    nearest = (flat - flat[taken[0]]).square().sum(dim=1)
+    while len(taken) < count and float(nearest.max()) > 0:
+        taken.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (flat - flat[taken[-1]]).square().sum(dim=1))
+    return taken
 
 
 def feature_panel(window: ShownWindow) -> Panel:
@@ -159,6 +178,40 @@ def class_panel(
     )
 
 
+def rgb_panel(window: ShownWindow, head: RGBHead, device: torch.device) -> Panel:
+    """Pictures decoded from features, about what a camera would have seen."""
+
+    def tile(tokens: Features) -> Tile:
+        picture = _read(head, tokens, window.grid, device).clip(0, 1)
+        pixels = np.rint(255 * picture).astype(np.uint8).transpose(1, 2, 0)
+        return resize_tile(pixels, aspect=window.aspect, smooth=True)
+
+    return _head_panel(window, [*video_strip(window)], tile, what="Picture")
+
+
+def depth_panel(window: ShownWindow, head: DepthHead, device: torch.device) -> Panel:
+    """Depths in one scale: black is near, bright as far as the farthest of the true features."""
+    truth = [_read(head, x, window.grid, device)[0] for x in window.rows["present"]]
+    top = float(np.max(truth))
+
+    def tile(tokens: Features) -> Tile:
+        depth = _read(head, tokens, window.grid, device)[0]
+        return resize_tile(heat_tile(depth, top=top), aspect=window.aspect, smooth=False)
+
+    strips = [*video_strip(window)]
+    if window.labels:
+        labels = [label.astype(np.float32) for label in window.labels]
+        seen = labels[-1][labels[-1] > NO_DEPTH]
+        words = f"{seen.min():.1f} to {seen.max():.1f} m" if seen.size else "nothing labelled"
+        tiles = [
+            resize_tile(heat_tile(label, top=top), aspect=window.aspect, smooth=False)
+            for label in labels
+        ]
+        alt = f"Labels of {window.title}: {words} at the end."
+        strips.append(Strip(label=f"label, 0 to {top:.0f} m", alt=alt, tiles=tuple(tiles)))
+    return _head_panel(window, strips, tile, what="Depth")
+
+
 def panel_forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:
     """(label, (H, N, D)) of the rows that the window has, single samples after the mean."""
     found = []
@@ -183,6 +236,25 @@ def video_strip(window: ShownWindow) -> list[Strip]:
 def panel_columns(window: ShownWindow) -> tuple[str, ...]:
     """The times of the frames, 0 at the last that was seen."""
     return tuple(f"{time:+.1f} s" if abs(time) > 0.005 else "0 s" for time in window.times_s)
+
+
+def _head_panel(
+    window: ShownWindow, strips: list[Strip], tile: Callable[[Features], Tile], *, what: str
+) -> Panel:
+    for label, row in panel_forecasts(window, HEAD_ROWS):
+        alt = f"{what} read from the features of the row {label} at the target frames."
+        strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, row))))
+    return Panel(title=window.title, columns=panel_columns(window), strips=tuple(strips))
+
+
+def _read(
+    head: RGBHead | DepthHead, tokens: Features, grid: tuple[int, int], device: torch.device
+) -> Features:
+    """Head output (C, h, w) of features (N, D), float32 whatever the autocast."""
+    x = torch.from_numpy(tokens)[None].to(device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        output: Features = head(feature_map(x, grid=grid))[0].float().cpu().numpy()
+    return output
 
 
 def _shares(classes: ClassMap, names: Sequence[str]) -> str:

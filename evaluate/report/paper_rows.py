@@ -6,14 +6,13 @@ at 512 px; mIoU in percent, RMSE in metres, (short, mid).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from ...train.models.heads import SegmentationHead
 from ..forecast.config import ForecastConfig
 from ..forecast.scores import Head
-from .page import table_html
-from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value, markdown, show
+from ..tables import Table
+from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value, show
 
 PAPER_ROWS: dict[str, tuple[tuple[str, str, tuple[str, str]], ...]] = {
     # our row, the paper's name, (short, mid)
@@ -107,20 +106,15 @@ def compare_with_paper(
     return PaperComparison(
         dataset=dataset,
         differences=tuple(
-            f"{name}: {_said(got)}, paper {_said(wanted)}"
+            f"{name}: {_text(got)}, paper {_text(wanted)}"
             for name, got, wanted in checks
             if not _same(got, wanted)
         ),
     )
 
 
-def paper_table(
-    rows: Sequence[ReportRow], comparison: PaperComparison
-) -> tuple[list[str], list[list[str]]]:
-    """Header and body cells: the paper's rows and ours of the same kind, short and mid.
-
-    Ours only where it is comparable.
-    """
+def paper_table(rows: Sequence[ReportRow], comparison: PaperComparison) -> Table:
+    """The paper's rows and, where they are comparable, ours of the same kind; short and mid."""
     metric = _METRICS[comparison.dataset]
     unit = "mIoU %" if metric == "miou" else "RMSE m"
     body = []
@@ -132,27 +126,7 @@ def paper_table(
         for kind, label, numbers in PAPER_ROWS[comparison.dataset]:
             if kind == name:
                 body.append([f"paper: {label}", *numbers])
-    return ["row", *(f"{unit} {horizon}" for horizon in HORIZONS)], body
-
-
-def paper_html(rows: Sequence[ReportRow], comparison: PaperComparison | None) -> str:
-    """The section of the page; nothing for a data set the paper has no rows of."""
-    if comparison is None:
-        return ""
-    header, body = paper_table(rows, comparison)
-    table = f"""<div class="wide">{table_html(header, body)}</div>
-<details><summary>As Markdown, to paste</summary>
-<pre>{escape(markdown(header, body))}</pre></details>"""
-    if comparison.differences:
-        items = "".join(f"<li>{escape(text)}</li>" for text in comparison.differences)
-        return f"""<h2>Beside the paper</h2>
-<p class="order fails">Not comparable with the paper's rows: another protocol.</p>
-<ul>{items}</ul>
-<details><summary>The paper's rows, of its own protocol</summary>{table}</details>"""
-    return f"""<h2>Beside the paper</h2>
-<p class="order holds">The same protocol, as far as a cache can tell: the weights of the backbone
-and of the head, and whether the set is whole, are for the reader to check.</p>
-{table}"""
+    return Table(["row", *(f"{unit} {horizon}" for horizon in HORIZONS)], body)
 
 
 def _same(got: Any, wanted: Any) -> bool:
@@ -161,7 +135,7 @@ def _same(got: Any, wanted: Any) -> bool:
     return bool(got == wanted)
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """Pictures of forecasts: features as PCA colours, class maps, strips of tiles.
 
 A `Panel` is one window: columns are frames in time, a `Strip` is one row of tiles (video, truth,
-best, ...). `report.py` puts strips into the page; `panel_image` draws a whole panel as one PNG.
+best, ...). The page shows strips one by one; `panel_image` draws a whole panel as one PNG.
 """
 
 import io

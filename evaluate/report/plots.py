@@ -157,7 +157,7 @@ def _draw_curve(figure: Figure, ink: dict[str, str], *, curve: Curve) -> None:
     if all(value > 0 for _, values in curve.losses.values() for value in values):
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="loss", title=curve.name)
-    _legend_below(figure, ink, columns=3)
+    legend_below(figure, ink, columns=3)
 
 
 def _curve_alt(curve: Curve) -> str:
@@ -200,11 +200,11 @@ def _draw_best_of_k(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if i == 0:
             axes.set_ylabel("feature loss")
-    _legend_below(figure, ink, columns=4)
+    legend_below(figure, ink, columns=4)
 
 
-def _legend_below(figure: Figure, ink: dict[str, str], *, columns: int) -> None:
-    """The legend of the first axes below all of them, where it covers no line."""
+def legend_below(figure: Figure, ink: dict[str, str], *, columns: int) -> None:
+    """Put the legend of the first axes below all of them, where it covers no line."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         legend = figure.legend(

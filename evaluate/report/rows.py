@@ -1,8 +1,11 @@
 """The rows of a report, their tables, and the order the paper found them in."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from ..tables import Table
 
 ROW_LABELS = {
     "copy_last": "Copy last (lower bound)",
@@ -83,8 +86,13 @@ def find_row(rows: Iterable[ReportRow], *, horizon: str, row: str, metric: str) 
     return None
 
 
-def table(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
-    """Header and body cells: a line for each row name, a column for each metric and horizon."""
+def rows_by_name(rows: Iterable[ReportRow], horizon: str, metric: str) -> dict[str, ReportRow]:
+    """Row name -> row, of one horizon and metric."""
+    return {row.row: row for row in rows if (row.horizon, row.metric) == (horizon, metric)}
+
+
+def table(rows: Sequence[ReportRow]) -> Table:
+    """A line for each row name, a column for each metric and horizon."""
     metrics = [m for m in METRICS if any(row.metric == m for row in rows)]
     columns = [(metric, horizon) for metric in metrics for horizon in HORIZONS]
     header = ["row", *(f"{_METRIC_HEADS[metric]} {horizon}" for metric, horizon in columns)]
@@ -95,7 +103,22 @@ def table(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
         ]
         if any(row is not None for row in found):
             body.append([ROW_LABELS[name], *map(show_row, found)])
-    return header, body
+    return Table(header, body)
+
+
+def class_table(
+    per_class: Sequence[Mapping[str, Any]], names: Sequence[str], *, horizon: str
+) -> Table:
+    """A line for each class that occurs in any row, a column for each row; IoU in percent, a dash
+    where a class occurs in neither the labels nor the row."""
+    rows = [entry for entry in per_class if entry["horizon"] == horizon]
+    header = ["class", *(ROW_LABELS[entry["row"]] for entry in rows)]
+    body = []
+    for number, ious in enumerate(zip(*(entry["iou"] for entry in rows), strict=True)):
+        if any(iou is not None for iou in ious):
+            name = names[number] if number < len(names) else f"class {number}"
+            body.append([name, *(show(iou, "miou") for iou in ious)])
+    return Table(header, body)
 
 
 def show_row(row: ReportRow | None) -> str:
@@ -119,17 +142,6 @@ def show(value: float | None, metric: str) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
-
-
-def markdown_table(rows: Sequence[ReportRow]) -> str:
-    """The same table as Markdown, numbers right-aligned."""
-    return markdown(*table(rows))
-
-
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table, numbers right-aligned."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
 
 
 def expected_order(rows: Sequence[ReportRow]) -> OrderCheck:

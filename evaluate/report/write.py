@@ -3,7 +3,7 @@
     OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
                        "provenance", "seconds", "config", "num_windows", "num_clips", "step_s",
                        "paper"}
-    OUT/report.html   one file, nothing fetched: tables, pictures, curves
+    OUT/report.html   one file, nothing fetched: tables, pictures, curves (templates/page.html.j2)
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as PNG files and the moving pictures as GIFs, to show elsewhere
 
@@ -12,34 +12,29 @@ report.json is written last: where it is, the report is whole.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from ...shards.files import write_bytes, write_json
 from ..forecast.config import UNNAMED
-from ..forecast.scores import FILE_NAME as SEQUENCES
-from .class_table import classes_html
-from .headline import headline_html
-from .mode_section import modes_html
-from .moving import Moving, moving_html
-from .page import facts_html, flatten, panels_html, plot_html, table_html, value_text
-from .paper_rows import PaperComparison, paper_html
+from ..forecast.sequences import FILE_NAME as SEQUENCES
+from ..tables import Table
+from .animation import Moving
+from .html import flatten, render_page, value_text
+from .modes import mode_section
+from .paper_rows import PaperComparison, paper_table
 from .pictures import Panel, panel_image, png_bytes
 from .plots import Plot, plot_best_of_k
-from .rows import ROW_LABELS, ReportRow, expected_order, markdown_table, table
-from .template import PAGE, STYLE
-
-PROBE_TEXTS = {
-    "z_swap_ratio": "tokenizer loss with delta tokens swapped between windows / loss; near 1 = the "
-    "decoder ignores its delta token",
-    "zero_z_ratio": "tokenizer loss with the delta token zeroed / loss; near 1 = the same",
-    "copy_last_ratio": "tokenizer loss / loss of copying the last frame; below 1 = better",
-    "z_participation_ratio": "directions that carry the delta tokens' variance, of {hidden_size}",
-    "open_loop_feature_loss": "feature loss of the tokenizer fed with the true pairs' delta tokens",
-    "sample_spread": "spread of the samples / motion of the true features; 0 = all samples alike",
-}
-
+from .rows import (
+    METRIC_TITLES,
+    METRICS,
+    ROW_LABELS,
+    ReportRow,
+    class_table,
+    expected_order,
+    rows_by_name,
+    table,
+)
 
 PICTURES = ("features", "classes", "depth", "rgb")
 """Panels by kind, as `Pictures` has them and their files are called."""
@@ -108,140 +103,36 @@ def report_json(report: Report) -> dict[str, Any]:
 
 def report_page(report: Report, pictures: Pictures) -> str:
     """The whole page."""
-    config = report.config
-    title = "Forecasts" if config["dataset"] == UNNAMED else f"Forecasts on {config['dataset']}"
-    is_evaluation = report.provenance["cache"]["policy"] == "evaluation"
-    windows, clips = ("crops", "targets") if is_evaluation else ("windows", "clips")
-    summary = (
-        f"{report.num_windows} {windows} of {report.num_clips} {clips}; {config['num_context']} "
-        f"frames seen, the target {_ahead(report, 'short')} and {_ahead(report, 'mid')} later"
-    )
-    if report.best_of_k:
-        last = config["seed"] + config["num_seeds"] - 1
-        seeds = f"seeds {config['seed']} to {last}" if config["num_seeds"] > 1 else f"seed {last}"
-        samples = "1 sample" if config["num_samples"] == 1 else f"{config['num_samples']} samples"
-        summary += f"; {samples}, {seeds}"
-    sections = [
-        headline_html(
-            report.rows,
-            num_samples=config["num_samples"],
-            horizon_s=config["mid_steps"] * report.step_s,
-        ),
-        _scores(report),
-        paper_html(report.rows, report.paper),
-        classes_html(report.per_class_iou, report.config["class_names"]),
-        modes_html(report.rows, report.probes.get("modes", {}), report.config),
-        moving_html(pictures.moving),
-        _probes(report),
-        _best_of_k(report),
-        panels_html("Features", FEATURES_TEXT, pictures.features),
-        panels_html("Segmentation", CLASSES_TEXT, pictures.classes),
-        panels_html("Depth", DEPTH_TEXT, pictures.depth),
-        panels_html("Pictures", RGB_TEXT, pictures.rgb),
-        _curves(pictures.curves),
-        _origin(report),
-    ]
-    body = "\n".join(filter(None, sections))
-    return PAGE.substitute(
-        title=escape(title), summary=escape(summary), style=STYLE, body=body + _size(body)
-    )
+    rows, config, probes = report.rows, report.config, report.probes
+    num_samples = config["num_samples"]
+    metric = next((name for name in METRICS if any(row.metric == name for row in rows)), None)
+    values = {
+        "report": report,
+        "config": config,
+        "pictures": pictures,
+        "has_name": config["dataset"] != UNNAMED,
+        "is_evaluation": report.provenance["cache"]["policy"] == "evaluation",
+        "hidden_size": report.provenance["cache"].get("hidden_size", "D"),
+        "metric": metric,
+        "metric_titles": METRIC_TITLES,
+        "mid": {name: rows_by_name(rows, "mid", name) for name in METRIC_TITLES},
+        "order": expected_order(rows),
+        "scores": table(rows),
+        "paper": paper_table(rows, report.paper) if report.paper else None,
+        "classes": class_table(report.per_class_iou, config["class_names"], horizon="mid"),
+        "modes": mode_section(rows, probes.get("modes", {}), num_samples=num_samples),
+        "losses_by_step": _losses_by_step(probes.get("feature_loss_by_step", {})),
+        "best_of_k": plot_best_of_k(report.best_of_k, rows) if report.best_of_k else None,
+        "seconds": {name: f"{value:.2f} s" for name, value in report.seconds.items()},
+        "provenance": flatten(report.provenance),
+        "settings": flatten(config),
+    }
+    return render_page("page.html.j2", values)
 
 
-FEATURES_TEXT = (
-    "Patch tokens as colours: the three main directions of the true features are red, green and "
-    "blue, the same for all rows of a window. Forecasts start after the time 0. Of the samples, "
-    "those that differ most are shown; the spread is that of all of them, bright where they differ."
-)
-CLASSES_TEXT = (
-    "What the segmentation head reads from the features. Forecasts start after the time 0."
-)
-DEPTH_TEXT = (
-    "What the depth head reads from the features: dark is near. Forecasts start after the time 0."
-)
-RGB_TEXT = (
-    "What the RGB head draws from the features; nothing is measured by it. Forecasts start after "
-    "the time 0."
-)
-SCORES_TEXT = (
-    "All at the target frame. Best: the sample nearest to the true features at the last step, "
-    "chosen window by window (crop by crop). Mean: the samples' features averaged, then the head "
-    "once. Regressor null: the best of as many Gaussian draws around the discriminative forecast, "
-    "spread as the samples are. Reconstruction: closed loop, each frame encoded and decoded "
-    "against the reconstruction before it; open loop: encoded against the true frame before it. "
-    "Feature loss: smooth-L1, beta 0.1. In brackets: 95 % intervals, clips (and seeds) drawn "
-    "again with replacement."
-)
-
-
-def _ahead(report: Report, horizon: str) -> str:
-    """`0.6 s (mid, 3 steps)`"""
-    steps = report.config[f"{horizon}_steps"]
-    many = "1 step" if steps == 1 else f"{steps} steps"
-    return f"{steps * report.step_s:.2g} s ({horizon}, {many})"
-
-
-def _scores(report: Report) -> str:
-    order = expected_order(report.rows)
-    mood = {True: " holds", False: " fails", None: ""}[order.holds]
-    header, body = table(report.rows)
-    return f"""<h2>Scores</h2>
-<p class="order{mood}">{escape(order.text)}</p>
-<div class="wide">{table_html(header, body)}</div>
-<p class="soft">{escape(SCORES_TEXT)}</p>
-<details><summary>As Markdown, to paste</summary>
-<pre>{escape(markdown_table(report.rows))}</pre></details>"""
-
-
-def _probes(report: Report) -> str:
-    hidden_size = str(report.provenance["cache"].get("hidden_size", "D"))
-    lines = "\n".join(
-        f"<tr><td>{escape(name.replace('_', ' '))}</td>"
-        f"<td>{escape(value_text(report.probes[name]))}</td>"
-        f"<td>{escape(text.replace('{hidden_size}', hidden_size))}</td></tr>"
-        for name, text in PROBE_TEXTS.items()
-        if name in report.probes
-    )
-    by_step = report.probes.get("feature_loss_by_step", {})
-    steps = max(map(len, by_step.values()), default=0)
+def _losses_by_step(by_row: dict[str, list[float]]) -> Table:
+    steps = max(map(len, by_row.values()), default=0)
     header = ["row", *(f"step {step + 1}" for step in range(steps))]
-    body = [[ROW_LABELS[name], *map(value_text, losses)] for name, losses in by_step.items()]
-    return f"""<h2>Probes</h2>
-<table class="facts probes"><tbody>
-{lines}
-</tbody></table>
-<details><summary>Feature loss at each step of the mid horizon</summary>
-<div class="wide">{table_html(header, body)}</div></details>"""
-
-
-def _best_of_k(report: Report) -> str:
-    if not report.best_of_k:
-        return ""
-    plot = plot_best_of_k(report.best_of_k, report.rows)
-    return f"""<h2>Best of k samples</h2>
-<p>Expected feature loss of the best of k samples at the target frame.</p>
-{plot_html(plot)}"""
-
-
-def _curves(plots: Sequence[Plot]) -> str:
-    if not plots:
-        return ""
-    return "\n".join(["<h2>Training curves</h2>", *map(plot_html, plots)])
-
-
-def _origin(report: Report) -> str:
-    seconds = {name: f"{value:.2f} s" for name, value in report.seconds.items()}
-    parts = [
-        ("Time", seconds),
-        ("Provenance", flatten(report.provenance)),
-        ("Settings", flatten(report.config)),
-    ]
-    blocks = [
-        f"<details><summary>{title}</summary>{facts_html(facts)}</details>"
-        for title, facts in parts
-    ]
-    return "\n".join(["<h2>Where this comes from</h2>", *blocks])
-
-
-def _size(body: str) -> str:
-    size_mb = (len(body) + len(STYLE) + len(PAGE.template)) / 1e6
-    return f'<p class="soft">This page is one file of {size_mb:.1f} MB; it fetches nothing.</p>'
+    return Table(
+        header, [[ROW_LABELS[name], *map(value_text, losses)] for name, losses in by_row.items()]
+    )

@@ -5,8 +5,8 @@ processes. PAPER "Evaluation"; the geometry is that of shards/crops.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ...shards.errors import DeltatokError, UnusableClip
 from ...shards.evaluation.geometry import (
@@ -58,15 +58,6 @@ class EvaluationPolicy:
             "seed": self.seed,
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; `from_json` takes them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """The policy that `to_json` described."""
-        return cls(**fields)
-
     def draw(
         self, numbers: Sequence[int], times_s: Float64, height: int, width: int
     ) -> list[WindowDraw]:
@@ -104,12 +95,6 @@ class EvaluationPolicy:
 
 
 Policy = SamplingPolicy | EvaluationPolicy
-
-
-def policy_from_json(fields: dict[str, Any]) -> Policy:
-    """The policy that its `to_json` described."""
-    kind = EvaluationPolicy if fields["policy"] == "evaluation" else SamplingPolicy
-    return kind.from_json(fields)
 
 
 def one_window_a_clip(policy: Policy) -> Policy:

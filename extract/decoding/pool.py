@@ -4,31 +4,72 @@ decord can spin for ever holding the GIL, crash, or leak, so no clip is decoded 
 One bad clip costs one clip: its decoder is killed after a wall-clock deadline and replaced, the
 clip is tried once more (with PyAV), and then quarantined with what happened.
 
-`DecodePool` is what `run.py` sees; the thread that moves the bytes is in `pump.py`.
+A thread of the pool sees a clip through from request to result: it takes an idle process or starts
+one, and waits for its answer. Frames come through memory files that both sides keep and use again,
+because fresh memory costs more than the copy.
 """
 
+import contextlib
+import logging
+import math
+import mmap
 import os
+import resource
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
+from multiprocessing.connection import Pipe, wait
+from multiprocessing.reduction import send_handle
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
 from ..config import DecoderChoice
 from ..datasets.windows import Policy
 from ..sampling import WindowDraw
-from ..sources.clip import Clip, source_to_json
-from .exchange import Exchange, Result
-from .pump import Pump, PumpLimits
+from ..sources.clip import Clip
+from .worker import DecodeReply, DecodeRequest, Ready, Refusal
 
-CHILD_COMMAND = (sys.executable, "-P", "-m", "deltatok.extract.decoding.child")
-"""-P: the current folder is no place to import from."""
+logger = logging.getLogger(__name__)
+
+SERVE = "import sys; from deltatok.extract.decoding.worker import main; main(sys.argv[1:])"
+WORKER_COMMAND = (sys.executable, "-P", "-c", SERVE)
+"""-P: the current folder is no place to import from. No -m: pickle must find the classes of the
+messages where it finds them in the worker, which is not in __main__."""
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""A decoding process multiplies no matrices: it needs none of the thread pools of numpy."""
+
+START_TIMEOUT_S = 120.0
+"""For a process to import what it needs; minutes happen on a network disk (a guess)."""
+
+END_TIMEOUT_S = 5.0
+"""For a process that has closed its connection to end (a guess)."""
+
+MAX_STARTS = 3
+"""Processes that end in a row before they are ready: then none will start (a guess)."""
+
+TICK_S = 0.25
+"""How often deadlines, memory and the end of the pool are looked at while a process is busy."""
+
+OUTPUT_BYTES = 4096
+"""How much of the end of what a process prints is kept, to say why it died."""
+
+DECODER_NAMES = {"decord": "decord", "torchcodec": "torchcodec", "pyav": "PyAV", "frames": "Pillow"}
 
 
 @dataclass(frozen=True)
@@ -67,15 +108,15 @@ class DecodePool:
     Args:
         num_workers: decoding processes, started when there is work for them.
         timeout_s: wall-clock seconds a clip may take in one try.
-        max_clips_per_child: a process is replaced after this many clips (decord leaks).
-        max_child_rss: bytes; a process that keeps more than this is replaced, one that takes this
+        max_clips_per_worker: a process is replaced after this many clips (decord leaks).
+        max_worker_rss: bytes; a process that keeps more than this is replaced, one that takes this
             and `max_clip_bytes` together while it decodes is killed (Linux).
         max_clip_bytes: bytes of RGB a clip's windows may have; more goes to quarantine.
         max_waiting_bytes: bytes of decoded clips to keep ahead; no more clips are begun above it.
         look_ahead: clips decoded ahead of the one asked for; by default two for every process.
         decode_threads: threads in a process.
         decoder: who tries a video first.
-        child_command: what to start; the pipes' numbers and this process's id are appended.
+        worker_command: what to start; a descriptor and this process's id are appended.
     """
 
     def __init__(
@@ -84,37 +125,40 @@ class DecodePool:
         *,
         num_workers: int,
         timeout_s: float,
-        max_clips_per_child: int = 200,
-        max_child_rss: int = 2 * 2**30,
+        max_clips_per_worker: int = 200,
+        max_worker_rss: int = 2 * 2**30,
         max_clip_bytes: int = 4 * 2**30,
         max_waiting_bytes: int = 2 * 2**30,
         look_ahead: int | None = None,
         decode_threads: int = 1,
         decoder: DecoderChoice = "auto",
-        child_command: Sequence[str] = CHILD_COMMAND,
+        worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
-        self._request = {
-            "policy": policy.to_json(),
-            "threads": decode_threads,
-            "decoder": decoder,
-            "max_bytes": max_clip_bytes,
-        }
-        self._limits = PumpLimits(
-            num_workers=num_workers,
-            timeout_s=timeout_s,
-            max_clips_per_child=max_clips_per_child,
-            max_child_rss=max_child_rss,
-            max_clip_bytes=max_clip_bytes,
-            max_waiting_bytes=max_waiting_bytes,
-        )
+        self._policy = policy
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._max_clips_per_worker = max_clips_per_worker
+        self._max_worker_rss = max_worker_rss
+        self._max_clip_bytes = max_clip_bytes
+        self._max_waiting_bytes = max_waiting_bytes
         self._look_ahead = look_ahead or 2 * num_workers
-        self._command = tuple(child_command)
-        self._pump: Pump | None = None
+        self._decode_threads = decode_threads
+        self._decoder = decoder
+        self._command = tuple(worker_command)
+        self._threads: ThreadPoolExecutor | None = None
+        self._closing = threading.Event()
+        self._idle: list[_Worker] = []
         self._decoding = False
+        self._room = threading.Condition()
+        """Held for the two below; notified when they change."""
+        self._wanted = -1
+        """The number of the clip that `decode` waits for, or gave last."""
+        self._waiting_bytes = 0
+        """Of decoded clips that `decode` has not given yet."""
 
     def __enter__(self) -> Self:
-        self._pump = Pump(self._command, self._limits)
-        self._pump.start()
+        self._closing.clear()
+        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
         return self
 
     def __exit__(
@@ -127,10 +171,15 @@ class DecodePool:
 
     def close(self) -> None:
         """Kills all processes; a second call does nothing."""
-        pump, self._pump = self._pump, None
-        if pump is not None:
-            pump.exchange.stop()
-            pump.join()
+        threads, self._threads = self._threads, None
+        if threads is None:
+            return
+        with self._room:
+            self._closing.set()
+            self._room.notify_all()
+        threads.shutdown(cancel_futures=True)  # each kills the process it waits for
+        while self._idle:
+            self._idle.pop().kill()
 
     def decode(self, clips: Iterable[Clip]) -> Iterator[DecodedClip | Quarantined]:
         """One result for every clip, in the order of `clips`, which is read only as far as needed.
@@ -140,37 +189,312 @@ class DecodePool:
         Raises:
             DeltatokError: no decoding process can be started.
         """
-        if self._pump is None or self._decoding:
+        threads = self._threads
+        if threads is None or self._decoding:
             raise RuntimeError("decode() runs inside `with DecodePool(...)`, one call at a time")
-        exchange, source = self._pump.exchange, iter(clips)
-        self._decoding, finished = True, False
+        source = enumerate(clips)
+        self._decoding, self._wanted, self._waiting_bytes, finished = True, -1, 0, False
         try:
-            ahead = deque(self._submit(exchange, source, self._look_ahead))
+            ahead = deque(
+                threads.submit(self._decode, *item) for item in islice(source, self._look_ahead)
+            )
             while ahead:
-                number, key = ahead.popleft()
-                delivery = exchange.take(number)
-                ahead += self._submit(exchange, source, 1)
-                yield _result(key, delivery)
+                result = self._take(ahead.popleft())
+                ahead.extend(threads.submit(self._decode, *item) for item in islice(source, 1))
+                yield result
             finished = True
         finally:
             self._decoding = False
-            if not finished:
-                exchange.cancel()
+            if not finished and self._threads is threads:
+                self.close()
+                self.__enter__()
 
-    def _submit(
-        self, exchange: Exchange, source: Iterator[Clip], count: int
-    ) -> list[tuple[int, str]]:
-        """Queues up to `count` more clips; gives their numbers and keys."""
-        submitted = []
-        for clip in islice(source, count):
-            request = {
-                "key": clip.key,
-                "path": str(clip.path),
-                "source": source_to_json(clip.source),
-                "size_bytes": clip.size_bytes,
-            }
-            submitted.append((exchange.submit(self._request | request), clip.key))
-        return submitted
+    def _take(self, future: "Future[DecodedClip | Quarantined]") -> DecodedClip | Quarantined:
+        with self._room:
+            self._wanted += 1
+            self._room.notify_all()
+        result = future.result()
+        with self._room:
+            self._waiting_bytes -= _num_bytes(result)
+            self._room.notify_all()
+        return result
+
+    # In the threads of the pool. On Linux a process dies with the thread that started it: these
+    # live as long as the pool is open.
+
+    def _decode(self, number: int, clip: Clip) -> DecodedClip | Quarantined:
+        with self._room:
+            self._room.wait_for(lambda: self._may_begin(number))
+        try:
+            result = self._try_decoders(clip)
+        except OSError as error:  # no fault of the clip's
+            raise DeltatokError(
+                f"cannot run decoding processes ({error}): "
+                "use fewer workers, or raise the limit of open files (ulimit -n)"
+            ) from error
+        with self._room:
+            self._waiting_bytes += _num_bytes(result)
+        return result
+
+    def _may_begin(self, number: int) -> bool:
+        room = self._waiting_bytes < self._max_waiting_bytes
+        return room or number <= self._wanted or self._closing.is_set()
+
+    def _try_decoders(self, clip: Clip) -> DecodedClip | Quarantined:
+        failures: list[str] = []
+        tries: tuple[DecoderChoice, ...] = (self._decoder, "pyav")  # decord is the one that hangs
+        for decoder in tries:
+            worker = self._idle_worker()
+            request = DecodeRequest(
+                clip=clip,
+                policy=self._policy,
+                decoder=decoder,
+                threads=self._decode_threads,
+                max_bytes=self._max_clip_bytes,
+            )
+            try:
+                answer = worker.decode(request, timeout_s=self._timeout_s)
+            except _WorkerFailed as failure:
+                logger.info("%s: %s", clip.key, failure)
+                failures.append(str(failure))
+                continue
+            self._give_back(worker)
+            if isinstance(answer, DecodedClip):
+                return answer
+            return _quarantined(clip, answer.stage, [*failures, answer.reason])
+        return _quarantined(clip, "decode", failures)
+
+    def _idle_worker(self) -> "_Worker":
+        """One that waits for work, or a new one; DeltatokError if none can be started."""
+        with contextlib.suppress(IndexError):
+            return self._idle.pop()
+        reason = ""
+        for _ in range(MAX_STARTS):
+            worker = _Worker(
+                self._command,
+                max_memory_bytes=self._max_worker_rss + self._max_clip_bytes,
+                max_kept_bytes=self._max_waiting_bytes // self._look_ahead,
+                closing=self._closing,
+            )
+            try:
+                worker.wait_until_ready()
+                return worker
+            except _WorkerFailed as failure:
+                reason = str(failure)
+        raise DeltatokError(
+            f"no decoding process can be started: {reason}: "
+            f"run `{' '.join(self._command)}` by hand to see why"
+        )
+
+    def _give_back(self, worker: "_Worker") -> None:
+        old = worker.num_clips >= self._max_clips_per_worker
+        if old or worker.memory_bytes() > self._max_worker_rss:
+            worker.kill()
+        else:
+            self._idle.append(worker)
+
+
+class _WorkerFailed(Exception):
+    """The process is dead or of no use any more; the text says why."""
+
+
+class _Worker:
+    """A decoding process, and what leads to it; one thread at a time has it. Any exception in
+    `wait_until_ready` and `decode` kills it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        max_memory_bytes: int,
+        max_kept_bytes: int,
+        closing: threading.Event,
+    ) -> None:
+        self._max_memory_bytes = max_memory_bytes
+        self._max_kept_bytes = max_kept_bytes
+        self._closing = closing
+        self._connection, theirs = Pipe()
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | ONE_THREAD,
+                process_group=0,  # Ctrl-C is for the parent
+            )
+        except BaseException:
+            self._connection.close()
+            raise
+        finally:
+            theirs.close()
+        assert self._process.stdout is not None
+        self._output = self._process.stdout
+        os.set_blocking(self._output.fileno(), False)
+        self._printed = b""
+        self._decoder = "decoder"
+        """Which one it last said it was starting."""
+        self._memory_numbers = count()
+        self._free_memory: list[_FrameMemory] = []
+        self._killed = False
+        self.num_clips = 0
+
+    def wait_until_ready(self) -> None:
+        """_WorkerFailed if it does not get there."""
+        with self._killed_on_error():
+            self._receive(START_TIMEOUT_S)
+
+    def decode(self, request: DecodeRequest, *, timeout_s: float) -> DecodedClip | Refusal:
+        """The windows of a clip; _WorkerFailed where the process does not survive it."""
+        self._printed, self._decoder = b"", "decoder"
+        self.num_clips += 1
+        with self._killed_on_error():
+            memory = self._send(request)
+            answer = self._receive(timeout_s)
+        if isinstance(answer, Refusal):
+            self._release(memory)
+            return answer
+        assert isinstance(answer, DecodeReply)
+        shape = (len(answer.rows), *answer.size, 3)
+        frames = memory.read(math.prod(shape))
+        weakref.finalize(frames, self._release, memory)
+        frames = frames.reshape(shape)
+        windows = [
+            DecodedWindow(frames, [answer.rows[frame] for frame in draw.frame_index], draw)
+            for draw in answer.windows
+        ]
+        return DecodedClip(request.clip.key, answer.decoder, windows)
+
+    def memory_bytes(self) -> int:
+        """Resident memory; 0 where it cannot be told (other than Linux, or the process is gone)."""
+        try:
+            pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        except (OSError, IndexError):
+            return 0
+        return int(pages) * resource.getpagesize()
+
+    def kill(self) -> None:
+        """Ends it, however it is; its frames that are in use stay."""
+        self._killed = True
+        self._free_memory.clear()
+        self._process.kill()
+        self._connection.close()
+        self._output.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel
+            self._process.wait(timeout=1)
+
+    @contextlib.contextmanager
+    def _killed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.kill()
+            raise
+
+    def _send(self, request: DecodeRequest) -> "_FrameMemory":
+        """Gives the memory its frames will be in."""
+        try:
+            if self._free_memory:
+                memory = self._free_memory.pop()
+                self._connection.send((request, memory.number))
+            else:
+                memory = _FrameMemory(next(self._memory_numbers))
+                self._connection.send((request, memory.number))
+                send_handle(self._connection, memory.descriptor, self._process.pid)
+        except ConnectionError as error:
+            raise _WorkerFailed(self._how_it_ended()) from error
+        return memory
+
+    def _release(self, memory: "_FrameMemory") -> None:
+        """For the next clip. Called by whatever thread drops the last array on it."""
+        memory.shrink(self._max_kept_bytes)
+        if not self._killed:
+            self._free_memory.append(memory)
+
+    def _receive(self, timeout_s: float) -> DecodeReply | Refusal | Ready:
+        """Its next answer. Time for which this process itself was stopped or starved is no
+        fault of the worker's: a turn that comes late counts as one tick."""
+        waited_s = 0.0
+        sources: list[Any] = [self._connection, self._output]
+        while True:
+            before_s = time.monotonic()
+            ready: list[Any] = wait(sources, TICK_S)
+            if self._output in ready and not self._read_output():
+                sources.remove(self._output)
+            if self._connection in ready:
+                try:
+                    message: DecodeReply | Refusal | Ready | str = self._connection.recv()
+                except (EOFError, ConnectionError) as error:
+                    raise _WorkerFailed(self._how_it_ended()) from error
+                if not isinstance(message, str):
+                    return message
+                self._decoder = DECODER_NAMES[message]
+            if self._closing.is_set():
+                raise CancelledError
+            turn_s = time.monotonic() - before_s
+            waited_s += turn_s if turn_s < 2 * TICK_S else TICK_S
+            if waited_s > timeout_s:
+                raise _WorkerFailed(f"{self._decoder} hung for {timeout_s:g} s (killed)")
+            if (memory := self.memory_bytes()) > self._max_memory_bytes:
+                took = f"took {memory / 1e9:.1f} GB of memory (killed)"
+                raise _WorkerFailed(f"{self._decoder} {took}")
+
+    def _how_it_ended(self) -> str:
+        """One line: signal or exit status of a process that has closed its connection, and its
+        last words."""
+        try:
+            status = self._process.wait(timeout=END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return f"{self._decoder} closed its connection"
+        while self._read_output():
+            pass
+        how = f"exited with status {status}"
+        if status < 0:
+            how = f"crashed: signal {-status}{_signal_name(-status)}"
+        lines = self._printed.decode(errors="replace").strip().split("\n")
+        last = " ".join(lines[-1].split())[:200]
+        return f"{self._decoder} {how}" + (f" ({last})" if last else "")
+
+    def _read_output(self) -> bool:
+        """Takes what it has printed, keeping the end; False if there is nothing (any more)."""
+        data = self._output.read(65536)
+        self._printed = (self._printed + (data or b""))[-OUTPUT_BYTES:]
+        return bool(data)
+
+
+class _FrameMemory:
+    """A file in memory that a worker writes the frames of a clip to, and those of another clip when
+    the last array on them is gone.
+
+    There is no name in /dev/shm that a killed process could leave behind. Where the system has no
+    such files (macOS), it is a temporary file.
+    """
+
+    def __init__(self, number: int) -> None:
+        """number: what the worker knows it by."""
+        self.number = number
+        self._mapped: mmap.mmap | None = None
+        try:
+            self.descriptor = os.memfd_create("deltatok-frames")
+        except (AttributeError, OSError):
+            self.descriptor, path = tempfile.mkstemp(prefix="deltatok-frames")
+            Path(path).unlink()
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def read(self, size: int) -> NDArray[np.uint8]:
+        """uint8 (size,), read-only: what the worker has written, without a copy."""
+        if self._mapped is None or len(self._mapped) < size:
+            self._mapped = mmap.mmap(self.descriptor, size, prot=mmap.PROT_READ)
+        return np.frombuffer(self._mapped, np.uint8, count=size)
+
+    def shrink(self, size: int) -> None:
+        """Gives back what is above `size` bytes, when no array is left."""
+        if os.fstat(self.descriptor).st_size > size:
+            os.ftruncate(self.descriptor, size)
 
 
 def default_num_workers() -> int:
@@ -180,8 +504,18 @@ def default_num_workers() -> int:
     return os.cpu_count() or 1
 
 
-def _result(key: str, delivery: Result) -> DecodedClip | Quarantined:
-    if isinstance(delivery, Quarantined):
-        return delivery
-    windows = [DecodedWindow(delivery.frames, rows, draw) for draw, rows in delivery.windows]
-    return DecodedClip(key=key, decoder=delivery.decoder, windows=windows)
+def _num_bytes(result: DecodedClip | Quarantined) -> int:
+    return result.windows[0].clip_frames.nbytes if isinstance(result, DecodedClip) else 0
+
+
+def _quarantined(clip: Clip, stage: str, failures: Sequence[str]) -> Quarantined:
+    """failures: how each try ended."""
+    reason = "; second try: ".join(failures)
+    return Quarantined(clip=clip.key, stage=stage, reason=reason, attempts=len(failures))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f" ({signal.Signals(number).name})"
+    except ValueError:
+        return ""

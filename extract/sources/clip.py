@@ -16,9 +16,9 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import PlanTarget
@@ -137,14 +137,6 @@ class Unreadable:
 
 Source = TarMember | FrameFolder | ZipFolder | TargetFrames | Unreadable
 
-_KINDS: dict[str, type[Any]] = {
-    "tar": TarMember,
-    "frames": FrameFolder,
-    "zip": ZipFolder,
-    "target": TargetFrames,
-    "unreadable": Unreadable,
-}
-
 
 @dataclass(frozen=True)
 class Clip:
@@ -165,27 +157,6 @@ class Clip:
     """The part of the data set it belongs to, where a list or an archive names one."""
     target: PlanTarget | None = None
     """What its windows are evaluated on (evaluation caches)."""
-
-
-def source_to_json(source: Source | None) -> dict[str, Any] | None:
-    """As a JSON object; `source_from_json` takes it back."""
-    if source is None:
-        return None
-    (kind,) = (name for name, known in _KINDS.items() if isinstance(source, known))
-    return {"kind": kind, **asdict(source)}
-
-
-def source_from_json(value: dict[str, Any] | None) -> Source | None:
-    """The source that `source_to_json` described."""
-    if value is None:
-        return None
-    fields = {name: _frozen(item) for name, item in value.items() if name != "kind"}
-    source: Source = _KINDS[value["kind"]](**fields)
-    return source
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 _DRIVE = re.compile(r"\A[A-Za-z]:/")

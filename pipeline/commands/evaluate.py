@@ -1,101 +1,88 @@
 """deltatok-evaluate: forecasts scored from caches, FLOPs counted, storage types compared."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..cli import parse_config, run_command, run_subcommand
+from ..cli import Command, run_table
 
-USAGE = """usage: deltatok-evaluate {forecast,compare,flops,cache-fidelity} [--help] ...
+if TYPE_CHECKING:
+    from ...evaluate.cache_fidelity import CacheFidelityConfig
+    from ...evaluate.compare import CompareConfig
+    from ...evaluate.flops import FlopsConfig
 
-  forecast         roll the world model out over an evaluation cache: report.json and report.html
-  compare          several reports side by side, paired by sequence, with intervals
-  flops            GFLOPs of every part, counted from the real modules
-  cache-fidelity   what a storage type costs: one cache held against another of the same windows
-
-examples:
-  deltatok-evaluate flops --frame-size 512
-  deltatok-evaluate forecast --patches cache/val --labels labels/val --tokenizer runs/tokenizer \\
-      --world runs/world --head runs/head --dataset little-world --out runs/report
-  deltatok-evaluate compare runs/report-a runs/report-b --out runs/compare
-  deltatok-evaluate cache-fidelity --patches cache/int8 --reference cache/float16"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `deltatok-evaluate`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    kinds = {
-        "forecast": _forecast,
-        "compare": _compare,
-        "flops": _flops,
-        "cache-fidelity": _cache_fidelity,
-    }
-    return run_command(lambda: run_subcommand("deltatok-evaluate", kinds, USAGE, words))
-
-
-def _forecast(words: list[str]) -> None:
-    from ...evaluate.forecast.config import ForecastConfig
-
-    config = parse_config(
-        ForecastConfig,
-        words,
-        prog="deltatok-evaluate forecast",
+COMMANDS = {
+    "forecast": Command(
+        help="roll the world model out over an evaluation cache: report.json and report.html",
         summary="Score forecasts from an evaluation cache: best-of-many, mean, bounds, pictures.",
-        example="deltatok-evaluate forecast --patches cache/val --tokenizer runs/tokenizer "
-        "--world runs/world --dataset little-world --out runs/report",
-    )
-    from ...evaluate.forecast.run import run_forecast
-
-    run_forecast(config)
-    print(f"report: {Path(config.out) / 'report.html'}")
-
-
-def _compare(words: list[str]) -> None:
-    from ...evaluate.compare import CompareConfig, run_compare
-
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    folders = ["--reports", *words[:count]] if count else []
-    config = parse_config(
-        CompareConfig,
-        [*folders, *words[count:]],
-        prog="deltatok-evaluate compare",
+        examples=(
+            "deltatok-evaluate forecast --patches cache/val --labels labels/val \\\n"
+            "      --tokenizer runs/tokenizer --world runs/world --head runs/head \\\n"
+            "      --dataset little-world --out runs/report",
+        ),
+        config="evaluate.forecast.config:ForecastConfig",
+        run="evaluate.forecast.run:run_forecast",
+        done="report: {out}/report.html",
+    ),
+    "compare": Command(
+        help="several reports side by side, paired by sequence, with intervals",
         summary="Set reports side by side, paired by sequence: values, and differences to the "
         "first, with intervals.",
-        example="deltatok-evaluate compare runs/report-a runs/report-b --out runs/compare",
-    )
-    run_compare(config)
-    print((Path(config.out) / "compare.md").read_text(encoding="utf-8"))
-    print(f"comparison: {Path(config.out) / 'compare.html'}")
-
-
-def _flops(words: list[str]) -> None:
-    from ...evaluate.flops import CONVENTION, FlopsConfig, flops_rows, markdown_table, paper_table_b
-
-    config = parse_config(
-        FlopsConfig,
-        words,
-        prog="deltatok-evaluate flops",
+        examples=("deltatok-evaluate compare runs/report-a runs/report-b --out runs/compare",),
+        config="evaluate.compare:CompareConfig",
+        run="pipeline.commands.evaluate:compare",
+        done="comparison: {out}/compare.html",
+        positional="reports",
+    ),
+    "flops": Command(
+        help="GFLOPs of every part, counted from the real modules",
         summary="Count GFLOPs of backbone, encoder, decoder, predictor and of a training window.",
-        example="deltatok-evaluate flops --frame-size 512 --set world.num_samples_train=64",
-    )
-    print(CONVENTION)
-    print(markdown_table([(f"{config.frame_size} px", flops_rows(config))]))
-    print("\nAs the paper's Table B counts (plain blocks, norms and activations counted too):")
-    print(markdown_table([(f"{config.frame_size} px", paper_table_b(config))]))
-
-
-def _cache_fidelity(words: list[str]) -> None:
-    from ...evaluate.cache_fidelity import CacheFidelityConfig, markdown_table, run_cache_fidelity
-
-    config = parse_config(
-        CacheFidelityConfig,
-        words,
-        prog="deltatok-evaluate cache-fidelity",
+        examples=("deltatok-evaluate flops --frame-size 512 --set world.num_samples_train=64",),
+        config="evaluate.flops:FlopsConfig",
+        run="pipeline.commands.evaluate:flops",
+    ),
+    "cache-fidelity": Command(
+        help="what a storage type costs: one cache held against another of the same windows",
         summary="Hold a patch-token cache against another one of the same windows: what its storage"
         " type costs in error, reconstruction and mIoU, and saves in bytes.",
-        example="deltatok-evaluate cache-fidelity --patches cache/int8 --reference cache/float16 "
-        "--tokenizer runs/tokenizer --out runs/fidelity.json",
+        examples=(
+            "deltatok-evaluate cache-fidelity --patches cache/int8 --reference cache/float16 \\\n"
+            "      --tokenizer runs/tokenizer --out runs/fidelity.json",
+        ),
+        config="evaluate.cache_fidelity:CacheFidelityConfig",
+        run="pipeline.commands.evaluate:cache_fidelity",
+    ),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point of `deltatok-evaluate`."""
+    return run_table("deltatok-evaluate", COMMANDS, words)
+
+
+def compare(config: "CompareConfig") -> str:
+    """Compares the reports; the comparison as Markdown."""
+    from ...evaluate.compare import run_compare
+
+    run_compare(config)
+    return (Path(config.out) / "compare.md").read_text(encoding="utf-8")
+
+
+def flops(config: "FlopsConfig") -> str:
+    """The tables of FLOPs, and how they are counted."""
+    from ...evaluate.flops import CONVENTION, flops_rows, flops_table, paper_table_b
+
+    size = f"{config.frame_size} px"
+    return (
+        f"{CONVENTION}\n{flops_table([(size, flops_rows(config))])}\n"
+        "\nAs the paper's Table B counts (plain blocks, norms and activations counted too):\n"
+        f"{flops_table([(size, paper_table_b(config))])}"
     )
-    print(markdown_table(run_cache_fidelity(config)))
-    if config.out is not None:
-        print(f"cache fidelity: {config.out}")
+
+
+def cache_fidelity(config: "CacheFidelityConfig") -> str:
+    """The table of what the storage type costs."""
+    from ...evaluate.cache_fidelity import fidelity_table, run_cache_fidelity
+
+    table = fidelity_table(run_cache_fidelity(config))
+    return table if config.out is None else f"{table}\ncache fidelity: {config.out}"

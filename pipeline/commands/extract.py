@@ -1,23 +1,62 @@
-"""deltatok-extract: videos, a data set or patch-token shards -> patch- or delta-token shards.
+"""deltatok-extract: videos, a data set or patch-token shards -> patch- or delta-token shards."""
 
-What `deltatok-extract --videos` is told: an extraction, and a tokenizer to encode with at once.
-
-Nothing heavy is imported here: `--help` reads it.
-
-deltatok-extract --dataset: a labelled data set -> an evaluation cache.
-"""
-
-import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ...extract.config import ExtractConfig
 from ...shards.errors import UsageError
-from ..cli import Parser, add_config_flags, config_from_arguments, read_yaml, run_command
+from ..cli import Command, Parser, config_from_arguments, load_name, read_yaml, run_command
+
+if TYPE_CHECKING:
+    from ...extract.datasets.base import DatasetConfig
+    from ...train.config import TokenizeConfig
+    from ..cost_plan import CostPlan
+
+PROG = "deltatok-extract"
+
+EXAMPLES = (
+    "deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\\n"
+    "      --frame-size 256 --windows 4 --out cache/patches",
+    "deltatok-extract --videos more_clips/ --append --frame-size 256 --windows 4 "
+    "--out cache/patches",
+    "accelerate launch --num_processes 8 -m deltatok.pipeline.commands.extract --videos clips/ \\\n"
+    "      --out cache/patches",
+    "deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas",
+    "deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas",
+    "deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan",
+    "deltatok-extract --dataset vspw --root VSPW --out cache/vspw",
+)
+NOTES = """\
+--videos reads videos: patch-token shards come out, or, with --tokenizer, delta-token shards at
+once. --patches (see --patches x --help) reads patch-token shards: delta-token shards come out.
+--dataset (see --dataset x --help) reads a labelled data set: an evaluation cache comes out.
+
+exit codes: 0 done; 2 bad usage; 3 finished, but too many clips are quarantined; 4 the cache does
+not match; 75 stopped by SIGTERM or --time-limit, run again to go on; 1 anything else"""
+
+DATASET_EXAMPLES = (
+    "deltatok-extract --dataset vspw --root VSPW --out cache/vspw",
+    "deltatok-extract --dataset cityscapes --root cityscapes --out cache/cityscapes",
+    "deltatok-extract --dataset kitti --root kitti --split-file eigen_test.txt --out cache/kitti",
+    "deltatok-extract --dataset sequences --name davis --root DAVIS \\\n"
+    '      --images "JPEGImages/480p/*/*.jpg" --labels "Annotations/480p/*/*.png" --binary \\\n'
+    "      --fps 24 --out cache/davis",
+    'deltatok-extract --dataset sequences --name scene --root scene --images "*.color.png" \\\n'
+    '      --labels "*.depth.png" --kind depth --steps-per-m 1000 --ignore 65535 --fps 30 \\\n'
+    "      --out cache/d",
+    "deltatok-extract --dataset vspw --root VSPW --split train --out cache/vspw_train",
+)
+DATASET_NOTES = """\
+The cache refers to the labels, which stay where they are: deltatok-evaluate and deltatok-train head
+read them from --labels ROOT.
+
+exit codes: 0 done; 2 bad usage, or another layout; 3 finished, but too many targets are incomplete;
+4 the cache does not match; 75 stopped by SIGTERM or --time-limit, run again to go on; 1 other"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,140 +93,69 @@ class VideosConfig(ExtractConfig):
             )
 
 
-DATASET_EXAMPLE = """examples:
-  deltatok-extract --dataset vspw --root VSPW --out cache/vspw
-  deltatok-extract --dataset cityscapes --root cityscapes --out cache/cityscapes
-  deltatok-extract --dataset kitti --root kitti --split-file eigen_test.txt --out cache/kitti
-  deltatok-extract --dataset sequences --name davis --root DAVIS \\
-      --images "JPEGImages/480p/*/*.jpg" --labels "Annotations/480p/*/*.png" --binary --fps 24 \\
-      --out cache/davis
-  deltatok-extract --dataset sequences --name scene --root scene --images "*.color.png" \\
-      --labels "*.depth.png" --kind depth --steps-per-m 1000 --ignore 65535 --fps 30 --out cache/d
-  deltatok-extract --dataset vspw --root VSPW --split train --out cache/vspw_train
+@dataclass(frozen=True, kw_only=True)
+class Source(Command):
+    """What a cache can be made from; its flag, which must be there, says that it is meant."""
 
-The cache refers to the labels, which stay where they are: deltatok-evaluate and deltatok-train head
-read them from --labels ROOT.
+    plan: str
+    """What makes a CostPlan of the config and the number of clips to try."""
 
-exit codes: 0 done; 2 bad usage, or another layout; 3 finished, but too many targets are incomplete;
-4 the cache does not match; 75 stopped by SIGTERM or --time-limit, run again to go on; 1 other"""
-
-
-def run_dataset_command(words: list[str]) -> None:
-    """`deltatok-extract` with words that name a data set."""
-    from ...extract.datasets.base import DatasetConfig
-
-    parser = Parser(
-        prog="deltatok-extract",
-        description="Run a frozen DINOv3 over the labelled targets of a data set: their context "
-        "and the target itself, in the crops of the forecasting benchmark.",
-        epilog=DATASET_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_config_flags(parser, DatasetConfig)
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="say which targets there are and what they would take, and exit; writes nothing",
-    )
-    arguments = parser.parse_args(words)
-    config = config_from_arguments(DatasetConfig, arguments)
-    if arguments.plan:
-        from ..dataset_plan import dataset_plan
-
-        print(dataset_plan(config))
-        return
-    from ...extract.datasets.registry import run_dataset
-
-    logging.info("%s", run_dataset(config).summary_line())
-    print(f"evaluation cache: {config.out}")
+    def __call__(self, prog: str, words: Sequence[str]) -> None:
+        config_type = load_name(self.config)
+        parser = self.parser(prog, config_type, words)
+        _add_plan_flags(parser)
+        arguments = parser.parse_args(words)
+        config = config_from_arguments(config_type, arguments)
+        if arguments.plan:
+            plan = load_name(self.plan)(config, num_clips=arguments.probe_clips)
+            _print_plan(plan, arguments.json)
+            return
+        for flag, value in (("--json", arguments.json), ("--probe-clips", arguments.probe_clips)):
+            if value is not None:
+                raise UsageError(f"{flag}: only --plan reads it: add --plan, or leave {flag} out")
+        print(f"{load_name(self.run)(config)}: {config.out}")
 
 
-SOURCES = ("videos", "dataset", "patches")
-"""What a cache can be made from; one of them says which command it is."""
-
-EXAMPLE = """examples:
-  deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\
-      --frame-size 256 --windows 4 --out cache/patches
-  deltatok-extract --videos more_clips/ --append --frame-size 256 --windows 4 --out cache/patches
-  accelerate launch --num_processes 8 -m deltatok.pipeline.commands.extract --videos clips/ \\
-      --out cache/patches
-  deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas
-  deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas
-  deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan
-  deltatok-extract --dataset vspw --root VSPW --out cache/vspw
-
---videos reads videos: patch-token shards come out, or, with --tokenizer, delta-token shards at
-once. --patches (see --patches x --help) reads patch-token shards: delta-token shards come out.
---dataset (see --dataset x --help) reads a labelled data set: an evaluation cache comes out.
-
-exit codes: 0 done; 2 bad usage; 3 finished, but too many clips are quarantined; 4 the cache does
-not match; 75 stopped by SIGTERM or --time-limit, run again to go on; 1 anything else"""
+SOURCES = {
+    "videos": Source(
+        help="",
+        summary="Run a frozen DINOv3 over videos once and write what others train on.",
+        examples=EXAMPLES,
+        notes=NOTES,
+        config="pipeline.commands.extract:VideosConfig",
+        run="pipeline.commands.extract:from_videos",
+        plan="pipeline.cost_plan:plan_extraction",
+    ),
+    "patches": Source(
+        help="",
+        summary="Encode patch-token shards with a tokenizer and write delta-token shards.",
+        examples=EXAMPLES,
+        notes=NOTES,
+        config="train.config:TokenizeConfig",
+        run="pipeline.commands.extract:from_patches",
+        plan="pipeline.cost_plan:plan_encoding",
+    ),
+    "dataset": Source(
+        help="",
+        summary="Run a frozen DINOv3 over the labelled targets of a data set: their context and "
+        "the target itself, in the crops of the forecasting benchmark.",
+        examples=DATASET_EXAMPLES,
+        notes=DATASET_NOTES,
+        config="extract.datasets.base:DatasetConfig",
+        run="pipeline.commands.extract:from_dataset",
+        plan="pipeline.cost_plan:plan_extraction",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-extract`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(words))
+    return run_command(lambda: SOURCES[_source(words)](PROG, words))
 
 
-def _run(words: list[str]) -> None:
-    given = _given(words)
-    if len(given) > 1:
-        raise UsageError(
-            f"{' and '.join(f'--{name}' for name in sorted(given, reverse=True))}: wanted one of "
-            "them, a cache is made either from videos, from a data set or from patch-token shards: "
-            "leave the others out"
-        )
-    if "dataset" in given:
-        run_dataset_command(words)
-    elif "patches" in given:
-        _run_tokenize(words)
-    else:
-        _run_videos(words)
-
-
-def _given(words: list[str]) -> set[str]:
-    """Which of SOURCES flags, the --config file or --set name."""
-    finder = Parser(prog="deltatok-extract", add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    finder.add_argument("--set", action="append", default=[])
-    for name in SOURCES:
-        finder.add_argument(f"--{name}")
-    found = finder.parse_known_args(words)[0]
-    values = read_yaml(Path(found.config)) if found.config else {}
-    set_keys = {setting.partition("=")[0] for setting in found.set}
-    return {
-        name
-        for name in SOURCES
-        if getattr(found, name) is not None or name in values or name in set_keys
-    }
-
-
-def _parser(summary: str, config_type: type) -> Parser:
-    parser = Parser(
-        prog="deltatok-extract",
-        description=summary,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_config_flags(parser, config_type)
-    return parser
-
-
-def _run_videos(words: list[str]) -> None:
-
-    summary = "Run a frozen DINOv3 over videos once and write what others train on."
-    parser = _parser(summary, VideosConfig)
-    _add_plan_flags(parser)
-    arguments = parser.parse_args(words)
-    config = config_from_arguments(VideosConfig, arguments)
-    if arguments.plan:
-        _print_plan(config, arguments)
-        return
-    for flag in ("json", "probe_clips"):
-        if getattr(arguments, flag) is not None:
-            name = f"--{flag.replace('_', '-')}"
-            raise UsageError(f"{name}: only --plan reads it: add --plan, or leave {name} out")
+def from_videos(config: VideosConfig) -> str:
+    """Makes the cache; gives what it is."""
     if config.tokenizer is None:
         from ...extract.run import run_extraction
 
@@ -197,65 +165,74 @@ def _run_videos(words: list[str]) -> None:
 
         kind, result = "delta-token", run_fused(config)
     logging.info("%s", result.summary_line())
-    print(f"{kind} shards: {config.out}")
+    return f"{kind} shards"
 
 
-def _add_plan_flags(parser: Parser, *, hidden: bool = False) -> None:
-    """hidden: they are understood, so that they can be refused by name, and not in the help."""
-    flags: dict[str, tuple[str, dict[str, Any]]] = {
-        "--plan": (
-            "say what it would take and exit: bytes, files, hours, memory; writes nothing to OUT",
-            {"action": "store_true"},
-        ),
-        "--json": ("write the plan there, too", {"type": Path, "metavar": "FILE"}),
-        "--probe-clips": (
-            "clips to decode and time for the plan [8]; up to 1000 are looked at",
-            {"type": int, "metavar": "N"},
-        ),
-    }
-    group = parser.add_argument_group(None if hidden else "plan")
-    for flag, (summary, options) in flags.items():
-        group.add_argument(flag, help=argparse.SUPPRESS if hidden else summary, **options)
+def from_dataset(config: "DatasetConfig") -> str:
+    """Makes the cache; gives what it is."""
+    from ...extract.datasets.registry import run_dataset
+
+    logging.info("%s", run_dataset(config).summary_line())
+    return "evaluation cache"
 
 
-def _print_plan(config: "VideosConfig", arguments: argparse.Namespace) -> None:
-    from ...shards.files import write_json
-    from ..plan import DEFAULT_PROBE_CLIPS, make_extraction_plan
-    from ..plan_result import as_json
-    from ..plan_text import plan_text
-
-    count = DEFAULT_PROBE_CLIPS if arguments.probe_clips is None else arguments.probe_clips
-    plan = make_extraction_plan(config, num_probe_clips=count)
-    print(plan_text(plan))
-    if arguments.json is not None:
-        try:
-            write_json(arguments.json, as_json(plan))
-        except OSError as error:
-            raise UsageError(
-                f"--json {arguments.json}: cannot be written ({error.strerror or error})"
-            ) from error
-        print(f"plan: {arguments.json}")
-
-
-def _run_tokenize(words: list[str]) -> None:
-    from ...train.config import TokenizeConfig
-
-    summary = "Encode patch-token shards with a tokenizer and write delta-token shards."
-    parser = _parser(summary, TokenizeConfig)
-    _add_plan_flags(parser, hidden=True)
-    arguments = parser.parse_args(words)
-    if arguments.plan or arguments.json is not None or arguments.probe_clips is not None:
-        raise UsageError(
-            "--plan, --json and --probe-clips with --patches: wanted --videos, what is planned is "
-            "an extraction; `--videos ... --tokenizer DIR --plan` says what delta tokens take, or "
-            "leave them out"
-        )
-    config = config_from_arguments(TokenizeConfig, arguments)
+def from_patches(config: "TokenizeConfig") -> str:
+    """Makes the cache; gives what it is."""
     from ...train.encode import write_deltas
     from ..uniform_draws import UniformDraws
 
     write_deltas(config, draws=UniformDraws.from_config(config))
-    print(f"delta-token shards: {config.out}")
+    return "delta-token shards"
+
+
+def _source(words: list[str]) -> str:
+    """The one of SOURCES that flags, the --config file or --set name; "videos" if none does."""
+    finder = Parser(prog=PROG, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    finder.add_argument("--set", action="append", default=[])
+    for name in SOURCES:
+        finder.add_argument(f"--{name}")
+    found = finder.parse_known_args(words)[0]
+    named = set(read_yaml(Path(found.config)) if found.config else {})
+    named |= {setting.partition("=")[0] for setting in found.set}
+    given = [name for name in SOURCES if getattr(found, name) is not None or name in named]
+    if len(given) > 1:
+        raise UsageError(
+            f"{' and '.join(f'--{name}' for name in given)}: wanted one of them, a cache is made "
+            "either from videos, from a data set or from patch-token shards: leave the others out"
+        )
+    return given[0] if given else "videos"
+
+
+def _add_plan_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="say what it would take and exit: bytes, files, hours, memory; nothing stays in OUT",
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
+    group.add_argument(
+        "--probe-clips",
+        type=int,
+        metavar="N",
+        help="clips that are tried for the plan [16 or more, as far as a minute allows]",
+    )
+
+
+def _print_plan(plan: "CostPlan", json: Path | None) -> None:
+    from ...shards.files import write_json
+    from ..cost_plan import plan_text
+
+    print(plan_text(plan))
+    if json is not None:
+        try:
+            write_json(json, dataclasses.asdict(plan))
+        except OSError as error:
+            raise UsageError(
+                f"--json {json}: cannot be written ({error.strerror or error})"
+            ) from error
+        print(f"plan: {json}")
 
 
 if __name__ == "__main__":  # for launchers: accelerate launch -m deltatok.pipeline.commands.extract

@@ -1,12 +1,6 @@
-"""deltatok-shards verify: is a cache whole, repair it, hold it against the videos it came from.
+"""deltatok-shards: info, verify, preview, export and bench of a cache.
 
-deltatok-shards export: a subset, a merger, other shards, another storage type, npy files.
-
-deltatok-shards preview: look at a cache.
-
-deltatok-shards bench: how fast a cache is read, beside what limits it.
-
-deltatok-shards: info, verify, preview, export and bench of a cache.
+Each subcommand is a function that adds its flags and one that does what was parsed.
 """
 
 import argparse
@@ -21,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
+from ...evaluate.tables import markdown_table
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
@@ -28,10 +23,8 @@ from ...shards.files import living_partials, write_bytes, write_json
 from ...shards.patches.layout import STORED_DTYPES
 from ...shards.patches.reader import PatchShards
 from ...shards.patches.zarr_arrays import COMPRESSIONS
-from ...shards.tools.export import export_cache
-from ...shards.tools.export_plan import Selection
+from ...shards.tools.export import Selection, export_cache
 from ...shards.tools.info import describe_cache
-from ...shards.tools.npy_folder import VALUE_DTYPES, export_npy
 from ...shards.tools.repair import Repaired, repair_cache
 from ...shards.tools.verify import VerifyReport, verify_cache
 from ...train.config import Residency
@@ -41,7 +34,70 @@ from ..cli import Parser, example_help, run_command
 if TYPE_CHECKING:
     from ..audit import AuditReport
 
-EXAMPLE = """examples:
+logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `deltatok-shards`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(words))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="deltatok-shards",
+        description="Look at a cache of patch-token or delta-token shards.",
+        **example_help(
+            "deltatok-shards info cache/patches",
+            "deltatok-shards verify cache/patches",
+            "deltatok-shards preview cache/patches --out preview.html",
+            "deltatok-shards bench cache/deltas",
+            "deltatok-shards export cache/patches --split val --out cache/val",
+        ),
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    info = kinds.add_parser(
+        "info",
+        help="format, shape, size, provenance, quarantine",
+        **example_help("deltatok-shards info cache/patches --json"),
+    )
+    verify = kinds.add_parser("verify", help="is it whole; --repair; --audit")
+    for kind in (info, verify):
+        kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
+    info.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_verify_flags(verify)
+    add_preview(kinds)
+    add_export(kinds)
+    add_bench(kinds)
+    return parser
+
+
+def _run(words: list[str]) -> None:
+    arguments = _parser().parse_args(words)
+    if arguments.kind == "info":
+        _info(arguments.dir, as_json=arguments.json)
+    elif arguments.kind == "export":
+        run_export(arguments)
+    elif arguments.kind == "preview":
+        run_preview(arguments)
+    elif arguments.kind == "bench":
+        run_bench(arguments)
+    else:
+        run_verify(arguments)
+
+
+def _info(folder: Path, *, as_json: bool) -> None:
+    found = describe_cache(folder)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        print(f"{key:<20} {value if not isinstance(value, dict | list) else json.dumps(value)}")
+
+
+VERIFY_EXAMPLE = """examples:
   deltatok-shards verify cache/patches                     every byte, against its SHA-256
   deltatok-shards verify cache/patches --deep              and every value, time, crop, statistic
   deltatok-shards verify cache/patches --repair            clear what is broken, then extract again
@@ -55,7 +111,7 @@ one that made the cache"""
 def add_verify_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `verify` beside DIR."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLE
+    parser.epilog = VERIFY_EXAMPLE
     parser.add_argument(
         "--deep",
         action="store_true",
@@ -69,7 +125,10 @@ def add_verify_flags(parser: argparse.ArgumentParser) -> None:
         "process is seen writing to DIR",
     )
     parser.add_argument(
-        "--audit", type=int, metavar="N", help="make N random windows again and compare them"
+        "--audit",
+        type=int,
+        metavar="N",
+        help="extract N random clips again and compare their windows",
     )
     parser.add_argument(
         "--videos",
@@ -85,7 +144,7 @@ def add_verify_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="DIR", help="for --audit of delta caches: the tokenizer's folder"
     )
     parser.add_argument("--device", help="for --audit: auto, cpu or cuda:N [auto]")
-    parser.add_argument("--seed", type=int, help="for --audit: which windows [0]")
+    parser.add_argument("--seed", type=int, help="for --audit: which clips [0]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
 
 
@@ -97,7 +156,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
         if arguments.audit is None and getattr(arguments, flag) is not None:
             raise UsageError(f"--{flag}: only --audit reads it: add --audit N, or leave it out")
     if arguments.audit is not None and arguments.audit < 1:
-        raise UsageError(f"--audit {arguments.audit}: wanted the number of windows, 1 or more")
+        raise UsageError(f"--audit {arguments.audit}: wanted the number of clips, 1 or more")
     report = _verify(folder, deep=arguments.deep)
     for problem in report.problems:
         print(problem)
@@ -174,14 +233,12 @@ def _after_repair(folder: Path, before: VerifyReport, done: Repaired) -> Deltato
     for name in done.rewritten:
         print(f"made again {folder / name}")
     left = verify_cache(folder).problems if before.problems else []
-    # A shard that is to be made is what the next run does, which replaces what lies there.
-    replaced = [f"{folder}/shards/{shard:06d}." for shard in done.shards]
+    # The next run makes the missing shards, and replaces what lies in their places.
     faults = [
-        text
-        for text in left
-        if ": not finished: " not in text
-        and ": not marked" not in text
-        and not text.startswith(tuple(replaced))
+        problem
+        for problem in left
+        if problem.kind != "unfinished"
+        and not (problem.kind == "leftover" and problem.shard in done.shards)
     ]
     if faults:
         return DamagedShard(
@@ -201,7 +258,7 @@ def _audit(arguments: argparse.Namespace) -> "AuditReport":
     report = audit_cache(
         AuditConfig(
             cache=str(arguments.dir),
-            windows=arguments.audit,
+            clips=arguments.audit,
             videos=tuple(arguments.videos or ()),
             root=arguments.root,
             backbone=arguments.backbone,
@@ -217,13 +274,13 @@ def _audit(arguments: argparse.Namespace) -> "AuditReport":
 
 def _as_json(report: VerifyReport) -> dict[str, Any]:
     return {
-        "problems": report.problems,
+        "problems": [problem.text for problem in report.problems],
         "shards": report.shards,
         "windows": report.windows,
         "bytes": report.bytes,
         "damaged_shards": report.damaged,
-        "partials": report.leftovers.partials,
-        "orphans": report.leftovers.orphans,
+        "partials": report.partials,
+        "orphans": report.orphans,
         "deep": report.is_deep,
     }
 
@@ -237,26 +294,22 @@ def _write(path: Path, found: dict[str, Any]) -> None:
         ) from error
 
 
-logger = logging.getLogger(__name__)
-
 EXPORT_EXAMPLE = """examples:
   deltatok-shards export cache/patches --split val --out cache/val
   deltatok-shards export cache/videos-a cache/videos-b --windows-per-shard 4096 --out cache/all
   deltatok-shards export cache/patches --dtype int8 --out cache/patches-int8
-  deltatok-shards export cache/deltas --format npy --out deltas-npy
 
 A clip is taken whole or not at all. With the dtype kept, every stored number and the fingerprint
-stay; another dtype makes another fingerprint. Killed, run the same command again: it goes on
-(npy: begins again). Caches that are merged must be of one identity."""
-
-PROGRESS_EVERY_S = 5.0
+stay; another dtype makes another fingerprint. Killed, run the same command again: shards that are
+done stay. Caches that are merged must be of one identity. NumPy alone maps a cache in place:
+shards/recipes/patches_numpy.py and deltas_numpy.py."""
 
 
 def add_export(kinds: Any) -> None:
     """Adds the subcommand to those of deltatok-shards."""
     parser: argparse.ArgumentParser = kinds.add_parser(
         "export",
-        help="subset, merge, re-shard, another storage type, npy files",
+        help="subset, merge, re-shard, another storage type",
         epilog=EXPORT_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -265,7 +318,6 @@ def add_export(kinds: Any) -> None:
     add(
         "--out", required=True, type=Path, help="new folder (or one that was begun by this command)"
     )
-    add("--format", choices=("cache", "npy"), default="cache", help="default: cache")
     add("--clips", metavar="FILE", type=Path, help="take only these clips: one key a line")
     add("--split", metavar="NAME", nargs="+", default=(), help="take only clips of these splits")
     add("--label", metavar="NAME", nargs="+", default=(), help="take only clips of these classes")
@@ -277,13 +329,7 @@ def add_export(kinds: Any) -> None:
         type=int,
         help="at most, instead of clips; whole clips. A shard is held in memory",
     )
-    dtypes = sorted({*STORED_DTYPES, *VALUE_DTYPES})
-    add(
-        "--dtype",
-        choices=dtypes,
-        help=f"default: as stored; caches: {', '.join(STORED_DTYPES)}; npy: "
-        f"{', '.join(VALUE_DTYPES)}",
-    )
+    add("--dtype", choices=sorted(STORED_DTYPES), help="of patch tokens; default: as stored")
     add("--compression", choices=COMPRESSIONS, help="of patch shards; default: none")
 
 
@@ -295,31 +341,17 @@ def run_export(arguments: Namespace) -> None:
         splits=tuple(arguments.split),
         limit=arguments.limit,
     )
-    if arguments.format == "npy":
-        for name in ("clips_per_shard", "windows_per_shard", "compression"):
-            if getattr(arguments, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} with --format npy, which has no shards: leave it out")
-        num_windows = export_npy(
-            arguments.sources,
-            arguments.out,
-            selection=selection,
-            dtype=arguments.dtype,
-            progress=_progress("windows"),
-        )
-    else:
-        info = export_cache(
-            arguments.sources,
-            arguments.out,
-            selection=selection,
-            clips_per_shard=arguments.clips_per_shard,
-            windows_per_shard=arguments.windows_per_shard,
-            dtype=arguments.dtype,
-            compression=arguments.compression or "none",
-            progress=_progress("shards"),
-        )
-        num_windows = info.counts["windows"]
-    print(f"{num_windows} windows: {arguments.out}")
+    info = export_cache(
+        arguments.sources,
+        arguments.out,
+        selection=selection,
+        clips_per_shard=arguments.clips_per_shard,
+        windows_per_shard=arguments.windows_per_shard,
+        dtype=arguments.dtype,
+        compression=arguments.compression or "none",
+        progress=_log_progress(),
+    )
+    print(f"{info.counts['windows']} windows: {arguments.out}")
 
 
 def _read_keys(path: Path) -> frozenset[str]:
@@ -333,21 +365,19 @@ def _read_keys(path: Path) -> frozenset[str]:
     return keys
 
 
-def _progress(what: str) -> Callable[[int, int], None]:
-    """Logs rate and time left, now and then."""
-    start = time.monotonic()
-    told = start
+def _log_progress() -> Callable[[int, int], None]:
+    """Logs rate and time left every few seconds."""
+    start = last = time.monotonic()
 
-    def tell(done: int, total: int) -> None:
-        nonlocal told
+    def log(done: int, total: int) -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - told >= PROGRESS_EVERY_S:
-            told = now
-            left_s = (now - start) * (total - done) / done
-            rate = done / (now - start)
-            logger.info("%d of %d %s, %.1f/s, %.0f s left", done, total, what, rate, left_s)
+        if now - last >= PROGRESS_EVERY_S:
+            last, rate = now, done / (now - start)
+            left_s = (total - done) / rate
+            logger.info("%d of %d shards, %.1f/s, %.0f s left", done, total, rate, left_s)
 
-    return tell
+    return log
 
 
 PREVIEW_EXAMPLE = """examples:
@@ -384,24 +414,10 @@ def run_preview(arguments: Namespace) -> None:
     is_patches = read_cache_info(arguments.dir).format == PATCHES
     reader = PatchShards(arguments.dir) if is_patches else DeltaShards(arguments.dir, verify="size")
     # Imported here: pictures take seconds to import, the other subcommands need none.
-    from ..preview import Preview, choose_windows, preview_html, preview_png
-    from ..preview_deltas import delta_sections
-    from ..preview_patches import patch_sections
-    from ..preview_times import cache_facts
+    from ..preview import make_preview, preview_html, preview_png
 
-    windows = choose_windows(reader, arguments.windows, seed=arguments.seed)
-    chosen: dict[str, Any] = {"videos": arguments.videos, "seed": arguments.seed}
-    if isinstance(reader, PatchShards):
-        sections = patch_sections(reader, windows, **chosen)
-    else:
-        sections = delta_sections(reader, windows, **chosen)
-    kind = "Patch tokens" if is_patches else "Delta tokens"
-    preview = Preview(
-        title=f"{kind} in {arguments.dir.resolve().name}",
-        summary=f"{len(windows)} of {reader.num_windows} windows, of {len(reader.keys)} clips; "
-        f"seed {arguments.seed}",
-        facts=cache_facts(reader),
-        sections=sections,
+    preview = make_preview(
+        reader, num_windows=arguments.windows, videos=arguments.videos, seed=arguments.seed
     )
     data = preview_html(preview).encode() if out.suffix == ".html" else preview_png(preview)
     write_bytes(out, data)
@@ -479,69 +495,9 @@ def _table(found: dict[str, Any], unit: str) -> str:
     suffix = f"_{unit}_per_s"
     rates = {name.removesuffix(suffix): rate for name, rate in found["rates"].items()}
     limit = rates.get("in_memory") or rates.get("memmap")
-    lines = [
-        f"| | {unit}/s | of {'memory' if 'in_memory' in rates else 'memmap'} |",
-        "|---|---:|---:|",
+    header = ["", f"{unit}/s", f"of {'memory' if 'in_memory' in rates else 'memmap'}"]
+    body = [
+        [name, f"{rate:,.0f}", f"{rate / limit:.2f}" if limit else ""]
+        for name, rate in rates.items()
     ]
-    for name, rate in rates.items():
-        share = f"{rate / limit:.2f}" if limit else ""
-        lines.append(f"| {name} | {rate:,.0f} | {share} |")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `deltatok-shards`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(words))
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="deltatok-shards",
-        description="Look at a cache of patch-token or delta-token shards.",
-        **example_help(
-            "deltatok-shards info cache/patches",
-            "deltatok-shards verify cache/patches",
-            "deltatok-shards preview cache/patches --out preview.html",
-            "deltatok-shards bench cache/deltas",
-            "deltatok-shards export cache/patches --split val --out cache/val",
-        ),
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
-    info = kinds.add_parser(
-        "info",
-        help="format, shape, size, provenance, quarantine",
-        **example_help("deltatok-shards info cache/patches --json"),
-    )
-    verify = kinds.add_parser("verify", help="is it whole; --repair; --audit")
-    for kind in (info, verify):
-        kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
-    info.add_argument("--json", action="store_true", help="print JSON instead of text")
-    add_verify_flags(verify)
-    add_preview(kinds)
-    add_export(kinds)
-    add_bench(kinds)
-    return parser
-
-
-def _run(words: list[str]) -> None:
-    arguments = _parser().parse_args(words)
-    if arguments.kind == "info":
-        _info(arguments.dir, as_json=arguments.json)
-    elif arguments.kind == "export":
-        run_export(arguments)
-    elif arguments.kind == "preview":
-        run_preview(arguments)
-    elif arguments.kind == "bench":
-        run_bench(arguments)
-    else:
-        run_verify(arguments)
-
-
-def _info(folder: Path, *, as_json: bool) -> None:
-    found = describe_cache(folder)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    for key, value in found.items():
-        print(f"{key:<20} {value if not isinstance(value, dict | list) else json.dumps(value)}")
+    return markdown_table(header, body)

@@ -8,12 +8,9 @@ OUT/labels/head/NNNN.mp4.npy   uint8 (frames, H, W): 0 ground, 1 disc, 2 square,
 OUT/labels/val/NNNN.mp4.npy
 OUT/futures/NNNN.mp4.npz       val clips: every possible target frame of both horizons, with its
                                probability given the context frames (evaluate/known_futures.py)
-
-The two stages that only the quickstart has: its world and its random backbone.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -24,8 +21,7 @@ from tqdm import tqdm
 from ...evaluate.forecast.modes import write_futures
 from ...shards.errors import CacheMismatch
 from ...shards.files import partial_path, publish, write_json
-from ..cli import as_plain, parse_config, run_command
-from .backbone import TinyBackboneConfig, make_tiny_backbone
+from ..cli import as_plain
 from .simulation import (
     BACKGROUND,
     CLASS_NAMES,
@@ -164,35 +160,3 @@ def _write_npy(path: Path, array: NDArray[np.uint8]) -> None:
 def _made(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def world(words: Sequence[str]) -> int:
-    """Write the little world; exit code."""
-
-    def body() -> None:
-        config = parse_config(
-            LittleWorldConfig,
-            words,
-            prog="little-world",
-            summary="Write clips of a shape that turns unforeseeably, with labels and futures.",
-            example="a stage of configs/quickstart.yaml",
-        )
-        make_little_world(config)
-
-    return run_command(body)
-
-
-def backbone(words: Sequence[str]) -> int:
-    """Write the random backbone; exit code."""
-
-    def body() -> None:
-        config = parse_config(
-            TinyBackboneConfig,
-            words,
-            prog="tiny-backbone",
-            summary="Write a small DINOv3 with fixed random weights as a model folder.",
-            example="a stage of configs/quickstart.yaml",
-        )
-        make_tiny_backbone(config)
-
-    return run_command(body)

@@ -1,14 +1,15 @@
-"""What a plan says of a clip of an evaluation cache: the label its forecast is held against.
+"""Labels: what a plan says of them, by which rules stored values become classes or metres, and the
+label files of whole clips. NumPy only. Letters: H, W pixels.
+
+Labels stay with their data set. The plan of an evaluation cache refers to them, by paths relative
+to the data set's folder (`targets` reads them):
 
     {"label": "gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png", "label_size": [1024, 2048],
      "kind": "segmentation", "sequence": "ulm_000001", "rule": {"name": "cityscapes"}}
 
-Labels stay with their data set; the cache only refers to them, by paths relative to the data set's
-folder. Part of plan.jsonl; train/targets.py reads the labels themselves.
+Those of a uniform cache's clips lie in a folder of their own, named by the clips' keys:
 
-Stored label values -> classes or metres, by the rules of the data sets. NumPy only.
-
-Letters: H, W pixels. Checked by tests/parity (08_eval).
+    LABELS/CLIP_KEY.npy    uint8 (frames, H, W), class of each pixel, 255 = ignore
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CacheMismatch, DamagedShard, UsageError
+from ..npy import map_npy
 from ..schema import Fields, is_count, is_number, shown
 from .geometry import kb_region
 
@@ -248,3 +250,66 @@ def _depth(stored: NDArray[Any], rule: LabelRule) -> NDArray[np.float32]:
     depth = stored.astype(np.float32) / np.float32(rule.steps_per_m or 1.0)
     depth[np.isin(stored, rule.ignore)] = NO_DEPTH
     return depth
+
+
+class ClipLabels:
+    """The label files of the clips of a uniform cache, indexed as its frame_index: by the frames'
+    numbers in presentation order. Mapped, never resized; H and W need not be the video's."""
+
+    def __init__(
+        self, folder: Path | str, *, last_frames: Mapping[str, int], num_classes: int
+    ) -> None:
+        """last_frames: clip key -> the highest frame that will be read.
+
+        Raises UsageError, naming the clip, for a key that leads out of the folder and for a file
+        that is missing, of another layout, or of fewer frames.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"--labels {folder}: no such folder")
+        self._num_classes = num_classes
+        self._maps = {key: _map_labels(folder, key) for key in last_frames}
+        for key, last in last_frames.items():
+            if last >= len(self._maps[key]):
+                raise UsageError(
+                    f"clip {key}: its labels have {len(self._maps[key])} frames, the cache has its "
+                    f"frame {last}: label every frame of the clip ({IGNORE} = ignore)"
+                )
+
+    def size(self, key: str) -> tuple[int, int]:
+        """Height and width of a clip's labels."""
+        _, height, width = self._maps[key].shape
+        return height, width
+
+    def frame(self, key: str, index: int) -> NDArray[np.uint8]:
+        """The label of one frame, uint8 (H, W); UsageError for a class beyond `num_classes`."""
+        label = np.array(self._maps[key][index])
+        classes = label[label != IGNORE]
+        if classes.size and classes.max() >= self._num_classes:
+            raise UsageError(
+                f"clip {key}: the label of frame {index} has class {classes.max()}: wanted 0 to "
+                f"{self._num_classes - 1}, or {IGNORE} for ignore: set num_classes or give the "
+                "head of these labels, or convert them"
+            )
+        return label
+
+
+def _map_labels(folder: Path, key: str) -> NDArray[np.uint8]:
+    path = folder / f"{key}.npy"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"clip {key}: its name leads out of the label folder {folder}")
+    try:
+        maps = map_npy(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"clip {key}: no labels, {path} does not exist: write it, uint8 (frames, height, "
+            f"width), {IGNORE} = ignore"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"clip {key}: {path} cannot be read as .npy ({error})") from error
+    if maps.dtype != np.uint8 or maps.ndim != 3 or not maps.size:
+        raise UsageError(
+            f"clip {key}: {path} holds {maps.dtype} {maps.shape}, wanted uint8 (frames, height, "
+            "width)"
+        )
+    return maps

@@ -1,31 +1,35 @@
 """export_cache: windows of finished caches as a new one: a subset, a merger, other shards, another
 storage type.
 
-With the storage type kept, every stored number is one that was there, so the identity and with it
-the fingerprint stay. With another one `identity.storage` names both: `converted_from` holds the
-old one, since rounding twice is not rounding once.
+    export_cache(["cache/a", "cache/b"], "cache/train", selection=Selection(splits=("train",)))
 
-Shard by shard with done-records, as extraction: killed anywhere and run again with the same
-arguments it goes on, and the bytes are the same. One process.
+Clips are taken whole, those in quarantine too, so that the new cache says what its videos did not
+give. With the storage type kept, every stored number is one that was there, so the identity and
+with it the fingerprint stay. With another one `identity.storage` names both: `converted_from` holds
+the old one, since rounding twice is not rounding once.
+
+Shard by shard with done-records, as extraction: run again with the same arguments, the shards that
+are done stay, and the bytes are the same. One process.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CHANNEL_SCALE, CacheInfo, compare, finish_cache, open_cache, read_cache_info
+from ..cache import BLACK, PATCHES, CacheInfo, compare, finish_cache, open_cache, read_cache_info
+from ..deltas.reader import DeltaShards
 from ..deltas.writer import DeltaRows, write_delta_shard
 from ..errors import CacheMismatch, DeltatokError, UsageError
 from ..files import check_free, remove_partials
 from ..patches.int8 import (
     SAMPLE_CLIPS,
     channel_scale_of,
-    read_channel_scale,
     sample_order,
     scale_sha256,
     write_channel_scale,
@@ -34,23 +38,70 @@ from ..patches.layout import STORED_DTYPES
 from ..patches.reader import PatchShards
 from ..patches.writer import PatchRows, write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
-from ..plan import PlanEntry, clips_by_shard, write_plan
-from ..records import read_done, write_quarantine
-from .export_plan import (
-    Selection,
-    Source,
-    deal,
-    draw_seed,
-    exported_from,
-    open_sources,
-    select_clips,
-)
-from .export_rows import gather_columns, in_order_of_content
+from ..plan import PlanEntry, clips_by_shard, plan_order, read_plan, write_plan
+from ..reader import known_names
+from ..records import DoneRecord, read_all_done, read_done, write_quarantine
 
 logger = logging.getLogger(__name__)
 
+Reader = PatchShards | DeltaShards
+
 SPARE = 1.02
 """Of the tokens' bytes, for metadata, indices and records (a guess)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which clips; None or empty: all."""
+
+    clips: frozenset[str] | None = None
+    """Keys."""
+    labels: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    limit: int | None = None
+    """The first so many in the plan's order of seed and key."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"limit is {self.limit}, wanted 1 or more clips")
+
+
+@dataclass(frozen=True)
+class SourceCache:
+    """A cache that is exported from."""
+
+    reader: Reader
+
+    @cached_property
+    def plan(self) -> dict[str, PlanEntry]:
+        """Its plan by key, the clips in quarantine too."""
+        return {entry.key: entry for entry in read_plan(self.reader.folder)}
+
+    @cached_property
+    def records(self) -> dict[str, DoneRecord]:
+        """By key, the done-record of the clip's shard."""
+        return {
+            key: record
+            for record in read_all_done(self.reader.folder)
+            for key in (*record.keys, *(entry.clip for entry in record.quarantined))
+        }
+
+    @cached_property
+    def windows(self) -> dict[str, NDArray[np.int64]]:
+        """By key, the numbers of the clip's windows, ascending; none for one in quarantine.
+
+        By frames, then crop, then flip: an order that does not depend on the cache they are in, so
+        that neither do the bytes of an export."""
+        clips, table = self.reader.clip_index, self.reader.table()
+        columns = [table.flipped, *table.crop.T[::-1], *table.frame_index.T[::-1], clips]
+        order = np.lexsort(columns).astype(np.int64)
+        ends = np.cumsum(np.bincount(clips, minlength=len(self.reader.keys)))
+        found = dict(zip(self.reader.keys, np.split(order, ends[:-1]), strict=True))
+        return {key: found.get(key, order[:0]) for key in self.plan}
+
+
+Clips = Mapping[str, SourceCache]
+"""The clips that are exported, by key in the order of the plan, and the cache each is in."""
 
 
 def export_cache(
@@ -77,38 +128,136 @@ def export_cache(
     if out.resolve() in [Path(folder).resolve() for folder in folders]:
         raise UsageError(f"{out}: is one of the caches to export: give a new folder")
     sources = open_sources(folders)
-    if compression != "none" and not isinstance(sources[0].reader, PatchShards):
+    like = sources[0].reader
+    if compression != "none" and not isinstance(like, PatchShards):
         raise UsageError(f"compression {compression!r}: delta caches are not compressed")
     clips = select_clips(sources, selection)
-    plan = deal(clips, clips_per_shard=clips_per_shard, windows_per_shard=windows_per_shard)
-    scale = _new_scale(sources[0], clips, dtype, out)
-    info = _describe(sources, dtype, scale)
-    info = replace(info, exported_from=exported_from(sources, selection, clips))
-    _check_room(out, info, plan, clips)
-    _begin(out, info, plan, sources[0], scale)
+    plan = plan_shards(clips, clips_per_shard=clips_per_shard, windows_per_shard=windows_per_shard)
     shards = clips_by_shard(plan)
+    scale = _channel_scale(like, clips, dtype)
+    info = replace(
+        like.info,
+        identity=_identity(like.info, dtype, scale),
+        exported_from=_exported_from(sources, selection, clips),
+        counts={},
+        files={},
+        complete=False,
+    )
+    _check_room(out, info, shards, clips)
+    _begin(out, info, plan)
+    if isinstance(like, PatchShards):
+        write_black(out, like.black)
+    if scale is not None:
+        write_channel_scale(out, scale)
     for number, (shard, entries) in enumerate(shards.items(), start=1):
         if read_done(out, shard) is None:
-            _write_shard(out, shard, entries, clips, info=info, compression=compression)
+            keys = [entry.key for entry in entries]
+            _write_shard(out, shard, {key: clips[key] for key in keys}, info, compression)
         if progress is not None:
             progress(number, len(shards))
     num_lost = len(write_quarantine(out))
     return finish_cache(out, {"clips": len(plan) - num_lost, "quarantined": num_lost})
 
 
-def _begin(
-    out: Path,
-    info: CacheInfo,
-    plan: Sequence[PlanEntry],
-    source: Source,
-    scale: NDArray[np.float32] | None,
-) -> None:
-    """Everything beside the shards; the same for a cache that was begun already."""
+def open_sources(folders: Sequence[Path | str]) -> list[SourceCache]:
+    """The finished caches in `folders`, delta tars held against their hashes.
+
+    Raises CacheMismatch, naming the field, unless all are of one identity.
+    """
+    infos = [read_cache_info(folder) for folder in folders]
+    for folder, info in zip(folders[1:], infos[1:], strict=True):
+        compare(
+            _merged_fields(info),
+            _merged_fields(infos[0]),
+            what_got=str(folder),
+            what_wanted=str(folders[0]),
+        )
+    kind = PatchShards if infos[0].format == PATCHES else DeltaShards
+    readers: list[Reader] = [kind(folder) for folder in folders]
+    black = [reader.black for reader in readers if isinstance(reader, PatchShards)]
+    for reader, other in zip(readers[1:], black[1:], strict=False):
+        if not np.array_equal(other, black[0]):
+            raise CacheMismatch(
+                f"{reader.folder}: {BLACK} is not that of {readers[0].folder}: they were made by "
+                "different devices or releases; extract both with the same"
+            )
+    return [SourceCache(reader) for reader in readers]
+
+
+def select_clips(sources: Sequence[SourceCache], selection: Selection) -> dict[str, SourceCache]:
+    """Key -> the cache it is in, in the plan's order.
+
+    Raises UsageError for a clip, label or split that no cache has, for a clip that is in two of
+    them, and where nothing is left.
+    """
+    where = ", ".join(str(source.reader.folder) for source in sources)
+    entries = [entry for source in sources for entry in source.plan.values()]
+    wanted: dict[str, Collection[str]] = {}
+    for field, what, names in (
+        ("key", "clip", selection.clips),
+        ("label", "label", selection.labels or None),
+        ("split", "split", selection.splits or None),
+    ):
+        if names is not None:
+            known = {value for entry in entries if (value := getattr(entry, field))}
+            wanted[field] = known_names(names, known, what=what, where=where)
+    found: dict[str, SourceCache] = {}
+    for source in sources:
+        for key, entry in source.plan.items():
+            if any(getattr(entry, field) not in names for field, names in wanted.items()):
+                continue
+            if key in found:
+                raise UsageError(
+                    f"clip {key!r} is in {found[key].reader.folder} and in {source.reader.folder}: "
+                    "a key must be unique; leave one of the caches out, or name the clips to take"
+                )
+            found[key] = source
+    if not found:
+        raise UsageError(f"{where}: no clip has all that is asked for (clips, labels, splits)")
+    order = plan_order(found, seed=_draw_seed(sources[0].reader.info))[: selection.limit]
+    return {key: found[key] for key in order}
+
+
+def plan_shards(
+    clips: Clips, *, clips_per_shard: int | None = None, windows_per_shard: int | None = None
+) -> list[PlanEntry]:
+    """The plan of the new cache: `clips` dealt in order into shards of so many clips, or of at most
+    so many windows (more where one clip has more); with neither as many clips as the largest
+    shard they come from."""
+    for name, value in (("clips", clips_per_shard), ("windows", windows_per_shard)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}_per_shard is {value}, wanted 1 or more")
+    if clips_per_shard is not None and windows_per_shard is not None:
+        raise UsageError("clips_per_shard and windows_per_shard: give one of them")
+    if clips_per_shard is None and windows_per_shard is None:
+        clips_per_shard = max(
+            int(np.bincount([entry.shard for entry in source.plan.values()]).max())
+            for source in set(clips.values())
+        )
+    plan: list[PlanEntry] = []
+    shard, num_clips, num_windows = 0, 0, 0
+    for key, source in clips.items():
+        more = len(source.windows[key])
+        full = num_clips == clips_per_shard or (
+            windows_per_shard is not None and num_windows + more > windows_per_shard
+        )
+        if num_clips and full:
+            shard, num_clips, num_windows = shard + 1, 0, 0
+        num_clips, num_windows = num_clips + 1, num_windows + more
+        plan.append(replace(source.plan[key], shard=shard))
+    return plan
+
+
+def _begin(out: Path, info: CacheInfo, plan: Sequence[PlanEntry]) -> None:
+    """cache.json, plan.jsonl and the folder of the shards; CacheMismatch where an `out` that was
+    begun is another export."""
     remove_partials(out)
     stored = open_cache(out, info)
-    advice = {"what_got": str(out), "what_wanted": "what is asked for"}
     compare(
-        {"exported_from": stored.exported_from}, {"exported_from": info.exported_from}, **advice
+        {"exported_from": stored.exported_from},
+        {"exported_from": info.exported_from},
+        what_got=str(out),
+        what_wanted="what is asked for",
     )
     remove_partials(out / "shards")
     for entry, wanted in zip(write_plan(out, plan), plan, strict=True):
@@ -117,51 +266,30 @@ def _begin(
                 f"{out}: shard of clip {entry.key!r} is {entry.shard}, but other shards are asked "
                 "for: give the same size of shards as before, or another folder"
             )
-    if isinstance(source.reader, PatchShards):
-        write_black(out, source.reader.black)
-    if scale is not None:
-        write_channel_scale(out, scale)
 
 
-def _write_shard(
-    out: Path,
-    shard: int,
-    entries: Sequence[PlanEntry],
-    clips: Mapping[str, Source],
-    *,
-    info: CacheInfo,
-    compression: str,
-) -> None:
-    records = {entry.key: clips[entry.key].records[entry.key] for entry in entries}
+def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compression: str) -> None:
+    records = {key: source.records[key] for key, source in clips.items()}
     keys = [key for key, record in records.items() if key in record.keys]
-    quarantined = [
-        lost for key, record in records.items() for lost in record.quarantined if lost.clip == key
-    ]
-    decoders = {key: records[key].decoders[key] for key in keys if key in records[key].decoders}
-    like = clips[entries[0].key].reader
-    found = [(clips[key].reader, clips[key].windows_of(key)) for key in keys]
-    columns = gather_columns(
-        [(reader, in_order_of_content(reader, windows)) for reader, windows in found],
-        like=like,
-        kept=like.info.identity.get("storage") == info.identity.get("storage"),
-    )
-    told: dict[str, Any] = {
-        "seed": draw_seed(info),
-        "decoders": decoders,
-        "quarantined": quarantined,
+    rows = _gather({key: clips[key] for key in keys}, info, like=next(iter(clips.values())).reader)
+    common: dict[str, Any] = {
+        "seed": _draw_seed(info),
+        "decoders": {
+            key: records[key].decoders[key] for key in keys if key in records[key].decoders
+        },
+        "quarantined": [
+            lost
+            for key, record in records.items()
+            for lost in record.quarantined
+            if lost.clip == key
+        ],
     }
     try:
-        if info.shape.num_tokens is None:
-            write_delta_shard(out, shard, DeltaRows(**columns, keys=keys), **told)
+        if isinstance(rows, DeltaRows):
+            write_delta_shard(out, shard, rows, **common)
         else:
-            write_patch_shard(
-                out,
-                shard,
-                PatchRows(**columns, keys=keys),
-                dtype=info.identity["storage"]["dtype"],
-                compression=compression,
-                **told,
-            )
+            dtype = info.identity["storage"]["dtype"]
+            write_patch_shard(out, shard, rows, dtype=dtype, compression=compression, **common)
     except OSError as error:
         raise DeltatokError(
             f"{out}: shard {shard:06d} cannot be written ({error.strerror or error}): make room "
@@ -169,60 +297,133 @@ def _write_shard(
         ) from error
 
 
-def _describe(
-    sources: Sequence[Source], dtype: str | None, scale: NDArray[np.float32] | None
-) -> CacheInfo:
-    """cache.json of the export, but for `exported_from`."""
-    info = replace(sources[0].reader.info, counts={}, files={}, complete=False)
+def _gather(clips: Clips, info: CacheInfo, *, like: Reader) -> PatchRows | DeltaRows:
+    """The windows of each clip in turn. Patch tokens as they are stored where the new cache stores
+    them so, and as float16 or float32 values where it does not.
+
+    like: any reader, for the shapes where there are no clips.
+    """
+    picks = [(source.reader, source.windows[key]) for key, source in clips.items()]
+    ends = np.cumsum([0, *(len(windows) for _, windows in picks)])
+    columns: dict[str, Any] = {
+        "keys": list(clips),
+        "clip": np.repeat(np.arange(len(picks), dtype=np.int32), np.diff(ends)),
+    }
+    for name in ("timestamps_s", "frame_index", "crop", "flipped"):
+        parts = [getattr(reader.table(), name)[windows] for reader, windows in picks]
+        columns[name] = np.concatenate([getattr(like.table(), name)[:0], *parts])
+    if not isinstance(like, PatchShards):
+        tokens = np.empty((ends[-1], *like.shape), dtype=np.float16)
+    elif like.dtype in ("float16", info.identity["storage"]["dtype"]):
+        tokens = np.empty((ends[-1], *like.shape), dtype=STORED_DTYPES[like.dtype])
+    else:
+        tokens = np.empty((ends[-1], *like.shape), dtype=np.float32)
+    scales = [np.empty((0, *like.shape[:2]), dtype=np.float16)]
+    for (reader, windows), begin, end in zip(picks, ends[:-1], ends[1:], strict=True):
+        if isinstance(reader, PatchShards) and tokens.dtype != np.float32:
+            reader.stored_tokens(windows, out=tokens[begin:end])
+        else:
+            reader.tokens(windows, out=tokens[begin:end])
+        if isinstance(reader, PatchShards) and tokens.dtype == np.int8:
+            scales.append(reader.token_scale(windows))
+    if not isinstance(like, PatchShards):
+        return DeltaRows(tokens=tokens, **columns)
+    token_scale = np.concatenate(scales) if tokens.dtype == np.int8 else None
+    return PatchRows(tokens=tokens, token_scale=token_scale, **columns)
+
+
+def _identity(
+    info: CacheInfo, dtype: str | None, scale: NDArray[np.float32] | None
+) -> dict[str, Any]:
+    """That of the export: another one where another dtype is asked for."""
     storage = info.identity.get("storage", {})
     if dtype is None or dtype == storage.get("dtype"):
-        return info
-    if info.shape.num_tokens is None or dtype not in STORED_DTYPES:
-        known = "float16" if info.shape.num_tokens is None else ", ".join(STORED_DTYPES)
+        return info.identity
+    if info.format != PATCHES or dtype not in STORED_DTYPES:
+        known = ", ".join(STORED_DTYPES) if info.format == PATCHES else "float16"
         raise UsageError(f"dtype {dtype!r}: {info.format} caches store {known}")
-    scales = {} if scale is None else {"scale_sha256": scale_sha256(scale)}
-    converted = {"dtype": dtype, **scales, "converted_from": storage}
-    return replace(info, identity={**info.identity, "storage": converted})
+    converted = {"dtype": dtype, "converted_from": storage}
+    if scale is not None:
+        converted["scale_sha256"] = scale_sha256(scale)
+    return {**info.identity, "storage": converted}
 
 
-def _new_scale(
-    source: Source, clips: Mapping[str, Source], dtype: str | None, out: Path
-) -> NDArray[np.float32] | None:
-    """The channel scales of an int8 export, float32 (D,): those of the source, those of an export
-    that was begun, or fitted as extraction does; None for other dtypes."""
-    reader = source.reader
+def _channel_scale(reader: Reader, clips: Clips, dtype: str | None) -> NDArray[np.float32] | None:
+    """The channel scales of an int8 export, float32 (D,): those of the source, or fitted as
+    extraction does; None for other dtypes."""
     if not isinstance(reader, PatchShards) or (dtype or reader.dtype) != "int8":
         return None
     if reader.dtype == "int8":
         return reader.channel_scale
-    if (out / "cache.json").is_file() and (out / CHANNEL_SCALE).is_file():
-        return read_channel_scale(out, read_cache_info(out))
-    seed = draw_seed(reader.info)
+    seed = _draw_seed(reader.info)
     order = sorted(clips, key=lambda key: sample_order(seed, key))
-    sample = [key for key in order if len(clips[key].windows_of(key))][:SAMPLE_CLIPS]
+    sample = [key for key in order if len(clips[key].windows[key])][:SAMPLE_CLIPS]
     if not sample:
         raise UsageError("int8: none of the clips has a window to fit the channel scales on")
     logger.info("int8: fitting the channel scales on one window of each of %d clips", len(sample))
     squares = np.zeros(reader.shape[2], dtype=np.float64)
     for key in sample:
-        chosen = in_order_of_content(clips[key].reader, clips[key].windows_of(key))[:1]
-        window = clips[key].reader.tokens(chosen).astype(np.float64)
+        window = clips[key].reader.tokens(clips[key].windows[key][:1]).astype(np.float64)
         squares += np.square(window).mean(axis=(0, 1, 2))
     return channel_scale_of(squares / len(sample))
 
 
 def _check_room(
-    out: Path, info: CacheInfo, plan: Sequence[PlanEntry], clips: Mapping[str, Source]
+    out: Path, info: CacheInfo, shards: Mapping[int, Sequence[PlanEntry]], clips: Clips
 ) -> None:
     """Raises DeltatokError if the shards still to be written, uncompressed, do not fit."""
-    stored = info.identity.get("storage", {}).get("dtype", "float16")
+    dtype = STORED_DTYPES[info.identity.get("storage", {}).get("dtype", "float16")]
     shape = info.shape
-    frame_bytes = (shape.num_tokens or 1) * shape.hidden_size * STORED_DTYPES[stored].itemsize
-    needed = sum(
-        shape.num_frames
-        * frame_bytes
-        * sum(len(clips[entry.key].windows_of(entry.key)) for entry in entries)
-        for shard, entries in clips_by_shard(plan).items()
+    values = shape.num_frames * (shape.num_tokens or 1) * shape.hidden_size
+    num_windows = sum(
+        len(clips[entry.key].windows[entry.key])
+        for shard, entries in shards.items()
         if read_done(out, shard) is None
+        for entry in entries
     )
-    check_free(out, int(needed * SPARE), what="the export")
+    needed_bytes = int(num_windows * values * dtype.itemsize * SPARE)
+    check_free(out, needed_bytes, what="the export")
+
+
+def _exported_from(
+    sources: Sequence[SourceCache], selection: Selection, clips: Clips
+) -> dict[str, Any]:
+    """What cache.json says of where the windows come from; plain JSON values."""
+    caches = []
+    for source in sources:
+        own = [key for key, other in clips.items() if other is source]
+        cache = {
+            "fingerprint": source.reader.fingerprint,
+            "clips": len(own),
+            "windows": sum(len(source.windows[key]) for key in own),
+        }
+        if source.reader.info.exported_from:
+            cache["exported_from"] = source.reader.info.exported_from
+        caches.append(cache)
+    chosen = {
+        "labels": list(selection.labels),
+        "splits": list(selection.splits),
+        "limit": selection.limit,
+    }
+    return {"caches": caches, **{name: value for name, value in chosen.items() if value}}
+
+
+def _draw_seed(info: CacheInfo) -> int:
+    """The seed that the windows of a cache were drawn with, 0 where it names none."""
+    for identity in (info.identity, info.identity.get("patches")):
+        sampling = identity.get("sampling") if isinstance(identity, Mapping) else None
+        if isinstance(sampling, Mapping) and isinstance(sampling.get("seed"), int):
+            return int(sampling["seed"])
+    return 0
+
+
+def _merged_fields(info: CacheInfo) -> dict[str, Any]:
+    """What caches that are merged must agree on."""
+    return {
+        "format": info.format,
+        "format_version": info.format_version,
+        "identity": info.identity,
+        "shape": asdict(info.shape),
+        "parent_fingerprint": info.parent_fingerprint,
+        "licence": info.licence,
+    }

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deltatok.evaluate.report.rows import MODE_ROWS, ReportRow, markdown_table, show_row
+from deltatok.evaluate.report.rows import MODE_ROWS, ReportRow, show_row, table
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
@@ -28,7 +28,7 @@ def section(figures: dict[str, Any]) -> str:
     seconds = sum(figures["seconds"]["stages"].values())
     probes = ", ".join(f"{name} {figures['probes'][name]:.3g}" for name in PROBES)
     return (
-        f"{markdown_table(rows)}\n\n{modes(rows)}"
+        f"{table(rows).markdown()}\n\n{modes(rows)}"
         f"All stages together took {seconds:.0f} s on two CPU cores. The tokenizer on this cache: "
         f"{probes}.\n"
     )

@@ -8,7 +8,7 @@ from deltatok.shards import PatchShards
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.data.batches import Batch
 from deltatok.train.data.order import Share
-from deltatok.train.data.residency import settled
+from deltatok.train.data.residency import resolve_residency
 from deltatok.train.engine.checkpoints import make_model
 from deltatok.train.engine.devices import make_accelerator
 from deltatok.train.engine.loop import Trainer
@@ -69,7 +69,7 @@ def tokenizer_rate(
         compile=compiled,
     )
     accelerator = make_accelerator(config.device, config.precision)
-    config = settled(config, shards.size_bytes, accelerator)
+    config = resolve_residency(config, shards.size_bytes, accelerator)
     model, _ = make_model(DeltaTok, config.model, seed=0, start_from=None)
     run = Run(command="tokenizer", config=config, data={}, fingerprints={})
     stage = (InMemory if in_memory else TokenizerStage)(

@@ -29,6 +29,7 @@ from on_the_fly import OnTheFly
 from trainer_runs import tokenizer_rate, world_rate
 
 from deltatok.evaluate.flops import FlopsConfig, flops_rows
+from deltatok.evaluate.tables import markdown_table
 
 SCHEDULE_WINDOWS = 305_000 * 1024
 """Released schedule: 300,000 steps and a cooldown of 5,000, batch 1,024 (PAPER.md)."""
@@ -139,11 +140,11 @@ def table(result: dict[str, Any]) -> str:
         "tokenizer_over_memory": ">= 0.95",
         "schedule_gpu_hours": "<= 24 (H200)",
     }
-    lines = [f"| {result['device']} | measured | goal |", "|---|---:|---|"]
-    for name, goal in goals.items():
-        value = result[name]
-        lines.append(f"| {name} | {'not measured' if value is None else f'{value:.4g}'} | {goal} |")
-    return "\n".join(lines)
+    body = [
+        [name, "not measured" if result[name] is None else f"{result[name]:.4g}", goal]
+        for name, goal in goals.items()
+    ]
+    return markdown_table([result["device"], "measured", "goal"], body)
 
 
 if __name__ == "__main__":

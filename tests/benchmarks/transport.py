@@ -1,18 +1,19 @@
-"""How fast decoded frames get from a decoding process to the pool: shared memory against a socket.
+"""How fast decoded frames get from a decoding process to the pool, beside a copy within a process.
 
     python tests/benchmarks/transport.py --json FILE
 
 A process that decodes nothing sends a clip of random frames again and again, through the pool's
-own code: in sealed memory files, and through the socket as on systems without them. The pool's
-side copies every clip once, as cropping does. A copy within this process is timed beside them.
+own code: in memory files, and in temporary files as on systems without them. The pool's side copies
+every clip once, as cropping does.
 
-JSON: shared_bytes_per_s, socket_bytes_per_s, copy_bytes_per_s, shared_over_socket (medians over
-the clips), clip_bytes; and what counts where many processes share one pool: CPU seconds that a GB
-costs this process, its copy included: shared_cpu_s_per_gb, socket_cpu_s_per_gb.
+JSON: memory_bytes_per_s, file_bytes_per_s, copy_bytes_per_s (medians over the clips), clip_bytes;
+and what counts where many processes share one pool: CPU seconds that a GB costs this process, its
+copy included: memory_cpu_s_per_gb, file_cpu_s_per_gb.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,16 +27,14 @@ from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
 from deltatok.extract.sources.clip import Clip
 
-CHILD = """
-import os, sys
+WORKER = """
+import sys
 import numpy as np
-from deltatok.extract.decoding import child
 from deltatok.extract.decoding.clip import DecodedFrames
+from deltatok.extract.decoding import worker
 from deltatok.extract.sampling import WindowDraw
 
-num_frames, height, width, shared = map(int, sys.argv[1:5])
-if not shared:
-    del os.memfd_create
+num_frames, height, width = map(int, sys.argv[1:4])
 pixels = np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), np.uint8)
 frames = dict(enumerate(pixels))
 draw = WindowDraw(tuple(frames), tuple(map(float, frames)), (0, 0, height, width), False)
@@ -43,7 +42,7 @@ draw = WindowDraw(tuple(frames), tuple(map(float, frames)), (0, 0, height, width
 def decode(request, starting):
     return DecodedFrames("pyav", [draw], frames)
 
-sys.exit(child.main(sys.argv[5:], decode=decode))
+worker.main(sys.argv[4:], decode=decode)
 """
 
 
@@ -58,25 +57,24 @@ def main() -> None:
     size = (arguments.frames, *arguments.size)
     space = np.zeros((*size, 3), np.uint8)
     with TemporaryDirectory() as folder:
-        script = Path(folder) / "child.py"
-        script.write_text(CHILD)
-        words = [sys.executable, "-P", str(script), *map(str, size)]
-        rates = {
-            name: _rate([*words, str(shared)], arguments.clips, space)
-            for name, shared in (("shared", 1), ("socket", 0))
-        }
+        script = Path(folder) / "worker.py"
+        script.write_text(WORKER)
+        command = [sys.executable, "-P", str(script), *map(str, size)]
+        rates = {"memory": _rate(command, arguments.clips, space)}
+        if hasattr(os, "memfd_create"):
+            del os.memfd_create
+        rates["file"] = _rate(command, arguments.clips, space)
     source = np.ones_like(space)
     start_s = time.perf_counter()
     for _ in range(arguments.clips):
         space[...] = source
     copied = arguments.clips * space.nbytes / (time.perf_counter() - start_s)
     result = {
-        "shared_bytes_per_s": rates["shared"][0],
-        "socket_bytes_per_s": rates["socket"][0],
+        "memory_bytes_per_s": rates["memory"][0],
+        "file_bytes_per_s": rates["file"][0],
         "copy_bytes_per_s": copied,
-        "shared_over_socket": rates["shared"][0] / rates["socket"][0],
-        "shared_cpu_s_per_gb": rates["shared"][1],
-        "socket_cpu_s_per_gb": rates["socket"][1],
+        "memory_cpu_s_per_gb": rates["memory"][1],
+        "file_cpu_s_per_gb": rates["file"][1],
         "clip_bytes": space.nbytes,
     }
     text = json.dumps(result, indent=1)
@@ -89,7 +87,7 @@ def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple
     is copied to `space`."""
     policy = SamplingPolicy.from_config(ExtractConfig(videos=("unused",), out="unused"))
     clips = [Clip(str(number), Path("unused"), 1) for number in range(num_clips + 1)]
-    with DecodePool(policy, num_workers=1, timeout_s=60, child_command=command) as pool:
+    with DecodePool(policy, num_workers=1, timeout_s=60, worker_command=command) as pool:
         decoded = pool.decode(clips)
         next(decoded)
         times_s, cpu_s = [time.perf_counter()], time.process_time()

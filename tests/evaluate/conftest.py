@@ -1,7 +1,7 @@
 """A tiny evaluation: a uniform patch cache, models and labels, all made by code in kilobytes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.report.paper_rows import PaperComparison
+from deltatok.evaluate.report.rows import ReportRow
+from deltatok.evaluate.report.write import Pictures, Report, report_page
 from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, finish_cache, open_cache
 from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
@@ -196,3 +199,34 @@ def change_provenance(folder: Path, change: dict[str, Any]) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
     provenance = json.loads((folder / "provenance.json").read_text())
     (folder / "provenance.json").write_text(json.dumps(provenance | change))
+
+
+@pytest.fixture(scope="session")
+def small_page() -> Callable[..., str]:
+    """Makes the page of a report that has little more than its rows, of steps of 0.2 s."""
+
+    def make(
+        rows: Sequence[ReportRow],
+        *,
+        pictures: Pictures | None = None,
+        num_samples: int = 1,
+        probes: dict[str, Any] | None = None,
+        paper: PaperComparison | None = None,
+    ) -> str:
+        settings = {"dataset": "d", "num_context": 4, "short_steps": 1, "mid_steps": 3, "seed": 0}
+        report = Report(
+            rows=list(rows),
+            probes=probes or {},
+            best_of_k=[],
+            per_class_iou=[],
+            provenance={"cache": {"policy": "uniform"}},
+            seconds={},
+            config=settings | {"num_samples": num_samples, "num_seeds": 1, "class_names": ()},
+            num_windows=1,
+            num_clips=1,
+            step_s=0.2,
+            paper=paper,
+        )
+        return report_page(report, pictures or Pictures())
+
+    return make

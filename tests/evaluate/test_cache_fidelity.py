@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.evaluate.cache_fidelity import CacheFidelityConfig, markdown_table, run_cache_fidelity
+from deltatok.evaluate.cache_fidelity import CacheFidelityConfig, fidelity_table, run_cache_fidelity
 from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards import (
     CacheInfo,
@@ -195,7 +195,7 @@ def test_the_command_prints_a_table_and_writes_json(
     assert main(["cache-fidelity", *folders, "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     result = json.loads(out.read_text())
-    assert markdown_table(result) in printed
+    assert fidelity_table(result) in printed
     assert "| | patches (int8) | reference (float16) |" in printed
     assert f"cache fidelity: {out}" in printed
     assert result["patches"]["bytes_per_frame"] > 0

@@ -12,7 +12,7 @@ import pytest
 
 from deltatok.evaluate.compare import CompareConfig, Comparison, run_compare
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.scores import Score, SequenceScores, sequences_jsonl
+from deltatok.evaluate.forecast.sequences import Score, SequenceScores, sequences_jsonl
 from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards.errors import CacheMismatch, UsageError
 

@@ -10,7 +10,7 @@ from deltatok.evaluate.flops import (
     FlopsRow,
     count_flops,
     flops_rows,
-    markdown_table,
+    flops_table,
     paper_table_b,
 )
 from deltatok.shards.errors import UsageError
@@ -67,9 +67,9 @@ def test_products_are_counted_twice_per_multiply_add():
 
 def test_table_has_a_column_for_every_size():
     rows = [FlopsRow("encoder", 1234.5), FlopsRow("predictor", 0.256)]
-    assert markdown_table([("256 px", rows), ("512 px", rows)]) == (
+    assert flops_table([("256 px", rows), ("512 px", rows)]) == (
         "| GFLOPs | 256 px | 512 px |\n"
-        "|---|---|---|\n"
+        "| --- | ---: | ---: |\n"
         "| encoder | 1,234.50 | 1,234.50 |\n"
         "| predictor | 0.256 | 0.256 |\n"
     )

@@ -1,4 +1,4 @@
-"""The picture of the experiments in the README, from the JSON files beside this script.
+"""The picture of the experiments in docs/experiments.md, from the JSON files beside this script.
 
     python tests/experiments/figure.py --out docs/little-world.png
 

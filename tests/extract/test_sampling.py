@@ -194,8 +194,3 @@ def test_uniform_refuses_times_without_frames(make_policy: MakePolicy) -> None:
     policy = make_policy(policy="uniform", fps=5.0)
     with pytest.raises(UnusableClip, match=r"shows 2 frames over 1e\+09 s, too few for 5 a second"):
         draw_windows(policy, "k", np.array([0.0, 1e9]), 48, 64)
-
-
-def test_policy_survives_json(make_policy: MakePolicy) -> None:
-    policy = make_policy(seed=2**62)
-    assert SamplingPolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy

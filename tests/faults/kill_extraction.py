@@ -203,7 +203,7 @@ class Driver:
         equal = digest(out) == wanted
         self.figures.folders_equal += equal
         self.figures.problems += [] if equal else [f"{out.name}: differs from undisturbed"]
-        self.figures.problems += verify_cache(out, deep=True).problems
+        self.figures.problems += map(str, verify_cache(out, deep=True).problems)
         lines = (out / "timings.jsonl").read_text().splitlines()
         made = Counter(json.loads(line)["shard"] for line in lines)
         twice = sum(count - 1 for count in made.values())

@@ -37,7 +37,7 @@ def extracted(tiny_inputs: Path) -> Path:
 
 
 def config(root: Path, cache: Path, **changes: object) -> AuditConfig:
-    values = {"windows": 6, "videos": (str(root / "world/train"),), "backbone": root / "backbone"}
+    values = {"clips": 2, "videos": (str(root / "world/train"),), "backbone": root / "backbone"}
     values["backbone"] = str(values["backbone"])
     return AuditConfig(cache=str(cache), **{**values, **changes})
 
@@ -45,11 +45,11 @@ def config(root: Path, cache: Path, **changes: object) -> AuditConfig:
 def test_an_audit_of_what_was_extracted_finds_no_difference(
     tiny_inputs: Path, extracted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["verify", str(extracted), "--deep", "--audit", "6", "--json", str(tmp_path / "f.json")]
+    words = ["verify", str(extracted), "--deep", "--audit", "2", "--json", str(tmp_path / "f.json")]
     words += ["--videos", str(tiny_inputs / "world/train")]
     words += ["--backbone", str(tiny_inputs / "backbone")]
     assert shards(words) == 0
-    assert "6 windows of 3 clips made again, 0 differ" in capsys.readouterr().out
+    assert "6 windows of 2 clips made again, 0 differ" in capsys.readouterr().out
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["problems"] == []
     assert found["audit"]["largest_error"] < 1e-4
@@ -98,7 +98,7 @@ def test_deltas_of_other_patch_tokens_are_not_audited(
 
 
 def test_the_plan_tells_where_the_clips_were(tiny_inputs: Path, extracted: Path) -> None:
-    report = audit_cache(config(tiny_inputs, extracted, videos=(), windows=100))
+    report = audit_cache(config(tiny_inputs, extracted, videos=(), clips=100))
     assert (report.windows, report.differing) == (9, [])
 
 
@@ -161,7 +161,7 @@ def swap_tokens(columns: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (move_frame, "frames"),
+        (move_frame, "frame_index"),
         (move_crop, "crop"),
         (mirror, "flipped"),
         (delay, "timestamps_s"),
@@ -176,7 +176,7 @@ def test_a_window_that_the_video_does_not_give_is_named(
     words: str,
 ) -> None:
     cache = rewrite(extracted, tmp_path / "cache", change)
-    (found,) = audit_cache(config(tiny_inputs, cache, windows=9)).differing
+    (found,) = audit_cache(config(tiny_inputs, cache, clips=3)).differing
     assert (found.window, found.shard) == (4, 0)
     assert found.what.startswith(words)
 
@@ -210,7 +210,7 @@ def test_a_changed_or_missing_video_is_named(
     shutil.copytree(tiny_inputs / "world/train", videos)
     first = min(videos.rglob("*.mp4"))
     first.write_bytes(first.read_bytes() + b"x")
-    words = ["verify", str(extracted), "--audit", "9", "--videos", str(videos)]
+    words = ["verify", str(extracted), "--audit", "3", "--videos", str(videos)]
     words += ["--backbone", str(tiny_inputs / "backbone")]
     fails(shards, words, 1, "3 of 9 windows are not what the videos give")
     first.unlink()

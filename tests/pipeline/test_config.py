@@ -6,8 +6,9 @@ from typing import Literal
 
 import pytest
 
-from deltatok.pipeline.cli import as_plain, build_config, field_docs, parse_config, read_yaml
+from deltatok.pipeline.cli import Command, as_plain, config_from_arguments, field_docs, read_yaml
 from deltatok.shards.errors import UsageError
+from deltatok.shards.schema import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,9 @@ class Outer:
 
 
 def parse(*words: str) -> Outer:
-    return parse_config(Outer, words, prog="made-up", summary="", example="")
+    command = Command(help="", summary="", examples=("made-up",), config="", run="")
+    parser = command.parser("made-up", Outer, words)
+    return config_from_arguments(Outer, parser.parse_args(words))
 
 
 def test_defaults_file_flags_and_settings_override_in_that_order(tmp_path: Path) -> None:
@@ -64,7 +67,7 @@ def test_boolean_flags_can_be_turned_on_and_off() -> None:
 
 def test_plain_values_build_the_same_config() -> None:
     config = parse("--out", "x", "--set", "scale=[0.2, 0.4]")
-    assert build_config(Outer, as_plain(config), where="copy") == config
+    assert load(Outer, as_plain(config), where="copy") == config
 
 
 def test_unknown_key_names_the_nearest() -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.datasets.base import DatasetConfig
-from deltatok.pipeline.cli import build_config, read_yaml
+from deltatok.pipeline.cli import read_yaml
 from deltatok.pipeline.commands import train as train_command
+from deltatok.shards.schema import load
 from deltatok.train.config import (
     DINOWorldTrainConfig,
     HeadTrainConfig,
@@ -37,7 +38,7 @@ TRAINING_FILES = [path for path in FILES if path.parent.name in TRAINED]
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_config_file_builds_and_says_what_it_makes(path: Path) -> None:
     config_type, given = GIVEN[path.parent.name]
-    build_config(config_type, read_yaml(path) | given, where=path.name)
+    load(config_type, read_yaml(path) | given, where=path.name)
     head = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     for word in ("Makes:", "Command:", "Hardware:", "Hours:", "Size:", "Expect:"):
         assert word in head

@@ -24,6 +24,17 @@ def test_every_folder_with_code_is_listed_as_a_package() -> None:
     assert found | {"deltatok"} == set(listed)
 
 
+def test_every_template_is_in_the_wheel() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["deltatok"]
+    found = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    templates = {
+        path for room in ROOMS for path in (ROOT / room).glob("**/templates/*") if path.is_file()
+    }
+    assert templates
+    assert templates <= found
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_go_one_way(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):

@@ -1,6 +1,8 @@
 """What --plan says before anything runs, against what is then written."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,33 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from deltatok.extract.sources.find import find_clips
-from deltatok.pipeline import plan as plan_module
-from deltatok.pipeline import plan_probe
+from deltatok.pipeline import cost_plan
 from deltatok.pipeline.commands.extract import VideosConfig
 from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.cost_plan import plan_encoding, plan_extraction, plan_text
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.plan import make_extraction_plan
-from deltatok.pipeline.plan_probe import probe_disk, probe_forward
-from deltatok.pipeline.plan_text import plan_text
-from deltatok.shards import UsageError, read_cache_info
-from deltatok.shards.plan import plan_order
+from deltatok.shards import DeltatokError, UsageError, read_cache_info
+from deltatok.train.config import TokenizeConfig
 from deltatok.train.models.configs import DeltaTokConfig
 from deltatok.train.models.deltatok import DeltaTok
 
 Fails = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times nobody looks at here are measured on less."""
-    monkeypatch.setattr(plan_probe, "DISK_BYTES", 2**20)
-    monkeypatch.setattr(plan_probe, "DISK_CHUNK_BYTES", 2**18)
-    monkeypatch.setattr(
-        plan_module,
-        "probe_forward",
-        lambda *arguments, **named: probe_forward(*arguments, **named, min_s=0.01),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +72,15 @@ def written(folder: Path) -> tuple[int, int]:
     return sum(path.stat().st_size for path in files), len(files)
 
 
+def save_tokenizer(folder: Path) -> str:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = DeltaTok(
+        DeltaTokConfig(**sizes, intermediate_size=32), generator=torch.Generator().manual_seed(0)
+    )
+    model.save_pretrained(folder, {})
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     "changed", [{}, {"sampling": "uniform", "fps": 10.0, "num_frames": 4, "frames_per_shard": 32}]
 )
@@ -93,29 +88,25 @@ def test_plan_of_all_clips_is_what_is_then_written(
     folder: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     config = config_of(folder, tmp_path / "out", **changed)
-    plan = make_extraction_plan(config, num_probe_clips=6)
+    plan = plan_extraction(config, num_clips=6)
     assert list(plan.quarantined) == ["broken.mp4"]
     assert not (tmp_path / "out").exists()
     assert extract(words_of(config)) == 0
     num_bytes, num_files = written(tmp_path / "out")
-    size = plan.caches["float16"].size
     counts = read_cache_info(tmp_path / "out").counts
     assert (plan.windows, plan.frames, plan.shards) == (
         counts["windows"],
         counts["frames"],
         counts["shards"],
     )
-    assert size.files == num_files
-    assert size.bytes == pytest.approx(num_bytes, rel=0.02)
+    assert plan.quarantined_share == pytest.approx(1 / 6)
+    assert plan.windows_error == 0
+    assert plan.files == num_files
+    assert plan.caches["float16"].bytes == pytest.approx(num_bytes, rel=0.02)
 
 
 def test_plan_of_a_fused_run_is_what_is_then_written(folder: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = DeltaTok(
-        DeltaTokConfig(**sizes, intermediate_size=32), generator=torch.Generator().manual_seed(0)
-    )
-    model.save_pretrained(tmp_path / "tokenizer", {})
-    tokenizer = str(tmp_path / "tokenizer")
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
     changed = {
         "tokenizer": tokenizer,
         "frame_size": 32,
@@ -123,12 +114,38 @@ def test_plan_of_a_fused_run_is_what_is_then_written(folder: Path, tmp_path: Pat
         "frames_per_shard": 1024,
     }
     config = config_of(folder, tmp_path / "out", **changed)
-    plan = make_extraction_plan(config)
+    plan = plan_extraction(config)
     assert plan.kind == "deltas"
     assert extract([*words_of(config), "--tokenizer", tokenizer]) == 0
     num_bytes, num_files = written(tmp_path / "out")
-    assert plan.caches["deltas"].size.files == num_files
-    assert plan.caches["deltas"].size.bytes == pytest.approx(num_bytes, rel=0.02)
+    assert plan.files == num_files
+    assert plan.caches["deltas"].bytes == pytest.approx(num_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("sampling", ["windows", "uniform"])
+def test_plan_of_encoding_patch_shards_is_what_is_then_written(
+    folder: Path, tmp_path: Path, sampling: str
+) -> None:
+    changed = {"fps": 10.0, "num_frames": 4} if sampling == "uniform" else {}
+    patches = tmp_path / "patches"
+    assert extract(words_of(config_of(folder, patches, sampling=sampling, **changed))) == 0
+    config = TokenizeConfig(
+        patches=str(patches),
+        tokenizer=save_tokenizer(tmp_path / "tokenizer"),
+        out=str(tmp_path / "out"),
+        device="cpu",
+    )
+    plan = plan_encoding(config)
+    few = plan_encoding(config, num_clips=2)
+    assert not (tmp_path / "out").exists()
+    words = ["--patches", config.patches, "--tokenizer", config.tokenizer, "--out", config.out]
+    assert extract([*words, "--device", "cpu"]) == 0
+    num_bytes, _ = written(tmp_path / "out")
+    counts = read_cache_info(config.out).counts
+    assert (plan.windows, plan.frames) == (counts["windows"], counts["frames"])
+    assert plan.caches["deltas"].bytes == pytest.approx(num_bytes, rel=0.05)
+    assert (few.windows, few.probed) == (counts["windows"], 2)
+    assert plan.clock_hours > 0
 
 
 @pytest.mark.parametrize("changed", [{"dtype": "int8"}, {"compression": "zstd"}])
@@ -136,41 +153,34 @@ def test_plan_of_each_storage_is_what_is_then_written(
     folder: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     config = config_of(folder, tmp_path / "out", **changed)
-    plan = make_extraction_plan(config, num_probe_clips=5)
+    plan = plan_extraction(config, num_clips=6)
     ((name, value),) = changed.items()
     assert extract([*words_of(config), f"--{name}", value]) == 0
     num_bytes, num_files = written(tmp_path / "out")
-    size = plan.caches[config.dtype].size
-    assert size.files == num_files
-    assert size.bytes == pytest.approx(num_bytes, rel=0.02)
+    assert plan.files == num_files
+    assert plan.caches[config.dtype].bytes == pytest.approx(num_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("changed", [{}, {"sampling": "uniform", "fps": 10.0, "num_frames": 4}])
-def test_windows_are_counted_where_one_clip_is_timed(
-    folder: Path, tmp_path: Path, changed: dict[str, Any]
-) -> None:
-    config = config_of(folder, tmp_path / "out", **changed)
-    order = plan_order([clip.key for clip in find_clips(config.videos)], seed=0)
-    assert order[0] != "broken.mp4"
-    plan = make_extraction_plan(config, num_probe_clips=1)
-    assert (plan.counted, plan.probed) == (6, 1)
-    assert list(plan.quarantined) == ["broken.mp4"]
-    assert (plan.quarantined_share, plan.quarantined_share_error) == (1 / 6, 0.0)
-    assert plan.windows_error == 0
-    assert extract(words_of(config)) == 0
-    assert plan.windows == read_cache_info(tmp_path / "out").counts["windows"]
-
-
-def test_few_counted_clips_stand_for_all(folder: Path, tmp_path: Path) -> None:
+def test_few_clips_stand_for_all(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, tmp_path / "out")
-    plan = make_extraction_plan(config, num_probe_clips=2, max_counted=2)
-    assert (plan.counted, plan.probed) == (2, 2)
+    plan = plan_extraction(config, num_clips=2)
+    assert plan.probed == 2
     assert plan.windows == (9 if plan.quarantined else 18)
     assert plan.windows_error > 0
     assert "give or take" in plan_text(plan)
     assert plan.device_hours > 0
     assert plan.decode_core_hours > 0
     assert plan.clock_hours >= plan.device_hours
+
+
+def test_uniform_windows_are_expected_in_proportion_to_the_bytes_of_videos(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(folder, tmp_path / "out", sampling="uniform", fps=10.0, num_frames=4)
+    plan = plan_extraction(config, num_clips=2)
+    assert extract(words_of(config)) == 0
+    windows = read_cache_info(tmp_path / "out").counts["windows"]
+    assert abs(plan.windows - windows) <= 2 * plan.windows_error
 
 
 def test_command_prints_the_plan_and_writes_only_the_json(
@@ -183,17 +193,47 @@ def test_command_prints_the_plan_and_writes_only_the_json(
     for text in ("float16 <-", "int8", "deltas", "GB/s", "core", "free in", "epoch"):
         assert text in said
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["caches"]["float16"]["size"]["bytes"] > plan["caches"]["int8"]["size"]["bytes"]
+    assert plan["caches"]["float16"]["bytes"] > plan["caches"]["int8"]["bytes"]
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_probing_the_disk_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    probe = probe_disk(tmp_path / "out")
-    assert probe.folder == str(tmp_path)
-    assert probe.write_bytes_per_s > 0
-    assert probe.free_bytes > 0
-    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+@pytest.mark.parametrize("error", [DeltatokError("no room"), KeyboardInterrupt()])
+def test_what_ends_a_plan_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(self: object, *_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cost_plan._TimedWriter, "write", fail)
+    with pytest.raises(type(error)):
+        plan_extraction(config_of(folder, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    write = cost_plan._TimedWriter.write
+
+    def asked(self: Any, out: Path, *rest: Any) -> Any:
+        assert out.is_relative_to(tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, out, *rest)
+
+    monkeypatch.setattr(cost_plan._TimedWriter, "write", asked)
+    words = [*words_of(config_of(folder, tmp_path / "out")), "--frames-per-shard", "24", "--plan"]
+    fails(extract, words, 75, "SIGTERM")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    fails(extract, [*words_of(config_of(folder, tmp_path / "out")), "--plan"], 2, "--out")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +243,7 @@ def test_probing_the_disk_leaves_nothing(tmp_path: Path) -> None:
 def test_break_even_is_the_first_pass_that_costs_less(
     compute_s: float, stored_s: float, epochs: int | None
 ) -> None:
-    found = plan_module._break_even(once_s=10.0, stored_s=stored_s, recompute_s=compute_s)
+    found = cost_plan._break_even(once_s=10.0, stored_s=stored_s, recompute_s=compute_s)
     assert found == epochs
 
 
@@ -214,13 +254,6 @@ def test_flags_of_the_plan_alone_are_refused(
     fails(extract, [*words_of(config_of(folder, tmp_path / "out")), *flag], 2, flag[0], "--plan")
 
 
-@pytest.mark.parametrize("flag", [["--plan"], ["--json", "x"], ["--probe-clips", "3"]])
-def test_plan_of_patches_is_refused(tmp_path: Path, flag: list[str], fails: Fails) -> None:
-    words = ["--patches", "cache", "--tokenizer", "model", "--out", str(tmp_path / "out"), *flag]
-    fails(extract, words, 2, flag[0], "--patches", "--videos")
-    assert not (tmp_path / "out").exists()
-
-
 def test_nothing_but_broken_clips_is_said(folder: Path, tmp_path: Path, fails: Fails) -> None:
     config = config_of(folder, tmp_path / "out", videos=(str(folder / "clips" / "broken.mp4"),))
     fails(extract, [*words_of(config), "--plan"], 3, "broken.mp4", "--probe-clips")
@@ -229,4 +262,4 @@ def test_nothing_but_broken_clips_is_said(folder: Path, tmp_path: Path, fails: F
 
 def test_no_clip_to_probe_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--probe-clips 0"):
-        make_extraction_plan(config_of(folder, tmp_path / "out"), num_probe_clips=0)
+        plan_extraction(config_of(folder, tmp_path / "out"), num_clips=0)

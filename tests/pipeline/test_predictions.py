@@ -18,7 +18,7 @@ from deltatok.evaluate.forecast import predictions as prediction_rows
 from deltatok.evaluate.forecast.config import ForecastConfig
 from deltatok.evaluate.forecast.predictions import wanted
 from deltatok.evaluate.forecast.windows import EvaluationWindows
-from deltatok.evaluate.report.videos import clips_by_key, read_frames
+from deltatok.evaluate.report.frames import clips_by_key, read_frames
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.datasets.windows import EvaluationPolicy
 from deltatok.extract.pixels import window_pixels

@@ -87,6 +87,20 @@ def test_a_page_stands_alone_and_every_picture_has_words(pages: dict[str, str], 
     assert "<script" not in pages[kind]
 
 
+@pytest.mark.parametrize("kind", ["patches", "deltas"])
+def test_what_the_cache_is_stands_below_the_pictures(pages: dict[str, str], kind: str) -> None:
+    text = pages[kind]
+    assert text.rindex("<img") < text.index("fingerprint")
+    assert re.search(r"<td>size</td><td>[\d.]+ [kM]B</td>", text)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (25_206_062, "25.2 MB")]
+)
+def test_sizes_are_as_people_write_them(num_bytes: int, text: str) -> None:
+    assert preview.size_text(num_bytes) == text
+
+
 def test_a_png_is_one_picture(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     assert main(["preview", str(tiny_run / "patches"), "--out", str(out), "--windows", "1"]) == 0

@@ -237,7 +237,7 @@ def test_object_arrays_and_pickles_are_never_loaded(patches: Any, tmp_path: Path
     forge(patches.folder, lambda info: info["files"].pop("black.npy"))
     with pytest.raises(DeltatokError, match=r"black\.npy: npy header"):
         _ = PatchShards(patches.folder).black
-    assert any("black.npy" in problem for problem in verify_cache(patches.folder).problems)
+    assert any("black.npy" in problem.text for problem in verify_cache(patches.folder).problems)
     assert not (tmp_path / "went off").exists()
 
 

@@ -176,7 +176,7 @@ def test_a_changed_index_is_refused_and_a_missing_one_done_without(patches: Any)
     path.write_text(path.read_text().replace('"rows": 5', '"rows": 6'))
     with pytest.raises(DamagedShard, match="was changed since the cache was finished: delete it"):
         PatchShards(patches.folder)
-    assert any(INDEX in problem for problem in verify_cache(patches.folder).problems)
+    assert any(INDEX in problem.text for problem in verify_cache(patches.folder).problems)
     path.unlink()
     np.testing.assert_array_equal(
         PatchShards(patches.folder).load(), patches.expected["tokens"].astype(np.float16)
@@ -204,7 +204,7 @@ def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(
     )
     with pytest.raises(DamagedShard, match=r"shard 000000: .*is a link to .*outside of the cache"):
         PatchShards(patches.folder)
-    assert any("is a link to" in problem for problem in verify_cache(patches.folder).problems)
+    assert any("is a link to" in problem.text for problem in verify_cache(patches.folder).problems)
 
 
 def test_a_cache_that_is_a_link_itself_is_read(patches: Any, tmp_path: Path) -> None:
@@ -233,13 +233,15 @@ def test_every_cache_carries_its_terms(patches: Any, deltas: Any) -> None:
         assert "DINOv3 License" in text
         assert describe_cache(cache.folder)["licence"] == cache.info.licence
     (patches.folder / NOTICE).unlink()
-    assert any(NOTICE in problem for problem in verify_cache(patches.folder).problems)
+    assert any(NOTICE in problem.text for problem in verify_cache(patches.folder).problems)
 
 
 def test_verify_finds_any_edit_of_cache_json(patches: Any) -> None:
     path = patches.folder / "cache.json"
     path.write_text(path.read_text().replace("DINOv3 License", "Public Domain"))
-    assert any("changed by hand" in problem for problem in verify_cache(patches.folder).problems)
+    assert any(
+        "changed by hand" in problem.text for problem in verify_cache(patches.folder).problems
+    )
 
 
 def test_shards_under_the_cache_json_of_another_cache_are_refused(

@@ -4,10 +4,9 @@
     WorldBatches       delta-token cache -> delta tokens and timestamps
 
 Nothing here has state: `read(step)` gives the same batch whenever it is called, so a run can stop
-and go on anywhere, and a rank reads its slice of the batch that one process would have read. Used
-by tokenizer.py and world.py; `read` runs in the thread of prefetch.py.
-
-Reading the next batches in a thread while this one is computed. Used by loop.py.
+and go on anywhere, and a rank reads its slice of the batch that one process would have read.
+`Prefetcher` has the next batches read by threads of its own while this one is computed: a batch is
+valid until the next one is asked for.
 """
 
 from collections import deque
@@ -23,10 +22,8 @@ from torch import Tensor
 
 from ...shards.errors import UsageError
 from .order import Indices, Share, uniforms
-from .residency import Source
-
-DEPTH = 2
-"""Batches that are read ahead: one hides a steady reader, a second its stutters (a guess)."""
+from .residency import WindowSource
+from .stream import DEPTH
 
 T = TypeVar("T")
 
@@ -61,7 +58,8 @@ class Prefetcher(Generic[T]):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def next(self) -> T:
-        """The batch of the next step; waits for it if it is not read yet."""
+        """The batch of the next step, valid until the one after it is asked for; waits for it if it
+        is not read yet."""
         batch = self._ahead.popleft().result()
         self._begin_one()
         return batch
@@ -107,7 +105,7 @@ class TokenizerBatches:
 
     def __init__(
         self,
-        frames: Source,
+        frames: WindowSource,
         windows: Indices,
         *,
         num_frames: int,
@@ -161,7 +159,7 @@ class WorldBatches:
     """Whole windows of delta tokens. A sample is a window."""
 
     def __init__(
-        self, rows: Source, windows: Indices, *, batch_size: int, seed: int, share: Share
+        self, rows: WindowSource, windows: Indices, *, batch_size: int, seed: int, share: Share
     ) -> None:
         self._rows = rows
         self._slice = share.of(batch_size)

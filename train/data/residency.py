@@ -7,9 +7,7 @@
     stream   in its files, read block by block in a random order of blocks (stream.py)
     auto     the first of these that there is room for
 
-The first three give the same batches; stream has an order of its own. Used by the stages.
-
-How much memory a cache may take. Used by sources.py for `residency: auto`.
+The first three give the same batches; stream has an order of its own.
 """
 
 import logging
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -30,9 +29,19 @@ from ...shards.reader import CacheReader
 from ..config import Residency, TrainConfig
 from ..engine.devices import Accelerator
 from .order import BatchOrder, Indices, StreamOrder
-from .stream import Blocks, BufferPool, DeltaBlocks, PatchBlocks, StreamRows, windows_of_group
+from .stream import (
+    Blocks,
+    BufferRing,
+    DeltaBlocks,
+    PatchBlocks,
+    StreamRows,
+    Take,
+    buffers_needed,
+    fresh,
+    gather,
+    windows_of_group,
+)
 
-MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
 LARGEST_SHARE = 0.5
@@ -53,32 +62,22 @@ def device_bytes(device: torch.device) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping; 0 where the system does not say."""
-    limits = [value for value in (_system_bytes(), _container_bytes()) if value is not None]
-    return min(limits, default=0)
-
-
-def _system_bytes() -> int | None:
-    if not MEMINFO.is_file():
-        return None
-    for line in MEMINFO.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _container_bytes() -> int | None:
-    """What is left under the control group's limit; None without one."""
+    """Memory that can be taken without swapping, within the limit of this process's container."""
+    free: int = psutil.virtual_memory().available
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if not (limit.is_file() and used.is_file()):
-        return None
+        return free
     text = limit.read_text(encoding="ascii").strip()
-    return None if text == "max" else max(0, int(text) - int(used.read_text(encoding="ascii")))
+    left = free if text == "max" else int(text) - int(used.read_text(encoding="ascii"))
+    return max(0, min(free, left))
 
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+
+NUM_BUFFERS = buffers_needed(1)
+"""For a Prefetcher of one thread."""
 
 PAGE_CACHE_SHARE = 0.9
 """Of the memory that is free, what files read again and again may take of it (a guess)."""
@@ -89,7 +88,7 @@ Read = Callable[[Indices], tuple[Tensor, ...]]
 
 
 class Order(Protocol):
-    """Which windows a step sees: order.BatchOrder, stream_order.StreamOrder."""
+    """Which windows a step sees: BatchOrder or StreamOrder."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -100,62 +99,83 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """The windows of a cache, w of them at a time, as K tensors (w, ...)."""
+class WindowSource:
+    """The windows of a cache, w of them at a time, as K tensors (w, ...).
+
+    `read` and `read_any` have a ring of buffers each: what they give is valid until `num_buffers`
+    (patch_source, delta_source) further batches are asked for.
+    """
 
     read: Read
     """For batches, in the order of `order`."""
-    read_few: Read
-    """For a few windows, anywhere."""
+    read_any: Read
+    """For windows anywhere."""
+    read_to_keep: Read
+    """For windows anywhere, into memory of their own."""
     order: Callable[[Indices, int, int], Order]
     """(windows, per_batch, seed) -> the order in which `read` is fast."""
 
 
 def patch_source(
-    shards: PatchShards, *, residency: Residency, device: torch.device = CPU
-) -> Source:
+    shards: PatchShards,
+    *,
+    residency: Residency,
+    device: torch.device = CPU,
+    num_buffers: int = NUM_BUFFERS,
+) -> WindowSource:
     """K = 1: patch tokens (w, T, N, D), float16 as stored, float32 of other dtypes.
 
-    device: where residency `device` keeps and gathers them."""
-    place = choose_place(shards.size_bytes, residency=residency, device=device)
-    if place in ("device", "memory"):
-        return _held([torch.from_numpy(shards.load())], device if place == "device" else CPU)
+    device: where residency `device` keeps and gathers them. num_buffers: batches of one reader that
+    are valid at once.
+    """
+    raw = shards.dtype == "float16"  # converted on the device
 
-    pool, raw = BufferPool(), shards.dtype == "float16"  # float16: converted on the device
-
-    def mapped(windows: Indices) -> tuple[Tensor, ...]:
+    def from_files(windows: Indices, take: Take) -> tuple[Tensor, ...]:
         shape = (len(windows), *shards.shape)
-        out = pool.take(shape, np.dtype(np.float16 if raw else np.float32))
+        out = take(shape, np.dtype(np.float16 if raw else np.float32))
         (shards.stored_tokens if raw else shards.tokens)(windows, out=out.numpy())
         return (out,)
 
-    if place == "stream":
-        return _streamed(PatchBlocks(shards), mapped)
-    return Source(read=mapped, read_few=mapped, order=BatchOrder)
+    place = choose_place(shards.size_bytes, residency=residency, device=device)
+    if place in ("device", "memory"):
+        held = [torch.from_numpy(shards.load())]
+        return _held(held, device if place == "device" else CPU, num_buffers)
+    blocks = PatchBlocks(shards) if place == "stream" else None
+    return _source(from_files, blocks, num_buffers)
 
 
 def delta_source(
-    shards: DeltaShards, *, residency: Residency, device: torch.device = CPU
-) -> Source:
+    shards: DeltaShards,
+    *,
+    residency: Residency,
+    device: torch.device = CPU,
+    num_buffers: int = NUM_BUFFERS,
+) -> WindowSource:
     """K = 2: delta tokens float16 (w, T, D) and timestamps float32 (w, T), seconds.
 
-    device: where residency `device` keeps and gathers them."""
+    device: where residency `device` keeps and gathers them. num_buffers: batches of one reader that
+    are valid at once.
+    """
     num_frames, size = shards.shape
-    size_bytes = shards.num_windows * num_frames * (2 * size + 4)
-    place = choose_place(size_bytes, residency=residency, device=device)
-    if place in ("device", "memory"):
-        return _held([*map(torch.from_numpy, shards.load())], device if place == "device" else CPU)
 
-    pool = BufferPool()
-
-    def mapped(windows: Indices) -> tuple[Tensor, ...]:
-        tokens = pool.take((len(windows), num_frames, size), np.dtype(np.float16))
+    def from_files(windows: Indices, take: Take) -> tuple[Tensor, ...]:
+        tokens = take((len(windows), num_frames, size), np.dtype(np.float16))
         shards.tokens(windows, out=tokens.numpy())
         return tokens, torch.from_numpy(shards.timestamps_s(windows))
 
-    if place == "stream":
-        return _streamed(DeltaBlocks(shards), mapped)
-    return Source(read=mapped, read_few=mapped, order=BatchOrder)
+    size_bytes = delta_bytes(shards)
+    place = choose_place(size_bytes, residency=residency, device=device)
+    if place in ("device", "memory"):
+        held = [*map(torch.from_numpy, shards.load())]
+        return _held(held, device if place == "device" else CPU, num_buffers)
+    blocks = DeltaBlocks(shards) if place == "stream" else None
+    return _source(from_files, blocks, num_buffers)
+
+
+def delta_bytes(shards: DeltaShards) -> int:
+    """Of all tokens and timestamps in memory."""
+    num_frames, size = shards.shape
+    return shards.num_windows * num_frames * (2 * size + 4)
 
 
 def choose_place(size_bytes: int, *, residency: Residency, device: torch.device = CPU) -> Residency:
@@ -167,7 +187,7 @@ def choose_place(size_bytes: int, *, residency: Residency, device: torch.device 
     return residency
 
 
-def settled(config: AnyConfig, size_bytes: int, accelerator: Accelerator) -> AnyConfig:
+def resolve_residency(config: AnyConfig, size_bytes: int, accelerator: Accelerator) -> AnyConfig:
     """`config` with its residency decided, the same on every rank: where one must stream, all do,
     because the order of the batches depends on it."""
     place = choose_place(size_bytes, residency=config.residency, device=accelerator.device)
@@ -194,22 +214,34 @@ def _first_that_fits(size_bytes: int, device: torch.device) -> tuple[Residency, 
     return "stream", "memory does not hold it"
 
 
-def _held(arrays: list[Tensor], device: torch.device) -> Source:
-    held, pool = [array.to(device) for array in arrays], BufferPool()
+def _held(arrays: list[Tensor], device: torch.device, num_buffers: int) -> WindowSource:
+    held = [array.to(device) for array in arrays]
 
-    def gather(windows: Indices) -> tuple[Tensor, ...]:
+    def from_held(windows: Indices, take: Take) -> tuple[Tensor, ...]:
         chosen = torch.from_numpy(windows).to(device)
-        if device.type == "cpu":
-            return tuple(pool.gather(tensor, chosen) for tensor in held)
-        return tuple(tensor[chosen] for tensor in held)
+        if device.type != "cpu":
+            return tuple(tensor[chosen] for tensor in held)
+        return tuple(gather(tensor, chosen, take) for tensor in held)
 
-    return Source(read=gather, read_few=gather, order=BatchOrder)
+    return _source(from_held, None, len(held) * num_buffers)  # a batch takes one for each
 
 
-def _streamed(blocks: Blocks, mapped: Read) -> Source:
+def _source(
+    read: Callable[[Indices, Take], tuple[Tensor, ...]], blocks: Blocks | None, num_buffers: int
+) -> WindowSource:
+    """blocks: to be streamed, in an order of their own; None: read in any order."""
+    read_any = partial(read, take=BufferRing(num_buffers).take)
+    read_to_keep = partial(read, take=fresh)
+    if blocks is None:
+        in_order = partial(read, take=BufferRing(num_buffers).take)
+        return WindowSource(
+            read=in_order, read_any=read_any, read_to_keep=read_to_keep, order=BatchOrder
+        )
     group_windows = windows_of_group(blocks)
-    return Source(
-        read=StreamRows(blocks, group_windows=group_windows),
-        read_few=mapped,
+    rows = StreamRows(blocks, group_windows=group_windows)
+    return WindowSource(
+        read=partial(rows, take=BufferRing(len(blocks.buffers(0)) * num_buffers).take),
+        read_any=read_any,
+        read_to_keep=read_to_keep,
         order=partial(StreamOrder, block_starts=blocks.starts, group_windows=group_windows),
     )

@@ -1,62 +1,71 @@
-"""Windows out of blocks that are read whole, one after the other, into reused buffers.
+"""Memory that batches are read into again and again, and windows out of blocks that are read whole.
 
-What `residency: stream` reads with, in the order of stream_order.py: nearly every window of a block
-that is read is used before the block is given up. Used by data.py.
-
-Batches in memory that is used again, since fresh pages cost more than filling them.
-
-A buffer is free again when nobody holds its tensor, or a view of it, any more: nothing has to be
-given back, and no batch changes under anybody's hands. Used by sources.py and stream.py.
+`BufferRing` hands out a fixed number of buffers in turn, since fresh pages cost more than filling
+them. `StreamRows` is what `residency: stream` reads with, in the order of order.StreamOrder: nearly
+every window of a block that is read is used before the block is given up.
 """
 
-import sys
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shards.deltas.reader import DeltaShards
 from ...shards.patches.reader import PatchShards
 from .order import Indices
 
-MAX_BUFFERS = 16
-"""Kept; beyond that the one used longest ago is let go of (a guess)."""
+Take = Callable[[tuple[int, ...], np.dtype[Any]], Tensor]
+"""Shape and dtype -> a tensor in main memory, its contents anything."""
 
-_UNUSED = 3
-"""References to a buffer that only the pool has: its list, a local name, getrefcount's argument."""
+DEPTH = 2
+"""Batches that are read ahead: one hides a steady reader, a second its stutters (a guess)."""
 
 
-class BufferPool:
-    """Hands out tensors of the shapes asked for. Any number of threads may ask."""
+def buffers_needed(num_threads: int) -> int:
+    """Batches that are in use at once where so many threads read ahead (batches.Prefetcher): one is
+    computed on, the others wait; and threads overtake one another."""
+    return max(DEPTH, num_threads) + num_threads
 
-    def __init__(self) -> None:
+
+def fresh(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+    """A `Take` of memory that nobody else has."""
+    return torch.from_numpy(np.empty(shape, dtype=dtype))
+
+
+class BufferRing:
+    """`count` buffers in main memory, handed out in turn: what was taken stays as it is until
+    `count` further ones are taken. Any number of threads may take.
+
+    A buffer grows to the largest batch that was read into it, and is never given back.
+    """
+
+    def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
-        self._buffers: list[NDArray[Any]] = []
+        self._buffers = [np.empty(0, dtype=np.uint8) for _ in range(count)]
+        self._next = 0
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-        """A tensor of that shape in main memory, its contents anything."""
+        """The next one, as a tensor of that shape."""
+        size_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
-            for place in range(len(self._buffers)):
-                buffer = self._buffers[place]
-                fits = buffer.shape == shape and buffer.dtype == dtype
-                if fits and sys.getrefcount(buffer) == _UNUSED:
-                    self._buffers.append(self._buffers.pop(place))
-                    return torch.from_numpy(buffer)
-            buffer = np.empty(shape, dtype=dtype)
-            self._buffers.append(buffer)
-            del self._buffers[:-MAX_BUFFERS]
-            return torch.from_numpy(buffer)
+            place = self._next
+            self._next = (place + 1) % len(self._buffers)
+            if self._buffers[place].nbytes < size_bytes:
+                self._buffers[place] = np.empty(size_bytes, dtype=np.uint8)
+            buffer = self._buffers[place]
+        return torch.from_numpy(buffer[:size_bytes].view(dtype).reshape(shape))
 
-    def gather(self, source: Tensor, rows: Tensor) -> Tensor:
-        """`source[rows]`, both in main memory; rows int64 (B,)."""
-        dtype = np.dtype(str(source.dtype).removeprefix("torch."))
-        out = self.take((len(rows), *source.shape[1:]), dtype)
-        return torch.index_select(source, 0, rows, out=out)
+
+def gather(source: Tensor, rows: Tensor, take: Take) -> Tensor:
+    """`source[rows]`, both in main memory; rows int64 (B,)."""
+    dtype = np.dtype(str(source.dtype).removeprefix("torch."))
+    out = take((len(rows), *source.shape[1:]), dtype)
+    return torch.index_select(source, 0, rows, out=out)
 
 
 GROUP_BYTES = 2**30
@@ -140,27 +149,30 @@ class StreamRows:
         self._num_slots = min(len(sizes), 2 * group_blocks + 2)
         self._buffers = blocks.buffers(self._num_slots * self._slot_windows)
         self._slot_of = np.full(len(sizes), -1, dtype=np.int64)
-        self._pool = BufferPool()
         self._lock = threading.RLock()
         self._held: dict[int, int] = {}
         """Block -> slot, the one used longest ago first."""
 
-    def __call__(self, windows: Indices) -> tuple[Tensor, ...]:
-        """K tensors (B, ...), which nothing writes to while they are held."""
+    def __call__(self, windows: Indices, take: Take = fresh) -> tuple[Tensor, ...]:
+        """K tensors (B, ...)."""
         with self._lock:
-            return self._gather(windows)
+            return self._gather(windows, take)
 
-    def _gather(self, windows: Indices) -> tuple[Tensor, ...]:
+    def _gather(self, windows: Indices, take: Take) -> tuple[Tensor, ...]:
         blocks = np.searchsorted(self._blocks.starts, windows, side="right") - 1
         needed = np.unique(blocks)
         if len(needed) > self._num_slots:
             half = len(windows) // 2
-            parts = zip(self._gather(windows[:half]), self._gather(windows[half:]), strict=True)
+            parts = zip(
+                self._gather(windows[:half], fresh),
+                self._gather(windows[half:], fresh),
+                strict=True,
+            )
             return tuple(torch.cat(part) for part in parts)
         self._hold(needed)
         rows = self._slot_of[blocks] * self._slot_windows + windows - self._blocks.starts[blocks]
         chosen = torch.from_numpy(rows)
-        return tuple(self._pool.gather(buffer, chosen) for buffer in self._buffers)
+        return tuple(gather(buffer, chosen, take) for buffer in self._buffers)
 
     def _hold(self, needed: Indices) -> None:
         for block in needed.tolist():

@@ -1,21 +1,21 @@
-"""Checkpoints: everything a run needs to go on exactly where it was. Used by loop.py.
+"""Checkpoints: all that a run needs to go on exactly where it was, and what a new one starts from.
 
     OUT/checkpoints/step-00001000/model.safetensors, config.json, provenance.json
                                                           a model folder like any other
                                  /optimizer.safetensors   PARAMETER.exp_avg, .exp_avg_sq, .step
                                  /state.json              step, the best step so far, where the
-                                                          loader is, and what train.json says
+                                                          loader is, what train.json says, and the
+                                                          SHA-256 of the other files
     OUT/best.json                 which checkpoint validates best, and its value
 
 Written as a whole folder under a partial name, flushed, then renamed: what has the name is whole.
 Kept are the newest and the best. Which is the best stands in every state.json; best.json repeats
-the newest one's. No random state is in there, since nothing in training has any (draws.py).
+the newest one's. No random state is in there, since nothing in training has any (data/order.py).
 
-The model a run begins with: fresh, or the weights of another run. Used by tokenizer.py,
-world.py and head.py.
+A checkpoint of an earlier version, without checksums, is read all the same: names, shapes and
+dtypes of its tensors are checked, a changed value in it is not found.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import disk_errors, partial_path, publish, remove, write_json
-from ...shards.schema import read_json
+from ...shards.files import disk_errors, partial_path, publish, remove, sha256_file, write_json
+from ...shards.schema import Fields, read_json
 from ..config import TrainConfig
 from ..data.order import generator
 from ..models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
@@ -38,6 +38,7 @@ from .model_folder import (
     PROVENANCE,
     WEIGHTS,
     Pretrained,
+    compare_tensors,
     config_json,
     load_weights,
     read_tensors,
@@ -46,7 +47,27 @@ from .model_folder import (
 )
 
 MODEL, OPTIMIZER, STATE = WEIGHTS, "optimizer.safetensors", "state.json"
+FILES = (MODEL, OPTIMIZER, CONFIG, PROVENANCE)
+"""Files of a checkpoint whose SHA-256 its state.json names."""
 _NAME = re.compile(r"step-(\d{8,})")
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=Pretrained)
+SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig)
+
+NOT_IN_THE_WEIGHTS = frozenset(
+    {
+        *("layer_scale_init", "initializer_range"),  # fresh weights only
+        *("use_rope_aug", "pos_embed_rescale"),  # training draws only
+        *("num_samples_train", "num_samples_eval"),
+    }
+)
+"""Fields of a model's config that may differ from those of the weights a run starts from."""
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -81,7 +102,7 @@ def save_checkpoint(
 
     DeltatokError, with the older checkpoints untouched, if the disk refuses.
     """
-    final = folder / f"step-{step:08d}"
+    final = _path(folder, step)
     with disk_errors(final):
         if not final.exists():
             partial = partial_path(final)
@@ -91,8 +112,12 @@ def save_checkpoint(
                 save_tensors(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
                 write_json(partial / CONFIG, config_json(model))
                 write_json(partial / PROVENANCE, dict(provenance))
-                told = {"step": step, "best": None if best is None else asdict(best)}
-                write_json(partial / STATE, {**state, **told})
+                written = {
+                    "step": step,
+                    "best": None if best is None else asdict(best),
+                    "files": {name: sha256_file(partial / name) for name in FILES},
+                }
+                write_json(partial / STATE, {**state, **written})
                 publish(partial, final)
             finally:
                 remove(partial)
@@ -105,46 +130,69 @@ def save_checkpoint(
     return final
 
 
-def check_whole(checkpoint: Path) -> None:
-    """DamagedShard, saying what to do, unless all that a run goes on from can be read."""
-    for file in (checkpoint / MODEL, checkpoint / OPTIMIZER, checkpoint / STATE):
+def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are all there and as they were written.
+
+    DamagedShard naming the file otherwise, and what to do.
+    """
+    for name in (MODEL, OPTIMIZER):
+        file = checkpoint / name
         try:
-            if file.name == STATE:
-                json.loads(file.read_bytes())
-            else:
-                with safe_open(file, framework="pt"):
-                    pass
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DamagedShard(
-                f"{file}: not readable ({error}): remove the folder {checkpoint} and run again, "
-                "to go on from the checkpoint before, or from the beginning if there is none"
-            ) from error
+            if not file.is_file():  # opening a pipe would wait for somebody to write to it
+                raise FileNotFoundError("no such file")
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _damaged(file, f"not readable ({error})") from error
+    try:
+        state = Fields(read_json(checkpoint / STATE), where=str(checkpoint / STATE))
+        step = state.integer("step")
+        sha256 = state.text_mapping("files") if state.has("files") else {}
+    except DamagedShard as error:
+        raise _damaged(checkpoint / STATE, f"not readable ({error})") from error
+    if checkpoint.name != _path(checkpoint.parent, step).name:
+        raise _damaged(checkpoint / STATE, f"of step {step}, not of {checkpoint.name}")
+    if not sha256:
+        logger.warning("%s has no checksums: an earlier version wrote it", checkpoint)
+    for name, wanted in sha256.items():
+        file = checkpoint / name
+        if name not in FILES or not file.is_file() or sha256_file(file) != wanted:
+            raise _damaged(file, "not what was written (another SHA-256 than in state.json)")
+    return state.values
+
+
+def _damaged(file: Path, problem: str) -> DamagedShard:
+    return DamagedShard(
+        f"{file}: {problem}: remove the folder {file.parent} and run again, to go on from the "
+        "checkpoint before, or from the beginning if there is none"
+    )
 
 
 def write_best(folder: Path, best: Best | None) -> None:
     """OUT/best.json beside OUT/checkpoints, `folder`; none as long as nothing was evaluated."""
     if best is not None:
-        name, file = f"{folder.name}/step-{best.step:08d}", folder.parent / "best.json"
+        name, file = f"{folder.name}/{_path(folder, best.step).name}", folder.parent / "best.json"
         with disk_errors(file):
             write_json(file, {**asdict(best), "model": name})
 
 
-def read_best(checkpoint: Path) -> Best | None:
-    """The best evaluation up to a checkpoint, if what was saved then is still there."""
-    told = read_state(checkpoint).get("best")
-    if told is None:
+def read_best(checkpoint: Path, state: Mapping[str, Any]) -> Best | None:
+    """The best evaluation up to a checkpoint, if what was saved then is still there.
+
+    state: what check_checkpoint gave.
+    """
+    if state.get("best") is None:
         return None
+    file = checkpoint / STATE
     try:
-        best = Best(step=int(told["step"]), by=str(told["by"]), value=float(told["value"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedShard(
-            f"{checkpoint / STATE}: best is {told!r}, wanted step, by and value: remove this "
-            "checkpoint, the one before is used"
-        ) from error
-    return best if (checkpoint.parent / f"step-{best.step:08d}").is_dir() else None
+        fields = Fields(state["best"], where="best")
+        step, by, value = fields.integer("step"), fields.text("by"), fields.number("value")
+    except DamagedShard as error:
+        raise _damaged(file, str(error)) from error
+    return Best(step=step, by=by, value=value) if _path(checkpoint.parent, step).is_dir() else None
 
 
-def folder_with_optimizer(folder: Path) -> Path:
+def _folder_with_optimizer(folder: Path) -> Path:
     """`folder` if it is a checkpoint, the newest checkpoint in it if it is a run folder."""
     if (folder / OPTIMIZER).is_file():
         return folder
@@ -156,30 +204,50 @@ def folder_with_optimizer(folder: Path) -> Path:
     )
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    state = read_json(checkpoint / STATE)
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise DamagedShard(
-            f"{checkpoint / STATE}: names no step: remove this checkpoint, the one before is used"
-        )
-    return state
+def load_checkpoint(checkpoint: Path, model: Pretrained) -> None:
+    """Put the checkpoint's weights in place; DamagedShard unless names, shapes and dtypes fit."""
+    tensors, wanted = read_tensors(checkpoint / MODEL), model.state_dict()
+    if problems := compare_tensors(wanted, tensors, dtypes=True):
+        raise _damaged(checkpoint / MODEL, "; ".join(problems))
+    model.load_state_dict(tensors, assign=True)
 
 
 def load_optimizer(checkpoint: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's optimizer state in place, beside the model's parameters."""
+    """Put the checkpoint's optimizer state in place, beside the model's parameters.
+
+    DamagedShard unless every parameter that has a state has AdamW's whole one, of its own shape.
+    """
+    tensors = read_tensors(checkpoint / OPTIMIZER)
+    # A parameter that no gradient reached (a learned query that nothing asked) has no state.
+    with_state = {name.rpartition(".")[0] for name in tensors}
+    states = {
+        name: _wanted_state(parameter)
+        for name, parameter in model.named_parameters()
+        if name in with_state
+    }
+    wanted = {
+        f"{name}.{key}": value for name, state in states.items() for key, value in state.items()
+    }
+    if problems := compare_tensors(wanted, tensors, dtypes=True):
+        raise _damaged(checkpoint / OPTIMIZER, "; ".join(problems))
     parameters = dict(model.named_parameters())
-    for name, tensor in read_tensors(checkpoint / OPTIMIZER).items():
-        parameter_name, key = name.rsplit(".", 1)
-        if parameter_name not in parameters:
-            raise DamagedShard(
-                f"{checkpoint / OPTIMIZER}: a state for {parameter_name!r}, which the model does "
-                "not have: remove this checkpoint, the one before is used"
-            )
-        parameter = parameters[parameter_name]
-        # A fused AdamW counts its steps on the device, any other on the CPU.
-        on_cpu = key == "step" and not optimizer.defaults.get("fused")
-        optimizer.state[parameter][key] = tensor.to("cpu" if on_cpu else parameter.device)
+    for name, state in states.items():
+        parameter = parameters[name]
+        for key in state:
+            # A fused AdamW counts its steps on the device, any other on the CPU.
+            on_cpu = key == "step" and not optimizer.defaults.get("fused")
+            device = "cpu" if on_cpu else parameter.device
+            optimizer.state[parameter][key] = tensors[f"{name}.{key}"].to(device)
+
+
+def _wanted_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What AdamW keeps of a parameter: names, shapes and dtypes, no values."""
+    like = torch.empty_like(parameter, device="meta")
+    return {
+        "exp_avg": like,
+        "exp_avg_sq": like,
+        "step": torch.empty((), dtype=torch.float32, device="meta"),
+    }
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -192,21 +260,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", bound=Pretrained)
-SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig)
-
-NOT_IN_THE_WEIGHTS = frozenset(
-    {
-        *("layer_scale_init", "initializer_range"),  # fresh weights only
-        *("use_rope_aug", "pos_embed_rescale"),  # training draws only
-        *("num_samples_train", "num_samples_eval"),
-    }
-)
-"""Fields of a model's config that may differ from those of the weights a run starts from."""
 
 
 def with_size_of_cache(config: SizedT, hidden_size: int, *, cache: str) -> SizedT:
@@ -228,7 +281,7 @@ def start_folder(config: TrainConfig) -> Path | None:
     if config.start_from is None:
         return None
     folder = Path(config.start_from)
-    return folder_with_optimizer(folder) if config.start_optimizer else folder
+    return _folder_with_optimizer(folder) if config.start_optimizer else folder
 
 
 def make_model(
@@ -247,6 +300,8 @@ def make_model(
             f"start_from {start_from}: no model there, wanted {CONFIG} and {WEIGHTS}: "
             "give a run that has ended, or a checkpoint, RUN/checkpoints/step-NNNNNNNN"
         )
+    if (start_from / STATE).exists():
+        check_checkpoint(start_from)
     source = model_class.from_pretrained(start_from)
     wanted = asdict(config)
     for name, value in asdict(source.config).items():

@@ -1,17 +1,16 @@
-"""One accelerate.Accelerator a command: the device, the ranks, the precision. Used by loop.py and
-tokenize.py.
+"""The device, the ranks and the precision of one command.
+
+accelerate keeps one state a process: the ranks and the device they were launched for. Here the
+stages of a pipeline may run in one process on different devices and in different precisions, so
+both belong to the `Accelerator` of a command, and accelerate is left with the ranks.
 """
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
+import accelerate  # type: ignore[import-untyped]
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.state import (  # type: ignore[import-untyped]
-    AcceleratorState,
-    GradientState,
-    PartialState,
-)
 from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedType,
     broadcast_object_list,
@@ -20,8 +19,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from ...shards.errors import DeltatokError, UsageError
 from ..config import Device, Precision
 
-# accelerate publishes no type information; imported here only.
-
+# accelerate publishes no type information; imported here and in logs.py only.
 
 __all__ = [
     "Accelerator",
@@ -37,38 +35,60 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 """One process, or plain data parallel ones: every rank holds all weights."""
 
 
+class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
+    """accelerate's, with the device and the precision of one command."""
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        """precision: "float32" or "bfloat16"."""
+        self._device, self._precision = device, precision
+        super().__init__(cpu=accelerate.PartialState().device.type == "cpu", mixed_precision="no")
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self._device
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Forward passes inside are in the command's precision."""
+        if self._precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+
 def make_accelerator(device: Device, precision: Precision) -> Accelerator:
     """An Accelerator on that device. UsageError if there is none such, for a launch that shards
-    weights, or for one whose processes would each train alone.
-
-    accelerate keeps one global state a process and refuses a second setting; the stages of a
-    pipeline may run in one process with different ones, so that state is made anew here (the
-    process group, where there is one, stays).
-    """
-    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    AcceleratorState._reset_state(reset_partial_state=not in_group)
-    GradientState._reset_state()
-    state = PartialState(cpu=device == "cpu")
-    if device not in ("auto", state.device.type):
+    weights, or for one whose processes would each train alone."""
+    state = accelerate.PartialState(cpu=device == "cpu")
+    found: torch.device = state.device
+    launched = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    if launched == 1 and state.num_processes == 1:  # no ranks that have to agree on one
+        found = _own_device(device)
+    if device not in ("auto", found.type):
         raise UsageError(
-            f"device {device}: this process can compute on {state.device.type} only; "
-            f"use auto or {state.device.type}"
+            f"device {device}: this process can compute on {found.type} only; "
+            f"use auto or {found.type}"
         )
     if state.distributed_type not in SUPPORTED:
         raise UsageError(
             f"launched for {state.distributed_type.value}: wanted plain data parallel processes; "
             "launch with torchrun --nproc-per-node N"
         )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     if launched > 1 and state.num_processes == 1:
         raise UsageError(
             f"launched as one of {launched} processes, but on {state.device.type} each would train "
             "alone: use as many GPUs as processes (is a GPU seen here?), or, to train on CPUs, "
             f"torchrun --nproc-per-node {launched} with --device cpu"
         )
-    name = precision_name(precision, state.device)
-    mixed = "bf16" if name == "bfloat16" else "no"
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+    return Accelerator(found, precision_name(precision, found))
+
+
+def _own_device(device: Device) -> torch.device:
+    """Of a process that is alone."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    if device != "cpu" and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def leave_group() -> None:

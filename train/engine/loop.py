@@ -36,10 +36,10 @@ from ...shards.interrupts import StopRequest
 from ..data.batches import Batch, Prefetcher
 from ..data.order import Indices
 from .checkpoints import (
-    MODEL,
     Best,
-    check_whole,
+    check_checkpoint,
     find_checkpoints,
+    load_checkpoint,
     load_optimizer,
     read_best,
     save_checkpoint,
@@ -48,7 +48,7 @@ from .checkpoints import (
 )
 from .devices import Accelerator, check_compiler, from_main, on_main
 from .logs import Meter, RunLog, Trackers, check_trackers
-from .model_folder import Pretrained, load_weights, read_tensors
+from .model_folder import Pretrained
 from .run_folder import Run
 
 
@@ -247,10 +247,10 @@ class Trainer:
                     f"{run.folder}: {self.start} steps are trained, steps asks for "
                     f"{self.config.steps}: set steps higher, or another out"
                 )
-            check_whole(folder)
+            state = check_checkpoint(folder)
             run.check_checkpoint(folder)
-            load_weights(stage.model, read_tensors(folder / MODEL), source=str(folder))
-            self.best = read_best(folder)
+            load_checkpoint(folder, stage.model)
+            self.best = read_best(folder, state)
             on_main(accelerator, partial(write_best, run.checkpoints, self.best))
             logger.info("going on after step %d, from %s", self.start, folder)
         groups = parameter_groups(stage.model, self.config.weight_decay)

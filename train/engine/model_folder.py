@@ -10,9 +10,9 @@ Used by every model of models/ (through `Pretrained`), by the training loops and
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +21,15 @@ from torch import Tensor, nn
 
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import partial_path, publish, write_json
+from ...shards.schema import Strictness, load
 
-ConfigT = TypeVar("ConfigT")
-
+MODEL = Strictness(
+    UsageError,
+    is_typed=False,
+    needs_all=True,
+    advice=": it was written by another version, or edited; write the model folder again",
+)
+"""config.json has every field of the model's config, and nothing else."""
 CONFIG, WEIGHTS, PROVENANCE = "config.json", "model.safetensors", "provenance.json"
 
 
@@ -44,9 +50,8 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
-        config = config_from_dict(
-            cls.config_class, _read_config(Path(folder), cls.__name__), source=str(folder)
-        )
+        fields = _read_config(Path(folder), cls.__name__)
+        config = load(cls.config_class, fields, where=str(Path(folder) / CONFIG), strictness=MODEL)
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, read_tensors(Path(folder) / WEIGHTS), source=str(folder))
@@ -128,16 +133,30 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
 
 
 def compare_tensors(
-    wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], *, optional: Sequence[str] = ()
+    wanted: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    *,
+    optional: Sequence[str] = (),
+    dtypes: bool = False,
 ) -> list[str]:
-    """One line for every difference in names and shapes; empty if there is none."""
+    """One line for every difference in names, shapes and kinds; empty if there is none.
+
+    dtypes: they must be equal; else whole numbers must not stand for others, or the reverse.
+    """
     problems = [f"missing: {n}" for n in wanted if n not in got and n not in optional]
     problems += [f"left over: {n}" for n in sorted(got) if n not in wanted]
-    problems += [
-        f"misshapen: {n}: got {tuple(got[n].shape)}, wanted {tuple(wanted[n].shape)}"
-        for n in wanted
-        if n in got and got[n].shape != wanted[n].shape
-    ]
+    for name in wanted:
+        if name not in got:
+            continue
+        ours, theirs = wanted[name], got[name]
+        if ours.shape != theirs.shape:
+            problems.append(
+                f"misshapen: {name}: got {tuple(theirs.shape)}, wanted {tuple(ours.shape)}"
+            )
+        elif ours.is_floating_point() != theirs.is_floating_point() or (
+            dtypes and ours.dtype != theirs.dtype
+        ):
+            problems.append(f"mistyped: {name}: got {theirs.dtype}, wanted {ours.dtype}")
     return problems
 
 
@@ -150,41 +169,6 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(f"{name} {dtype} {list(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, source: str) -> ConfigT:
-    """A flat config dataclass from JSON values; every field must be there, nothing else may be."""
-    types = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    problems = [f"missing: {name}" for name in names if name not in values]
-    problems += [f"unknown: {name}" for name in values if name not in names]
-    converted: dict[str, Any] = {}
-    for name in names:
-        if name in values:
-            try:
-                converted[name] = _convert(values[name], types[name])
-            except TypeError:
-                problems.append(f"wrong type: {name}: got {values[name]!r}, wanted {types[name]}")
-    if problems:
-        raise UsageError(
-            f"{source}: not a {cls.__name__}:\n  "
-            + "\n  ".join(problems)
-            + "\nit was written by another version, or edited; write the model folder again"
-        )
-    return cls(**converted)
-
-
-def _convert(value: Any, wanted: Any) -> Any:
-    """A JSON value as the field type says: int, float, bool, str or a tuple of one of them."""
-    if get_origin(wanted) is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        return tuple(_convert(item, get_args(wanted)[0]) for item in value)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-        raise TypeError
-    return value
 
 
 def _read_config(folder: Path, class_name: str) -> dict[str, Any]:

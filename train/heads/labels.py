@@ -1,16 +1,12 @@
-"""The labels of an evaluation cache, as a head is trained on them: each crop has its half.
+"""What a head is trained on: the labels of whole frames, or of the crops of an evaluation cache.
 
-A sample is a crop of a target's frame. As in evaluation, its prediction is enlarged and cut to its
-half of the label, which is never resized. Used by head.py.
-
-Label files of a patch-token cache: LABELS/CLIP_KEY.npy, uint8 (frames, H, W), 255 = ignore.
-
-Indexed by the frames' numbers in presentation order, as frame_index of a uniform cache; of the
-size of the source frames, never resized. Used by head.py.
+`ClipFrameLabels`: every frame of a uniform cache, by the label file of its clip. `TargetLabels`:
+a sample is a crop of a target's frame; as in evaluation, its prediction is enlarged and cut to its
+half of the label. Labels are never resized.
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shards.errors import DamagedShard, UsageError
-from ...shards.evaluation.labels import IGNORE, NO_DEPTH, Kind
+from ...shards.evaluation.labels import IGNORE, NO_DEPTH, ClipLabels, Kind
 from ...shards.evaluation.targets import (
     Target,
     cut_of_crops,
@@ -28,14 +24,13 @@ from ...shards.evaluation.targets import (
     read_targets,
     windows_of_clips,
 )
-from ...shards.npy import map_npy
 from ...shards.patches.reader import PatchShards
 from ..data.order import Indices, evenly
 from .crops import cut_labels, upsample_half
 
 
 class LabelSource(Protocol):
-    """What a head is trained on: Labels below, target_labels.TargetLabels."""
+    """What a head is trained on."""
 
     kind: Kind
     num_classes: int
@@ -58,11 +53,11 @@ class LabelSource(Protocol):
         """A head's output (1, C, h, w) for a window, at the size of its labels."""
 
 
-class Labels:
-    """The labels of every window of a cache; opened once, read from the mapped files.
+class ClipFrameLabels:
+    """The labels of every window of a uniform cache; opened once, read from the mapped files.
 
-    Raises UsageError for a file that is missing, not such an array, too short, or that belongs to
-    other frames than the cache's: one with a crop or a flip, or of another size.
+    Raises UsageError as `ClipLabels`, and for labels of other frames than the cache's: one with a
+    crop or a flip, or of another size.
     """
 
     def __init__(self, folder: str, shards: PatchShards, *, num_classes: int) -> None:
@@ -72,7 +67,10 @@ class Labels:
         self._frame_index = shards.frame_index(np.arange(shards.num_windows))
         self._num_frames = self._frame_index.shape[1]
         self._keys = shards.keys
-        self._arrays = [_open(Path(folder), key) for key in self._keys]
+        last = np.zeros(len(shards.keys), dtype=np.int64)
+        np.maximum.at(last, self._clip_index, self._frame_index.max(axis=1))
+        last_frames = dict(zip(shards.keys, last.tolist(), strict=True))
+        self._labels = ClipLabels(folder, last_frames=last_frames, num_classes=num_classes)
         self._check_windows(shards)
 
     @property
@@ -91,8 +89,7 @@ class Labels:
 
     def size(self, window: int) -> tuple[int, int]:
         """Height and width of the labels of a window's clip."""
-        _, height, width = self._arrays[self._clip_index[window]].shape
-        return int(height), int(width)
+        return self._labels.size(self._keys[self._clip_index[window]])
 
     def read(self, windows: Indices, frames: Indices) -> NDArray[np.uint8]:
         """Labels uint8 (B, H, W) of frame `frames[i]` of window `windows[i]`; smaller ones than the
@@ -100,21 +97,15 @@ class Labels:
         sizes = np.array([self.size(window) for window in windows])
         filled = np.full((len(windows), *sizes.max(0)), IGNORE, dtype=np.uint8)
         for target, window, frame in zip(filled, windows, frames, strict=True):
-            clip = self._clip_index[window]
-            labels = self._arrays[clip][self._frame_index[window, frame]]
-            if ((labels >= self.num_classes) & (labels != IGNORE)).any():
-                raise UsageError(
-                    f"the labels of clip {self._keys[clip]!r} have class "
-                    f"{labels[labels != IGNORE].max()}: wanted 0 to {self.num_classes - 1}, or "
-                    f"{IGNORE} for ignore; set num_classes, or convert the labels"
-                )
-            target[: labels.shape[0], : labels.shape[1]] = labels
+            key = self._keys[self._clip_index[window]]
+            label = self._labels.frame(key, int(self._frame_index[window, frame]))
+            target[: label.shape[0], : label.shape[1]] = label
         return filled
 
     def _check_windows(self, shards: PatchShards) -> None:
-        shapes = np.array([array.shape for array in self._arrays], dtype=np.int64).reshape(-1, 3)
-        sizes = shapes[self._clip_index]
-        whole = np.pad(sizes[:, 1:], ((0, 0), (2, 0)))  # top, left, height, width
+        sizes = np.array([self._labels.size(key) for key in self._keys], dtype=np.int64)
+        sizes = sizes.reshape(-1, 2)[self._clip_index]
+        whole = np.pad(sizes, ((0, 0), (2, 0)))  # top, left, height, width
         wrong = shards.flipped | (shards.crop != whole).any(axis=1)
         if wrong.any():
             window = int(wrong.argmax())
@@ -122,35 +113,9 @@ class Labels:
                 f"window {window} of clip {self._keys[self._clip_index[window]]!r}: crop "
                 f"{shards.crop[window].tolist()} (top, left, height, width), flipped "
                 f"{bool(shards.flipped[window])}; its labels are of whole frames of "
-                f"{tuple(sizes[window, 1:].tolist())} pixels: extract with --sampling uniform, "
+                f"{tuple(sizes[window].tolist())} pixels: extract with --sampling uniform, "
                 "from the videos that the labels belong to"
             )
-        short = self._frame_index.max(axis=1) >= sizes[:, 0]
-        if short.any():
-            window = int(short.argmax())
-            raise UsageError(
-                f"clip {self._keys[self._clip_index[window]]!r}: labels of {sizes[window, 0]} "
-                f"frames, the cache has its frame {self._frame_index[window].max()}: give labels "
-                f"for every frame ({IGNORE} where there are none)"
-            )
-
-
-def _open(folder: Path, key: str) -> NDArray[Any]:
-    path = folder / f"{key}.npy"
-    if not folder.is_dir() or not path.is_file():
-        raise UsageError(
-            f"{path}: no such label file; wanted one for every clip of the cache, named after its "
-            "key"
-        )
-    try:
-        array = map_npy(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as an array ({error}): write it again") from error
-    if array.dtype != np.uint8 or array.ndim != 3 or not array.size:
-        raise UsageError(
-            f"{path}: {array.dtype} {array.shape}, wanted uint8 (frames, height, width)"
-        )
-    return array
 
 
 CLASSES = {"vspw": 124, "cityscapes": 19, "binary": 2}

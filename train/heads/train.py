@@ -25,7 +25,7 @@ from ...shards.patches.reader import PatchShards
 from ..config import HeadTrainConfig
 from ..data.batches import Batch
 from ..data.order import BatchOrder, Indices, Share, evenly, split_windows
-from ..data.residency import patch_source
+from ..data.residency import Read, patch_source
 from ..engine.checkpoints import make_model, start_folder
 from ..engine.devices import make_accelerator
 from ..engine.logs import Meter
@@ -38,7 +38,7 @@ from ..models.heads import (
     SegmentationHeadConfig,
     feature_map,
 )
-from .labels import Labels, LabelSource, TargetLabels
+from .labels import ClipFrameLabels, LabelSource, TargetLabels
 
 SCALE_INVARIANCE = 0.85
 """Share of a frame's squared mean log error that costs nothing: Eigen's lambda, with the value that
@@ -192,7 +192,7 @@ def open_labels(config: HeadTrainConfig, shards: PatchShards) -> LabelSource:
         return TargetLabels(config.labels, shards, num_classes=config.num_classes)
     if config.num_classes is None:
         raise UsageError("num_classes: not given; give --num-classes, the classes of the labels")
-    return Labels(config.labels, shards, num_classes=config.num_classes)
+    return ClipFrameLabels(config.labels, shards, num_classes=config.num_classes)
 
 
 class HeadStage:
@@ -219,8 +219,7 @@ class HeadStage:
         self._device = device
         self._batch_size = config.batch_size
         self._slice = share.of(config.batch_size)
-        source = patch_source(shards, residency=config.residency, device=device)
-        self._windows = source.read_few  # frames of random windows: not in the order of stream
+        self._source = patch_source(shards, residency=config.residency, device=device)
         split = split_windows(*labels.videos, config.validation_fraction)
         samples = labels.samples(split.training)
         self._order = BatchOrder(samples, config.batch_size, config.seed)
@@ -243,7 +242,8 @@ class HeadStage:
     def read(self, step: int) -> Batch:
         """Tensors: features (B, N, D), labels uint8 or float32 (B, H, W), filled up."""
         numbers = np.arange(self._batch_size)[self._slice]
-        return self._read(self._order.at(step)[self._slice], numbers)
+        # Frames of random windows: not in the order of stream.
+        return self._read(self._source.read_any, self._order.at(step)[self._slice], numbers)
 
     def losses(
         self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
@@ -258,7 +258,9 @@ class HeadStage:
     def evaluate(self) -> dict[str, float]:
         scores = []
         for frames in self._validation:
-            batch = self._read(frames, np.arange(len(frames))).to(self._device)
+            batch = self._read(self._source.read_to_keep, frames, np.arange(len(frames))).to(
+                self._device
+            )
             check_finite(batch.tensors["features"], batch.windows, clip_of=self.clip_of)
             scores.append(self._score(self.model, batch, slice(None)))
         losses, sums, counts = (torch.cat(values) for values in zip(*scores, strict=True))
@@ -282,10 +284,10 @@ class HeadStage:
             "patches_fingerprint": self._shards.fingerprint,
         }
 
-    def _read(self, chosen: Indices, numbers: Indices) -> Batch:
+    def _read(self, read: Read, chosen: Indices, numbers: Indices) -> Batch:
         windows, frames = np.divmod(chosen, self._shards.shape[0])
         unique, rows = np.unique(windows, return_inverse=True)
-        (tokens,) = self._windows(unique)
+        (tokens,) = read(unique)
         return Batch(
             tensors={
                 "features": tokens[torch.from_numpy(rows), torch.from_numpy(frames)],

@@ -11,7 +11,7 @@ import torch
 from deltatok.evaluate.forecast import rollout as baselines
 from deltatok.evaluate.forecast.rollout import gaussian_like
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.scores import class_ious
+from deltatok.evaluate.forecast.scores import class_counts, class_ious
 from deltatok.evaluate.report.rows import find_value
 from deltatok.evaluate.report.write import Report
 from deltatok.shards.errors import CacheMismatch, UsageError
@@ -147,7 +147,7 @@ def test_the_null_can_be_left_out(shared_evaluation: Any, tmp_path: Path) -> Non
 
 def test_class_ious_are_shared_over_union_and_none_where_nothing_is() -> None:
     confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
-    assert class_ious(confusion) == [3 / 6, 4 / 7, None]
+    assert class_ious(*class_counts(confusion)) == [3 / 6, 4 / 7, None]
 
 
 def test_per_class_iou_averages_to_miou_and_is_on_the_page(

@@ -11,7 +11,8 @@ import torch
 from deltatok.evaluate.forecast.modes import KnownFutures, ModeScorer, write_futures
 from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.scores import SequenceScores, segment
+from deltatok.evaluate.forecast.scores import segment
+from deltatok.evaluate.forecast.sequences import SequenceScores
 from deltatok.evaluate.report.rows import find_row, find_value
 from deltatok.evaluate.report.write import Report
 from deltatok.shards.errors import UsageError

@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from deltatok.evaluate.forecast.intervals import NUM_RESAMPLES, Resamples, draw_weights
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.scores import (
-    MeanIoU,
+from deltatok.evaluate.forecast.scores import class_counts, confusion_matrix, squared_errors
+from deltatok.evaluate.forecast.sequences import (
     Score,
     SequenceScores,
     Sums,
-    class_counts,
     read_sequences,
     sequences_jsonl,
     values,
@@ -23,17 +24,30 @@ from deltatok.evaluate.report.rows import find_row
 from deltatok.shards.errors import UsageError
 
 
-def test_class_counts_add_up_to_the_accumulated_miou() -> None:
+def test_class_counts_add_up_to_torchmetrics_miou() -> None:
     generator = torch.Generator().manual_seed(0)
-    metric, sums, counts = MeanIoU(num_classes=5), np.zeros(5), np.zeros(5)
+    metric = MulticlassJaccardIndex(5, ignore_index=255)
+    sums, counts = np.zeros(5), np.zeros(5)
     for _ in range(3):
         classes = torch.randint(0, 4, (9, 7), generator=generator)  # class 4 never occurs
         label = torch.randint(0, 4, (9, 7), generator=generator)
         label[:2] = 255
         metric.update(classes[None], label[None])
-        found = class_counts(classes, label, num_classes=5)
+        found = class_counts(confusion_matrix(classes[None], label[None], num_classes=5))
         sums, counts = sums + found[0], counts + found[1]
     assert values("miou", sums, counts) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_squared_errors_add_up_to_torchmetrics_rmse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    metric, total = MeanSquaredError(squared=False), np.zeros(2)
+    for _ in range(3):
+        metres, label = torch.rand(2, 1, 9, 7, generator=generator).split(1)
+        label[..., :2] = 0
+        metric.update(metres[label > 0], label[label > 0])
+        total += squared_errors(metres, label[0])
+    found = values("rmse", total[:1], total[1:])
+    assert found == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
 def test_resampled_values_equal_scoring_the_drawn_sequences_again() -> None:

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.evaluate.report.videos import clips_by_key, read_frames
+from deltatok.evaluate.report.frames import clips_by_key, read_frames
 
 
 @pytest.fixture

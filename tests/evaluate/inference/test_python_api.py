@@ -18,7 +18,7 @@ from PIL import Image
 from deltatok.evaluate import DeltaWorld, Futures
 from deltatok.evaluate.forecast.rollout import decode_rollout
 from deltatok.evaluate.inference import futures as futures_pictures
-from deltatok.evaluate.report.differing import most_different
+from deltatok.evaluate.report.panels import most_diverse
 from deltatok.evaluate.report.pictures import heat_tile
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.identity import RESIZE_RULE
@@ -443,8 +443,8 @@ def test_a_head_is_asked_for_where_there_is_none(copied: Path, frames: NDArray[n
 
 def test_the_most_different_samples_are_spread_out() -> None:
     samples = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 0.0], [0.0, -7.0], [0.1, 0.0]])
-    assert most_different(samples, 3) == [1, 3, 2]
-    assert most_different(torch.ones(4, 2), 3) == [0]
+    assert most_diverse(samples, 3) == [1, 3, 2]
+    assert most_diverse(torch.ones(4, 2), 3) == [0]
 
 
 def test_importing_evaluate_imports_no_torch() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.report.head_panels import depth_panel, rgb_panel
-from deltatok.evaluate.report.panels import ShownWindow
+from deltatok.evaluate.report.panels import ShownWindow, depth_panel, rgb_panel
 from deltatok.shards.errors import UsageError
 from deltatok.train.models.heads import DepthHead, DepthHeadConfig
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig

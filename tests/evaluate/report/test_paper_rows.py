@@ -1,5 +1,6 @@
 """The paper's rows stand beside ours only where the protocol is the same."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ from deltatok.evaluate.report.paper_rows import (
     PAPER_ROWS,
     PaperComparison,
     compare_with_paper,
-    paper_html,
     paper_table,
 )
 from deltatok.evaluate.report.rows import ROW_NAMES, ReportRow
@@ -46,7 +46,9 @@ def comparison(
     return compare_with_paper(config, IDENTITY if identity is None else identity, head=model)
 
 
-def test_the_same_protocol_is_comparable_and_ours_stands_beside(head: SegmentationHead) -> None:
+def test_the_same_protocol_is_comparable_and_ours_stands_beside(
+    head: SegmentationHead, small_page: Callable[..., str]
+) -> None:
     found = comparison(head)
     assert found == PaperComparison(dataset="vspw", differences=())
     assert found is not None
@@ -54,7 +56,7 @@ def test_the_same_protocol_is_comparable_and_ours_stands_beside(head: Segmentati
     assert header == ["row", "mIoU % short", "mIoU % mid"]
     ours = body.index(["this run: Best sample", "57.1", "52.2"])
     assert body[ours + 1] == ["paper: DeltaWorld, paper, best", "55.4", "50.1"]
-    assert "The same protocol" in paper_html(ROWS, found)
+    assert "The same protocol" in small_page(ROWS, paper=found)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,11 @@ def test_the_same_protocol_is_comparable_and_ours_stands_beside(head: Segmentati
     ],
 )
 def test_another_cache_is_not_comparable(
-    head: SegmentationHead, place: tuple[str, str], value: Any, text: str
+    head: SegmentationHead,
+    small_page: Callable[..., str],
+    place: tuple[str, str],
+    value: Any,
+    text: str,
 ) -> None:
     identity = {key: dict(part) for key, part in IDENTITY.items()}
     identity[place[0]][place[1]] = value
@@ -74,7 +80,7 @@ def test_another_cache_is_not_comparable(
     assert found is not None
     assert found.differences == (text,)
     assert not any("this run" in row[0] for row in paper_table(ROWS, found)[1])
-    page = paper_html(ROWS, found)
+    page = small_page(ROWS, paper=found)
     assert "Not comparable" in page
     assert text in page
 
@@ -106,9 +112,11 @@ def test_a_data_set_that_only_bears_the_name_is_not_comparable(head: Segmentatio
     assert len(found.differences) > 3
 
 
-def test_the_paper_has_no_rows_of_another_data_set(head: SegmentationHead) -> None:
+def test_the_paper_has_no_rows_of_another_data_set(
+    head: SegmentationHead, small_page: Callable[..., str]
+) -> None:
     assert comparison(head, {"sampling": {"policy": "uniform"}}, dataset="mine") is None
-    assert paper_html(ROWS, None) == ""
+    assert "Beside the paper" not in small_page(ROWS, paper=None)
 
 
 def test_rows_of_the_paper_are_of_kinds_that_a_report_has() -> None:

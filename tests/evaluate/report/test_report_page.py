@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.report.rows import ReportRow, expected_order, markdown_table
+from deltatok.evaluate.report.rows import ReportRow, expected_order, table
 
 VOID = {"meta", "img", "source", "br", "wbr", "link"}
 
@@ -192,7 +192,7 @@ def test_order_of_missing_rows_is_not_checked() -> None:
 
 
 def test_markdown_table_is_one_line_a_row() -> None:
-    lines = markdown_table(mid(present=0.584, copy_last=0.4)).splitlines()
+    lines = table(mid(present=0.584, copy_last=0.4)).markdown().splitlines()
     assert lines == [
         "| row | mIoU % ↑ short | mIoU % ↑ mid |",
         "| --- | ---: | ---: |",

@@ -1,15 +1,12 @@
-"""Little videos made by code, whose every frame carries its number, and a sampling policy."""
+"""Little videos made by code, whose every frame carries its number."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import pytest
-
-from deltatok.extract.sampling import SamplingPolicy
 
 BITS = 8
 SQUARE = 16
@@ -70,25 +67,3 @@ def _picture(number: int, tall: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Videos:
     return Videos(tmp_path_factory.mktemp("videos"))
-
-
-@pytest.fixture(scope="session")
-def make_policy() -> Callable[..., SamplingPolicy]:
-    """The paper's policy with a few things changed."""
-
-    def make(**changes: Any) -> SamplingPolicy:
-        fields: dict[str, Any] = {
-            "policy": "windows",
-            "num_frames": 8,
-            "num_windows": 4,
-            "time_stride_range": (1 / 25, 1 / 3),
-            "crop_scale": (0.6, 1.0),
-            "crop_ratio": (3 / 4, 4 / 3),
-            "flip_probability": 0.5,
-            "fps": None,
-            "seed": 0,
-            "min_frames": 2,
-        }
-        return SamplingPolicy(**(fields | changes))
-
-    return make

@@ -55,11 +55,11 @@ UNUSABLE = {  # file: (stage, reason)
     "mpy_result_zero_bytes.webm": ("open", "cannot be opened: the file is empty"),
 }
 WITHOUT_DECORD = """
-import sys
-from deltatok.extract.decoding import child
+import dataclasses, sys
+from deltatok.extract.decoding import worker
 def decode(request, starting):
-    return child.decode_request(request | {"decoder": "pyav"}, starting)
-sys.exit(child.main(sys.argv[1:], decode=decode))
+    return worker.decode_request(dataclasses.replace(request, decoder="pyav"), starting)
+worker.main(sys.argv[1:], decode=decode)
 """
 
 
@@ -80,7 +80,7 @@ def pyav_results(
     script.write_text(WITHOUT_DECORD)
     clips = [c for c in find_clips([FOLDER]) if EXPECTED.get(c.key, ("",))[0] == "decord"]
     command = [sys.executable, "-P", str(script)]
-    with DecodePool(make_policy(), num_workers=2, timeout_s=120, child_command=command) as pool:
+    with DecodePool(make_policy(), num_workers=2, timeout_s=120, worker_command=command) as pool:
         return {clip.key: result for clip, result in zip(clips, pool.decode(clips), strict=True)}
 
 

@@ -15,8 +15,6 @@ from deltatok.extract.sources.clip import (
     TarMember,
     Unreadable,
     ZipFolder,
-    source_from_json,
-    source_to_json,
 )
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UsageError
@@ -329,9 +327,3 @@ def test_folder_of_frames_itself_is_known_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "clip" / "f_0.5.jpg").write_bytes(b"1")
     (clip,) = find_clips([tmp_path / "clip"])
     assert (clip.key, clip.path) == ("clip", tmp_path / "clip")
-
-
-def test_source_comes_back_from_json() -> None:
-    zipped = ZipFolder(folder="a", runs=((3, 4), (5, 6)), stamp=(7, 8))
-    for source in (None, FrameFolder(), TarMember(512, (1, 2)), zipped, Unreadable("gone")):
-        assert source_from_json(source_to_json(source)) == source

@@ -82,9 +82,10 @@ def test_a_plan_counts_targets_and_writes_nothing(
 ) -> None:
     assert extract([*_words(tiny_inputs, tmp_path / "cache"), "--plan"]) == 0
     said = capsys.readouterr().out
-    assert "targets              2 complete, 0 incomplete" in said
-    assert "windows              2 " in said
-    assert f"bytes of tokens      {2 * 7 * 4 * 16 * 2:,} (float16)" in said
+    assert "clips      2 " in said
+    assert "quarantine 0 %" in said
+    assert "windows    2 of 7 frames: 14 frames" in said
+    assert "float16 <-" in said
     assert not (tmp_path / "cache").exists()
 
 

@@ -49,12 +49,6 @@ def test_an_export_in_another_dtype_is_still_what_the_tokenizer_was_trained_on(
     assert deltas.info.identity["patches"]["storage"]["converted_from"] == {"dtype": "float16"}
 
 
-def test_an_npy_folder_is_made(tiny_run: Path, tmp_path: Path) -> None:
-    words = ["export", str(tiny_run / "deltas"), "--format", "npy", "--out", str(tmp_path / "out")]
-    assert main([*words, "--dtype", "float32", "--limit", "1"]) == 0
-    assert np.load(tmp_path / "out/tokens.npy").dtype == np.float32
-
-
 def test_refusals_have_their_exit_codes(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +61,7 @@ def test_refusals_have_their_exit_codes(
         ([patches, "--split", "val"], 2, "has no split 'val'"),
         ([patches, "--clips", str(tmp_path / "empty.txt")], 2, "names no clip"),
         ([patches, "--clips", str(tmp_path / "none.txt")], 2, "cannot be read"),
-        ([patches, "--format", "npy", "--clips-per-shard", "2"], 2, "--clips-per-shard with"),
+        ([patches, "--format", "npy"], 2, "--format"),
         ([str(tmp_path)], 4, "not a deltatok cache"),
     ):
         assert main(["export", *words, *out]) == code

@@ -82,6 +82,14 @@ def test_what_repair_may_not_mend_is_an_error(cache: Path, fails: Fails) -> None
     fails(shards, ["verify", str(cache), "--repair"], 1, "nothing here may mend", "black.npy")
 
 
+def test_what_is_left_is_judged_by_its_kind_not_by_its_words(
+    cache: Path, tmp_path: Path, fails: Fails
+) -> None:
+    folder = cache.rename(tmp_path / "x: not marked: not finished: y")
+    (folder / "black.npy").write_bytes(b"x")
+    fails(shards, ["verify", str(folder), "--repair"], 1, "nothing here may mend", "black.npy")
+
+
 def test_a_whole_cache_says_how_deep_it_was_looked_at(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

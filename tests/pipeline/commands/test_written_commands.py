@@ -36,7 +36,11 @@ HELPS = [
     *["pipeline", "pipeline run", "pipeline plan", "pipeline quickstart"],
     *["pipeline import-official", "pipeline export-official"],
 ]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_COMMANDS = {"architecture.md", "experiments.md", "measured.md"}
+PAGES = [
+    ROOT / "README.md",
+    *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in WITHOUT_COMMANDS),
+]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
 
 
@@ -47,13 +51,13 @@ class ParsedError(Exception):
 @pytest.fixture
 def understood(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Checks that a command line is parsed, its config built; nothing is run."""
-    build = command.build_config
+    load = command.load
 
-    def only_build(*arguments: Any, **named: Any) -> None:
-        build(*arguments, **named)
+    def only_load(*arguments: Any, **named: Any) -> None:
+        load(*arguments, **named)
         raise ParsedError
 
-    monkeypatch.setattr(command, "build_config", only_build)
+    monkeypatch.setattr(command, "load", only_load)
 
     def check(line: str) -> None:
         name, *words = shlex.split(line, comments=True)

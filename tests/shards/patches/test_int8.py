@@ -208,7 +208,7 @@ def test_verify_finds_a_changed_channel_scale_file(int8: Any, little: Any) -> No
     little.flip_byte(int8.folder / "channel_scale.npy", -2)
     problems = verify_cache(int8.folder, deep=True).problems
     assert len(problems) == 1
-    assert "channel_scale.npy" in problems[0]
+    assert "channel_scale.npy" in problems[0].text
     with pytest.raises(DamagedShard, match="restore channel_scale"):
         _ = PatchShards(int8.folder).channel_scale
 
@@ -216,7 +216,7 @@ def test_verify_finds_a_changed_channel_scale_file(int8: Any, little: Any) -> No
 def test_reader_needs_the_scales_of_the_shard_alone(int8: Any) -> None:
     (int8.folder / "channel_scale.npy").unlink()
     assert PatchShards(int8.folder).tokens([0]).shape == (1, 3, 4, 6)
-    assert "channel_scale.npy" in verify_cache(int8.folder, deep=True).problems[0]
+    assert "channel_scale.npy" in verify_cache(int8.folder, deep=True).problems[0].text
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,7 @@ from deltatok.shards.files import sha256_file, write_bytes
 from deltatok.shards.patches.int8 import dequantise
 from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
 from deltatok.shards.plan import plan_lines
-from deltatok.shards.tools.export import export_cache
-from deltatok.shards.tools.export_plan import Selection
+from deltatok.shards.tools.export import Selection, export_cache
 
 
 def opened(folder: Path) -> Any:

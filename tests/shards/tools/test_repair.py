@@ -76,7 +76,7 @@ def test_only_partials_are_removed_among_what_nobody_knows(patches: Any) -> None
         "shards/000007.zarr.partial-1-0123abcd",
     ]
     left = verify_cache(patches.folder)
-    assert left.leftovers.orphans == {"shards/000000.zarr": 1, "shards/000009.tar": 1}
+    assert left.orphans == {"shards/000000.zarr": 1, "shards/000009.tar": 1}
     assert len(PatchShards(patches.folder)) == 11
 
 
@@ -135,7 +135,9 @@ def test_a_plan_that_cannot_be_trusted_condemns_no_shard(little: Any, tmp_path: 
     path = cache.folder / "plan.jsonl"
     path.write_text(path.read_text().replace("clip1.mp4", "clip9.mp4"))
     report = verify_cache(cache.folder, deep=True)
-    assert any("clip9.mp4" in problem or "clip1.mp4" in problem for problem in report.problems)
+    assert any(
+        "clip9.mp4" in problem.text or "clip1.mp4" in problem.text for problem in report.problems
+    )
     assert report.damaged == []
 
 
@@ -144,7 +146,7 @@ def test_shards_of_another_cache_are_not_removed(little: Any, patches: Any, delt
     other = little.make_patches(patches.folder.parent / "other", dtype="bfloat16")
     shutil.copy(other.folder / "cache.json", patches.folder / "cache.json")
     report = verify_cache(patches.folder, deep=True)
-    assert any("belongs to another cache" in problem for problem in report.problems)
+    assert any("belongs to another cache" in problem.text for problem in report.problems)
     before = {name for name in snapshot(patches.folder) if ".zarr" in name}
     repair_cache(patches.folder, verify_cache(patches.folder, deep=True))
     assert before <= set(snapshot(patches.folder))

@@ -70,7 +70,26 @@ def test_verify_names_what_is_wrong(
     problems = verify_cache(patches.folder, deep=True).problems
     assert len(problems) == len(words), problems
     for word in words:
-        assert any(word in problem for problem in problems), (word, problems)
+        assert any(word in problem.text for problem in problems), (word, problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kinds"),
+    [
+        ("shards/000001.json", Path.unlink, {("unfinished", None), ("leftover", 1)}),
+        ("shards/000001.json", append("{"), {("shard", 1), ("leftover", 1), ("unfinished", None)}),
+        ("shards/000001.zarr/crop/c/0/0", Path.unlink, {("shard", 1)}),
+        ("shards/stranger", append("x"), {("leftover", None)}),
+        ("black.npy", Path.unlink, {("folder", None)}),
+    ],
+)
+def test_every_problem_has_a_kind_and_its_shard(
+    patches: Any, name: str, change: Callable[[Path], None], kinds: set[tuple[str, int | None]]
+) -> None:
+    change(patches.folder / name)
+    report = verify_cache(patches.folder)
+    assert {(problem.kind, problem.shard) for problem in report.problems} == kinds
+    assert report.damaged == [shard for kind, shard in kinds if kind == "shard"]
 
 
 def test_verify_finds_several_problems_at_once(little: Any, patches: Any) -> None:
@@ -85,8 +104,8 @@ def test_verify_holds_clips_against_the_plan(little: Any, patches: Any) -> None:
     rows = little.patch_rows(5, [*patches.rows[0].keys[:2], "stranger"], seed=0)
     write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
     (problem,) = verify_cache(patches.folder, deep=True).problems
-    assert "shard 000000: clip " in problem
-    assert "and 1 more are in plan.jsonl or in its done-record" in problem
+    assert "shard 000000: clip " in problem.text
+    assert "and 1 more are in plan.jsonl or in its done-record" in problem.text
 
 
 def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
@@ -96,8 +115,8 @@ def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
     write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7, quarantined=[entry])
     problems = verify_cache(patches.folder).problems  # nothing else is brought up to date yet
     assert len(problems) == 2
-    assert "000000.json: is not the done-record that index.jsonl tells of" in problems[0]
-    assert "quarantine.jsonl: does not list" in problems[1]
+    assert "000000.json: is not the done-record that index.jsonl tells of" in problems[0].text
+    assert "quarantine.jsonl: does not list" in problems[1].text
     write_quarantine(patches.folder)
     finish_cache(patches.folder, {})
     assert verify_cache(patches.folder, deep=True).problems == []
@@ -107,11 +126,11 @@ def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
 def test_verify_says_that_a_cache_is_not_finished(little: Any, tmp_path: Path) -> None:
     cache = little.make_deltas(tmp_path / "cache", finish=False)
     (problem,) = verify_cache(cache.folder, deep=True).problems
-    assert "not marked complete" in problem
+    assert "not marked complete" in problem.text
     (cache.folder / "shards/000001.json").unlink()
     (cache.folder / "shards/000001.tar").unlink()
     (problem,) = verify_cache(cache.folder, deep=True).problems
-    assert "not finished: 1 of 2 shards are not done, first 000001" in problem
+    assert "not finished: 1 of 2 shards are not done, first 000001" in problem.text
 
 
 def test_verify_refuses_what_is_no_cache(tmp_path: Path) -> None:
@@ -127,8 +146,8 @@ def test_a_record_that_names_anothers_files_is_a_problem(patches: Any) -> None:
     other = json.loads((patches.folder / "shards/000001.json").read_text())
     path.write_text(json.dumps({**record, "files": other["files"]}))
     assert any(
-        "13 of them not its own" in text
-        for text in verify_cache(patches.folder, deep=True).problems
+        "13 of them not its own" in problem.text
+        for problem in verify_cache(patches.folder, deep=True).problems
     )
 
 

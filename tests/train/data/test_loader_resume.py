@@ -45,8 +45,8 @@ def tokenizer_reader(folder: Path, share: Share, residency: str) -> tuple[Reader
 
 
 def samples_of(batch: Batch) -> tuple[torch.Tensor, ...]:
-    if "z" in batch.tensors:
-        return batch.tensors["z"], batch.tensors["timestamps"]
+    if "z" in batch.tensors:  # in buffers that later batches are read into
+        return batch.tensors["z"].clone(), batch.tensors["timestamps"].clone()
     row, previous, current = batch.tensors["pairs"].T
     frames = batch.tensors["frames"].float()
     return frames[row, previous], frames[row, current]

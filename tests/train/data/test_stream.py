@@ -1,6 +1,8 @@
 """Streaming: whole blocks in a random order; the same windows as read directly, mixed well."""
 
 import itertools
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,17 @@ import torch
 from deltatok.shards import DeltaShards, PatchShards, read_cache_info
 from deltatok.shards.errors import CacheMismatch
 from deltatok.shards.tools.export import export_cache
-from deltatok.train.data import residency as memory
 from deltatok.train.data import residency as sources
+from deltatok.train.data.batches import Prefetcher
 from deltatok.train.data.order import StreamOrder, same_block_share
 from deltatok.train.data.residency import choose_place, delta_source, patch_source
-from deltatok.train.data.stream import BufferPool, DeltaBlocks, PatchBlocks, StreamRows
+from deltatok.train.data.stream import (
+    BufferRing,
+    DeltaBlocks,
+    PatchBlocks,
+    StreamRows,
+    buffers_needed,
+)
 from deltatok.train.world import train_world
 
 
@@ -111,13 +119,65 @@ def test_blocks_of_a_delta_cache_are_read_whole(deltas: Path) -> None:
 
 
 @pytest.mark.parametrize("residency", ["device", "memory", "map", "stream"])
-def test_a_batch_that_is_held_is_never_written_over(deltas: Path, residency: Any) -> None:
-    source = delta_source(DeltaShards(deltas), residency=residency)
-    held = [source.read(np.arange(step, step + 4)) for step in range(20)]
-    fresh = [source.read(np.arange(step, step + 4)) for step in range(20)]
-    for one, other in zip(held, fresh, strict=True):
-        assert all(map(torch.equal, one, other))
-        assert one[0].data_ptr() != other[0].data_ptr()
+def test_a_batch_is_valid_until_so_many_further_ones_are_asked_for(
+    deltas: Path, residency: Any
+) -> None:
+    shards = DeltaShards(deltas)
+    for name in ("read", "read_any"):
+        read = getattr(delta_source(shards, residency=residency, num_buffers=3), name)
+        held: deque[tuple[int, tuple[torch.Tensor, ...]]] = deque(maxlen=3)
+        for step in range(20):
+            held.append((step, read(np.arange(step, step + 4))))
+            for first, (tokens, times) in held:
+                windows = np.arange(first, first + 4)
+                assert np.array_equal(tokens.numpy(), shards.tokens(windows))
+                assert np.array_equal(times.numpy(), shards.timestamps_s(windows))
+
+
+@pytest.mark.parametrize("residency", ["device", "memory", "map", "stream"])
+def test_what_is_read_to_be_kept_is_never_written_over_nor_costs_a_batch(
+    deltas: Path, residency: Any
+) -> None:
+    shards = DeltaShards(deltas)
+    source = delta_source(shards, residency=residency, num_buffers=2)
+    batch = source.read(np.arange(4))
+    kept = [source.read_to_keep(np.arange(step, step + 4)) for step in range(20)]
+    assert np.array_equal(batch[0].numpy(), shards.tokens(np.arange(4)))
+    for step in range(20):
+        source.read(np.arange(step, step + 4))
+    for step, (tokens, times) in enumerate(kept):
+        assert np.array_equal(tokens.numpy(), shards.tokens(np.arange(step, step + 4)))
+        assert np.array_equal(times.numpy(), shards.timestamps_s(np.arange(step, step + 4)))
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_no_batch_is_written_over_while_it_is_computed_on(num_threads: int) -> None:
+    """Threads that overtake one another, and a step that looks at its batch as long as it can."""
+    ring, delays = BufferRing(buffers_needed(num_threads)), np.random.default_rng(0)
+
+    def read(step: int) -> torch.Tensor:
+        batch = ring.take((1000,), np.dtype(np.int64))
+        time.sleep(delays.uniform(0, 1e-3))
+        return batch.fill_(step)
+
+    with Prefetcher(read, start=0, stop=200, num_threads=num_threads) as batches:
+        for step in range(200):
+            batch = batches.next()
+            time.sleep(delays.uniform(0, 1e-3))
+            assert (batch == step).all()
+
+
+def test_buffers_are_handed_out_in_turn_and_grow_to_the_largest() -> None:
+    ring, dtype = BufferRing(2), np.dtype(np.float16)
+    first, second = (ring.take((4, 5), dtype) for _ in range(2))
+    third = ring.take((5, 2), np.dtype(np.float32))
+    assert third.data_ptr() == first.data_ptr() and third.dtype == torch.float32
+    assert second.data_ptr() != first.data_ptr()
+    larger = ring.take((40, 5), dtype)
+    assert larger.shape == (40, 5) and larger.data_ptr() != second.data_ptr()
+    ring.take((1,), dtype)
+    assert ring.take((4, 5), dtype).data_ptr() == larger.data_ptr()
+    assert ring.take((0, 5), dtype).shape == (0, 5)
 
 
 def test_a_cache_without_windows_gives_none() -> None:
@@ -135,25 +195,13 @@ def test_a_cache_without_windows_gives_none() -> None:
     assert rows.shape == (0, 4)
 
 
-def test_a_buffer_is_used_again_once_nobody_holds_it() -> None:
-    pool = BufferPool()
-    shape, dtype = (4, 5), np.dtype(np.float16)
-    first = pool.take(shape, dtype)
-    address, view = first.data_ptr(), first[1:]
-    del first
-    assert pool.take(shape, dtype).data_ptr() != address  # the view still shows it
-    del view
-    assert pool.take(shape, dtype).data_ptr() == address
-
-
 @pytest.mark.parametrize(
     ("free", "place"), [(1000, "memory"), (600, "map"), (100, "stream"), (0, "stream")]
 )
 def test_auto_takes_the_first_place_with_room(
     monkeypatch: pytest.MonkeyPatch, free: int, place: str
 ) -> None:
-    for module in (memory, sources):
-        monkeypatch.setattr(module, "available_bytes", lambda: free)
+    monkeypatch.setattr(sources, "available_bytes", lambda: free)
     assert choose_place(500, residency="auto") == place
     assert choose_place(500, residency="map") == "map"
 

@@ -96,7 +96,7 @@ def test_frames_without_labels_train_nothing(
 
 
 def test_labels_of_different_sizes_share_a_batch(head_config: Make, tmp_path: Path) -> None:
-    from deltatok.train.heads.labels import Labels
+    from deltatok.train.heads.labels import ClipFrameLabels
 
     class TwoSizes:
         clip_index = np.array([0, 1])
@@ -111,7 +111,9 @@ def test_labels_of_different_sizes_share_a_batch(head_config: Make, tmp_path: Pa
     for key, shape in zip(TwoSizes.keys, ((1, 4, 6), (1, 6, 4)), strict=True):
         np.save(tmp_path / f"{key}.npy", np.ones(shape, np.uint8))
     shards: Any = TwoSizes()
-    read = Labels(str(tmp_path), shards, num_classes=2).read(np.array([0, 1]), np.array([0, 0]))
+    read = ClipFrameLabels(str(tmp_path), shards, num_classes=2).read(
+        np.array([0, 1]), np.array([0, 0])
+    )
     assert read.shape == (2, 6, 6)
     assert (read[0, :4] == 1).all()
     assert (read[0, 4:] == 255).all()
@@ -123,7 +125,7 @@ def test_labels_of_different_sizes_share_a_batch(head_config: Make, tmp_path: Pa
     [
         (lambda a: a.astype(np.int32), "int32 .*wanted uint8"),
         (lambda a: a[0], r"uint8 \(32, 48\), wanted uint8 \(frames, height, width\)"),
-        (lambda a: a[:3], "labels of 3 frames, the cache has its frame"),
+        (lambda a: a[:3], "labels have 3 frames, the cache has its frame"),
         (lambda a: a[:, :-1], r"crop \[0.0, 0.0, 32.0, 48.0\].*whole frames of \(31, 48\)"),
         (lambda a: np.where(a == 1, 7, a).astype(np.uint8), "class 7: wanted 0 to 1, or 255"),
     ],
@@ -138,13 +140,13 @@ def test_labels_that_do_not_fit_are_refused(
 
 def test_missing_label_file_is_named(head_config: Make, labels: Path) -> None:
     (labels / "clip04.mp4.npy").unlink()
-    with pytest.raises(UsageError, match=r"clip04.mp4.npy: no such label file"):
+    with pytest.raises(UsageError, match=r"clip clip04.mp4: no labels"):
         train_head(head_config())
 
 
 def test_pickled_labels_are_refused(head_config: Make, labels: Path) -> None:
     np.save(labels / "clip04.mp4.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(UsageError, match=r"clip04.mp4.npy: not readable as an array"):
+    with pytest.raises(UsageError, match=r"clip clip04.mp4: .*cannot be read"):
         train_head(head_config())
 
 
