@@ -24,16 +24,10 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.ledger import Part, close_cache
 from deltatok.extract.run import run_extraction
 from deltatok.extract.shard_writer import PatchShardWriter
-from deltatok.shards import (
-    PatchShards,
-    Stopped,
-    TooManyQuarantined,
-    UsageError,
-    done_shards,
-    read_cache_info,
-    verify_cache,
-)
+from deltatok.shards import PatchShards, Stopped, TooManyQuarantined, UsageError, read_cache_info
 from deltatok.shards.files import partial_path
+from deltatok.shards.records import done_shards
+from deltatok.shards.tools.verify import verify_cache
 
 PROGRAM = Path(__file__).with_name("shared_run.py")
 LAUNCHER = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_STEP_ID")
