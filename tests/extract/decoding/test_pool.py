@@ -36,7 +36,7 @@ import numpy as np
 from deltatok.extract.decoding.clip import DecodedFrames
 from deltatok.extract.decoding import worker
 from deltatok.extract.sampling import WindowDraw
-from deltatok.shards.errors import UnusableClip
+from deltatok.shards.errors import ClipError
 
 def decode(request, starting):
     key, again = request.clip.key, request.decoder == "pyav"
@@ -62,7 +62,7 @@ def decode(request, starting):
         while True:
             pass
     if "unusable" in key:
-        raise UnusableClip("too short to be a clip", stage="sample")
+        raise ClipError("too short to be a clip", stage="sample")
     draw = WindowDraw((0, 1), (0.0, 0.04), (0, 0, 64, 64), False)
     other = WindowDraw((1, 0), (0.04, 0.0), (0, 0, 64, 64), True)
     level = int(key.split()[-1]) if "number" in key else 1
@@ -298,7 +298,7 @@ def test_memory_is_used_again_when_its_frames_are_gone(
     with open_pool(num_workers=1) as pool:
         results = pool.decode(clips(*(f"clip{i}" for i in range(20))))
         while next(results, None) is not None:
-            assert _num_memory_files() <= 4  # of the one just given, two waiting, one at work
+            assert _num_memory_files() <= 3  # of the one just given, and two decoded ahead
     assert _num_memory_files() == 0
 
 
