@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .evaluation.labels import PlanTarget, check_same_target, target_from_json, target_to_json
+from .evaluation.labels import PlanTarget, check_same_target, check_target, target_to_json
 from .files import create_bytes, write_bytes
-from .schema import Fields, parse_json, read_file
+from .schema import ADVICE, STORED, load, parse_json, read_file
 
 PLAN = "plan.jsonl"
 MAX_PLAN_BYTES = 4 * 2**30
@@ -153,7 +153,7 @@ def extend_plan(
     """
     folder = Path(folder)
     before = read_file(folder / PLAN, max_bytes=MAX_PLAN_BYTES)
-    stored = parse_plan(before, where=str(folder / PLAN))
+    stored = parse_plan(before, folder / PLAN)
     known = {entry.key for entry in stored}
     asked = {entry.key: entry for entry in make_plan(clips, clips_per_shard=1, seed=seed)}
     stored = _with_new_sources(folder, stored, asked)
@@ -233,30 +233,25 @@ def read_plan(folder: Path | str, *, sha256: str | None = None) -> list[PlanEntr
     data = read_file(path, max_bytes=MAX_PLAN_BYTES)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedShard(f"{path}: was changed since the cache was finished: restore the file")
-    return parse_plan(data, where=str(path))
+    return parse_plan(data, path)
 
 
-def parse_plan(data: bytes, *, where: str) -> list[PlanEntry]:
-    """The plan in the bytes of a plan.jsonl; DamagedShard if it is malformed."""
+def parse_plan(data: bytes, path: Path) -> list[PlanEntry]:
+    """The plan in the bytes of `path`; DamagedShard if it is malformed."""
     lines = data.splitlines()
     plan = []
     keys = set()
     for number, line in enumerate(lines, start=1):
-        line_where = f"{where}: line {number}"
-        fields = Fields(parse_json(line, where=line_where), where=line_where)
-        entry = PlanEntry(
-            key=fields.text("key"),
-            source=fields.text("source"),
-            size_bytes=fields.integer("size_bytes"),
-            shard=fields.integer("shard", high=len(lines) - 1),
-            label=fields.optional_text("label"),
-            split=fields.optional_text("split"),
-            target=target_from_json(fields.mapping("target"), where=f"{line_where}: target")
-            if fields.has("target")
-            else None,
-        )
+        where = f"{path}: line {number}"
+        entry = load(PlanEntry, parse_json(line, where=where), where=where, how=STORED)
+        if entry.shard >= len(lines):
+            raise DamagedShard(
+                f"{where}: shard is {entry.shard}, wanted less than {len(lines)}: {ADVICE}"
+            )
+        if entry.target is not None:
+            check_target(entry.target, where=f"{where}: target")
         if entry.key in keys:
-            raise DamagedShard(f"{line_where}: clip {entry.key!r} a second time: restore the file")
+            raise DamagedShard(f"{where}: clip {entry.key!r} a second time: restore the file")
         keys.add(entry.key)
         plan.append(entry)
     return plan
