@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...extract.decoding.clip import decode_drawn
 from ...extract.sampling import WindowDraw
 from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, TargetFrames
+from ...extract.sources.find import find_clips
 from ...shards.errors import ClipError
 from ...shards.evaluation.targets import Target
 from .pictures import Tile
@@ -21,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 def clips_by_key(videos: Sequence[str]) -> dict[str, Clip]:
     """Clip key -> clip, by the same rule that named the clips of the cache."""
-    from ...extract.sources.find import find_clips  # nothing of it is used without videos
-
     return {clip.key: clip for clip in find_clips(videos)}
 
 
@@ -32,8 +32,6 @@ def read_frames(clip: Clip, indices: Sequence[int]) -> list[NDArray[np.uint8]] |
     None, with a warning, where the file does not give them: a report without one picture's frames
     is still a report.
     """
-
-    from ...extract.decoding.clip import decode_drawn  # brings the decoders
 
     def draw(_times_s: NDArray[np.float64], height: int, width: int) -> list[WindowDraw]:
         window = WindowDraw(
