@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from ..shards.plan import PlanEntry
 from ..shards.records import Quarantined
+from ..shards.windows import ShardRows
 from .features import StagedClip, WindowFeatures
 from .progress import Progress, StageClock
 from .sampling import WindowDraw
 from .stop import StopRequest
-from .writer import ShardRows
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class _Windows:
         frames = [draw.frame_index for draw in self.draws]
         crops = [draw.source_crop for draw in self.draws]
         return ShardRows(
-            values=values,
+            tokens=values,
             timestamps_s=np.array(times, dtype=np.float32).reshape(-1, num_frames),
             frame_index=np.array(frames, dtype=np.int32).reshape(-1, num_frames),
             crop=np.array(crops, dtype=np.float32).reshape(-1, 4),

@@ -18,8 +18,9 @@ from typing import Self
 
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord
+from ..shards.windows import ShardRows
 from .work import TakenShard
-from .writer import ShardRows, ShardWriter
+from .writer import ShardWriter
 
 _LOGGER = logging.getLogger(__name__)
 

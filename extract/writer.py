@@ -18,33 +18,10 @@ from ..shards.cache import CHANNEL_SCALE, CacheInfo
 from ..shards.errors import UsageError
 from ..shards.patches.int8 import scale_sha256, write_channel_scale
 from ..shards.patches.layout import STORED_DTYPES
-from ..shards.patches.writer import PatchRows, write_black, write_patch_shard
-from ..shards.records import DoneRecord, Quarantined
+from ..shards.patches.writer import write_black, write_patch_shard
+from ..shards.records import DoneRecord
+from ..shards.windows import ShardRows
 from .quantise import split_int8, to_bfloat16_bits, to_float16, to_int8
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRows:
-    """All windows of one shard, in plan order, and what became of its clips."""
-
-    values: NDArray[Any]
-    """(W, ...): what `ShardWriter.convert` made of each window."""
-    timestamps_s: NDArray[np.float32]
-    """float32 (W, T), seconds since the clip's first shown frame."""
-    frame_index: NDArray[np.int32]
-    """int32 (W, T), in presentation order."""
-    crop: NDArray[np.float32]
-    """float32 (W, 4): top, left, height, width in source pixels."""
-    flipped: NDArray[np.bool_]
-    """bool (W,)."""
-    clip: NDArray[np.int32]
-    """int32 (W,), index into keys."""
-    keys: list[str]
-    """The shard's clips that have windows, in plan order."""
-    decoders: dict[str, str]
-    """Clip -> the decoder that read it."""
-    quarantined: list[Quarantined]
-    """The shard's clips that have none, in plan order."""
 
 
 class Converter(Protocol):
@@ -120,27 +97,11 @@ class PatchShardWriter:
         return self.channel_scale
 
     def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
-        tokens, token_scale = rows.values, None
         if self.dtype == "int8":
-            tokens, token_scale = split_int8(tokens)
+            tokens, token_scale = split_int8(rows.tokens)
+            rows = replace(rows, tokens=tokens, token_scale=token_scale)
         elif self.dtype == "bfloat16":
-            tokens = tokens.view(STORED_DTYPES[self.dtype])
+            rows = replace(rows, tokens=rows.tokens.view(STORED_DTYPES[self.dtype]))
         return write_patch_shard(
-            folder,
-            shard,
-            PatchRows(
-                tokens=tokens,
-                token_scale=token_scale,
-                timestamps_s=rows.timestamps_s,
-                frame_index=rows.frame_index,
-                crop=rows.crop,
-                flipped=rows.flipped,
-                clip=rows.clip,
-                keys=rows.keys,
-            ),
-            dtype=self.dtype,
-            seed=self.seed,
-            compression=self.compression,
-            decoders=rows.decoders,
-            quarantined=rows.quarantined,
+            folder, shard, rows, dtype=self.dtype, seed=self.seed, compression=self.compression
         )

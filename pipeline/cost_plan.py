@@ -39,7 +39,7 @@ from ..extract.sampling import SamplingPolicy
 from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
 from ..extract.stop import stop_on_signals
-from ..extract.writer import ShardRows, ShardWriter
+from ..extract.writer import ShardWriter
 from ..shards.cache import PATCHES, CacheInfo, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import TooManyQuarantined, UsageError
@@ -47,6 +47,7 @@ from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order
 from ..shards.records import DoneRecord, quarantined_of, read_all_done
 from ..shards.tools.export import Selection, export_cache
+from ..shards.windows import ShardRows
 from ..train.config import TokenizeConfig
 from ..train.encode import write_deltas
 from .commands.extract import VideosConfig

@@ -24,11 +24,12 @@ from deltatok.extract.leases import Leases
 from deltatok.extract.run import run_extraction
 from deltatok.extract.stop import stop_on_signals
 from deltatok.extract.work import SharedWork
-from deltatok.extract.writer import PatchShardWriter, ShardRows
+from deltatok.extract.writer import PatchShardWriter
 from deltatok.shards import Stopped
 from deltatok.shards.plan import clips_by_shard, read_plan
 from deltatok.shards.records import DoneRecord, read_done, write_done
 from deltatok.shards.tools.verify import verify_cache
+from deltatok.shards.windows import ShardRows
 
 PROGRAM = Path(__file__).with_name("shared_run.py")
 
