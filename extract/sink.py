@@ -101,7 +101,7 @@ class ShardSink:
                 check_room(
                     self._folder,
                     f"shard {taken.shard:06d}",
-                    rows.values.nbytes,
+                    rows.tokens.nbytes,
                     min_free_bytes=self._min_free_bytes,
                 )
                 return self._writer.write(self._folder, taken.shard, rows)

@@ -316,7 +316,7 @@ def _gather_tokens(
     """
     picks = [(source.reader, source.windows[key]) for key, source in clips.items()]
     ends = np.cumsum([0, *(len(windows) for _, windows in picks)])
-    dtype = np.dtype(np.float16)
+    dtype: np.dtype[Any] = np.dtype(np.float16)
     if isinstance(like, PatchShards):
         is_kept = like.dtype in ("float16", info.identity["storage"]["dtype"])
         dtype = STORED_DTYPES[like.dtype] if is_kept else np.dtype(np.float32)
