@@ -17,7 +17,7 @@ from ...extract.decoding.clip import decode_drawn
 from ...extract.sampling import WindowDraw
 from ...extract.sources.clip import Clip
 from ...extract.sources.find import find_clips
-from ...shards.errors import DeltatokError, UnusableClip, UsageError
+from ...shards.errors import ClipError, DeltatokError, UsageError
 
 Frames = NDArray[np.uint8] | Tensor
 Video = Frames | str | Path
@@ -142,7 +142,7 @@ def _look_at_file(path: Path, glance: Glance) -> Footage:
         decoded = decode_drawn(
             clip.path, draw=draw, source=clip.source, size_bytes=clip.size_bytes, decoder="pyav"
         )
-    except UnusableClip as error:
+    except ClipError as error:
         if refused is not None:
             raise refused from None
         raise DeltatokError(f"{path}: cannot be decoded: {error}") from error
