@@ -40,7 +40,7 @@ from accelerate.tracking import (  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from ...shards.errors import UsageError
-from ...shards.files import write_bytes, writing
+from ...shards.files import disk_errors, write_bytes
 
 # accelerate publishes no type information.
 
@@ -123,7 +123,7 @@ class RunLog:
             total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
         )
         if enabled:
-            with writing(path):
+            with disk_errors(path):
                 _drop_after(path, start)
                 self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
 
@@ -151,7 +151,7 @@ class RunLog:
             return
         line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
         self._trackers.write(kind, step, values)
-        with writing(self._path):
+        with disk_errors(self._path):
             self._file.write((json.dumps(line) + "\n").encode())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._progress.disable:
@@ -162,7 +162,7 @@ class RunLog:
     def sync(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint promises it."""
         if self._enabled:
-            with writing(self._path):
+            with disk_errors(self._path):
                 os.fsync(self._file.fileno())
 
 
