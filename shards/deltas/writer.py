@@ -17,7 +17,7 @@ from ..errors import CacheMismatch, DeltatokError, UsageError
 from ..files import partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
-from ..records import DoneRecord, Quarantined, publish_shard, shard_path
+from ..records import DoneRecord, Quarantined, commit_shard, shard_path
 
 BLOCK_WINDOWS = 256
 """Windows a sample: streaming gains 10x over one window a sample (74-103 k against 2-8 k
@@ -87,7 +87,7 @@ def write_delta_shard(
         decoders=dict(decoders or {}),
         quarantined=list(quarantined),
     )
-    return publish_shard(folder, record, partial=partial, suffix=".tar")
+    return commit_shard(folder, record, partial=partial, suffix=".tar")
 
 
 def _check_rows(rows: DeltaRows, info: CacheInfo, *, where: str) -> None:

@@ -45,7 +45,7 @@ from ..errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
 from ..files import create_bytes, partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
-from ..records import DoneRecord, Quarantined, publish_shard, shard_path
+from ..records import DoneRecord, Quarantined, commit_shard, shard_path
 from ..schema import is_number
 from .int8 import MAX_NORMALISED, UNSTORABLE, dequantise, quantise, read_channel_scale
 from .layout import (
@@ -577,7 +577,7 @@ def write_patch_shard(
         decoders=dict(decoders or {}),
         quarantined=list(quarantined),
     )
-    return publish_shard(folder, record, partial=partial, suffix=".zarr")
+    return commit_shard(folder, record, partial=partial, suffix=".zarr")
 
 
 def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
