@@ -39,6 +39,7 @@ from accelerate.tracking import (  # type: ignore[import-untyped]
 )
 from tqdm import tqdm
 
+from ...shards.cache import flatten
 from ...shards.errors import UsageError
 from ...shards.files import disk_errors, write_bytes
 from ...shards.stopwatch import Stopwatch
@@ -73,7 +74,8 @@ class Trackers:
             tracker = _make(name, folder, start=start)
             tracker.start()
             if start == 0:
-                tracker.store_init_configuration(flat(config))
+                settings = {name: _plain(value) for name, value in flatten(config).items()}
+                tracker.store_init_configuration(settings)
             self._trackers.append(tracker)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -96,16 +98,9 @@ def _make(name: str, folder: Path, *, start: int) -> GeneralTracker:
     return kind(PROJECT, dir=str(folder), name=folder.name, mode=mode)
 
 
-def flat(values: Mapping[str, Any], *, under: str = "") -> dict[str, str | int | float | bool]:
-    """Nested settings as dotted names; what is no number, word or truth value, as its text."""
-    found: dict[str, str | int | float | bool] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, under=f"{under}{name}.")
-        else:
-            plain = isinstance(value, str | int | float | bool)
-            found[f"{under}{name}"] = value if plain else str(value)
-    return found
+def _plain(value: Any) -> str | int | float | bool:
+    """What is no number, word or truth value, as its text: trackers take no other."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
 
 
 logger = logging.getLogger(__name__)
