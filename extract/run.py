@@ -32,7 +32,7 @@ from ..shards.plan import (
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
 from ..shards.stopwatch import Stopwatch
-from .backbone import Backbone, choose_num_workers, load_backbone
+from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
 from .decoding.clip import check_installed
@@ -217,13 +217,7 @@ def make_shards(
         ShardWriterThread(
             run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=note_done
         ) as sink,
-        DecodePool(
-            run.policy,
-            num_workers=choose_num_workers(config),
-            timeout_s=config.decode_timeout_s,
-            decode_threads=config.decode_threads,
-            decoder=config.decoder,
-        ) as pool,
+        DecodePool.from_config(config, run.policy) as pool,
         PixelPrefetcher(
             frame_size=config.frame_size,
             device=backbone.device,

@@ -37,9 +37,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shards.devices import launched
 from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
-from ..config import DecoderChoice
+from ..config import DecoderChoice, ExtractConfig, RunConfig
 from ..datasets.windows import Policy
 from ..sampling import WindowDraw
 from ..sources.clip import Clip
@@ -156,6 +157,17 @@ class DecodePool:
         """The number of the clip that `decode` waits for, or gave last."""
         self._waiting_bytes = 0
         """Of decoded clips that `decode` has not given yet."""
+
+    @classmethod
+    def from_config(cls, config: ExtractConfig, policy: Policy) -> Self:
+        """As `config` says, for windows by `policy`."""
+        return cls(
+            policy,
+            num_workers=choose_num_workers(config),
+            timeout_s=config.decode_timeout_s,
+            decode_threads=config.decode_threads,
+            decoder=config.decoder,
+        )
 
     def __enter__(self) -> Self:
         self._open()
@@ -500,6 +512,13 @@ class _FrameMemory:
         """Gives back what is above `size` bytes, when no array is left."""
         if os.fstat(self.descriptor).st_size > size:
             os.ftruncate(self.descriptor, size)
+
+
+def choose_num_workers(config: RunConfig) -> int:
+    """Decoding processes: as given, else this process's share of the CPU cores, at least one."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, default_num_workers() // max(1, launched("LOCAL_WORLD_SIZE", default=1)))
 
 
 def default_num_workers() -> int:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from deltatok.extract import backbone as devices
-from deltatok.extract import int8_calibration as calibration
 from deltatok.extract import ledger
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
+from deltatok.extract.decoding import pool
 from deltatok.extract.ledger import Part, close_cache
 from deltatok.extract.run import run_extraction
 from deltatok.extract.shard_writer import PatchShardWriter
@@ -250,10 +250,10 @@ def test_each_rank_of_a_machine_has_its_own_gpu(
 def test_ranks_of_a_machine_share_its_cores(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltatok.extract.decoding.pool.default_num_workers", lambda: 16)
+    monkeypatch.setattr(pool, "default_num_workers", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert devices.choose_num_workers(make_config(workers=None)) == 2
-    assert devices.choose_num_workers(make_config(workers=3)) == 3
+    assert pool.choose_num_workers(make_config(workers=None)) == 2
+    assert pool.choose_num_workers(make_config(workers=3)) == 3
 
 
 def test_ranks_of_a_machine_share_its_cores_also_to_fit_the_scales_of_int8(
@@ -265,8 +265,8 @@ def test_ranks_of_a_machine_share_its_cores_also_to_fit_the_scales_of_int8(
         started.append(num_workers)
         raise Stopped
 
-    monkeypatch.setattr("deltatok.extract.decoding.pool.default_num_workers", lambda: 16)
-    monkeypatch.setattr(calibration, "DecodePool", make_pool)
+    monkeypatch.setattr(pool, "default_num_workers", lambda: 16)
+    monkeypatch.setattr(pool.DecodePool, "__init__", make_pool)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(Stopped):
         run_extraction(make_config(workers=None, dtype="int8"), backbone=backbone)
