@@ -97,6 +97,9 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a decoder that crashes leaves no core file
+    # A limit on the size of files holds for memory files too, and they are none that fill a disk.
+    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     _die_with(parent_pid)
     connection = Connection(connection_fd)
     memory_files: dict[int, int] = {}

@@ -7,6 +7,7 @@ the decoding is pretended, so that a clip takes no time: the key of a clip says 
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -158,6 +159,16 @@ def test_windows_and_pixels_arrive(run: Run, monkeypatch: pytest.MonkeyPatch, me
     assert [int(frame.mean()) for frame in first.frames] == [0, 1]
     assert [int(frame.mean()) for frame in second.frames] == [1, 0]
     assert second.draw.flipped
+
+
+def test_limit_on_the_size_of_files_is_not_for_frames(run: Run) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        (clip,) = run("clip")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(clip, DecodedClip)
 
 
 def test_hanging_decord_is_killed_and_pyav_takes_the_clip(run: Run) -> None:
