@@ -45,3 +45,13 @@ def test_files_that_are_named_are_there() -> None:
         if name not in names
     }
     assert not gone
+
+
+def test_the_tree_of_the_architecture_page_is_complete() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = [
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if path.name != "__init__.py" and f"](../{path.relative_to(ROOT).as_posix()})" not in page
+    ]
+    assert not missing
