@@ -23,7 +23,7 @@ The contents of a cache.json, and how they are taken out of JSON that may be dam
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,17 +94,39 @@ def compare(
     equals the integer; a field that one side lacks differs from any value, null too. `advice`: what
     to do, the end of the message.
     """
-    leaves_got, leaves_wanted = dict(_leaves(got)), dict(_leaves(wanted))
-    for name in sorted(leaves_got.keys() | leaves_wanted.keys()):
+    leaves_got, leaves_wanted = flatten(got), flatten(wanted)
+    for name in differences(got, wanted):
         if fields is not None and not any(_below(name, prefix) for prefix in fields):
             continue
-        missing = name not in leaves_got or name not in leaves_wanted
-        if missing or canonical_json(leaves_got[name]) != canonical_json(leaves_wanted[name]):
-            shown_got = shown(leaves_got[name]) if name in leaves_got else "missing"
-            shown_wanted = shown(leaves_wanted[name]) if name in leaves_wanted else "missing"
-            raise CacheMismatch(
-                f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: {advice}"
-            )
+        shown_got = shown(leaves_got[name]) if name in leaves_got else "missing"
+        shown_wanted = shown(leaves_wanted[name]) if name in leaves_wanted else "missing"
+        raise CacheMismatch(
+            f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: {advice}"
+        )
+
+
+def differences(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted names, sorted, of the fields in which two JSON objects differ: those that one side
+    lacks, too. A whole float equals the integer."""
+    leaves_got, leaves_wanted = flatten(got), flatten(wanted)
+    return sorted(
+        name
+        for name in leaves_got.keys() | leaves_wanted.keys()
+        if name not in leaves_got
+        or name not in leaves_wanted
+        or canonical_json(leaves_got[name]) != canonical_json(leaves_wanted[name])
+    )
+
+
+def flatten(value: Mapping[str, Any], *, under: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined with dots; an empty one inside stays a value."""
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            leaves |= flatten(item, under=f"{under}{key}.")
+        else:
+            leaves[f"{under}{key}"] = item
+    return leaves
 
 
 def plain(value: Any) -> Any:
@@ -116,14 +138,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and is_number(value) and value.is_integer():
         return int(value)
     return value
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -40,9 +40,11 @@ from ..shards.cache import (
     read_cache_info,
     reopen_cache,
 )
-from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.deltas.writer import write_delta_shard
+from ..shards.devices import precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
+from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
 from ..shards.records import (
@@ -53,14 +55,14 @@ from ..shards.records import (
     shard_path,
     write_quarantine,
 )
+from ..shards.windows import ShardRows
 from .config import TokenizeConfig
 from .data.batches import Prefetcher
 from .data.order import Indices
-from .engine.devices import Accelerator, make_accelerator, precision_name
+from .engine.devices import Accelerator, make_accelerator
 from .engine.logs import Meter
 from .engine.model_folder import read_provenance, weights_sha256
 from .engine.run_folder import plain
-from .engine.stop import StopSignal
 from .models.deltatok import DeltaTok
 
 
@@ -298,12 +300,12 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
-        StopSignal() as stop,
+        StopRequest() as stop,
     ):
         for part in mine:
             shard = part.record.shard
             if read_done(out, shard) is None:
-                if stop.requested:
+                if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
                 write_delta_shard(
@@ -312,8 +314,6 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
                     encoder.rows(part, meter),
                     # Stored windows are permuted already, drawn ones come clip by clip.
                     seed=None if draws is None else config.seed or 0,
-                    decoders=part.record.decoders,
-                    quarantined=part.record.quarantined,
                 )
                 append_timing(out, {"shard": shard, **meter.report()})
             progress.update(encoder.num_windows(part))
@@ -366,23 +366,24 @@ class _Encoder:
             return part.record.rows
         return len(part.record.keys) * self.draws.num_windows
 
-    def rows(self, part: ShardPart, meter: Meter) -> DeltaRows:
-        """What write_delta_shard takes for one patch shard."""
+    def rows(self, part: ShardPart, meter: Meter) -> ShardRows:
+        """The rows of the delta shard of one patch shard."""
         if self.draws is None:
             picks = stored_windows(self.patches, part)
         else:
             picks = drawn_windows(self.patches, part, self.draws)
         table = self.patches.table()
-        times = table.timestamps_s[picks.window, picks.frame]
-        return DeltaRows(
+        return ShardRows(
             tokens=self._encode(picks, meter),
-            timestamps_s=times - times[:, :1],
+            timestamps_s=table.timestamps_s[picks.window, picks.frame],
             frame_index=table.frame_index[picks.window, picks.frame],
             crop=table.crop[picks.window[:, 0]],
             flipped=table.flipped[picks.window[:, 0]],
             clip=picks.clip,
             keys=part.record.keys,
-        )
+            decoders=part.record.decoders,
+            quarantined=part.record.quarantined,
+        ).from_first_frame()
 
     @torch.no_grad()
     def _encode(self, picks: FramePicks, meter: Meter) -> np.ndarray[Any, np.dtype[np.float16]]:

@@ -16,6 +16,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     broadcast_object_list,
 )
 
+from ...shards.devices import precision_name
 from ...shards.errors import DeltatokError, UsageError
 from ..config import Device, Precision
 
@@ -28,7 +29,6 @@ __all__ = [
     "leave_group",
     "make_accelerator",
     "on_main",
-    "precision_name",
 ]
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -126,13 +126,6 @@ def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
 def from_main(values: Mapping[str, float]) -> dict[str, float]:
     """The main process's values, of the same names: what all decide by, should theirs differ."""
     return dict(zip(values, broadcast_object_list([*values.values()]), strict=True))
-
-
-def precision_name(precision: Precision, device: torch.device) -> str:
-    """ "float32" or "bfloat16": what `precision` means on `device`."""
-    if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    return precision
 
 
 def check_compiler(device: torch.device) -> None:

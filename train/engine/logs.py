@@ -39,8 +39,9 @@ from accelerate.tracking import (  # type: ignore[import-untyped]
 )
 from tqdm import tqdm
 
+from ...shards.cache import flatten
 from ...shards.errors import UsageError
-from ...shards.files import write_bytes, writing
+from ...shards.files import disk_errors, write_bytes
 
 # accelerate publishes no type information.
 
@@ -72,7 +73,8 @@ class Trackers:
             tracker = _make(name, folder, start=start)
             tracker.start()
             if start == 0:
-                tracker.store_init_configuration(flat(config))
+                settings = {name: _plain(value) for name, value in flatten(config).items()}
+                tracker.store_init_configuration(settings)
             self._trackers.append(tracker)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -95,16 +97,9 @@ def _make(name: str, folder: Path, *, start: int) -> GeneralTracker:
     return kind(PROJECT, dir=str(folder), name=folder.name, mode=mode)
 
 
-def flat(values: Mapping[str, Any], *, under: str = "") -> dict[str, str | int | float | bool]:
-    """Nested settings as dotted names; what is no number, word or truth value, as its text."""
-    found: dict[str, str | int | float | bool] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, under=f"{under}{name}.")
-        else:
-            plain = isinstance(value, str | int | float | bool)
-            found[f"{under}{name}"] = value if plain else str(value)
-    return found
+def _plain(value: Any) -> str | int | float | bool:
+    """What is no number, word or truth value, as its text: trackers take no other."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
 
 
 logger = logging.getLogger(__name__)
@@ -123,7 +118,7 @@ class RunLog:
             total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
         )
         if enabled:
-            with writing(path):
+            with disk_errors(path):
                 _drop_after(path, start)
                 self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
 
@@ -151,7 +146,7 @@ class RunLog:
             return
         line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
         self._trackers.write(kind, step, values)
-        with writing(self._path):
+        with disk_errors(self._path):
             self._file.write((json.dumps(line) + "\n").encode())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._progress.disable:
@@ -162,7 +157,7 @@ class RunLog:
     def sync(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint promises it."""
         if self._enabled:
-            with writing(self._path):
+            with disk_errors(self._path):
                 os.fsync(self._file.fileno())
 
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shards.errors import DamagedShard, DeltatokError, Stopped, UsageError
-from ...shards.files import writing
+from ...shards.files import disk_errors
+from ...shards.interrupts import StopRequest
 from ..data.batches import Batch, Prefetcher
 from ..data.order import Indices
 from .checkpoints import (
@@ -49,7 +50,6 @@ from .devices import Accelerator, check_compiler, from_main, on_main
 from .logs import Meter, RunLog, Trackers, check_trackers
 from .model_folder import Pretrained
 from .run_folder import Run
-from .stop import StopSignal
 
 
 def is_time(step: int, *, every: int, last: int) -> bool:
@@ -281,7 +281,7 @@ class Trainer:
         with (
             Prefetcher(self._read, start=self.start, stop=last) as batches,
             self._open_log() as log,
-            StopSignal() as stop,
+            StopRequest() as stop,
         ):
             for step in range(self.start, last):
                 batch = self._fetch(batches)
@@ -290,7 +290,7 @@ class Trainer:
                 learning_rate = self._set_learning_rate(step)
                 losses, extras = self._forward_backward(batch, step)
                 norm = self._clip()
-                update = self._agree(losses, norm, stop.requested)
+                update = self._agree(losses, norm, stop.asked)
                 self._check_finite(update, losses, batch, step)
                 done = step + 1
                 is_logged = is_time(done, every=config.log_every, last=last)
@@ -459,7 +459,7 @@ class Trainer:
         }
 
     def _finish(self) -> None:
-        with writing(self.run.folder):
+        with disk_errors(self.run.folder):
             self.stage.model.save_pretrained(self.run.folder, self.stage.provenance())
             self.run.finish()
         logger.info("trained %d steps: the model is in %s", self.config.steps, self.run.folder)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ...shards.cache import differences, flatten
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import is_partial, remove_partials, write_json
 from ...shards.schema import STORED, load, read_json, shown
@@ -225,23 +226,6 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def differences(got: Any, wanted: Any, *, under: str = "") -> list[str]:
-    """Dotted names, sorted, of the fields that two JSON values differ in."""
-    if not (isinstance(got, dict) and isinstance(wanted, dict)):
-        return [] if got == wanted else [under]
-    found: list[str] = []
-    for name in sorted(got.keys() | wanted.keys()):
-        dotted = f"{under}.{name}" if under else str(name)
-        if name in got and name in wanted:
-            found += differences(got[name], wanted[name], under=dotted)
-        else:
-            found.append(dotted)
-    return found
-
-
-def _at(value: Any, name: str) -> str:
-    for part in name.split("."):
-        if part not in value:
-            return "missing"
-        value = value[part]
-    return shown(value)
+def _at(value: Mapping[str, Any], name: str) -> str:
+    leaves = flatten(value)
+    return shown(leaves[name]) if name in leaves else "missing"

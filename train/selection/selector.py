@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...shards.devices import precision_name
 from ...shards.errors import DeltatokError, UsageError
 from ..config import DINOWorldTrainConfig, WorldTrainConfig
 from ..data.order import seed_for
-from ..engine.devices import check_compiler, precision_name
+from ..engine.devices import check_compiler
 from ..engine.loop import is_time
 from ..models.deltaworld import DeltaWorld
 from ..models.dinoworld import DINOWorld
