@@ -31,11 +31,11 @@ from ..shards.plan import (
     write_plan,
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
-from .backbone import Backbone, choose_num_workers, load_backbone
+from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import EvaluationPolicy, Policy
 from .decoding.clip import check_installed
-from .decoding.pool import DecodePool
+from .decoding.pool import DecodePool, choose_num_workers
 from .features import PixelStage, WindowFeatures
 from .identity import describe_patches
 from .int8_calibration import patch_writer

@@ -37,9 +37,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shards.devices import launched, num_cores
 from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
-from ..config import DecoderChoice
+from ..config import DecoderChoice, RunConfig
 from ..datasets.windows import Policy
 from ..sampling import WindowDraw
 from ..sources.clip import Clip
@@ -506,11 +507,11 @@ class _FrameMemory:
             os.ftruncate(self.descriptor, size)
 
 
-def default_num_workers() -> int:
-    """One for every CPU core this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def choose_num_workers(config: RunConfig) -> int:
+    """Decoding processes: as given, else this process's share of the CPU cores, at least one."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, num_cores() // max(1, launched("LOCAL_WORLD_SIZE", default=1)))
 
 
 def _num_bytes(result: DecodedClip | Quarantined) -> int:
