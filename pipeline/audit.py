@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..evaluate.cache_fidelity import COLUMNS, TokenErrors
 from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
-from ..extract.identity import describe_patches
+from ..extract.identity import cache_identity
 from ..extract.run import run_extraction
 from ..extract.sampling import SamplingPolicy
 from ..extract.shard_writer import PatchShardWriter, ShardWriter
@@ -107,7 +107,7 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     policy, backbone = SamplingPolicy.from_config(extraction), load_backbone(extraction)
     writer = _writer(config, info, extraction)
     compare(
-        writer.describe(describe_patches(extraction, policy, backbone)).identity,
+        writer.describe(cache_identity(extraction, policy, backbone)).identity,
         info.identity,
         what_got="the backbone and tokenizer given",
         what_wanted=str(folder),

@@ -7,13 +7,12 @@ before any work.
 """
 
 import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from ...shards.cache import CacheInfo, compare
 from ...shards.devices import choose_device, precision_name
 from ...shards.errors import UsageError
 from ...shards.patches.reader import PatchShards
+from ...shards.stopwatch import Stopwatch
 from ...train.models.heads import DepthHead, SegmentationHead
 from ..report.animation import moving_panels
 from ..report.panels import (
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from .predictions import PredictionRows
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 PROBE_WINDOWS = 64
 """Windows the tokenizer is probed on, at most: 1.4 GB of features at 512 px (a guess)."""
@@ -233,13 +232,14 @@ def run_forecast(config: ForecastConfig) -> Report:
         DeltatokError: features that are not finite; names the window.
     """
     device = choose_device(config.device, automatic=DEVICES)
-    watch = Stopwatch(device)
+    on_cuda = device.type == "cuda"
+    watch = Stopwatch(wait=partial(torch.cuda.synchronize, device) if on_cuda else None)
     precision = precision_name(config.autocast, device)
     with (
         torch.no_grad(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        with watch.stage("load"):
+        with watch.at("load"):
             out = make_folder(config.out)
             inputs = open_inputs(config, device)
             config = inputs.config
@@ -247,11 +247,11 @@ def run_forecast(config: ForecastConfig) -> Report:
                 labelled = map(inputs.arrangement.labelled, inputs.batches())
                 check_labels(chain.from_iterable(labelled), inputs.models.head)
         scorer, modes, shown = score_windows(inputs, watch)
-        with watch.stage("probes"):
+        with watch.at("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
-        with watch.stage("intervals"):
+        with watch.at("intervals"):
             rows = with_intervals(config, scorer.rows(), scorer.sequences)
-        with watch.stage("pictures"):
+        with watch.at("pictures"):
             pictures = draw_pictures(inputs, shown)
     cache, scored = inputs.cache, list(chain.from_iterable(inputs.batches()))
     report = Report(
@@ -273,7 +273,7 @@ def run_forecast(config: ForecastConfig) -> Report:
 
 
 def score_windows(
-    inputs: ForecastInputs, watch: "Stopwatch"
+    inputs: ForecastInputs, watch: Stopwatch
 ) -> tuple[Scorer, ModeScorer | None, list[ShownWindow]]:
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
@@ -291,29 +291,29 @@ def score_windows(
         total=sum(map(len, batches)), desc="forecast", unit="window", disable=None
     ) as progress:
         for indices in batches:
-            with watch.stage("read"):
+            with watch.at("read"):
                 x, times = inputs.windows(indices)
                 labels = inputs.arrangement.labelled(indices)
-            with watch.stage("encode"):
+            with watch.at("encode"):
                 names = inputs.arrangement.names(indices)
                 batch = encode_windows(models, indices, x, times, names=names, **place)
                 scorer.add_tokens(batch)
             for horizon in HORIZONS:
-                with watch.stage("forecast"):
+                with watch.at("forecast"):
                     forecast = forecast_horizon(config, models, batch, horizon, **place)
                 if inputs.predictions is not None:
-                    with watch.stage("predictions"):
+                    with watch.at("predictions"):
                         rows = inputs.predictions.rows(indices, horizon, forecast.truth)
                         forecast.rows.update(rows)
                 more = more_seeds(config, models, batch, horizon, **place)
                 for seed, found in chain([(config.seed, forecast)], watch.each("seeds", more)):
-                    with watch.stage("score"):
+                    with watch.at("score"):
                         scorers[seed].add(horizon, found, batch)
                         scorers[seed].add_labels(horizon, found, labels)
                         if modes is not None:
                             parts = scorers[seed].sequences
                             modes.add(horizon, found, batch, seed=seed, scores=parts)
-            with watch.stage("pictures"):  # of the mid horizon, the last of the loop above
+            with watch.at("pictures"):  # of the mid horizon, the last of the loop above
                 for position, index in enumerate(indices):
                     if index in to_show:
                         shown.append(inputs.shown_window(index, forecast, position, x[position]))
@@ -390,33 +390,6 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
         rgb=rgb,
         curves=plot_curves(inputs.curves),
     )
-
-
-class Stopwatch:
-    """Seconds of every stage; on cuda it waits for the device: a stage pays for its own work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to the stage `name`."""
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, the time that making each takes added to the stage `name`."""
-        iterator = iter(items)
-        while True:
-            with self.stage(name):
-                item = next(iterator, None)
-            if item is None:
-                return
-            yield item
 
 
 def make_folder(path: str) -> Path:
