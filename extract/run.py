@@ -34,7 +34,7 @@ from ..shards.records import DoneRecord, Quarantined, append_timing
 from ..shards.stopwatch import Stopwatch
 from .backbone import Backbone, choose_num_workers, load_backbone
 from .config import ExtractConfig
-from .datasets.windows import EvaluationPolicy, Policy
+from .datasets.windows import Policy
 from .decoding.clip import check_installed
 from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, WindowFeatures
@@ -128,7 +128,7 @@ def run_extraction(
     *,
     backbone: Backbone | None = None,
     writer: ShardWriter | None = None,
-    targets: tuple[EvaluationPolicy, Sequence[Clip]] | None = None,
+    targets: tuple[Policy, Sequence[Clip]] | None = None,
 ) -> ExtractionSummary:
     """Makes this process's part of the cache `config.out`, or what is missing of it.
 
@@ -136,8 +136,8 @@ def run_extraction(
     folder; each returns when its own are done, and the one that finds all done closes the cache.
 
     backbone: instead of loading `config.backbone`. writer: what becomes of the features; by
-    default they are stored whole, as a patch-token cache. targets: the windows to make, instead of
-    those that `config` samples among its videos: those of an evaluation data set.
+    default they are stored whole, as a patch-token cache. targets: the clips, and how their windows
+    are made, instead of those that `config` finds and samples.
 
     Raises UsageError (2), TooManyQuarantined (3: all shards are written, or 100 clips and more
     are broken), CacheMismatch (4: `out` holds another cache), Stopped (75: by SIGTERM, SIGINT or

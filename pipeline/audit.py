@@ -122,7 +122,7 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     ours = _windows_as_drawn(stored, seed=extraction.seed)
     with tempfile.TemporaryDirectory() as out, StopRequest() as stop, stop.at_once():
         run = replace(extraction, out=out)
-        run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))  # type: ignore[arg-type]
+        run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))
         made = _open(Path(out), info)
         theirs = _windows_as_drawn(made, seed=extraction.seed)
         refused = {lost.clip: lost for lost in quarantined_of(read_all_done(out))}
