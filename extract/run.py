@@ -32,11 +32,11 @@ from ..shards.plan import (
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
 from ..shards.stopwatch import Stopwatch
-from .backbone import Backbone, choose_num_workers, load_backbone
+from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
 from .decoding.clip import check_installed
-from .decoding.pool import DecodePool
+from .decoding.pool import DecodePool, choose_num_workers
 from .features import PixelPrefetcher, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer

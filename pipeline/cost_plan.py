@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..extract.backbone import choose_num_workers, load_backbone
+from ..extract.backbone import load_backbone
 from ..extract.datasets.base import DatasetConfig
 from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
+from ..extract.decoding.pool import choose_num_workers
 from ..extract.int8_calibration import patch_writer
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.sampling import SamplingPolicy
