@@ -2,9 +2,8 @@
 
 Frames 0..C-1 of a window are seen, frame C-1+mid is the target; the short horizon starts later
 and ends at the same target, so that both have the same bounds. Everything is computed from the
-cached features: no backbone, no network.
-
-What a forecast evaluation reads: cache, models, labels, videos; opened and checked before work.
+cached features: no backbone, no network. Cache, models, labels and videos are opened and checked
+before any work.
 """
 
 import logging
@@ -47,13 +46,16 @@ from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
 from .scores import Scorer, check_labels, class_map, tokenizer_probes, with_intervals
 from .sequences import sequences_jsonl
-from .windows import UniformWindows, Windows, is_evaluation, open_windows
+from .windows import UniformWindows, WindowArrangement, is_evaluation, open_windows
 
 if TYPE_CHECKING:
     from ...extract.sources.clip import Clip
     from .predictions import PredictionRows
 
 logger = logging.getLogger(__name__)
+
+PROBE_WINDOWS = 64
+"""Windows the tokenizer is probed on, at most: 1.4 GB of features at 512 px (a guess)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class ForecastInputs:
     config: ForecastConfig
     cache: PatchShards
     models: ForecastModels
-    arrangement: Windows
+    arrangement: WindowArrangement
     """What belongs together, and its labels."""
     videos: "dict[str, Clip]"
     """Clip key -> clip; empty without videos."""
@@ -172,9 +174,7 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         config=config,
         cache=cache,
         models=models,
-        arrangement=open_windows(
-            config, cache, models.head, _last_frames(cache, config.num_frames)
-        ),
+        arrangement=open_windows(config, cache, models.head),
         videos=_find_videos(config.videos),
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),
@@ -207,15 +207,6 @@ def named(config: ForecastConfig, info: CacheInfo) -> ForecastConfig:
     return replace(config, dataset=name) if config.dataset == UNNAMED and name else config
 
 
-def _last_frames(cache: PatchShards, num_frames: int) -> dict[str, int]:
-    """Clip key -> the highest frame index in the first `num_frames` of its windows."""
-    last: dict[str, int] = {}
-    highest = cache.table().frame_index[:, :num_frames].max(axis=1)
-    for clip, frame in zip(cache.clip_index.tolist(), highest.tolist(), strict=True):
-        last[cache.keys[clip]] = max(frame, last.get(cache.keys[clip], 0))
-    return last
-
-
 def windows_to_show(clip_index: NDArray[np.int64], count: int) -> list[int]:
     """Up to `count` window numbers, spread evenly: first over clips, then over their windows."""
     # Rank of each window within its clip: windows of equal rank are one round through the clips.
@@ -230,10 +221,6 @@ def windows_to_show(clip_index: NDArray[np.int64], count: int) -> list[int]:
     else:
         picked = rounds[:count]
     return sorted(picked.tolist())
-
-
-PROBE_WINDOWS = 64
-"""Windows the tokenizer is probed on, at most: 1.4 GB of features at 512 px (a guess)."""
 
 
 def run_forecast(config: ForecastConfig) -> Report:
