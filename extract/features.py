@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..shards.records import Quarantined
+from ..shards.sampling import WindowDraw
 from .backbone import Backbone
 from .decoding.pool import DecodedClip, DecodedWindow
 from .pixels import window_pixels
-from .sampling import WindowDraw
 from .shard_writer import Converter
 
 MAX_BATCHES_IN_FLIGHT = 2

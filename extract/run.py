@@ -42,7 +42,6 @@ from .identity import cache_identity
 from .int8_calibration import patch_writer
 from .ledger import Ledger, Part, Plan, close_cache, reopen
 from .progress import Progress
-from .sampling import SamplingPolicy
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
 from .sources.clip import Clip
 from .sources.select import clips_of
@@ -147,7 +146,7 @@ def run_extraction(
     start_s = time.monotonic()
     part = Part.of_this_process(config.shard_of)
     check_installed(config.decoder)
-    policy: Policy = SamplingPolicy.from_config(config) if targets is None else targets[0]
+    policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
     with StopRequest(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():

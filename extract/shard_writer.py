@@ -40,8 +40,8 @@ from ..shards.patches.int8 import (
 from ..shards.patches.layout import STORED_DTYPES
 from ..shards.patches.writer import write_black, write_patch_shard
 from ..shards.records import DoneRecord, Quarantined
+from ..shards.sampling import WindowDraw
 from ..shards.windows import ShardRows
-from .sampling import WindowDraw
 
 SCALE_BYTES = 2
 """A float16 token scale, behind its token's codes."""

@@ -40,9 +40,9 @@ from numpy.typing import NDArray
 from ...shards.devices import launched, num_cores
 from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
+from ...shards.sampling import WindowDraw
 from ..config import DecoderChoice, RunConfig
 from ..datasets.windows import Policy
-from ..sampling import WindowDraw
 from ..sources.clip import Clip
 from .worker import DecodeReply, DecodeRequest, Ready, Refusal
 

@@ -9,8 +9,8 @@ import torch
 
 from deltatok.extract.decoding.pool import DecodedClip, DecodedWindow
 from deltatok.extract.features import PixelPrefetcher, PrefetchedClip
-from deltatok.extract.sampling import WindowDraw
 from deltatok.shards.records import Quarantined
+from deltatok.shards.sampling import WindowDraw
 
 CPU = torch.device("cpu")
 S = 16
