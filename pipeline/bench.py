@@ -27,7 +27,7 @@ from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
 from ..train.config import Residency
 from ..train.data.batches import Prefetcher, TokenizerBatches, WorldBatches
-from ..train.data.order import BatchOrder, Indices, Share
+from ..train.data.order import BatchOrder, Indices, RankSlice
 from ..train.data.residency import choose_place, delta_source, fits_in_memory, patch_source
 from ..train.data.stream import buffers_needed
 
@@ -165,7 +165,7 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
                 windows,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
-                share=Share(),
+                ranks=RankSlice(),
             )
             for workers in settings.workers:
                 name = f"loader:{residency}:{workers}"
@@ -239,7 +239,7 @@ def bench_patches(folder: Path, settings: BenchSettings) -> dict[str, Any]:
                 num_frames=num_frames,
                 batch_size=per_batch * (num_frames - 1),
                 seed=settings.seed,
-                share=Share(),
+                ranks=RankSlice(),
             )
             for workers in settings.workers:
                 name = f"loader:{residency}:{workers}"

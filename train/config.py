@@ -190,6 +190,8 @@ class TrainConfig:
         }
     )
     """Fields that may differ between a run and its continuation."""
+    ORDER_FOLLOWS_RESIDENCY: ClassVar[bool] = True
+    """Whether a run that streams has its batches in another order than one that does not."""
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
@@ -377,6 +379,7 @@ class HeadTrainConfig(TrainConfig):
     """AdamW's decay, on the weights of linear and convolution layers only."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"patches"}
+    ORDER_FOLLOWS_RESIDENCY: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

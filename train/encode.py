@@ -37,6 +37,7 @@ from ..shards.cache import (
     compare,
     finish_cache,
     open_cache,
+    plain,
     read_cache_info,
     reopen_cache,
 )
@@ -59,7 +60,6 @@ from .data.order import Indices
 from .engine.devices import Accelerator, make_accelerator, precision_name
 from .engine.logs import Meter
 from .engine.model_folder import read_provenance, weights_sha256
-from .engine.run_folder import plain
 from .engine.stop import StopSignal
 from .models.deltatok import DeltaTok
 

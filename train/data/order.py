@@ -2,7 +2,7 @@
 
     split_windows   clips -> training and validation windows, by a hash of the clip's key
     BatchOrder      step -> the windows of the global batch: one permutation an epoch, O(1) seek
-    Share           the slice of every global batch that one rank computes
+    RankSlice           the slice of every global batch that one rank computes
 
 Used by data.py and head.py.
 
@@ -61,7 +61,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RankSlice:
     """Which slice of every global batch this process computes."""
 
     rank: int = 0
@@ -145,7 +145,7 @@ def check_enough(windows: Indices, per_batch: int) -> None:
         )
 
 
-def evenly(windows: Indices, count: int) -> Indices:
+def spread(windows: Indices, count: int) -> Indices:
     """At most `count` of `windows`, spread evenly over them."""
     if len(windows) <= count:
         return windows

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import psutil
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ...shards.deltas.reader import DeltaShards
 from ...shards.patches.reader import PatchShards
-from ...shards.reader import CacheReader
 from ..config import Residency, TrainConfig
 from ..engine.devices import Accelerator
 from .order import BatchOrder, Indices, StreamOrder
@@ -136,7 +135,7 @@ def patch_source(
         (shards.stored_tokens if raw else shards.tokens)(windows, out=out.numpy())
         return (out,)
 
-    place = choose_place(shards.size_bytes, residency=residency, device=device)
+    place = choose_place(memory_bytes(shards), residency=residency, device=device)
     if place in ("device", "memory"):
         held = [torch.from_numpy(shards.load())]
         return _held(held, device if place == "device" else CPU, num_buffers)
@@ -163,8 +162,7 @@ def delta_source(
         shards.tokens(windows, out=tokens.numpy())
         return tokens, torch.from_numpy(shards.timestamps_s(windows))
 
-    size_bytes = delta_bytes(shards)
-    place = choose_place(size_bytes, residency=residency, device=device)
+    place = choose_place(memory_bytes(shards), residency=residency, device=device)
     if place in ("device", "memory"):
         held = [*map(torch.from_numpy, shards.load())]
         return _held(held, device if place == "device" else CPU, num_buffers)
@@ -172,8 +170,10 @@ def delta_source(
     return _source(from_files, blocks, num_buffers)
 
 
-def delta_bytes(shards: DeltaShards) -> int:
-    """Of all tokens and timestamps in memory."""
+def memory_bytes(shards: PatchShards | DeltaShards) -> int:
+    """Of all tokens, and of delta tokens the timestamps, in memory."""
+    if isinstance(shards, PatchShards):
+        return shards.size_bytes
     num_frames, size = shards.shape
     return shards.num_windows * num_frames * (2 * size + 4)
 
@@ -187,21 +187,18 @@ def choose_place(size_bytes: int, *, residency: Residency, device: torch.device 
     return residency
 
 
-def resolve_residency(config: AnyConfig, size_bytes: int, accelerator: Accelerator) -> AnyConfig:
+def resolve_residency(
+    config: AnyConfig, shards: PatchShards | DeltaShards, accelerator: Accelerator
+) -> AnyConfig:
     """`config` with its residency decided, the same on every rank: where one must stream, all do,
     because the order of the batches depends on it."""
-    place = choose_place(size_bytes, residency=config.residency, device=accelerator.device)
+    place = choose_place(
+        memory_bytes(shards), residency=config.residency, device=accelerator.device
+    )
     streams = torch.tensor(float(place == "stream"), device=accelerator.device)
     if accelerator.reduce(streams, reduction="sum").item() > 0:
         place = "stream"
     return replace(config, residency=place)
-
-
-def order_data(config: TrainConfig, shards: CacheReader[Any]) -> dict[str, str]:
-    """What a run notes of the order of its batches: it cannot go on in another one, nor on the same
-    windows under other numbers."""
-    order = {"order": "blocks"} if config.residency == "stream" else {}
-    return {"windows": shards.arrangement, **order}
 
 
 def _first_that_fits(size_bytes: int, device: torch.device) -> tuple[Residency, str]:

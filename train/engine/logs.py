@@ -1,5 +1,5 @@
 """What a run tells: log.jsonl (always), a progress line (on a terminal), a line of logging, and
-trackers.py if asked for.
+TensorBoard and W&B if asked for. All of it by the main rank.
 
     {"kind": "train", "step": 50, "loss": ..., "gradient_norm": ..., "learning_rate": ...,
      "pairs_per_s": ..., "tokens_per_s": ..., "tflop_per_s": ..., "loader_wait_share": ...,
@@ -7,11 +7,7 @@ trackers.py if asked for.
     {"kind": "validation", "step": 1000, "validation_loss": ..., ...}
 
 Everything but what a clock or the memory decides (those six) is the same in a run that was killed
-and gone on with. Rates are over all ranks, shares and memory the main one's. Used by loop.py, on
-the main rank.
-
-TensorBoard and W&B beside log.jsonl, if asked for, through accelerate's trackers. Used by
-loop.py on the main process.
+and gone on with. Rates are over all ranks, shares and memory the main one's.
 
     tensorboard   OUT/tensorboard: `tensorboard --logdir runs`; pip install deltatok[tensorboard]
     wandb         OUT/wandb, offline unless WANDB_MODE says otherwise; pip install deltatok[wandb]
@@ -39,6 +35,7 @@ from accelerate.tracking import (  # type: ignore[import-untyped]
 )
 from tqdm import tqdm
 
+from ...shards.cache import flatten
 from ...shards.errors import UsageError
 from ...shards.files import write_bytes, writing
 
@@ -72,7 +69,14 @@ class Trackers:
             tracker = _make(name, folder, start=start)
             tracker.start()
             if start == 0:
-                tracker.store_init_configuration(flat(config))
+                tracker.store_init_configuration(
+                    {
+                        setting: value
+                        if isinstance(value, str | int | float | bool)
+                        else str(value)
+                        for setting, value in flatten(config).items()
+                    }
+                )
             self._trackers.append(tracker)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -95,19 +99,12 @@ def _make(name: str, folder: Path, *, start: int) -> GeneralTracker:
     return kind(PROJECT, dir=str(folder), name=folder.name, mode=mode)
 
 
-def flat(values: Mapping[str, Any], *, under: str = "") -> dict[str, str | int | float | bool]:
-    """Nested settings as dotted names; what is no number, word or truth value, as its text."""
-    found: dict[str, str | int | float | bool] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, under=f"{under}{name}.")
-        else:
-            plain = isinstance(value, str | int | float | bool)
-            found[f"{under}{name}"] = value if plain else str(value)
-    return found
-
-
 logger = logging.getLogger(__name__)
+
+
+def is_time(step: int, *, every: int, last: int) -> bool:
+    """Whether what happens every `every` steps happens after `step` steps, or at the `last`."""
+    return step % every == 0 or step == last
 
 
 class RunLog:

@@ -12,7 +12,6 @@ One training run at a time writes into a folder. Used by the train_* functions.
 """
 
 import fcntl
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,9 +22,10 @@ from typing import Any
 
 import torch
 
+from ...shards.cache import differences, plain
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import is_partial, remove_partials, write_json
-from ...shards.schema import Fields, read_json, shown
+from ...shards.schema import Fields, read_json
 from ..config import TrainConfig
 from .checkpoints import STATE, find_checkpoints
 from .devices import Accelerator, on_main
@@ -69,7 +69,7 @@ DESCRIPTION = "train.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainingRun:
     """One run: the command, its merged config and what it trains on."""
 
     command: str
@@ -184,10 +184,10 @@ class Run:
             ("data", stored.mapping("data"), mine["data"]),
             ("config", self._bound(stored.mapping("config")), self._bound(mine["config"])),
         ):
-            if names := differences(got, wanted):
+            if found := differences(got, wanted):
                 named = "; ".join(
-                    f"{what_of} {name} is {_at(got, name)}, this run has {_at(wanted, name)}"
-                    for name in names
+                    f"{what_of} {name} is {theirs}, this run has {ours}"
+                    for name, theirs, ours in found
                 )
                 raise CacheMismatch(
                     f"{what}: {named}: go on with what the run began with, or begin a new stage: "
@@ -207,30 +207,3 @@ class Run:
                 f"{self.folder}: holds {strangers[0].name!r} but no {DESCRIPTION}, so it is no run "
                 "folder: set a new or empty folder as out"
             )
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON gives it back: tuples as lists."""
-    return json.loads(json.dumps(value))
-
-
-def differences(got: Any, wanted: Any, *, under: str = "") -> list[str]:
-    """Dotted names, sorted, of the fields that two JSON values differ in."""
-    if not (isinstance(got, dict) and isinstance(wanted, dict)):
-        return [] if got == wanted else [under]
-    found: list[str] = []
-    for name in sorted(got.keys() | wanted.keys()):
-        dotted = f"{under}.{name}" if under else str(name)
-        if name in got and name in wanted:
-            found += differences(got[name], wanted[name], under=dotted)
-        else:
-            found.append(dotted)
-    return found
-
-
-def _at(value: Any, name: str) -> str:
-    for part in name.split("."):
-        if part not in value:
-            return "missing"
-        value = value[part]
-    return shown(value)

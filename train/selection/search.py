@@ -2,8 +2,7 @@
 
 Without gradient, some windows and a chunk of samples at a time, keeping only the lowest loss, its
 index and the sum: memory does not grow with S. The winners' noise is drawn again from their
-indices (noise.py), and the training step predicts from it once more, with gradient. Used by
-world.py and dinoworld.py.
+indices (noise.py), and the training step predicts from it once more, with gradient.
 
 Letters: B batch, P = T - 1 target positions, S samples, N patches, D channels of a token, Dp of a
 query. As in the paper: smooth-L1 (beta 0.1) to the true token, averaged over the token (or the
@@ -31,7 +30,7 @@ one core took 3.2 s of CPU time with 16 MB, 3.0 with 32, 2.9 with 64, 3.0 with 1
 read the weights less often, until the activations leave the caches); GPU: a guess."""
 
 
-class Selection(NamedTuple):
+class Winners(NamedTuple):
     """The winner of every position: the lowest loss, the first of equal ones."""
 
     indices: Tensor
@@ -69,7 +68,7 @@ def select(
     products: ProductsName = "float32",
     chunks: Chunks | None = None,
     chunk_losses: "ChunkLosses | None" = None,
-) -> Selection:
+) -> Winners:
     """The best of num_samples candidates, predicted with `products` (models/products.py).
 
     z (B, T, D), timestamps (B, T) seconds. chunks None: as many as activations of CPU_MEMORY_MB or
@@ -102,7 +101,7 @@ def select_patches(
     num_finalists: int = 1,
     products: ProductsName = "float32",
     chunks: Chunks | None = None,
-) -> Selection:
+) -> Winners:
     """`select` for DINO-world: one noise query for all patches of a frame; one choice a frame.
 
     x (B, T, N, D); the loss is averaged over the frame's patch tokens. With as many keys as
@@ -232,7 +231,7 @@ def _select(
     chunks: Chunks,
     num_samples: int,
     num_finalists: int,
-) -> Selection:
+) -> Winners:
     """scorer(windows): what scores their candidates; tokens (B, T, ...)."""
     count, positions = len(tokens), tokens.shape[1] - 1
     size = min(chunks.windows, count)
@@ -250,4 +249,4 @@ def _select(
         finalists[part], lowest, mean[part] = running_best(losses, keep=keep)
         best[part] = lowest[:, :, 0]
     indices = finalists[:, :, 0]
-    return Selection(indices, best, mean, noise.at(indices[..., None])[:, :, 0], finalists)
+    return Winners(indices, best, mean, noise.at(indices[..., None])[:, :, 0], finalists)

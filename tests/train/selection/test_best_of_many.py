@@ -21,7 +21,7 @@ from deltatok.train.selection.noise import CounterNoise, GivenNoise
 from deltatok.train.selection.search import (
     CPU_MEMORY_MB,
     Chunks,
-    Selection,
+    Winners,
     default_chunks,
     running_best,
     select,
@@ -76,7 +76,7 @@ def chosen(noise: Tensor, indices: Tensor) -> Tensor:
     return noise.gather(2, index)[:, :, 0]
 
 
-def check_equal(found: Selection, losses: Tensor, *, atol: float = 1e-5) -> None:
+def check_equal(found: Winners, losses: Tensor, *, atol: float = 1e-5) -> None:
     """What was found is what the plain losses (B, P, S) say; argmin may differ in ties only."""
     lowest = losses.amin(dim=2)
     torch.testing.assert_close(found.best_losses, lowest, atol=atol, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Selection on a GPU: the CPU's numbers, float8, a captured graph. Skipped where there is none."""
+"""Winners on a GPU: the CPU's numbers, float8, a captured graph. Skipped where there is none."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from deltatok.train.models.configs import DeltaWorldConfig
 from deltatok.train.models.deltaworld import DeltaWorld
 from deltatok.train.selection.folded import fold, project, weights_of
 from deltatok.train.selection.noise import CounterNoise
-from deltatok.train.selection.search import ChunkLosses, Selection, select
+from deltatok.train.selection.search import ChunkLosses, Winners, select
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,7 +35,7 @@ def problem(device: str) -> tuple[DeltaWorld, Tensor, Tensor, CounterNoise]:
     return world, draw(0, 16, 8, 64).to(device), times.to(device), noise
 
 
-def selected(device: str, **fields: Any) -> Selection:
+def selected(device: str, **fields: Any) -> Winners:
     return select(*problem(device), num_samples=256, **fields)
 
 
