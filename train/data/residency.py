@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -84,6 +84,7 @@ PAGE_CACHE_SHARE = 0.9
 AnyConfig = TypeVar("AnyConfig", bound=TrainConfig)
 
 Read = Callable[[Indices], tuple[Tensor, ...]]
+ReadInto = Callable[[Indices, Take], tuple[Tensor, ...]]
 
 
 class Order(Protocol):
@@ -223,22 +224,20 @@ def _held(arrays: list[Tensor], device: torch.device, num_buffers: int) -> Windo
     return _source(from_held, None, len(held) * num_buffers)  # a batch takes one for each
 
 
-def _source(
-    read: Callable[[Indices, Take], tuple[Tensor, ...]], blocks: Blocks | None, num_buffers: int
-) -> WindowSource:
-    """blocks: to be streamed, in an order of their own; None: read in any order."""
-    read_any = partial(read, take=BufferRing(num_buffers).take)
-    read_to_keep = partial(read, take=fresh)
-    if blocks is None:
-        in_order = partial(read, take=BufferRing(num_buffers).take)
-        return WindowSource(
-            read=in_order, read_any=read_any, read_to_keep=read_to_keep, order=BatchOrder
-        )
-    group_windows = windows_of_group(blocks)
-    rows = StreamRows(blocks, group_windows=group_windows)
+def _source(read: ReadInto, blocks: Blocks | None, num_buffers: int) -> WindowSource:
+    """blocks: to be streamed, in an order of their own; None: `read` is fast in any order."""
+    in_order: ReadInto = read
+    order: Callable[[Indices, int, int], Order] = BatchOrder
+    per_batch = 1
+    if blocks is not None:
+        group_windows = windows_of_group(blocks)
+        in_order = StreamRows(blocks, group_windows=group_windows)
+        order = partial(StreamOrder, block_starts=blocks.starts, group_windows=group_windows)
+        per_batch = len(blocks.buffers(0))
+    rings = BufferRing(per_batch * num_buffers), BufferRing(num_buffers)
     return WindowSource(
-        read=partial(rows, take=BufferRing(len(blocks.buffers(0)) * num_buffers).take),
-        read_any=read_any,
-        read_to_keep=read_to_keep,
-        order=partial(StreamOrder, block_starts=blocks.starts, group_windows=group_windows),
+        read=lambda windows: in_order(windows, rings[0].take),
+        read_any=lambda windows: read(windows, rings[1].take),
+        read_to_keep=lambda windows: read(windows, fresh),
+        order=order,
     )
