@@ -1,10 +1,8 @@
-"""Windows of pixels in, rows for a writer out, in batches of one fixed shape.
+"""Decoded windows -> pixels, made ahead -> tokens, in batches of one shape -> rows for a writer.
 
 A product of matrices rounds differently in another batch shape. So every batch holds the same
 number of windows, the last one of a shard is filled up with zeros, and no batch spans two shards:
 a shard's bytes depend on its own clips only, whenever and after whichever kill it is made.
-
-Windows of decoded clips on their way to the backbone: pixels are made ahead of it.
 
 On a GPU a thread crops into pinned memory and has the device resize and flip on a stream of its
 own, a batch or so ahead, also across the ends of shards, while the main thread feeds the backbone.
@@ -31,6 +29,12 @@ from .decoding.pool import DecodedClip, DecodedWindow
 from .pixels import window_pixels
 from .sampling import WindowDraw
 from .writer import Converter
+
+MAX_BATCHES_IN_FLIGHT = 2
+"""Batches whose rows are being copied from the device while the next one is begun."""
+
+Rows = Callable[[], NDArray[Any]]
+"""Gives the rows of a shard, once, from any thread; waits for them."""
 
 Pixels = Callable[[], Tensor]
 """Gives a window's pixels, uint8 (T, 3, S, S) on the device; to be called once."""
@@ -128,13 +132,6 @@ def _num_windows(clip: StagedClip | Quarantined) -> int:
     return 0 if isinstance(clip, Quarantined) else len(clip.pixels)
 
 
-MAX_ON_THE_WAY = 2
-"""Batches whose rows are being copied from the device while the next one is begun."""
-
-Rows = Callable[[], NDArray[Any]]
-"""Gives the rows of a shard, once, from any thread; waits for them."""
-
-
 class WindowFeatures:
     """Collects the windows of one shard after the other. T frames, S pixels a side."""
 
@@ -185,9 +182,9 @@ class WindowFeatures:
         windows = tokens.reshape(len(self._batch), self._num_frames, *tokens.shape[1:])
         rows = self._writer.convert(windows)[: self._filled]
         self._filled = 0
-        self._parts.append(self._fetcher.submit(_OnTheWay(rows).fetch))
-        if len(self._parts) > MAX_ON_THE_WAY:
-            self._parts[-1 - MAX_ON_THE_WAY].result()
+        self._parts.append(self._fetcher.submit(_RowsInFlight(rows).fetch))
+        if len(self._parts) > MAX_BATCHES_IN_FLIGHT:
+            self._parts[-1 - MAX_BATCHES_IN_FLIGHT].result()
 
 
 def _join(parts: deque[Future[NDArray[Any]]]) -> NDArray[Any]:
@@ -202,7 +199,7 @@ def _join(parts: deque[Future[NDArray[Any]]]) -> NDArray[Any]:
     return rows
 
 
-class _OnTheWay:
+class _RowsInFlight:
     """Rows being copied from the device: asked for at once, waited for later, so that the device
     has the next batch to work on meanwhile."""
 

@@ -1,17 +1,14 @@
-"""A window's decoded frames to the square frames that the backbone sees: crop, resize, flip.
+"""A window's decoded frames -> the square frames that the backbone sees: crop, resize, flip.
 
 Crops and flips happen here, on pixels: the mirrored features of an image are not the features of
 the mirrored image. The order is the paper's: crop, bilinear resize on uint8, flip; in evaluation a
-square is cut from the resized frame. Integers only, so that the device changes nothing. Called by
-staging.py.
+square is cut from the resized frame.
 
-Bilinear resize of uint8 frames, equal in every integer to OpenCV's default (`INTER_LINEAR`).
-
-The paper resizes its windows with OpenCV, without antialiasing, on uint8; a cache that trains
-like the pixels needs the same integers. OpenCV works in fixed point: weights are rounded to 11
-bits, the columns are interpolated first, four bits are dropped, then the rows. Halving both axes
-exactly is a special case there: the mean of four pixels. Only integer tensor operations are used
-here, so that the result is the same on any device.
+The paper resizes its windows with OpenCV (`INTER_LINEAR`), without antialiasing, on uint8; a cache
+that trains like the pixels needs the same integers. OpenCV works in fixed point: weights have 11
+bits, the columns are interpolated first, four bits are dropped, then the rows. Halving both
+axes exactly is a special case there: the mean of four pixels. Only integer tensor operations are
+used here, so that the result is the same on any device.
 """
 
 from functools import lru_cache
@@ -25,6 +22,37 @@ from .sampling import WindowDraw
 
 _WEIGHT_BITS = 11
 """OpenCV's INTER_RESIZE_COEF_BITS."""
+
+
+def window_pixels(
+    frames: NDArray[np.uint8], draw: WindowDraw, *, frame_size: int, device: torch.device
+) -> Tensor:
+    """The window as uint8 (T, 3, frame_size, frame_size) on `device`, RGB, 0-255.
+
+    frames: uint8 (T, H, W, 3), RGB, at the video's own size. draw: crop in pixels of these frames.
+    Raises ValueError if the crop leaves the frame.
+    """
+    top, left, height, width = draw.crop
+    bottom, right = top + height, left + width
+    if top < 0 or left < 0 or bottom > frames.shape[1] or right > frames.shape[2]:
+        raise ValueError(
+            f"crop of rows {top}-{bottom} and columns {left}-{right} leaves the frame of "
+            f"{frames.shape[1]}x{frames.shape[2]} pixels: it was drawn for other frames"
+        )
+    # A copy: decoded frames lie in a read-only buffer, and only the crop should travel. Only from
+    # pinned memory does it travel without waiting for the backbone; torch keeps that for reuse.
+    shape = (len(frames), height, width, 3)
+    cropped = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    cropped.numpy()[...] = frames[:, top:bottom, left:right]
+    planes = cropped.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    square = draw.square
+    if square is None:
+        pixels = resize_bilinear(planes, (frame_size, frame_size))
+    else:  # cut after the resize, as the release does: at the cut, pixels know their neighbours
+        rows = slice(square.top, square.top + frame_size)
+        columns = slice(square.left, square.left + frame_size)
+        pixels = resize_bilinear(planes, (square.height, square.width))[..., rows, columns]
+    return pixels.flip(-1) if draw.flipped else pixels
 
 
 def resize_bilinear(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -128,34 +156,3 @@ def _to_device(
     weights = np.stack([np.float32(1) - fraction, fraction]) * np.float32(1 << _WEIGHT_BITS)
     fixed_point = torch.from_numpy(np.rint(weights).astype(np.int32)).unsqueeze(-1)
     return torch.from_numpy(np.stack([first, second])).to(device), fixed_point.to(device)
-
-
-def window_pixels(
-    frames: NDArray[np.uint8], draw: WindowDraw, *, frame_size: int, device: torch.device
-) -> Tensor:
-    """The window as uint8 (T, 3, frame_size, frame_size) on `device`, RGB, 0-255.
-
-    frames: uint8 (T, H, W, 3), RGB, at the video's own size. draw: crop in pixels of these frames.
-    Raises ValueError if the crop leaves the frame.
-    """
-    top, left, height, width = draw.crop
-    bottom, right = top + height, left + width
-    if top < 0 or left < 0 or bottom > frames.shape[1] or right > frames.shape[2]:
-        raise ValueError(
-            f"crop of rows {top}-{bottom} and columns {left}-{right} leaves the frame of "
-            f"{frames.shape[1]}x{frames.shape[2]} pixels: it was drawn for other frames"
-        )
-    # A copy: decoded frames lie in a read-only buffer, and only the crop should travel. Only from
-    # pinned memory does it travel without waiting for the backbone; torch keeps that for reuse.
-    shape = (len(frames), height, width, 3)
-    cropped = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    cropped.numpy()[...] = frames[:, top:bottom, left:right]
-    planes = cropped.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    square = draw.square
-    if square is None:
-        pixels = resize_bilinear(planes, (frame_size, frame_size))
-    else:  # cut after the resize, as the release does: at the cut, pixels know their neighbours
-        rows = slice(square.top, square.top + frame_size)
-        columns = slice(square.left, square.left + frame_size)
-        pixels = resize_bilinear(planes, (square.height, square.width))[..., rows, columns]
-    return pixels.flip(-1) if draw.flipped else pixels

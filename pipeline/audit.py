@@ -7,7 +7,7 @@ delta caches made from sampled windows.
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,6 @@ class AuditReport:
             f"{len(self.differing)} differ; largest relative error {self.largest_error:.3g}, "
             f"allowed {self.allowed_error:.3g}"
         )
-
-    def as_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def audit_cache(config: AuditConfig) -> AuditReport:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..evaluate.tables import markdown_table
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
@@ -326,3 +327,16 @@ def first_residency(folder: Path, *, patches: bool) -> Residency:
     """What `residency: auto` would choose for this cache on a machine without a GPU."""
     shards = PatchShards(folder) if patches else DeltaShards(folder, verify="size")
     return choose_place(shards.size_bytes, residency="auto")
+
+
+def bench_table(found: dict[str, Any], unit: str) -> str:
+    """The rates as a Markdown table; unit: windows or pairs."""
+    suffix = f"_{unit}_per_s"
+    rates = {name.removesuffix(suffix): rate for name, rate in found["rates"].items()}
+    limit = rates.get("in_memory") or rates.get("memmap")
+    header = ["", f"{unit}/s", f"of {'memory' if 'in_memory' in rates else 'memmap'}"]
+    body = [
+        [name, f"{rate:,.0f}", f"{rate / limit:.2f}" if limit else ""]
+        for name, rate in rates.items()
+    ]
+    return markdown_table(header, body)

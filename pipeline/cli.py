@@ -226,13 +226,15 @@ def _run_one(prog: str, commands: Mapping[str, Command], words: list[str]) -> No
     usage = [f"usage: {prog} {{{','.join(commands)}}} [--help] ...", ""]
     usage += [f"  {name:<{width}}  {command.help}" for name, command in commands.items()]
     usage += ["", "examples:", *(f"  {command.examples[0]}" for command in commands.values())]
-    if words and words[0] not in ("-h", "--help"):
-        near = difflib.get_close_matches(words[0], commands, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UsageError(
-            f"{prog} {words[0]}: wanted one of {', '.join(commands)}{hint}\n" + "\n".join(usage)
-        )
-    print("\n".join(usage))
+    text = "\n".join(usage)
+    if words[:1] in (["-h"], ["--help"]):
+        print(text)
+        raise SystemExit(0)
+    near = difflib.get_close_matches(words[0], commands, n=1) if words else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(
+        f"{prog} {' '.join(words[:1])}: wanted one of {', '.join(commands)}{hint}\n{text}"
+    )
 
 
 def example_help(*lines: str) -> dict[str, Any]:

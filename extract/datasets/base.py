@@ -24,7 +24,7 @@ from ...shards.evaluation.labels import Kind, LabelRule, PlanTarget, is_inside, 
 from ...shards.npy import map_npy
 from ..config import ExtractConfig, RunConfig, check, positive
 from ..decoding.images import EXIF_ORIENTATION
-from ..sources.clip import Clip, Source, TargetFrames, Unreadable
+from ..sources.clip import Clip, ClipSource, TargetFrames, Unreadable
 
 DatasetName = Literal["vspw", "cityscapes", "kitti", "sequences", "little-world"]
 
@@ -311,7 +311,7 @@ def read_lines(path: Path, *, what: str) -> list[str]:
 def _clip(dataset: Dataset, target: DatasetTarget, root: Path, *, split: str) -> Clip:
     path = root / target.frames[-1] if dataset.is_video else root
     names = () if dataset.is_video else target.frames
-    source: Source = TargetFrames(target.numbers, names)
+    source: ClipSource = TargetFrames(target.numbers, names)
     size, planned, problem = 0, None, target.problem
     if problem is None:
         try:

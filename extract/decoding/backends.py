@@ -1,28 +1,27 @@
-"""Decoding with decord, in one pass from the first frame to the last, never seeking.
+"""The video decoders: PyAV, and two fast ones that are believed only as far as they can be checked.
 
-decord is fast, and silently wrong in known ways: a seek can land on another frame, a frame that
+**PyAV** reads every frame in order, skips bad packets and honours edit lists. It is the slowest,
+and right on every file that can be decoded at all, because what is stored is what it showed: times
+and pixels come from the same decoded frame.
+
+**decord** is fast, and silently wrong in known ways: a seek can land on another frame, a frame that
 cannot be decoded is replaced by a copy of its neighbour, an edit list is ignored. So it reads only
-files it can be held to (trust.py), in order, with every repaired frame an error, to the
-end, so that a frame lost on the way is missed there; and its first frame must be the one that
-PyAV shows. Whatever it stumbles over, PyAV reads instead.
+supported files, in order, with every repaired frame an error, to the end, so that a frame lost on
+the way is missed there; and its first frame must be the one that PyAV shows.
 
-Decoding with PyAV: every frame in order, bad packets skipped, edit lists honoured.
+**torchcodec** (optional) seeks to the frames that windows use, which pays on long videos. It seeks
+by a scan of the whole file (`seek_mode="exact"`), and is believed only for supported files, where
+the time of every frame it gives is the time of the packet asked for, and where its first frame is
+the one that PyAV shows. It does not see damage to frames that no window uses; the others do, and
+then count frames anew. The tests compare its frames with an in-order decode for every container and
+codec it is let near.
 
-Slower than decord and right on every file that can be decoded at all, because what is stored is
-what it showed: times and pixels come from the same decoded frame.
-
-Decoding with torchcodec (optional), which seeks to the frames that windows use.
-
-Worth it on long videos, of which windows use few frames. It seeks by a scan of the whole file
-(`seek_mode="exact"`), and is believed only where trust.py says so, where the time of every frame it
-gives is the time of the packet asked for, and where its first frame is the one that PyAV shows.
-The tests compare its frames with an in-order decode for every container and codec it is let near.
-It does not see damage to frames that no window uses; the others do, and then count frames anew.
+Whatever a fast decoder stumbles over, PyAV reads instead.
 """
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,24 +37,49 @@ from .container import (
     Float64,
     UInt8,
     VideoFile,
-    check_trusted,
     describe,
     frames_of,
     open_video,
     read_packets,
+    require_supported,
     shown_times,
     to_rgb,
 )
+
+DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
+"""It is too old for AV1."""
+
+DECORD_NO_REPAIRS = 1e-9
+"""decord's fault_tol: it raises above this share of frames replaced by copies, so at the first."""
+
+DECORD_TIME_TOLERANCE_S = 1e-4
+"""decord's times are float32; its frames must be the packets we know, not equal to the bit."""
+
+DECORD_MAX_SLICE_BYTES = 256 * 2**20
+"""decord takes a video in a tar only whole, in memory, and copies it; a larger one is PyAV's."""
+
+TORCHCODEC_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
+
+TORCHCODEC_TIME_TOLERANCE_S = 1e-6
+"""Its times are float64 like the container's; both count from the first frame."""
 
 Draw = Callable[[Float64, int, int], list[WindowDraw]]
 """Windows of a clip from its times (seconds, float64 (N,)) and its shown height and width.
 Raises UnusableClip where there are none."""
 
+DrawnFrames = tuple[list[WindowDraw], dict[int, UInt8]]
+"""The windows of a clip, and RGB of the frames they use by index: uint8 (H, W, 3), all one size."""
+
+
+def frames_used(windows: Iterable[WindowDraw]) -> set[int]:
+    """The indices of all frames that some window uses."""
+    return {frame for window in windows for frame in window.frame_index}
+
 
 def decode_with_pyav(
-    path: VideoFile, *, index: FileIndex, draw: Draw, threads: int
-) -> tuple[list[WindowDraw], dict[int, UInt8]]:
-    """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
+    video: VideoFile, *, index: FileIndex, draw: Draw, threads: int
+) -> DrawnFrames:
+    """The windows of the file and their frames.
 
     One pass keeps the frames that windows drawn from the packets' times need. Where the frames
     shown turn out to be others (a damaged packet, an AVI), the windows are drawn again from what
@@ -68,9 +92,9 @@ def decode_with_pyav(
     height, width = index.first_frame.shape[:2]
     wanted = _expected_frames(index, draw)
     for _ in range(2):
-        times_s, kept = _decode_all(path, wanted, slots_s=index.slots_s, threads=threads)
+        times_s, kept = _decode_all(video, wanted, slots_s=index.slots_s, threads=threads)
         windows = draw(times_s, height, width)
-        wanted = {frame for window in windows for frame in window.frame_index}
+        wanted = frames_used(windows)
         if wanted <= kept.keys():
             return windows, {frame: kept[frame] for frame in wanted}
     raise UnusableClip("shows other frames each time it is decoded", stage="decode")
@@ -83,18 +107,18 @@ def _expected_frames(index: FileIndex, draw: Draw) -> set[int]:
         windows = draw(index.times_s, height, width)
     except UnusableClip:
         return set()
-    return {frame for window in windows for frame in window.frame_index}
+    return frames_used(windows)
 
 
 def _decode_all(
-    path: VideoFile, wanted: set[int], *, slots_s: Float64 | None, threads: int
+    video: VideoFile, wanted: set[int], *, slots_s: Float64 | None, threads: int
 ) -> tuple[Float64, dict[int, UInt8]]:
     """Seconds of every shown frame, float64 (N,), and RGB of the wanted ones."""
     pts: list[int | None] = []
     kept: dict[int, UInt8] = {}
     shape: tuple[int, int] | None = None
     reformatter = VideoReformatter()
-    with open_video(path, threads=threads) as (container, stream):
+    with open_video(video, threads=threads) as (container, stream):
         for packet in read_packets(container, stream, errors=[]):
             for frame in frames_of(packet, stream, errors=[]):
                 shape = shape or (frame.height, frame.width)
@@ -110,42 +134,27 @@ def _decode_all(
         return shown_times(pts, stream, slots_s=slots_s), kept
 
 
-DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
-"""It is too old for AV1."""
-
-NO_REPAIRS = 1e-9
-"""decord's fault_tol: it raises above this share of frames replaced by copies, so at the first."""
-
-DECORD_TIME_TOLERANCE_S = 1e-4
-"""decord's times are float32; its frames must be the packets we know, not equal to the bit."""
-
-
-MAX_SLICE_BYTES = 256 * 2**20
-"""decord takes a video in a tar only whole, in memory, and copies it; a larger one is PyAV's."""
-
-
 def decode_with_decord(
-    path: VideoFile, *, index: FileIndex, draw: Draw, threads: int
-) -> tuple[list[WindowDraw], dict[int, UInt8]]:
-    """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
+    video: VideoFile, *, index: FileIndex, draw: Draw, threads: int
+) -> DrawnFrames:
+    """The windows of the file and their frames.
 
     Raises:
         DecoderFailed: decord is missing, cannot read the file, or disagrees with `index`.
         UnusableClip: no window can be drawn.
     """
-    check_trusted(index, codecs=DECORD_CODECS)
+    require_supported(index, codecs=DECORD_CODECS)
     try:
         from decord import DECORDError, VideoReader
         from decord._ffi.base import DECORDLimitReachedError
     except (ImportError, OSError) as error:  # no wheel for this machine, or a library is missing
         raise DecoderFailed(f"decord cannot be imported: {describe(error)}") from error
     try:
-        reader = VideoReader(_decord_input(path), num_threads=threads, fault_tol=NO_REPAIRS)
+        reader = VideoReader(_decord_input(video), num_threads=threads, fault_tol=DECORD_NO_REPAIRS)
         _check_times(reader, index)
         height, width = index.first_frame.shape[:2]
         windows = draw(index.times_s, height, width)
-        wanted = {frame for window in windows for frame in window.frame_index}
-        return windows, _read_in_order(reader, wanted, index)
+        return windows, _read_in_order(reader, frames_used(windows), index)
     except (DECORDError, DECORDLimitReachedError, RuntimeError, UnicodeError, OSError) as error:
         raise DecoderFailed(f"decord: {describe(error)}") from error
     except StopIteration as error:
@@ -155,7 +164,7 @@ def decode_with_decord(
 def _decord_input(video: VideoFile) -> str | io.BytesIO:
     if isinstance(video, Path):
         return str(video)
-    if video.size > MAX_SLICE_BYTES:
+    if video.size > DECORD_MAX_SLICE_BYTES:
         raise DecoderFailed(f"{video.size} bytes in a tar, too many to hold in memory")
     return io.BytesIO(video.read())
 
@@ -189,22 +198,16 @@ def _read_in_order(reader: Any, wanted: set[int], index: FileIndex) -> dict[int,
     return kept
 
 
-TORCHCODEC_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
-
-TORCHCODEC_TIME_TOLERANCE_S = 1e-6
-"""Its times are float64 like the container's; both count from the first frame."""
-
-
 def decode_with_torchcodec(
     video: VideoFile, *, index: FileIndex, draw: Draw, threads: int
-) -> tuple[list[WindowDraw], dict[int, UInt8]]:
-    """The windows of the file, and RGB of the frames they use by index: uint8 (H, W, 3).
+) -> DrawnFrames:
+    """The windows of the file and their frames.
 
     Raises:
         DecoderFailed: torchcodec is missing, cannot read the file, or disagrees with `index`.
         UnusableClip: no window can be drawn.
     """
-    check_trusted(index, codecs=TORCHCODEC_CODECS)
+    require_supported(index, codecs=TORCHCODEC_CODECS)
     try:
         with warnings.catch_warnings():  # it warns of codecs that are not built in
             warnings.simplefilter("ignore")
@@ -213,7 +216,8 @@ def decode_with_torchcodec(
         raise DecoderFailed(f"torchcodec cannot be imported: {describe(error)}") from error
     height, width = index.first_frame.shape[:2]
     windows = draw(index.times_s, height, width)
-    wanted = sorted({0, *(frame for window in windows for frame in window.frame_index)})
+    used = frames_used(windows)
+    wanted = sorted(used | {0})
     try:
         with nullcontext(video) if isinstance(video, Path) else video.open() as source:
             reader = VideoDecoder(
@@ -231,5 +235,4 @@ def decode_with_torchcodec(
         raise DecoderFailed("torchcodec gives frames of other times than asked for")
     if not np.array_equal(frames[0], index.first_frame):
         raise DecoderFailed("torchcodec shows another first frame")
-    used = {frame for window in windows for frame in window.frame_index}
     return windows, {frame: frames[row] for row, frame in enumerate(wanted) if frame in used}

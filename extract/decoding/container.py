@@ -1,12 +1,7 @@
 """What a video file says of itself before it is decoded: its packets' times and its first frame.
 
-`decoders.py` draws the windows from these times, decides by them whether decord can be trusted
-with the file, and checks decord's first frame against the one that PyAV shows.
-
-Which files the fast decoders may read: those whose frames they can be held to.
-
-decord and torchcodec are compared with the container (packets.py) frame by frame. That only works
-where one packet is one shown frame and every packet has its own time. All other files are PyAV's.
+Windows are drawn from these times. By them it is also decided whether a fast decoder may read the
+file, and its first frame is held against the one that PyAV shows here.
 """
 
 from collections.abc import Iterator, Set
@@ -41,6 +36,11 @@ MAX_MEAN_GAP_S = 60.0
 """Frames further apart than this on average are damaged timestamps, not a video (a guess; the
 garbage seen in real files lies at 1e17 s)."""
 
+FAST_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+"""Where one packet is one shown frame and every packet has its own time, mostly: fast decoders are
+held to the container frame by frame. All other files are PyAV's."""
+FAST_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+"""Where every decoder converts to the same RGB."""
 
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "webm_dash_manifest"})
 """FFmpeg's formats that are lists of other files: what a clip shows must lie in the clip."""
@@ -148,7 +148,7 @@ def frames_of(
     return [frame for frame in frames if isinstance(frame, VideoFrame)]
 
 
-def read_index(path: VideoFile) -> FileIndex:
+def read_index(video: VideoFile) -> FileIndex:
     """Reads all packet headers and decodes up to the first frame.
 
     Raises:
@@ -157,7 +157,7 @@ def read_index(path: VideoFile) -> FileIndex:
     packets: list[_Header] = []
     errors: list[str] = []
     first: VideoFrame | None = None
-    with open_video(path) as (container, stream):
+    with open_video(video) as (container, stream):
         for packet in read_packets(container, stream, errors=errors):
             if packet is not None and packet.size:
                 packets.append(
@@ -259,27 +259,22 @@ def describe(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
-CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
-PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-"""Where every decoder converts to the same RGB."""
-
-
 class DecoderFailed(Exception):
     """This decoder cannot be used for this file; the text says why."""
 
 
-def check_trusted(index: FileIndex, *, codecs: Set[str]) -> None:
+def require_supported(index: FileIndex, *, codecs: Set[str]) -> None:
     """Raises DecoderFailed for a file that a fast decoder cannot be held to.
 
     Args:
-        codecs: FFmpeg's names of those the decoder is trusted with. One packet must be one frame in
-            them (VP8 hides frames; MPEG-4 packs two frames in a packet).
+        codecs: FFmpeg's names of those the decoder may read. One packet must be one frame in them
+            (VP8 hides frames; MPEG-4 packs two frames in a packet).
     """
-    if index.container not in CONTAINERS:
+    if index.container not in FAST_CONTAINERS:
         raise DecoderFailed(f"container {index.container}")
     if index.codec not in codecs:
         raise DecoderFailed(f"codec {index.codec}")
-    if index.pixel_format not in PIXEL_FORMATS:
+    if index.pixel_format not in FAST_PIXEL_FORMATS:
         raise DecoderFailed(f"pixel format {index.pixel_format}")
     if index.interlaced:
         raise DecoderFailed("interlaced")

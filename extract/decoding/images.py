@@ -1,23 +1,25 @@
-"""A clip that is stored as images, one a frame: its times come from the names, exactly.
+"""Clips that are stored as images, one a frame: folders whose names tell the times, and the frames
+of a target of a data set.
 
-Only the frames that windows use are read. EXIF rotation is applied: a frame is what viewers show.
-
-The frames of a target of a data set that are stored as images, whose names are known.
+EXIF rotation is applied: a frame is what viewers show.
 """
 
 import io
 import struct
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...shards.errors import UnusableClip
-from ..sampling import WindowDraw
-from ..sources.clip import TargetFrames, frame_seconds
-from .backends import Draw
+from ..sources.clip import TargetFrames, frame_seconds, list_frames
+from ..sources.zips import MAX_FRAME_BYTES
+from .backends import Draw, DrawnFrames, frames_used
 from .container import MAX_MEAN_GAP_S, Float64, UInt8, describe
 
 MAX_FRAME_PIXELS = 2**26
@@ -39,8 +41,37 @@ class FrameImages(Protocol):
         """The image file; UnusableClip if it cannot be read."""
 
 
-def decode_frames(images: FrameImages, *, draw: Draw) -> tuple[list[WindowDraw], dict[int, UInt8]]:
-    """The windows of the clip, and RGB of the frames they use by index: uint8 (H, W, 3).
+class FolderImages:
+    """Image files below a folder, by name: its frames, or those named."""
+
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """OSError where it cannot be read, or one of `names` is not there."""
+        self._folder = folder
+        if names is None:
+            self._sizes = dict(list_frames(folder))
+        else:
+            self._sizes = {name: (folder / name).stat().st_size for name in names}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._sizes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all together."""
+        return sum(self._sizes.values())
+
+    def read(self, name: str) -> bytes:
+        if self._sizes[name] > MAX_FRAME_BYTES:
+            raise UnusableClip(f"{name}: {self._sizes[name]} bytes, no frame", stage="decode")
+        try:
+            return (self._folder / name).read_bytes()
+        except OSError as error:
+            raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
+
+
+def decode_frame_folder(images: FrameImages, *, draw: Draw) -> DrawnFrames:
+    """The windows of the clip; only the frames they use are decoded.
 
     Raises:
         UnusableClip: no frames, names or images that make no sense, frames of different sizes, or
@@ -50,7 +81,7 @@ def decode_frames(images: FrameImages, *, draw: Draw) -> tuple[list[WindowDraw],
     shape = _read_shape(names[0], images.read(names[0]))
     windows = draw(times_s, *shape)
     frames = {}
-    for index in sorted({frame for window in windows for frame in window.frame_index}):
+    for index in sorted(frames_used(windows)):
         pixels = read_pixels(names[index], images.read(names[index]))
         if pixels.shape[:2] != shape:
             raise UnusableClip(
@@ -81,58 +112,48 @@ def in_time_order(names: list[str]) -> tuple[list[str], Float64]:
 
 def _read_shape(name: str, data: bytes) -> tuple[int, int]:
     """Height and width of an image as it is shown, from its header."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with _opened(name, data) as image:
-                turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-                width, height = image.size
-        except UnusableClip:
-            raise
-        except _PILLOW_ERRORS as error:
-            raise UnusableClip(
-                f"{name} cannot be decoded: {describe(error)}", stage="decode"
-            ) from error
+    with _opened_image(name, data) as image:
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size
     return (width, height) if turned else (height, width)
 
 
 def read_pixels(name: str, data: bytes) -> UInt8:
     """uint8 (H, W, 3) RGB."""
+    with _opened_image(name, data) as image:
+        shown = ImageOps.exif_transpose(image)
+        return np.ascontiguousarray(np.asarray(shown.convert("RGB"), np.uint8))
+
+
+@contextmanager
+def _opened_image(name: str, data: bytes) -> Iterator[Image.Image]:
+    """The image, of a size that is allowed and not decoded yet; UnusableClip for whatever Pillow
+    raises while it is used."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, about metadata
+        warnings.simplefilter("ignore")  # of Pillow, about metadata and sizes
         try:
-            with _opened(name, data) as image:
-                shown = ImageOps.exif_transpose(image)
-                return np.ascontiguousarray(np.asarray(shown.convert("RGB"), np.uint8))
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                if image.width * image.height > MAX_FRAME_PIXELS:
+                    raise UnusableClip(
+                        f"{name}: {image.width}x{image.height} pixels, more than "
+                        f"{MAX_FRAME_PIXELS} a frame",
+                        stage="decode",
+                    )
+                yield image
         except UnusableClip:
             raise
+        except Image.DecompressionBombError as error:
+            raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
+        except UnidentifiedImageError as error:  # whose text names an address in memory
+            reason = f"{name} cannot be decoded: is no JPEG or PNG image"
+            raise UnusableClip(reason, stage="decode") from error
         except _PILLOW_ERRORS as error:
-            raise UnusableClip(
-                f"{name} cannot be decoded: {describe(error)}", stage="decode"
-            ) from error
+            reason = f"{name} cannot be decoded: {describe(error)}"
+            raise UnusableClip(reason, stage="decode") from error
 
 
-def _opened(name: str, data: bytes) -> Image.Image:
-    """The image, of a size that is allowed; nothing of it is decoded yet."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-    except Image.DecompressionBombError as error:
-        raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
-    except UnidentifiedImageError as error:  # whose text names an address in memory
-        reason = f"{name} cannot be decoded: is no JPEG or PNG image"
-        raise UnusableClip(reason, stage="decode") from error
-    if image.width * image.height > MAX_FRAME_PIXELS:
-        raise UnusableClip(
-            f"{name}: {image.width}x{image.height} pixels, more than {MAX_FRAME_PIXELS} a frame",
-            stage="decode",
-        )
-    return image
-
-
-def decode_images(
-    images: FrameImages, source: TargetFrames, *, draw: Draw
-) -> tuple[list[WindowDraw], dict[int, UInt8]]:
-    """The windows of the target, and RGB of its frames by number: uint8 (H, W, 3).
+def decode_target_frames(images: FrameImages, source: TargetFrames, *, draw: Draw) -> DrawnFrames:
+    """The windows of the target, and its frames by their numbers in the sequence.
 
     Raises:
         UnusableClip: a frame cannot be read or has another size than the target.

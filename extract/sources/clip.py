@@ -1,15 +1,8 @@
 """What a clip is: its name, and where its bytes lie, also inside an archive.
 
-Found by sources.py, named in plan.jsonl, handed as JSON to the decoding processes (child.py).
-
-Which file names count as videos.
-
-Frames stored as images: `<anything>_<seconds>.jpg`, one folder a clip.
-
-The released code stores pre-extracted Kinetics so. At least one name of a folder has a decimal
-point: `img_00001.jpg` counts frames, and taking such numbers for seconds would be silently wrong.
-
-What the searches of sources.py have in common: a thing found, and names that are refused.
+A clip is a video file, or a folder of images named `<anything>_<seconds>.jpg`, as the released code
+stores pre-extracted Kinetics. At least one name of such a folder has a decimal point:
+`img_00001.jpg` counts frames, and taking such numbers for seconds would be silently wrong.
 """
 
 import logging
@@ -22,6 +15,8 @@ from typing import NoReturn
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import PlanTarget
+
+logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -46,14 +41,6 @@ VIDEO_SUFFIXES = frozenset(
 taken."""
 
 
-def without_suffix(name: str) -> str:
-    """`name` without the suffix of a video, if it has one."""
-    suffix = PurePath(name).suffix
-    return name[: -len(suffix)] if suffix.lower() in VIDEO_SUFFIXES else name
-
-
-logger = logging.getLogger(__name__)
-
 FRAME_NAME = re.compile(
     rb".*_([0-9]{1,12}(\.[0-9]{0,40})?(?:e-[0-9]{1,2})?)\.(?:jpe?g|png)", re.IGNORECASE | re.DOTALL
 )
@@ -62,30 +49,7 @@ FRAME_NAME = re.compile(
 WANTED_FRAMES = "folders of images named *_<seconds>.jpg, like 000012_0.48.jpg"
 
 
-def frame_seconds(name: str) -> str | None:
-    """The decimal number of seconds in the name of a frame; None for another file."""
-    match = FRAME_NAME.fullmatch(name.encode("utf-8", "surrogateescape"))
-    return None if match is None or name.startswith(".") else match[1].decode()
-
-
-def holds_frames(names: Iterable[str], *, folder: str) -> bool:
-    """Whether these names of one folder make it a clip; says so if they nearly do."""
-    numbers = [text for name in names if (text := frame_seconds(name)) is not None]
-    if numbers and not any("." in text for text in numbers):
-        warn_whole_numbers(folder)
-        return False
-    return bool(numbers)
-
-
-def warn_whole_numbers(folder: str) -> None:
-    """A folder is left out because its names may count frames."""
-    logger.warning(
-        "%s: left out: its images have whole numbers only, frames counted and not seconds; wanted "
-        "%s",
-        folder,
-        WANTED_FRAMES,
-    )
-
+_DRIVE = re.compile(r"\A[A-Za-z]:/")
 
 Stamp = tuple[int, int]
 """Bytes and time of last change (ns) of an archive when it was searched: with another stamp it is
@@ -93,7 +57,7 @@ another archive, and positions in it mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class TarMember:
+class TarVideo:
     """A video in an uncompressed tar: `size_bytes` of the clip from `offset` on."""
 
     offset: int
@@ -107,7 +71,7 @@ class FrameFolder:
 
 @dataclass(frozen=True, slots=True)
 class ZipFolder:
-    """Such a folder in a zip archive, which may be split (zip_parts.py)."""
+    """Such a folder in a zip archive, which may be split."""
 
     folder: str
     """Its name in the archive, without the last slash."""
@@ -135,7 +99,7 @@ class Unreadable:
     reason: str
 
 
-Source = TarMember | FrameFolder | ZipFolder | TargetFrames | Unreadable
+ClipSource = TarVideo | FrameFolder | ZipFolder | TargetFrames | Unreadable
 
 
 @dataclass(frozen=True)
@@ -149,7 +113,7 @@ class Clip:
     size_bytes: int
     """Of the video; of all its frames together, as stored; 0 for a listed file that is not there
     (it will be quarantined)."""
-    source: Source | None = None
+    source: ClipSource | None = None
     """None: `path` is the video."""
     label: str | None = None
     """Its class, where a list or an archive names one."""
@@ -159,51 +123,49 @@ class Clip:
     """What its windows are evaluated on (evaluation caches)."""
 
 
-_DRIVE = re.compile(r"\A[A-Za-z]:/")
-
-
 @dataclass(frozen=True)
-class Found:
+class ClipCandidate:
     """A clip before it has its key."""
 
     name: str
     """Its path inside what was searched; empty for that itself."""
     path: Path
-    source: Source | None = None
+    source: ClipSource | None = None
     size_bytes: int | None = None
     """None: to be asked of the disk, if the clip is taken."""
     label: str | None = None
     split: str | None = None
 
 
-def check_member(name: str, archive: Path) -> None:
-    """Refuses an archive with a name that leads out of it: it was made to do harm."""
-    parts = _DRIVE.sub("/", name.replace("\\", "/")).split("/")
-    if not name or not parts[0] or ".." in parts or "\0" in name:
-        raise UsageError(
-            f"{archive}: holds {name[:200]!r}, a path that leaves the archive: make the archive "
-            "again with relative names, or do not use it"
-        )
+def without_suffix(name: str) -> str:
+    """`name` without the suffix of a video, if it has one."""
+    suffix = PurePath(name).suffix
+    return name[: -len(suffix)] if suffix.lower() in VIDEO_SUFFIXES else name
 
 
-def stored_size(path: Path, source: Source | None) -> int:
-    """Bytes of the video, or of all frames of the folder; 0 where it is not there or not ours to
-    read (decoding it will say so)."""
-    try:
-        if isinstance(source, FrameFolder):
-            return sum(size for _, size in list_frames(path))
-        return path.stat().st_size
-    except (OSError, ValueError):
-        return 0
+def frame_seconds(name: str) -> str | None:
+    """The decimal number of seconds in the name of a frame; None for another file."""
+    match = FRAME_NAME.fullmatch(name.encode("utf-8", "surrogateescape"))
+    return None if match is None or name.startswith(".") else match[1].decode()
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is something; False too for a name that no file can have."""
-    try:
-        path.stat()
-    except (OSError, ValueError):
+def holds_frames(names: Iterable[str], *, folder: str) -> bool:
+    """Whether these names of one folder make it a clip; says so if they nearly do."""
+    numbers = [text for name in names if (text := frame_seconds(name)) is not None]
+    if numbers and not any("." in text for text in numbers):
+        warn_whole_numbers(folder)
         return False
-    return True
+    return bool(numbers)
+
+
+def warn_whole_numbers(folder: str) -> None:
+    """A folder is left out because its names may count frames."""
+    logger.warning(
+        "%s: left out: its images have whole numbers only, frames counted and not seconds; wanted "
+        "%s",
+        folder,
+        WANTED_FRAMES,
+    )
 
 
 def list_frames(folder: Path) -> list[tuple[str, int]]:
@@ -216,6 +178,42 @@ def list_frames(folder: Path) -> list[tuple[str, int]]:
         ]
 
 
-def refuse_unreadable(error: OSError) -> NoReturn:
+def check_member(name: str, archive: Path) -> None:
+    """Refuses an archive with a name that leads out of it: it was made to do harm."""
+    parts = _DRIVE.sub("/", name.replace("\\", "/")).split("/")
+    if not name or not parts[0] or ".." in parts or "\0" in name:
+        raise UsageError(
+            f"{archive}: holds {name[:200]!r}, a path that leaves the archive: make the archive "
+            "again with relative names, or do not use it"
+        )
+
+
+def stored_size(path: Path, source: ClipSource | None) -> int:
+    """Bytes of the video, or of all frames of the folder; 0 where it is not there or not ours to
+    read (decoding it will say so)."""
+    try:
+        if isinstance(source, FrameFolder):
+            return sum(size for _, size in list_frames(path))
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder; False too for a name that no file can have."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def raise_unreadable(error: OSError) -> NoReturn:
     """UsageError for something that cannot be read."""
     raise UsageError(f"{error.filename}: cannot be read ({error.strerror}): check its permissions")
+
+
+def file_stamp(path: Path) -> Stamp:
+    """The stamp of an archive in one file; OSError where it is not there."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -13,6 +13,7 @@ path of the machine. An archive is like the folder it would unpack to, and gives
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...shards.errors import UsageError
@@ -20,11 +21,11 @@ from .clip import (
     VIDEO_SUFFIXES,
     WANTED_FRAMES,
     Clip,
-    Found,
+    ClipCandidate,
     FrameFolder,
+    exists,
     holds_frames,
-    is_there,
-    refuse_unreadable,
+    raise_unreadable,
     stored_size,
 )
 from .lists import LIST_SUFFIXES, find_in_list
@@ -51,15 +52,15 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
             get the same key, or an archive or list that is damaged or leads out of its folder.
     """
     clips: dict[str, Clip] = {}
-    given = list(dict.fromkeys(_whole(Path(path).absolute()) for path in paths))
+    given = list(dict.fromkeys(_archive_or_self(Path(path).absolute()) for path in paths))
     base = None if root is None else Path(os.path.normpath(Path(root).absolute()))
-    if base is not None and not is_there(base) and not find_parts(base):
+    if base is not None and not exists(base) and not find_parts(base):
         raise UsageError(f"{root}: no such folder: check --root")
     for path in given:
-        found, prefix = _open(path, root=base)
+        found, prefix = _search_given(path, root=base)
         for clip in found:
             parts = (prefix if len(given) > 1 else "", clip.name)
-            key = _readable("/".join(filter(None, parts)) or path.resolve().name)
+            key = _valid_unicode("/".join(filter(None, parts)) or path.resolve().name)
             if key in clips:
                 raise UsageError(
                     f"{clip.path} and {clips[key].path}: both would be clip {key!r}: "
@@ -77,35 +78,35 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
     return [clips[key] for key in sorted(clips)]
 
 
-def _open(path: Path, *, root: Path | None) -> tuple[Iterable[Found], str]:
+def _search_given(path: Path, *, root: Path | None) -> tuple[Iterable[ClipCandidate], str]:
     """What is in a path that the user gave, and what keys start with among several paths."""
     if path.is_dir():
-        return _in_folder(path), path.resolve().name
+        return _search_folder(path), path.resolve().name
     if archive_of(path) == path and find_parts(path):
         return find_in_zip(path), path.stem
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder: check the path of the videos")
     if path.suffix.lower() in LIST_SUFFIXES:
         folder = root or Path(os.path.normpath(path.parent))
-        return find_in_list(path, root=folder, search=_search), path.stem
+        return find_in_list(path, root=folder, search=_search_listed), path.stem
     if path.suffix.lower() == ".tar":
         return find_in_tar(path), path.stem
     if path.name.lower().endswith(_COMPRESSED):
         raise UsageError(f"{path}: a compressed tar cannot be read in place: uncompress it")
-    return [Found(path.name, path)], ""
+    return [ClipCandidate(path.name, path)], ""
 
 
-def _search(path: Path) -> Iterable[Found]:
+def _search_listed(path: Path) -> Iterable[ClipCandidate]:
     """What is in a path that a list names, or in its root."""
     if path.is_file() and path.suffix.lower() != ".tar" and archive_of(path) != path:
-        return [Found("", path)]
-    return _open(path, root=None)[0]
+        return [ClipCandidate("", path)]
+    return _search_given(path, root=None)[0]
 
 
-def _in_folder(root: Path) -> Iterator[Found]:
+def _search_folder(root: Path) -> Iterator[ClipCandidate]:
     """Every video, frame folder and archive below; a folder reached twice is read once."""
     seen: set[Path] = set()
-    for folder, subfolders, names in os.walk(root, onerror=refuse_unreadable, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=raise_unreadable, followlinks=True):
         here = Path(folder)
         if here.resolve() in seen:
             subfolders.clear()
@@ -114,7 +115,7 @@ def _in_folder(root: Path) -> Iterator[Found]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         inside = here.relative_to(root)
         if holds_frames(names, folder=str(here)):
-            yield Found("" if here == root else inside.as_posix(), here, FrameFolder())
+            yield ClipCandidate("" if here == root else inside.as_posix(), here, FrameFolder())
         archives = set()
         for name in sorted(names):
             file = here / name
@@ -122,48 +123,43 @@ def _in_folder(root: Path) -> Iterator[Found]:
             if name.startswith(".") or file.is_dir():
                 continue
             if suffix in VIDEO_SUFFIXES:
-                yield Found((inside / name).as_posix(), file)
+                yield ClipCandidate((inside / name).as_posix(), file)
             elif suffix == ".tar":
-                yield from _below((inside / file.stem).as_posix(), find_in_tar(file), file)
+                yield from _search_archive((inside / file.stem).as_posix(), find_in_tar(file), file)
             elif (archive := archive_of(file)) is not None and archive not in archives:
                 archives.add(archive)
                 below = (inside / archive.stem).as_posix()
-                yield from _below(below, find_in_zip(archive), archive)
+                yield from _search_archive(below, find_in_zip(archive), archive)
             elif name.lower().endswith(_COMPRESSED):
                 logger.warning("%s: a compressed tar cannot be read in place; left out", file)
 
 
-def _below(name: str, found: Iterable[Found], archive: Path) -> Iterator[Found]:
+def _search_archive(
+    name: str, found: Iterable[ClipCandidate], archive: Path
+) -> Iterator[ClipCandidate]:
     """What an archive in a folder holds, as if it were a folder called `name`."""
     empty = True
     for clip in found:
         empty = False
-        yield Found(
-            f"{name}/{clip.name}" if clip.name else name,
-            clip.path,
-            clip.source,
-            clip.size_bytes,
-            clip.label,
-            clip.split,
-        )
+        yield replace(clip, name=f"{name}/{clip.name}" if clip.name else name)
     if empty:
         logger.warning("%s: holds no clips; left out", archive)
 
 
-def _whole(path: Path) -> Path:
+def _archive_or_self(path: Path) -> Path:
     """The archive that `path` is a part of; `path` itself if it is none."""
     return archive_of(path) or path
 
 
-def _to_clip(key: str, found: Found) -> Clip:
+def _to_clip(key: str, found: ClipCandidate) -> Clip:
     size = found.size_bytes
     return Clip(
         key=key,
         path=found.path,
         size_bytes=stored_size(found.path, found.source) if size is None else size,
         source=found.source,
-        label=None if found.label is None else _readable(found.label),
-        split=None if found.split is None else _readable(found.split),
+        label=None if found.label is None else _valid_unicode(found.label),
+        split=None if found.split is None else _valid_unicode(found.split),
     )
 
 
@@ -172,7 +168,7 @@ def _check_missing(clips: dict[str, Clip]) -> None:
     missing = [
         clip
         for clip in clips.values()
-        if clip.source is None and clip.size_bytes == 0 and not is_there(clip.path)
+        if clip.source is None and clip.size_bytes == 0 and not exists(clip.path)
     ]
     if len(missing) == len(clips):
         raise UsageError(
@@ -184,7 +180,7 @@ def _check_missing(clips: dict[str, Clip]) -> None:
         logger.warning("%d of %d clips are not there, first %s", len(missing), len(clips), first)
 
 
-def _readable(name: str) -> str:
+def _valid_unicode(name: str) -> str:
     """`name` with every byte that is no UTF-8 written as backslash escapes."""
     try:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...shards.errors import UsageError
-from .clip import Found, is_there, refuse_unreadable, without_suffix
+from .clip import ClipCandidate, exists, raise_unreadable, without_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ _WANTED = (
 )
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-Search = Callable[[Path], Iterable[Found]]
+Search = Callable[[Path], Iterable[ClipCandidate]]
 
 
-def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[Found]:
+def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[ClipCandidate]:
     """What the list names, in its order.
 
     Args:
@@ -47,17 +47,20 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[Found]:
     """
     rows = list(_read_rows(path))
     if rows and "path" not in rows[0][1] and path.suffix.lower() != ".txt":
-        yield from _kinetics(path, rows, root=root, search=search)
+        yield from _find_kinetics(path, rows, root=root, search=search)
         return
     real_root = root.resolve()
     archive = None if root.is_dir() else {clip.name: clip for clip in search(root)}
     for where, row in rows:
-        file = _inside(where, _text(row, "path", where=where), root=root, real_root=real_root)
+        file = _resolve_in_root(
+            where, _text(row, "path", where=where), root=root, real_root=real_root
+        )
         name = "" if file == root else file.relative_to(root).as_posix()
+        missing = [ClipCandidate("", file)]
         if archive is not None:
-            found = [replace(archive[name], name="")] if name in archive else [Found("", file)]
+            found = [replace(archive[name], name="")] if name in archive else missing
         else:
-            found = list(search(file)) if is_there(file) else [Found("", file)]
+            found = list(search(file)) if exists(file) else missing
         if not found:
             raise UsageError(f"{where}: {file}: no video in it: take the line out, or name a video")
         label, split = (_text(row, field, where=where) or None for field in ("label", "split"))
@@ -70,7 +73,7 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[Found]:
             )
 
 
-def _inside(where: str, text: str, *, root: Path, real_root: Path) -> Path:
+def _resolve_in_root(where: str, text: str, *, root: Path, real_root: Path) -> Path:
     """The file of that path, as written and behind all links inside of the root: a list from
     elsewhere reads nothing but the videos."""
     try:
@@ -89,13 +92,13 @@ def _inside(where: str, text: str, *, root: Path, real_root: Path) -> Path:
     return file
 
 
-def _kinetics(
+def _find_kinetics(
     path: Path, rows: list[tuple[str, dict[str, Any]]], *, root: Path, search: Search
-) -> Iterator[Found]:
+) -> Iterator[ClipCandidate]:
     """The clips of an annotation file of Kinetics; one that is not there is named all the same."""
-    there: dict[str, list[Found]] = {}
+    by_name: dict[str, list[ClipCandidate]] = {}
     for clip in search(root):
-        there.setdefault(without_suffix(PurePosixPath(clip.name).name), []).append(clip)
+        by_name.setdefault(without_suffix(PurePosixPath(clip.name).name), []).append(clip)
     taken: dict[str, str | None] = {}
     repeated = 0
     for where, row in rows:
@@ -109,16 +112,16 @@ def _kinetics(
                 )
             continue
         taken[name] = label
-        chosen = _choose(there.get(name, []), label=label, split=split, where=where)
-        clip = chosen or Found(f"{name}.mp4", root / f"{name}.mp4")
+        chosen = _choose(by_name.get(name, []), label=label, split=split, where=where)
+        clip = chosen or ClipCandidate(f"{name}.mp4", root / f"{name}.mp4")
         yield replace(clip, label=label or clip.label, split=split or clip.split)
     if repeated:
         logger.warning("%s: %d of %d rows name a clip again", path, repeated, len(rows))
 
 
 def _choose(
-    found: list[Found], *, label: str | None, split: str | None, where: str
-) -> Found | None:
+    found: list[ClipCandidate], *, label: str | None, split: str | None, where: str
+) -> ClipCandidate | None:
     """The one of several clips of this name that lies in a folder of its class and split."""
     if len(found) < 2:
         return found[0] if found else None
@@ -159,11 +162,11 @@ def _trimmed_name(row: Mapping[str, Any], *, where: str) -> str:
 
 
 def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, fields) of every line that says something."""
+    """(file and line, fields) of every line that is not empty."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        refuse_unreadable(error)
+        raise_unreadable(error)
     suffix = path.suffix.lower()
     if suffix == ".csv":
         yield from _read_csv(path, text)

@@ -1,13 +1,11 @@
-"""Uncompressed tars of videos, as WebDataset has them -> clips.
+"""Uncompressed tars of videos, as WebDataset has them -> clips, which are read where they lie.
 
-    NAME.mp4      the video; read where it lies in the tar
+    NAME.mp4      the video
     NAME.json     optional: an object with `label` and `split` (texts)
     NAME.cls      optional: the label
 
 What is lost is named, or the tar is refused: a video that the end of the file cuts off is a clip
 that goes to quarantine; where not even a name is left, nothing of the tar is used.
-
-A video that is a part of a file, given to decoders as a file object: nothing is unpacked.
 """
 
 import io
@@ -21,12 +19,26 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...shards.errors import UsageError
-from .clip import VIDEO_SUFFIXES, Found, Stamp, TarMember, Unreadable, check_member
+from .clip import (
+    VIDEO_SUFFIXES,
+    ClipCandidate,
+    Stamp,
+    TarVideo,
+    Unreadable,
+    check_member,
+    file_stamp,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_METADATA_BYTES = 2**20
+_BLOCK_BYTES = 512
+_READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class FileSlice:
-    """`size` bytes of a file from `offset` on."""
+    """A video that is a part of a file: `size` bytes from `offset` on."""
 
     path: Path
     offset: int
@@ -79,31 +91,23 @@ class SliceReader(io.RawIOBase):
         super().close()
 
 
-logger = logging.getLogger(__name__)
-
-MAX_METADATA_BYTES = 2**20
-_BLOCK_BYTES = 512
-_READ_BYTES = 2**20
-
-
 @dataclass
 class _Metadata:
     label: str | None = None
     split: str | None = None
 
 
-def find_in_tar(path: Path) -> Iterator[Found]:
+def find_in_tar(path: Path) -> Iterator[ClipCandidate]:
     """The videos of a tar, with their class and split where it names them.
 
     Raises UsageError for a tar that is compressed, damaged or cut short within a header, and for
     a member whose name leads out of it.
     """
-    videos: list[Found] = []
+    videos: list[ClipCandidate] = []
     metadata: dict[str, _Metadata] = {}
     bad_metadata: list[str] = []
     try:
-        status = path.stat()
-        stamp = (status.st_size, status.st_mtime_ns)
+        stamp = file_stamp(path)
         with tarfile.open(path, "r:") as tar:
             for member in _members(tar, path, size=stamp[0]):
                 name = PurePosixPath(member.name)
@@ -148,7 +152,7 @@ def _members(tar: tarfile.TarFile, path: Path, *, size: int) -> Iterator[tarfile
     _check_end(path, tar.offset, size)
 
 
-def _video(path: Path, name: str, member: tarfile.TarInfo, stamp: Stamp) -> Found:
+def _video(path: Path, name: str, member: tarfile.TarInfo, stamp: Stamp) -> ClipCandidate:
     reason = None
     if not member.isreg() or member.issparse():
         reason = "is no plain file in its tar, but a link or a sparse one"
@@ -160,8 +164,8 @@ def _video(path: Path, name: str, member: tarfile.TarInfo, stamp: Stamp) -> Foun
         )
         logger.warning("%s: %s", name, reason)
     if reason is not None:
-        return Found(name, path, Unreadable(reason), size_bytes=member.size)
-    return Found(name, path, TarMember(member.offset_data, stamp), size_bytes=member.size)
+        return ClipCandidate(name, path, Unreadable(reason), size_bytes=member.size)
+    return ClipCandidate(name, path, TarVideo(member.offset_data, stamp), size_bytes=member.size)
 
 
 def _base(name: PurePosixPath) -> str:

@@ -1,23 +1,14 @@
-"""The directory of a zip archive: where it lies, and the entries listed in it, read in one pass.
+"""Zip archives of frame folders -> clips; the frames are read where they lie.
+
+    NAME.zip, or pieces of it in order, as `split` makes them: NAME.zip.part000, NAME.zip.part001,
+    ...; NAME.zip.000 or .001 on are taken too. Nothing is joined on disk.
 
     entries' data ... | directory: one record an entry | end record (zip64: 3) | comment
 
-Our own reader, because `zipfile` keeps an object of some 600 bytes for every entry: Kinetics as
-frames has 136 million.
-
-A zip archive in one file or several: NAME.zip, or NAME.zip.part000, NAME.zip.part001, ...
-
-The parts are pieces of one file, in order, as `split` makes them; NAME.zip.000 or .001 on are taken
-too. Read by position only; nothing is joined on disk.
-
-The frames of one clip in a zip archive.
-
-Sizes are checked before anything is unpacked, and never more is unpacked than the archive says.
-
-Zip archives of frame folders -> clips.
-
-Only the directory of an archive is read here, once and in order; a clip keeps the places of its
-part of it.
+Only the directory of an archive is read to find its clips, once and in order; a clip keeps the
+places of its part of it. Our own reader, because `zipfile` keeps an object of some 600 bytes for
+every entry: Kinetics as frames has 136 million. Sizes are checked before a frame is unpacked, and
+never more is unpacked than the archive says.
 """
 
 import logging
@@ -35,7 +26,7 @@ from .clip import (
     FRAME_NAME,
     VIDEO_SUFFIXES,
     WANTED_FRAMES,
-    Found,
+    ClipCandidate,
     Stamp,
     ZipFolder,
     check_member,
@@ -43,7 +34,31 @@ from .clip import (
     warn_whole_numbers,
 )
 
+logger = logging.getLogger(__name__)
+
 PART_NAME = re.compile(r"(?P<archive>.+\.zip)\.(?:part)?(?P<number>[0-9]{2,6})", re.IGNORECASE)
+
+MAX_FRAME_BYTES = 64 * 2**20
+"""A frame as a file; an uncompressed 4K frame has 25 MB (a guess)."""
+
+MAX_RATIO = 100
+"""Unpacked over packed bytes of a frame, where it is larger than 1 MiB: photographs do not get
+smaller in a zip; archives made to fill a disk reach 1000 (a guess)."""
+
+MAX_RUNS = 1000
+"""Parts of the directory a clip may be spread over before all between them counts as its part too
+(the part is then read and the entries of other clips passed over)."""
+
+_END = struct.Struct("<4s4H2IH")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_RECORD = struct.Struct("<4s6H3I5H2I")
+_MAX_COMMENT = 65535
+_MAX_RECORD = _RECORD.size + 3 * 65535
+_FULL = 0xFFFFFFFF
+_BLOCK_BYTES = 4 * 2**20
+_STORED, _DEFLATED = 0, 8
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
 def archive_of(path: Path) -> Path | None:
@@ -132,16 +147,6 @@ class ZipParts:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-_END = struct.Struct("<4s4H2IH")
-_LOCATOR64 = struct.Struct("<4sIQI")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_RECORD = struct.Struct("<4s6H3I5H2I")
-_MAX_COMMENT = 65535
-_MAX_RECORD = _RECORD.size + 3 * 65535
-_FULL = 0xFFFFFFFF
-_BLOCK_BYTES = 4 * 2**20
 
 
 class BadZip(DeltatokError):
@@ -263,17 +268,6 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
     raise BadZip("an entry says zip64 and has no such field")
 
 
-MAX_FRAME_BYTES = 64 * 2**20
-"""A frame as a file; an uncompressed 4K frame has 25 MB (a guess)."""
-
-MAX_RATIO = 100
-"""Unpacked over packed bytes of a frame, where it is larger than 1 MiB: photographs do not get
-smaller in a zip; archives made to fill a disk reach 1000 (a guess)."""
-
-_STORED, _DEFLATED = 0, 8
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-
-
 class ZipImages:
     """The frames of one folder of an archive."""
 
@@ -338,13 +332,6 @@ def _damaged(name: str, what: str) -> UnusableClip:
     return UnusableClip(f"{name} {what}", stage="decode")
 
 
-logger = logging.getLogger(__name__)
-
-MAX_RUNS = 1000
-"""Parts of the directory a clip may be spread over before all between them counts as its part too
-(the part is then read and the entries of other clips passed over)."""
-
-
 @dataclass
 class _Folder:
     """What is known of one folder of the archive so far."""
@@ -356,7 +343,7 @@ class _Folder:
     """(first byte, end)"""
 
 
-def find_in_zip(archive: Path) -> Iterator[Found]:
+def find_in_zip(archive: Path) -> Iterator[ClipCandidate]:
     """The frame folders of the archive.
 
     Raises UsageError for an archive that is cut short, lacks a part, or has an entry whose name
@@ -383,7 +370,7 @@ def find_in_zip(archive: Path) -> Iterator[Found]:
             warn_whole_numbers(f"{archive}: {name}")
             continue
         source = ZipFolder(folder=name, runs=_joined(folder.runs), stamp=stamp)
-        yield Found(_without_dots(name), archive, source, size_bytes=folder.stored_bytes)
+        yield ClipCandidate(_without_dots(name), archive, source, size_bytes=folder.stored_bytes)
 
 
 def _read_folders(parts: ZipParts, archive: Path) -> tuple[dict[bytes, _Folder], int]:

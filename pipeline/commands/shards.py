@@ -1,36 +1,27 @@
-"""deltatok-shards: info, verify, preview, export and bench of a cache.
+"""deltatok-shards: info, verify, preview, export and bench of a cache."""
 
-Each subcommand is a function that adds its flags and one that does what was parsed.
-"""
-
-import argparse
+import dataclasses
 import json
 import logging
-import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from ...evaluate.tables import markdown_table
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
 from ...shards.files import write_bytes, write_json
-from ...shards.patches.layout import STORED_DTYPES
 from ...shards.patches.reader import PatchShards
-from ...shards.patches.zarr_arrays import COMPRESSIONS
 from ...shards.tools.export import Selection, export_cache
 from ...shards.tools.info import describe_cache
 from ...shards.tools.repair import Repaired, repair_cache
 from ...shards.tools.verify import VerifyReport, verify_cache
-from ...train.config import Residency
-from ..bench import BenchSettings, bench_deltas, bench_patches, first_residency
-from ..cli import Parser, example_help, run_command
+from ..cli import Command, run_table
 
 if TYPE_CHECKING:
     from ..audit import AuditReport
@@ -41,130 +32,243 @@ LEASE_TIMEOUT_S = 60.0
 PROGRESS_EVERY_S = 5.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `deltatok-shards`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(words))
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """What a cache is."""
+
+    dir: str
+    """A cache folder."""
+    json: bool = False
+    """Print JSON instead of text."""
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="deltatok-shards",
-        description="Look at a cache of patch-token or delta-token shards.",
-        **example_help(
-            "deltatok-shards info cache/patches",
-            "deltatok-shards verify cache/patches",
-            "deltatok-shards preview cache/patches --out preview.html",
-            "deltatok-shards bench cache/deltas",
-            "deltatok-shards export cache/patches --split val --out cache/val",
-        ),
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
-    info = kinds.add_parser(
-        "info",
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """How a cache is checked, and what is done about it."""
+
+    dir: str
+    """A cache folder."""
+    deep: bool = False
+    """Decode everything: checksums of chunks, finite values, shapes, times, crops, statistics."""
+    repair: bool = False
+    """Remove partial work and damaged shards, so that they are made again; refused while a process
+    writes to DIR."""
+    audit: int | None = None
+    """Extract so many random clips again and compare their windows."""
+    videos: tuple[str, ...] = ()
+    """For --audit: where the videos are, as for deltatok-extract; none given: where the plan
+    says."""
+    root: str | None = None
+    """For --audit: --root of deltatok-extract."""
+    backbone: str | None = None
+    """For --audit: hub id or folder; none given: the hub id in cache.json."""
+    tokenizer: str | None = None
+    """For --audit of delta caches: the tokenizer's folder."""
+    device: str | None = None
+    """For --audit: auto, cpu or cuda:N [auto]."""
+    seed: int | None = None
+    """For --audit: which clips [0]."""
+    json: str | None = None
+    """File for what was found."""
+
+    def __post_init__(self) -> None:
+        for name in ("videos", "root", "backbone", "tokenizer", "device", "seed"):
+            if self.audit is None and getattr(self, name) not in (None, ()):
+                raise UsageError(f"--{name}: only --audit reads it: add --audit N, or leave it out")
+        if self.audit is not None and self.audit < 1:
+            raise UsageError(f"--audit {self.audit}: wanted the number of clips, 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which windows become a new cache, and how they are stored."""
+
+    sources: tuple[str, ...]
+    """Finished cache folders."""
+    out: str
+    """New folder (or one that was begun by this command)."""
+    clips: str | None = None
+    """Take only the clips of this file: one key a line."""
+    split: tuple[str, ...] = ()
+    """Take only clips of these splits."""
+    label: tuple[str, ...] = ()
+    """Take only clips of these classes."""
+    limit: int | None = None
+    """Take the first so many clips in the plan's seeded order."""
+    clips_per_shard: int | None = None
+    """None given: as in the largest shard."""
+    windows_per_shard: int | None = None
+    """At most, instead of clips; whole clips. A shard is held in memory."""
+    dtype: Literal["float16", "bfloat16", "int8"] | None = None
+    """Of patch tokens; none given: as stored."""
+    compression: Literal["none", "zstd"] = "none"
+    """Of patch shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Which windows are shown, and where."""
+
+    dir: str
+    """A finished cache folder."""
+    out: str
+    """FILE.html or FILE.png; replaced if it is there."""
+    videos: tuple[str, ...] = ()
+    """Show their frames too."""
+    windows: int = 6
+    """How many."""
+    seed: int = 0
+    """Which ones."""
+
+    def __post_init__(self) -> None:
+        out = Path(self.out)
+        if out.suffix not in (".html", ".png"):
+            raise UsageError(f"--out {out}: wanted a name that ends with .html or .png")
+        folder = out.absolute().parent
+        if not folder.is_dir():
+            raise UsageError(f"--out {out}: there is no folder {folder}: make it first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is measured, and for how long."""
+
+    dir: str
+    """A finished cache folder."""
+    batch_size: int | None = None
+    """Windows (deltas) or pairs (patches) [1024; 448]."""
+    workers: str = "0,1"
+    """Threads that read ahead, several numbers with commas."""
+    residency: tuple[Literal["memory", "map", "stream"], ...] = ()
+    """The first is the headline; none given: what auto chooses, and map."""
+    rounds: int = 5
+    """Turns of every contestant."""
+    seconds: float = 0.5
+    """Of a turn."""
+    cold: bool = False
+    """Drop the files from the page cache before each turn."""
+    json: str | None = None
+    """File for the numbers."""
+
+    def __post_init__(self) -> None:
+        batch_size = 1 if self.batch_size is None else self.batch_size
+        if min(self.rounds, batch_size) < 1 or not self.seconds > 0:
+            raise UsageError("--rounds, --batch-size and --seconds: wanted more than 0")
+        self.num_workers()
+
+    def num_workers(self) -> tuple[int, ...]:
+        """`workers` as numbers; UsageError if they are none."""
+        try:
+            numbers = tuple(int(part) for part in self.workers.split(","))
+        except ValueError:
+            numbers = (-1,)
+        if min(numbers) < 0 or max(numbers) > 64:
+            raise UsageError(f"--workers {self.workers}: wanted numbers from 0 to 64, like 0,1,2")
+        return numbers
+
+
+COMMANDS = {
+    "info": Command(
         help="format, shape, size, provenance, quarantine",
-        **example_help("deltatok-shards info cache/patches --json"),
-    )
-    verify = kinds.add_parser("verify", help="is it whole; --repair; --audit")
-    for kind in (info, verify):
-        kind.add_argument("dir", metavar="DIR", type=Path, help="a cache folder")
-    info.add_argument("--json", action="store_true", help="print JSON instead of text")
-    add_verify_flags(verify)
-    add_preview(kinds)
-    add_export(kinds)
-    add_bench(kinds)
-    return parser
-
-
-def _run(words: list[str]) -> None:
-    arguments = _parser().parse_args(words)
-    if arguments.kind == "info":
-        _info(arguments.dir, as_json=arguments.json)
-    elif arguments.kind == "export":
-        run_export(arguments)
-    elif arguments.kind == "preview":
-        run_preview(arguments)
-    elif arguments.kind == "bench":
-        run_bench(arguments)
-    else:
-        run_verify(arguments)
-
-
-def _info(folder: Path, *, as_json: bool) -> None:
-    found = describe_cache(folder)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    for key, value in found.items():
-        print(f"{key:<20} {value if not isinstance(value, dict | list) else json.dumps(value)}")
-
-
-VERIFY_EXAMPLE = """examples:
-  deltatok-shards verify cache/patches                     every byte, against its SHA-256
-  deltatok-shards verify cache/patches --deep              and every value, time, crop, statistic
-  deltatok-shards verify cache/patches --repair            clear what is broken, then extract again
-  deltatok-shards verify cache/patches --audit 20 --videos clips/ --backbone weights/dinov3
-
+        summary="Say what a cache is.",
+        examples=("deltatok-shards info cache/patches", "deltatok-shards info cache/deltas --json"),
+        config="pipeline.commands.shards:InfoConfig",
+        run="pipeline.commands.shards:info",
+        positional="dir",
+    ),
+    "verify": Command(
+        help="is it whole; --repair; --audit",
+        summary="Say whether a cache is whole; repair it, or hold it against its videos.",
+        examples=(
+            "deltatok-shards verify cache/patches                every byte, against its SHA-256",
+            "deltatok-shards verify cache/patches --deep         and every value, time and crop",
+            "deltatok-shards verify cache/patches --repair       clear what is broken",
+            "deltatok-shards verify cache/patches --audit 20 --videos clips/ "
+            "--backbone weights/dinov3",
+        ),
+        config="pipeline.commands.shards:VerifyConfig",
+        run="pipeline.commands.shards:verify",
+        positional="dir",
+        notes="""\
 exit codes: 0 whole (with --repair: nothing is left but to run the command that makes the cache);
 1 something is wrong, each thing is named; 2 bad usage; 4 the backbone or tokenizer given is not the
-one that made the cache"""
+one that made the cache""",
+    ),
+    "preview": Command(
+        help="some windows as pictures: an HTML page or a PNG",
+        summary="Show some windows of a cache.",
+        examples=(
+            "deltatok-shards preview cache/patches --out patches.html --videos my_videos/",
+            "deltatok-shards preview cache/deltas --out deltas.png --windows 4 --seed 3",
+        ),
+        config="pipeline.commands.shards:PreviewConfig",
+        run="pipeline.commands.shards:preview",
+        done="preview: {out}",
+        positional="dir",
+        notes="""\
+The page is one file and fetches nothing. --videos takes the paths that deltatok-extract
+was given.""",
+    ),
+    "export": Command(
+        help="subset, merge, re-shard, another storage type",
+        summary="Write windows of finished caches as a new one.",
+        examples=(
+            "deltatok-shards export cache/patches --split val --out cache/val",
+            "deltatok-shards export cache/videos-a cache/videos-b --windows-per-shard 4096 "
+            "--out cache/all",
+            "deltatok-shards export cache/patches --dtype int8 --out cache/patches-int8",
+        ),
+        config="pipeline.commands.shards:ExportConfig",
+        run="pipeline.commands.shards:export",
+        positional="sources",
+        notes="""\
+A clip is taken whole or not at all. With the dtype kept, every stored number and the fingerprint
+stay; another dtype makes another fingerprint. Killed, run the same command again: shards that are
+done stay. Caches that are merged must be of one identity. NumPy alone maps a cache in place:
+shards/recipes/patches_numpy.py and deltas_numpy.py.""",
+    ),
+    "bench": Command(
+        help="loader and reader rates beside memory, memory-map and disk",
+        summary="Measure how fast a cache is read, beside what limits it.",
+        examples=(
+            "deltatok-shards bench cache/deltas",
+            "deltatok-shards bench cache/deltas --residency stream --cold --json bench.json",
+        ),
+        config="pipeline.commands.shards:BenchConfig",
+        run="pipeline.commands.shards:bench",
+        positional="dir",
+        notes="Rates of one run on a busy machine differ from the next one's; compare the columns "
+        "of one run.",
+    ),
+}
 
 
-def add_verify_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `verify` beside DIR."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = VERIFY_EXAMPLE
-    parser.add_argument(
-        "--deep",
-        action="store_true",
-        help="decode everything: checksums of chunks, finite values, shapes, times, crops, "
-        "statistics",
-    )
-    parser.add_argument(
-        "--repair",
-        action="store_true",
-        help="remove partial work and damaged shards, so that they are made again; refused while a "
-        "process writes to DIR",
-    )
-    parser.add_argument(
-        "--audit",
-        type=int,
-        metavar="N",
-        help="extract N random clips again and compare their windows",
-    )
-    parser.add_argument(
-        "--videos",
-        nargs="+",
-        metavar="PATH",
-        help="for --audit: where the videos are, as for deltatok-extract [where the plan says]",
-    )
-    parser.add_argument("--root", metavar="DIR", help="for --audit: --root of deltatok-extract")
-    parser.add_argument(
-        "--backbone", metavar="DIR", help="for --audit: hub id or folder [the hub id in cache.json]"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="for --audit of delta caches: the tokenizer's folder"
-    )
-    parser.add_argument("--device", help="for --audit: auto, cpu or cuda:N [auto]")
-    parser.add_argument("--seed", type=int, help="for --audit: which clips [0]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point of `deltatok-shards`."""
+    return run_table("deltatok-shards", COMMANDS, words)
 
 
-def run_verify(arguments: argparse.Namespace) -> None:
+def info(config: InfoConfig) -> str:
+    """What the cache is, as text or JSON."""
+    found = describe_cache(Path(config.dir))
+    if config.json:
+        return json.dumps(found, indent=1)
+    return "\n".join(
+        f"{key:<20} {value if not isinstance(value, dict | list) else json.dumps(value)}"
+        for key, value in found.items()
+    )
+
+
+def verify(config: VerifyConfig) -> None:
     """Checks, then repairs or audits; prints every problem and raises DamagedShard if there is
     one that is left."""
-    folder: Path = arguments.dir
-    for flag in ("videos", "root", "backbone", "tokenizer", "device", "seed"):
-        if arguments.audit is None and getattr(arguments, flag) is not None:
-            raise UsageError(f"--{flag}: only --audit reads it: add --audit N, or leave it out")
-    if arguments.audit is not None and arguments.audit < 1:
-        raise UsageError(f"--audit {arguments.audit}: wanted the number of clips, 1 or more")
-    report = _verify(folder, deep=arguments.deep)
+    folder = Path(config.dir)
+    report = _verify(folder, deep=config.deep)
     for problem in report.problems:
         print(problem)
     found = _as_json(report)
     error: DeltatokError | None = None
-    if arguments.repair:
+    if config.repair:
         repaired = _repair(folder, report)
         error = _after_repair(folder, report, repaired)
         found["repair"] = {
@@ -177,16 +281,16 @@ def run_verify(arguments: argparse.Namespace) -> None:
             f"{folder}: {report.problems[0]} ({len(report.problems)} problems in all); "
             "run it with --repair, then extract again"
         )
-    if arguments.audit is not None and error is None:
-        audit = _audit(arguments)
-        found["audit"] = audit.as_json()
+    if config.audit is not None and error is None:
+        audit = _audit(config, config.audit)
+        found["audit"] = dataclasses.asdict(audit)
         if audit.differing:
             error = DamagedShard(
                 f"{folder}: {len(audit.differing)} of {audit.windows} windows are not what the "
                 "videos give, see above"
             )
-    if arguments.json is not None:
-        _write(arguments.json, found)
+    if config.json is not None:
+        _write(config.json, found)
     if error is not None:
         raise error
     if not report.problems:
@@ -263,19 +367,19 @@ def _after_repair(folder: Path, before: VerifyReport, done: Repaired) -> Deltato
     return None
 
 
-def _audit(arguments: argparse.Namespace) -> "AuditReport":
+def _audit(config: VerifyConfig, clips: int) -> "AuditReport":
     from ..audit import AuditConfig, audit_cache
 
     report = audit_cache(
         AuditConfig(
-            cache=str(arguments.dir),
-            clips=arguments.audit,
-            videos=tuple(arguments.videos or ()),
-            root=arguments.root,
-            backbone=arguments.backbone,
-            tokenizer=arguments.tokenizer,
-            device=arguments.device or "auto",
-            seed=arguments.seed or 0,
+            cache=config.dir,
+            clips=clips,
+            videos=config.videos,
+            root=config.root,
+            backbone=config.backbone,
+            tokenizer=config.tokenizer,
+            device=config.device or "auto",
+            seed=config.seed or 0,
         )
     )
     for line in report.lines():
@@ -296,73 +400,34 @@ def _as_json(report: VerifyReport) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
+def _write(path: str, found: dict[str, Any]) -> None:
     try:
-        write_json(path, json.loads(json.dumps(found)))
+        write_json(Path(path), json.loads(json.dumps(found)))
     except OSError as error:
         raise UsageError(
             f"--json {path}: cannot be written ({error.strerror or error}): give another file"
         ) from error
 
 
-EXPORT_EXAMPLE = """examples:
-  deltatok-shards export cache/patches --split val --out cache/val
-  deltatok-shards export cache/videos-a cache/videos-b --windows-per-shard 4096 --out cache/all
-  deltatok-shards export cache/patches --dtype int8 --out cache/patches-int8
-
-A clip is taken whole or not at all. With the dtype kept, every stored number and the fingerprint
-stay; another dtype makes another fingerprint. Killed, run the same command again: shards that are
-done stay. Caches that are merged must be of one identity. NumPy alone maps a cache in place:
-shards/recipes/patches_numpy.py and deltas_numpy.py."""
-
-
-def add_export(kinds: Any) -> None:
-    """Adds the subcommand to those of deltatok-shards."""
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        "export",
-        help="subset, merge, re-shard, another storage type",
-        epilog=EXPORT_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("sources", metavar="SRC", nargs="+", type=Path, help="finished cache folders")
-    add(
-        "--out", required=True, type=Path, help="new folder (or one that was begun by this command)"
-    )
-    add("--clips", metavar="FILE", type=Path, help="take only these clips: one key a line")
-    add("--split", metavar="NAME", nargs="+", default=(), help="take only clips of these splits")
-    add("--label", metavar="NAME", nargs="+", default=(), help="take only clips of these classes")
-    add("--limit", metavar="N", type=int, help="take the first N clips in the plan's seeded order")
-    add("--clips-per-shard", metavar="N", type=int, help="default: as in the largest shard given")
-    add(
-        "--windows-per-shard",
-        metavar="N",
-        type=int,
-        help="at most, instead of clips; whole clips. A shard is held in memory",
-    )
-    add("--dtype", choices=sorted(STORED_DTYPES), help="of patch tokens; default: as stored")
-    add("--compression", choices=COMPRESSIONS, help="of patch shards; default: none")
-
-
-def run_export(arguments: Namespace) -> None:
-    """Does what `add_export` parsed."""
+def export(config: ExportConfig) -> str:
+    """Writes the new cache."""
     selection = Selection(
-        clips=None if arguments.clips is None else _read_keys(arguments.clips),
-        labels=tuple(arguments.label),
-        splits=tuple(arguments.split),
-        limit=arguments.limit,
+        clips=None if config.clips is None else _read_keys(Path(config.clips)),
+        labels=config.label,
+        splits=config.split,
+        limit=config.limit,
     )
     info = export_cache(
-        arguments.sources,
-        arguments.out,
+        config.sources,
+        config.out,
         selection=selection,
-        clips_per_shard=arguments.clips_per_shard,
-        windows_per_shard=arguments.windows_per_shard,
-        dtype=arguments.dtype,
-        compression=arguments.compression or "none",
+        clips_per_shard=config.clips_per_shard,
+        windows_per_shard=config.windows_per_shard,
+        dtype=config.dtype,
+        compression=config.compression,
         progress=_log_progress(),
     )
-    print(f"{info.counts['windows']} windows: {arguments.out}")
+    return f"{info.counts['windows']} windows: {config.out}"
 
 
 def _read_keys(path: Path) -> frozenset[str]:
@@ -391,124 +456,43 @@ def _log_progress() -> Callable[[int, int], None]:
     return log
 
 
-PREVIEW_EXAMPLE = """examples:
-  deltatok-shards preview cache/patches --out patches.html --videos my_videos/
-  deltatok-shards preview cache/deltas --out deltas.png --windows 4 --seed 3
-
-The page is one file and fetches nothing. --videos takes the paths that deltatok-extract
-was given."""
-
-
-def add_preview(kinds: Any) -> None:
-    """Adds the subcommand to those of deltatok-shards."""
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        "preview",
-        help="some windows as pictures: an HTML page or a PNG",
-        epilog=PREVIEW_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("dir", metavar="DIR", type=Path, help="a finished cache folder")
-    add("--out", required=True, type=Path, help="FILE.html or FILE.png; replaced if it is there")
-    add("--videos", metavar="PATH", nargs="+", default=(), help="show their frames too")
-    add("--windows", metavar="N", type=int, default=6, help="windows to show; default: 6")
-    add("--seed", type=int, default=0, help="which windows; default: 0")
-
-
-def run_preview(arguments: Namespace) -> None:
-    """Does what `add_preview` parsed."""
-    out: Path = arguments.out
-    if out.suffix not in (".html", ".png"):
-        raise UsageError(f"--out {out}: wanted a name that ends with .html or .png")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.absolute().parent}: make it first")
-    is_patches = read_cache_info(arguments.dir).format == PATCHES
-    reader = PatchShards(arguments.dir) if is_patches else DeltaShards(arguments.dir, verify="size")
+def preview(config: PreviewConfig) -> None:
+    """Writes the page or the picture."""
+    is_patches = read_cache_info(config.dir).format == PATCHES
+    reader = PatchShards(config.dir) if is_patches else DeltaShards(config.dir, verify="size")
     # Imported here: pictures take seconds to import, the other subcommands need none.
     from ..preview import make_preview, preview_html, preview_png
 
-    preview = make_preview(
-        reader, num_windows=arguments.windows, videos=arguments.videos, seed=arguments.seed
-    )
-    data = preview_html(preview).encode() if out.suffix == ".html" else preview_png(preview)
-    write_bytes(out, data)
-    print(f"preview: {out}")
+    made = make_preview(reader, num_windows=config.windows, videos=config.videos, seed=config.seed)
+    as_page = Path(config.out).suffix == ".html"
+    write_bytes(Path(config.out), preview_html(made).encode() if as_page else preview_png(made))
 
 
-BENCH_EXAMPLE = """examples:
-  deltatok-shards bench cache/deltas
-  deltatok-shards bench cache/deltas --residency stream --cold --json bench.json
-
-Rates of one run on a busy machine differ from the next one's; compare the columns of one run."""
-
-
-def add_bench(kinds: Any) -> None:
-    """Adds the subcommand to those of deltatok-shards."""
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        "bench",
-        help="loader and reader rates beside memory, memory-map and disk",
-        epilog=BENCH_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("dir", metavar="DIR", type=Path, help="a finished cache folder")
-    add("--batch-size", type=int, help="windows (deltas) or pairs (patches) [1024; 448]")
-    add("--workers", default="0,1", help="threads that read ahead, several with commas [0,1]")
-    names = [name for name in get_args(Residency) if name not in ("auto", "device")]
-    add("--residency", nargs="+", choices=names, help="the first is the headline [auto, map]")
-    add("--rounds", type=int, default=5, help="turns of every contestant [5]")
-    add("--seconds", type=float, default=0.5, help="of a turn [0.5]")
-    add("--cold", action="store_true", help="drop the files from the page cache before each turn")
-    add("--json", type=Path, metavar="FILE", help="also write the numbers")
-
-
-def run_bench(arguments: Namespace) -> None:
-    """Prints the table; raises what opening the cache does."""
-    info = read_cache_info(arguments.dir)
+def bench(config: BenchConfig) -> str:
+    """The table of rates; raises what opening the cache does."""
+    info = read_cache_info(config.dir)
     patches = info.format == PATCHES
     if not info.complete:
         raise CacheMismatch(
-            f"{arguments.dir}: is not finished: first let the command that makes it come to its end"
+            f"{config.dir}: is not finished: first let the command that makes it come to its end"
         )
     if info.counts.get("windows", 0) == 0:
-        raise UsageError(f"{arguments.dir}: holds no windows, so there is nothing to measure")
-    auto = first_residency(arguments.dir, patches=patches)
-    residencies = tuple(arguments.residency or dict.fromkeys((auto, "map")))
-    wanted = arguments.batch_size or (448 if patches else 1024)
+        raise UsageError(f"{config.dir}: holds no windows, so there is nothing to measure")
+    from ..bench import BenchSettings, bench_deltas, bench_patches, bench_table, first_residency
+
+    auto = first_residency(Path(config.dir), patches=patches)
     pairs = info.shape.num_frames - 1 if patches else 1
     settings = BenchSettings(
-        batch_size=min(wanted, info.counts["windows"] * pairs),
-        workers=_workers(arguments.workers),
-        residencies=residencies,
-        rounds=arguments.rounds,
-        seconds=arguments.seconds,
-        cold=arguments.cold,
+        batch_size=min(
+            config.batch_size or (448 if patches else 1024), info.counts["windows"] * pairs
+        ),
+        workers=config.num_workers(),
+        residencies=config.residency or tuple(dict.fromkeys((auto, "map"))),
+        rounds=config.rounds,
+        seconds=config.seconds,
+        cold=config.cold,
     )
-    if min(settings.rounds, settings.batch_size) < 1 or not settings.seconds > 0:
-        raise UsageError("--rounds, --batch-size and --seconds: wanted more than 0")
-    found = (bench_patches if patches else bench_deltas)(arguments.dir, settings)
-    print(_table(found, "pairs" if patches else "windows"))
-    if arguments.json is not None:
-        write_json(arguments.json, found)
-
-
-def _workers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = (-1,)
-    if min(numbers) < 0 or max(numbers) > 64:
-        raise UsageError(f"--workers {text}: wanted numbers from 0 to 64, like 0,1,2")
-    return numbers
-
-
-def _table(found: dict[str, Any], unit: str) -> str:
-    suffix = f"_{unit}_per_s"
-    rates = {name.removesuffix(suffix): rate for name, rate in found["rates"].items()}
-    limit = rates.get("in_memory") or rates.get("memmap")
-    header = ["", f"{unit}/s", f"of {'memory' if 'in_memory' in rates else 'memmap'}"]
-    body = [
-        [name, f"{rate:,.0f}", f"{rate / limit:.2f}" if limit else ""]
-        for name, rate in rates.items()
-    ]
-    return markdown_table(header, body)
+    found = (bench_patches if patches else bench_deltas)(Path(config.dir), settings)
+    if config.json is not None:
+        write_json(Path(config.json), found)
+    return bench_table(found, "pairs" if patches else "windows")

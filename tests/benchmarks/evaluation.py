@@ -33,7 +33,7 @@ from deltatok.evaluate.report.write import Report
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.datasets.base import DatasetConfig
 from deltatok.extract.datasets.registry import find_targets, run_dataset
-from deltatok.extract.decoding.images import decode_images
+from deltatok.extract.decoding.images import decode_target_frames
 from deltatok.extract.pixels import window_pixels
 from deltatok.extract.sources.clip import Clip, TargetFrames
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
@@ -163,7 +163,7 @@ class PixelPatches(PatchShards):
             times_s = np.arange(numbers[-1] + 1) / self._policy.fps
             return self._policy.draw(numbers, times_s, height, width)
 
-        draws, frames = decode_images(_Files(self._root), source, draw=draw)
+        draws, frames = decode_target_frames(_Files(self._root), source, draw=draw)
         stacked = np.stack([frames[number] for number in numbers])
         size, device = self._policy.frame_size, torch.device("cpu")
         return {

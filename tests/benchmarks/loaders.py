@@ -26,21 +26,11 @@ import webdataset
 import zarr
 
 from deltatok.pipeline.bench import BenchSettings, bench_deltas, bench_patches
-from deltatok.shards import (
-    CacheInfo,
-    CacheShape,
-    DeltaRows,
-    DeltaShards,
-    PatchRows,
-    PatchShards,
-    PlanEntry,
-    finish_cache,
-    open_cache,
-    write_delta_shard,
-    write_patch_shard,
-    write_plan,
-)
-from deltatok.shards.patches.writer import write_black
+from deltatok.shards import CacheInfo, CacheShape, DeltaShards, PatchShards
+from deltatok.shards.cache import finish_cache, open_cache
+from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
+from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.plan import PlanEntry, write_plan
 from deltatok.train.data.order import StreamOrder, same_block_share
 from deltatok.train.data.stream import DeltaBlocks, windows_of_group
 

@@ -23,14 +23,11 @@ from deltatok.shards import (
     CacheInfo,
     CacheShape,
     DeltaShards,
-    DoneRecord,
     PatchShards,
-    PlanEntry,
-    finish_cache,
-    open_cache,
-    write_plan,
 )
-from deltatok.shards.records import read_all_done, shard_path
+from deltatok.shards.cache import finish_cache, open_cache
+from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.shards.records import DoneRecord, read_all_done, shard_path
 
 ROWS, CLIPS = 64, 16
 REPEATS = 3

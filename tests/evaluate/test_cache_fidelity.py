@@ -11,22 +11,11 @@ import pytest
 
 from deltatok.evaluate.cache_fidelity import CacheFidelityConfig, fidelity_table, run_cache_fidelity
 from deltatok.pipeline.commands.evaluate import main
-from deltatok.shards import (
-    CacheInfo,
-    CacheMismatch,
-    PatchRows,
-    PatchShards,
-    UsageError,
-    channel_scale_of,
-    finish_cache,
-    open_cache,
-    scale_sha256,
-    write_black,
-    write_channel_scale,
-    write_patch_shard,
-    write_plan,
-)
-from deltatok.shards.plan import PlanEntry
+from deltatok.shards import CacheInfo, CacheMismatch, PatchShards, UsageError
+from deltatok.shards.cache import finish_cache, open_cache
+from deltatok.shards.patches.int8 import channel_scale_of, scale_sha256, write_channel_scale
+from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.plan import PlanEntry, write_plan
 
 Copy = Callable[..., str]
 

@@ -11,7 +11,9 @@ from deltatok.extract import common
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.shards import CacheMismatch, PatchShards, read_cache_info, read_plan, verify_cache
+from deltatok.shards import CacheMismatch, PatchShards, read_cache_info
+from deltatok.shards.plan import read_plan
+from deltatok.shards.tools.verify import verify_cache
 
 ConfigMaker = Callable[..., ExtractConfig]
 Digests = Callable[[Path], dict[str, str]]

@@ -19,8 +19,9 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.extract.stop import stop_on_signals
 from deltatok.extract.writer import PatchShardWriter
-from deltatok.shards import DeltatokError, Stopped, UsageError, done_shards
+from deltatok.shards import DeltatokError, Stopped, UsageError
 from deltatok.shards import records as publishing
+from deltatok.shards.records import done_shards
 
 ConfigMaker = Callable[..., ExtractConfig]
 Digests = Callable[[Path], dict[str, str]]

@@ -23,11 +23,10 @@ from deltatok.shards import (
     CacheMismatch,
     DamagedShard,
     DeltatokError,
-    DoneRecord,
     PatchShards,
     Stopped,
-    done_shards,
 )
+from deltatok.shards.records import DoneRecord, done_shards
 
 PROGRAM = Path(__file__).with_name("interrupted_run.py")
 

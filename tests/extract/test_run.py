@@ -16,7 +16,8 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.features import PixelStage
 from deltatok.extract.pixels import resize_bilinear
 from deltatok.extract.run import ExtractionSummary, clips_per_shard, run_extraction
-from deltatok.shards import PatchShards, TooManyQuarantined, read_cache_info, read_done
+from deltatok.shards import PatchShards, TooManyQuarantined, read_cache_info
+from deltatok.shards.records import read_done
 
 FPS = 25
 

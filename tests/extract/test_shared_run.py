@@ -25,15 +25,10 @@ from deltatok.extract.run import run_extraction
 from deltatok.extract.stop import stop_on_signals
 from deltatok.extract.work import SharedWork
 from deltatok.extract.writer import PatchShardWriter, ShardRows
-from deltatok.shards import (
-    DoneRecord,
-    Stopped,
-    clips_by_shard,
-    read_done,
-    read_plan,
-    verify_cache,
-    write_done,
-)
+from deltatok.shards import Stopped
+from deltatok.shards.plan import clips_by_shard, read_plan
+from deltatok.shards.records import DoneRecord, read_done, write_done
+from deltatok.shards.tools.verify import verify_cache
 
 PROGRAM = Path(__file__).with_name("shared_run.py")
 

@@ -29,13 +29,15 @@ from deltatok.shards import (
     PatchShards,
     TooManyQuarantined,
     UsageError,
+)
+from deltatok.shards.patches.int8 import (
+    agree_on_channel_scale,
     channel_scale_of,
     quantise,
     scale_sha256,
-    verify_cache,
 )
-from deltatok.shards.patches.int8 import agree_on_channel_scale
 from deltatok.shards.patches.layout import to_bfloat16_bits as bits_on_the_host
+from deltatok.shards.tools.verify import verify_cache
 
 PROGRAM = Path(__file__).with_name("interrupted_run.py")
 

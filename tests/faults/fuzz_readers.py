@@ -39,7 +39,8 @@ from reading import (
     verify_outcome,
 )
 
-from deltatok.shards import DeltatokError, describe_cache
+from deltatok.shards import DeltatokError
+from deltatok.shards.tools.info import describe_cache
 
 SECONDS = 20.0
 EXTRA_BYTES = 512 * 2**20

@@ -38,7 +38,9 @@ from deltatok.extract.run import run_extraction
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.little_world.files import make_little_world
 from deltatok.pipeline.little_world.simulation import LittleWorldConfig
-from deltatok.shards import DeltatokError, Stopped, done_shards, verify_cache
+from deltatok.shards import DeltatokError, Stopped
+from deltatok.shards.records import done_shards
+from deltatok.shards.tools.verify import verify_cache
 
 LIMIT_S = 600.0
 """No folder takes longer than this (a guess)."""

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 import deltatok.shards.opening
-from deltatok.shards import DeltaShards, DeltatokError, DoneRecord, PatchShards, verify_cache
-from deltatok.shards.records import check_files
+from deltatok.shards import DeltaShards, DeltatokError, PatchShards
+from deltatok.shards.records import DoneRecord, check_files
+from deltatok.shards.tools.verify import verify_cache
 
 HERE = Path(__file__).resolve()
 KINDS = ("float16", "bfloat16", "int8", "zstd", "delta")

@@ -11,14 +11,9 @@ import pytest
 from deltatok.pipeline.audit import AuditConfig, audit_cache
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.shards import main as shards
-from deltatok.shards import (
-    CacheMismatch,
-    PatchRows,
-    PatchShards,
-    UsageError,
-    window_order,
-    write_patch_shard,
-)
+from deltatok.shards import CacheMismatch, PatchShards, UsageError
+from deltatok.shards.patches.writer import PatchRows, write_patch_shard
+from deltatok.shards.plan import window_order
 
 Fails = Callable[..., None]
 
@@ -85,7 +80,9 @@ def test_deltas_of_other_patch_tokens_are_not_audited(
 ) -> None:
     from dataclasses import replace
 
-    from deltatok.shards import finish_cache, open_cache, read_cache_info, write_plan
+    from deltatok.shards import read_cache_info
+    from deltatok.shards.cache import finish_cache, open_cache
+    from deltatok.shards.plan import write_plan
 
     info = read_cache_info(tiny_run / "deltas")
     patches = {**info.identity["patches"], "storage": {"dtype": "int8"}}

@@ -10,27 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import (
-    DELTAS,
-    PATCHES,
-    CacheInfo,
-    CacheShape,
-    DeltaRows,
-    PatchRows,
+from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape
+from deltatok.shards.cache import finish_cache, open_cache
+from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
+from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
+from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.plan import (
     PlanEntry,
     clips_of_shard,
-    finish_cache,
     make_plan,
-    open_cache,
     window_order,
-    write_black,
-    write_channel_scale,
-    write_delta_shard,
-    write_patch_shard,
     write_plan,
-    write_quarantine,
 )
-from deltatok.shards.patches.int8 import scale_sha256
+from deltatok.shards.records import write_quarantine
 
 NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
 NUM_TOKENS = GRID[0] * GRID[1]

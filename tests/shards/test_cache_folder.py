@@ -14,12 +14,9 @@ from deltatok.shards import (
     DeltaShards,
     PatchShards,
     UsageError,
-    canonical_json,
-    compare,
-    finish_cache,
-    open_cache,
     read_cache_info,
 )
+from deltatok.shards.cache import canonical_json, compare, finish_cache, open_cache
 
 
 def test_fingerprint_is_the_same_for_ever(little: Any) -> None:

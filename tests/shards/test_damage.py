@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards, verify_cache
+from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards
+from deltatok.shards.tools.verify import verify_cache
 
 PATCH_FILES = [
     "zarr.json",
@@ -198,8 +199,8 @@ def test_reader_refuses_broken_group_metadata(patches: Any, text: str) -> None:
 def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
     patches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltatok.shards import write_patch_shard
     from deltatok.shards.patches import writer as token_encoder
+    from deltatok.shards.patches.writer import write_patch_shard
 
     monkeypatch.setattr(token_encoder, "is_storable", lambda *_, **__: True)
     monkeypatch.setattr(token_encoder, "_statistics", lambda *_, **__: {})

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import DeltaShards, DeltatokError, PatchShards, verify_cache
+from deltatok.shards import DeltaShards, DeltatokError, PatchShards
+from deltatok.shards.tools.verify import verify_cache
 
 FLIPS, CUTS = 40, 10
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import DeltaShards, DeltatokError, PatchShards, describe_cache, verify_cache
+from deltatok.shards import DeltaShards, DeltatokError, PatchShards
+from deltatok.shards.tools.info import describe_cache
+from deltatok.shards.tools.verify import verify_cache
 
 CASES = 60
 MUTATE = Path(__file__).parents[1] / "faults" / "mutate.py"

@@ -17,16 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import (
-    DeltaShards,
-    DeltatokError,
-    PatchShards,
-    describe_cache,
-    read_plan,
-    verify_cache,
-)
+from deltatok.shards import DeltaShards, DeltatokError, PatchShards
 from deltatok.shards.cache import checksum, fingerprint
 from deltatok.shards.files import sha256_file
+from deltatok.shards.plan import read_plan
+from deltatok.shards.tools.info import describe_cache
+from deltatok.shards.tools.verify import verify_cache
 
 TOKENS = "shards/000000.zarr/tokens/zarr.json"
 EXTRA_BYTES = 2**30  # threads reserve most of it

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from deltatok.shards import DeltatokError, PatchShards, describe_cache, verify_cache
+from deltatok.shards import DeltatokError, PatchShards
 from deltatok.shards.files import sha256_file
 from deltatok.shards.schema import parse_json
+from deltatok.shards.tools.info import describe_cache
+from deltatok.shards.tools.verify import verify_cache
 
 TOKENS = "shards/000000.zarr/tokens/zarr.json"
 

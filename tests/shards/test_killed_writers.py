@@ -11,15 +11,9 @@ from typing import Any
 
 import pytest
 
-from deltatok.shards import (
-    DeltaShards,
-    PatchShards,
-    finish_cache,
-    read_done,
-    verify_cache,
-    write_delta_shard,
-    write_patch_shard,
-)
+from deltatok.shards import DeltaShards, PatchShards
+from deltatok.shards.cache import finish_cache
+from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.files import (
     create_bytes,
     is_partial,
@@ -30,6 +24,9 @@ from deltatok.shards.files import (
     sha256_file,
     write_bytes,
 )
+from deltatok.shards.patches.writer import write_patch_shard
+from deltatok.shards.records import read_done
+from deltatok.shards.tools.verify import verify_cache
 
 STEPS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 """What gives and takes names; between two of them a kill leaves the same folder."""

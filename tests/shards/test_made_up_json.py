@@ -19,11 +19,11 @@ from deltatok.shards import (
     DeltaShards,
     PatchShards,
     UsageError,
-    describe_cache,
-    read_plan,
-    verify_cache,
 )
 from deltatok.shards.files import sha256_file
+from deltatok.shards.plan import read_plan
+from deltatok.shards.tools.info import describe_cache
+from deltatok.shards.tools.verify import verify_cache
 
 WRONG: list[Any] = [
     None,

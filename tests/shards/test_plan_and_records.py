@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from deltatok.shards import (
-    CacheMismatch,
-    DamagedShard,
-    Quarantined,
-    UsageError,
-    append_timing,
+from deltatok.shards import CacheMismatch, DamagedShard, UsageError
+from deltatok.shards.patches.writer import write_patch_shard
+from deltatok.shards.plan import (
     clips_by_shard,
     clips_of_shard,
-    done_shards,
     make_plan,
     num_shards,
-    read_done,
     read_plan,
-    write_patch_shard,
     write_plan,
+)
+from deltatok.shards.records import (
+    Quarantined,
+    append_timing,
+    done_shards,
+    read_done,
     write_quarantine,
 )
 

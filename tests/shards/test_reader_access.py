@@ -12,17 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import (
-    DamagedShard,
-    DeltaShards,
-    PatchShards,
-    UsageError,
-    finish_cache,
-    read_plan,
-)
+from deltatok.shards import DamagedShard, DeltaShards, PatchShards, UsageError
+from deltatok.shards.cache import finish_cache
 from deltatok.shards.deltas.reader import read_blocks, read_windows
 from deltatok.shards.files import write_bytes
-from deltatok.shards.plan import plan_lines
+from deltatok.shards.plan import plan_lines, read_plan
 
 
 def opened(little: Any, folder: Path, kind: str) -> Any:

@@ -13,15 +13,10 @@ import numpy as np
 import pytest
 
 import deltatok.shards
-from deltatok.shards import (
-    DeltaShards,
-    PatchShards,
-    finish_cache,
-    make_plan,
-    open_cache,
-    write_delta_shard,
-    write_plan,
-)
+from deltatok.shards import DeltaShards, PatchShards
+from deltatok.shards.cache import finish_cache, open_cache
+from deltatok.shards.deltas.writer import write_delta_shard
+from deltatok.shards.plan import make_plan, write_plan
 
 RECIPES = Path(deltatok.shards.__file__).parent / "recipes"
 

@@ -10,19 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import (
-    CacheMismatch,
-    DamagedShard,
-    DeltaShards,
-    PatchShards,
-    describe_cache,
-    finish_cache,
-    verify_cache,
-    write_patch_shard,
-)
-from deltatok.shards.cache import NOTICE
+from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards
+from deltatok.shards.cache import NOTICE, finish_cache
 from deltatok.shards.index import INDEX
+from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.samples import sample_sha256
+from deltatok.shards.tools.info import describe_cache
+from deltatok.shards.tools.verify import verify_cache
 
 TOKENS = "tokens/c/0/0/0/0"
 
@@ -41,7 +35,7 @@ def equal_shards(little: Any, folder: Path, *, kind: str) -> Path:
         rows = little.patch_rows(5, keys, seed=9)
         write_patch_shard(folder, 1, rows, dtype="float16", seed=7)
     else:
-        from deltatok.shards import write_delta_shard
+        from deltatok.shards.deltas.writer import write_delta_shard
 
         rows = little.delta_rows(5, keys, seed=9)
         write_delta_shard(folder, 1, rows, block_windows=2)

@@ -9,24 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.shards import (
-    DELTAS,
-    PATCHES,
-    CacheInfo,
-    CacheShape,
-    DeltaRows,
-    PatchRows,
-    PlanEntry,
-    finish_cache,
-    open_cache,
-    scale_sha256,
-    write_black,
-    write_channel_scale,
-    write_delta_shard,
-    write_patch_shard,
-    write_plan,
-    write_quarantine,
-)
+from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape
+from deltatok.shards.cache import finish_cache, open_cache
+from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
+from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
+from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.shards.records import write_quarantine
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 

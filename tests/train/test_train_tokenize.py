@@ -12,18 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.shards import (
-    CacheMismatch,
-    DeltaShards,
-    PatchShards,
-    Quarantined,
-    read_done,
-    verify_cache,
-)
+from deltatok.shards import CacheMismatch, DeltaShards, PatchShards
 from deltatok.shards.cache import finish_cache, reopen_cache
 from deltatok.shards.files import sha256_file
 from deltatok.shards.patches.writer import PatchRows, write_patch_shard
 from deltatok.shards.plan import extend_plan, num_shards, read_plan
+from deltatok.shards.records import Quarantined, read_done
+from deltatok.shards.tools.verify import verify_cache
 from deltatok.train import encode as tokenize
 from deltatok.train.config import TokenizeConfig
 from deltatok.train.encode import write_deltas

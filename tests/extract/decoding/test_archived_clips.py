@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deltatok.extract.decoding import images as frames_decoder
+from deltatok.extract.decoding import images
 from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
 from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.extract.sources.clip import Clip, FrameFolder, TarMember, Unreadable
+from deltatok.extract.sources.clip import Clip, FrameFolder, TarVideo, Unreadable
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UnusableClip
 from deltatok.shards.records import Quarantined
@@ -124,12 +124,12 @@ def test_frames_have_the_times_of_their_names(tmp_path: Path, decode: Decode) ->
 
 
 def test_frames_are_ordered_by_time_and_not_by_name() -> None:
-    names, times_s = frames_decoder.in_time_order(["f_10.0.jpg", "f_9.5.jpg", "x.jpg", "f_9.jpg"])
+    names, times_s = images.in_time_order(["f_10.0.jpg", "f_9.5.jpg", "x.jpg", "f_9.jpg"])
     assert names == ["f_9.jpg", "f_9.5.jpg", "f_10.0.jpg"]
     assert times_s.tolist() == [0.0, 0.5, 1.0]
-    long = frames_decoder.in_time_order(["a_0.0.jpg", "b_0.033333333333333333.jpg", "c_1e-05.png"])
+    long = images.in_time_order(["a_0.0.jpg", "b_0.033333333333333333.jpg", "c_1e-05.png"])
     assert long[1].tolist() == [0.0, 1e-05, 0.033333333333333333]
-    tenths = frames_decoder.in_time_order([f"f_{i / 10}.jpg" for i in range(1, 9)])[1]
+    tenths = images.in_time_order([f"f_{i / 10}.jpg" for i in range(1, 9)])[1]
     assert tenths.tolist() == [i / 10 for i in range(8)]  # 0.8 - 0.1 in floats is not 0.7
 
 
@@ -313,7 +313,7 @@ def test_frame_folder_may_not_be_a_tar_slice_beyond_the_file(
 ) -> None:
     (tmp_path / "w.tar").write_bytes(b"short")
     status = (tmp_path / "w.tar").stat()
-    source = TarMember(10**6, (status.st_size, status.st_mtime_ns))
+    source = TarVideo(10**6, (status.st_size, status.st_mtime_ns))
     with pytest.raises(UnusableClip, match="cannot be opened"):
         decode(Clip("k", tmp_path / "w.tar", 100, source))
     with pytest.raises(UnusableClip, match="cannot be opened"):

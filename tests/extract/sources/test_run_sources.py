@@ -12,8 +12,10 @@ import pytest
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.shards import PatchShards, read_done, read_plan
+from deltatok.shards import PatchShards
 from deltatok.shards.patches.table import WindowTable
+from deltatok.shards.plan import read_plan
+from deltatok.shards.records import read_done
 
 MakeConfig = Callable[..., ExtractConfig]
 

@@ -12,7 +12,7 @@ import pytest
 
 from deltatok.extract.sources.clip import (
     FrameFolder,
-    TarMember,
+    TarVideo,
     Unreadable,
     ZipFolder,
 )
@@ -57,7 +57,7 @@ def test_tar_gives_its_videos_with_class_and_split(write_tar: Write) -> None:
         ("a/two.webm", 2, "jump", None, path),
     ]
     for clip in clips:
-        assert isinstance(clip.source, TarMember)
+        assert isinstance(clip.source, TarVideo)
         data = path.read_bytes()[clip.source.offset :][: clip.size_bytes]
         assert data == VIDEOS[clip.key]
 
@@ -71,7 +71,7 @@ def test_long_names_and_pax_headers_are_read(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(b"abc"))
         (clip,) = find_clips([tmp_path / "long.tar"])
         assert clip.key == name
-        assert isinstance(clip.source, TarMember)
+        assert isinstance(clip.source, TarVideo)
         assert (tmp_path / "long.tar").read_bytes()[clip.source.offset :][:3] == b"abc"
 
 
@@ -97,7 +97,7 @@ def test_cut_short_tar_names_the_video_that_is_cut(
     path.write_bytes(path.read_bytes()[: 3 * 512 + 400])
     with caplog.at_level(logging.WARNING):
         one, two = find_clips([path])
-    assert (one.key, type(one.source)) == ("one.mp4", TarMember)
+    assert (one.key, type(one.source)) == ("one.mp4", TarVideo)
     assert two.key == "two.mp4"
     assert isinstance(two.source, Unreadable)
     assert "cut short: 400 of the 900 bytes" in two.source.reason

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deltatok.extract.sources.clip import FrameFolder, TarMember
+from deltatok.extract.sources.clip import FrameFolder, TarVideo
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UsageError
 
@@ -77,7 +77,7 @@ def test_root_may_be_an_archive(tmp_path: Path, kinetics: Path) -> None:
     rows = find_clips([tmp_path / "k.csv"], root=tmp_path / "k.tar")
     (line,) = find_clips([tmp_path / "p.txt"], root=tmp_path / "k.tar")
     assert [clip.key for clip in rows] == [clip.key for clip in find_clips([kinetics])]
-    assert all(isinstance(clip.source, TarMember) for clip in (*rows, line))
+    assert all(isinstance(clip.source, TarVideo) for clip in (*rows, line))
     assert line.key == rows[-1].key
 
 

@@ -1,7 +1,12 @@
 """The commands, end to end on a tiny world, and what each says to bad input."""
 
+import dataclasses
+import importlib
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltatok.pipeline.cli import load_name
 from deltatok.pipeline.commands.evaluate import main as evaluate
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.pipeline import main as pipeline
@@ -247,3 +253,49 @@ def test_a_rank_leaves_its_group_before_it_ends(tmp_path: Path) -> None:
     finally:
         if group.is_initialized():
             group.destroy_process_group()
+
+
+@pytest.mark.parametrize("main", [train, evaluate, shards])
+def test_the_nearest_subcommand_is_named(
+    main: Callable[[list[str]], int], fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    (name, *_) = re.findall(r"\{([\w-]+),", capsys.readouterr().out)
+    fails(main, [f"{name}x"], 2, f"did you mean {name}?")
+    fails(main, [], 2, name)
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        ("import deltatok.evaluate", {"deltatok.extract", "torch", "av", "matplotlib"}),
+        ("from deltatok.pipeline.commands import shards", {"torch", "av", "matplotlib"}),
+        ("from deltatok.pipeline.commands import pipeline", {"torch", "av", "matplotlib"}),
+        ("from deltatok.train import tokenizer, world", {"deltatok.extract", "av", "matplotlib"}),
+        (
+            "from deltatok.pipeline.commands import extract; extract.main(['--help'])",
+            {"torch", "av", "decord", "zarr"},
+        ),
+    ],
+)
+def test_no_command_imports_what_it_does_not_use(code: str, unwanted: set[str]) -> None:
+    script = (
+        f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {code}"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", f"{script}; {code}"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert not unwanted & set(run.stderr.split())
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate", "shards", "extract"])
+def test_every_command_of_a_table_is_there(module: str) -> None:
+    found = importlib.import_module(f"deltatok.pipeline.commands.{module}")
+    table = found.SOURCES if module == "extract" else found.COMMANDS
+    for command in table.values():
+        fields = {field.name for field in dataclasses.fields(load_name(command.config))}
+        assert callable(load_name(command.run))
+        assert set(re.findall(r"{(\w+)}", command.done)) <= fields
+        assert command.positional is None or command.positional in fields

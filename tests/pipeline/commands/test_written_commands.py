@@ -10,7 +10,6 @@ import pytest
 
 from deltatok.pipeline import cli as command
 from deltatok.pipeline.commands import pipeline as pipeline_command
-from deltatok.pipeline.commands import shards as shards_command
 from deltatok.pipeline.commands.evaluate import main as evaluate
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.pipeline import main as pipeline
@@ -64,9 +63,7 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         if name == "accelerate":
             module = words.index("-m") + 1
             name, words = MODULES[words[module]], words[module + 1 :]
-        if name == "deltatok-shards":
-            shards_command._parser().parse_args(words)
-        elif name == "deltatok-pipeline":
+        if name == "deltatok-pipeline":
             pipeline_command._parser().parse_args(words)
         else:
             with pytest.raises(ParsedError):

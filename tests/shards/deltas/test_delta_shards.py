@@ -19,17 +19,15 @@ from deltatok.shards import (
     CacheInfo,
     CacheMismatch,
     CacheShape,
-    DeltaRows,
     DeltaShards,
     DeltatokError,
     UsageError,
-    finish_cache,
-    open_cache,
-    read_done,
-    window_order,
-    write_delta_shard,
 )
+from deltatok.shards.cache import finish_cache, open_cache
+from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
 from deltatok.shards.files import sha256_file
+from deltatok.shards.plan import window_order
+from deltatok.shards.records import read_done
 
 
 def plain_gather(folder: Path, windows: list[int]) -> tuple[np.ndarray, np.ndarray]:

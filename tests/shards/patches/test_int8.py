@@ -18,17 +18,21 @@ from deltatok.shards import (
     DeltatokError,
     PatchShards,
     UsageError,
+)
+from deltatok.shards.cache import open_cache
+from deltatok.shards.patches.int8 import (
+    MAX_NORMALISED,
+    MIN_TOKEN_SCALE,
+    UNSTORABLE,
     channel_scale_of,
     dequantise,
-    open_cache,
     quantise,
-    read_done,
     scale_sha256,
-    verify_cache,
     write_channel_scale,
-    write_patch_shard,
 )
-from deltatok.shards.patches.int8 import MAX_NORMALISED, MIN_TOKEN_SCALE, UNSTORABLE
+from deltatok.shards.patches.writer import write_patch_shard
+from deltatok.shards.records import read_done
+from deltatok.shards.tools.verify import verify_cache
 
 
 @pytest.fixture

@@ -16,13 +16,12 @@ from deltatok.shards import (
     CacheMismatch,
     CacheShape,
     DamagedShard,
-    PatchRows,
     PatchShards,
-    open_cache,
-    window_order,
-    write_patch_shard,
 )
+from deltatok.shards.cache import open_cache
 from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
+from deltatok.shards.patches.writer import PatchRows, write_patch_shard
+from deltatok.shards.plan import window_order
 
 
 def test_float16_tokens_come_back_as_their_nearest_float16(patches: Any) -> None:

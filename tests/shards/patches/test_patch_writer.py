@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import (
-    CacheMismatch,
-    DeltatokError,
-    PatchShards,
-    UsageError,
-    read_done,
-    verify_cache,
-    window_order,
-    write_patch_shard,
-)
+from deltatok.shards import CacheMismatch, DeltatokError, PatchShards, UsageError
 from deltatok.shards.files import sha256_file
 from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
+from deltatok.shards.patches.writer import write_patch_shard
+from deltatok.shards.plan import window_order
+from deltatok.shards.records import read_done
+from deltatok.shards.tools.verify import verify_cache
 
 
 def test_bfloat16_bits_are_those_of_torch() -> None:

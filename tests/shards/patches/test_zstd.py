@@ -9,9 +9,11 @@ import pytest
 import zarr
 from numcodecs import Zstd
 
-from deltatok.shards import DamagedShard, PatchShards, UsageError, verify_cache, write_patch_shard
+from deltatok.shards import DamagedShard, PatchShards, UsageError
 from deltatok.shards.files import sha256_file
+from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.patches.zarr_arrays import compress, decompress
+from deltatok.shards.tools.verify import verify_cache
 
 DTYPES = ["float16", "bfloat16", "int8"]
 

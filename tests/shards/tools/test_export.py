@@ -19,23 +19,20 @@ from deltatok.shards import (
     DeltaShards,
     DeltatokError,
     PatchShards,
-    Quarantined,
     UsageError,
-    describe_cache,
-    finish_cache,
     read_cache_info,
-    read_plan,
-    verify_cache,
-    window_order,
-    write_delta_shard,
-    write_patch_shard,
-    write_quarantine,
 )
+from deltatok.shards.cache import finish_cache
+from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.files import sha256_file, write_bytes
 from deltatok.shards.patches.int8 import dequantise
 from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
-from deltatok.shards.plan import plan_lines
+from deltatok.shards.patches.writer import write_patch_shard
+from deltatok.shards.plan import plan_lines, read_plan, window_order
+from deltatok.shards.records import Quarantined, write_quarantine
 from deltatok.shards.tools.export import Selection, export_cache
+from deltatok.shards.tools.info import describe_cache
+from deltatok.shards.tools.verify import verify_cache
 
 
 def opened(folder: Path) -> Any:

@@ -7,17 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import (
-    DamagedShard,
-    DeltaShards,
-    PatchShards,
-    finish_cache,
-    verify_cache,
-    write_delta_shard,
-    write_patch_shard,
-)
-from deltatok.shards.cache import read_cache_info
+from deltatok.shards import DamagedShard, DeltaShards, PatchShards
+from deltatok.shards.cache import finish_cache, read_cache_info
+from deltatok.shards.deltas.writer import write_delta_shard
+from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.tools.repair import Repaired, repair_cache
+from deltatok.shards.tools.verify import verify_cache
 
 
 def repair(folder: Path, *, deep: bool = False) -> Repaired:

@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 
-from deltatok.shards import (
-    CacheMismatch,
-    Quarantined,
-    UsageError,
-    describe_cache,
-    finish_cache,
-    verify_cache,
-    write_patch_shard,
-    write_quarantine,
-)
+from deltatok.shards import CacheMismatch, UsageError
+from deltatok.shards.cache import finish_cache
+from deltatok.shards.patches.writer import write_patch_shard
+from deltatok.shards.records import Quarantined, write_quarantine
+from deltatok.shards.tools.info import describe_cache
+from deltatok.shards.tools.verify import verify_cache
 
 
 @pytest.mark.parametrize("kind", ["patches", "deltas"])
