@@ -1,18 +1,11 @@
 """What each training command is told: one frozen dataclass a command, checked when it is made.
 
     TokenizerTrainConfig   deltatok-train tokenizer    TokenizeConfig   patch cache -> delta cache
-    WorldTrainConfig       deltatok-train world        (head, dinoworld: files of their own)
+    WorldTrainConfig       deltatok-train world        DINOWorldTrainConfig   deltatok-train dinoworld
+    HeadTrainConfig        deltatok-train head         SelectionConfig   best-of-many, of both worlds
 
 The YAML files and the flags map 1:1 onto the fields. Every default is the released code's or the
 paper's for a batch of 1,024 on many GPUs, unless its text says that it is a guess.
-
-Checks of config values that the configs of all commands share: each raises UsageError.
-
-What the two world trainers are told about best-of-many. Part of their configs.
-
-What `deltatok-train head` is told.
-
-What deltatok-train dinoworld is told. config.py has the configs of the other commands.
 """
 
 import math

@@ -174,7 +174,7 @@ class Meter:
         self._on_cuda = device.type == "cuda"
         self._tokens_per_sample = tokens_per_sample
         self.flop_per_sample: float | None = None
-        """FLOPs of one sample of the steps at hand, where they were counted (flops.py)."""
+        """FLOPs of one sample of the steps at hand, where they were counted."""
         self.is_counting = False
         """Whether this meter belongs to a pass whose FLOPs are counted."""
         self._reset()

@@ -1,10 +1,8 @@
 """Model folders: config.json, model.safetensors, provenance.json; saved and loaded strictly.
 
-    folder/config.json        {"class": "DeltaTok", every field of its config}; written last
-    folder/model.safetensors  the weights under the released parameter names
-    folder/provenance.json    what the weights were trained on
-
-Used by every model of models/ (through `Pretrained`), by the training loops and by official.py.
+folder/config.json        {"class": "DeltaTok", every field of its config}; written last
+folder/model.safetensors  the weights under the released parameter names
+folder/provenance.json    what the weights were trained on
 """
 
 import hashlib

@@ -1,14 +1,10 @@
 """The folder of a training run: who made it, what may go on in it, and whether it is finished.
 
-    OUT/train.json          command, merged config, identity of the data, versions; written first
-    OUT/log.jsonl           logs.py
-    OUT/run.lock            run_lock.py
-    OUT/checkpoints/        checkpoints.py
-    OUT/config.json, model.safetensors, provenance.json     the model, when training ends
-
-Used by tokenizer.py, world.py and head.py, through loop.py.
-
-One training run at a time writes into a folder. Used by the train_* functions.
+OUT/train.json          command, merged config, identity of the data, versions; written first
+OUT/log.jsonl           logs.py
+OUT/run.lock            held by the one process that trains into the folder
+OUT/checkpoints/        checkpoints.py
+OUT/config.json, model.safetensors, provenance.json     the model, when training ends
 """
 
 import fcntl

@@ -69,7 +69,7 @@ def select(
     chunks: Chunks | None = None,
     chunk_losses: "ChunkLosses | None" = None,
 ) -> Winners:
-    """The best of num_samples candidates, predicted with `products` (models/products.py).
+    """The best of num_samples candidates, predicted with `products` (folded.py).
 
     z (B, T, D), timestamps (B, T) seconds. chunks None: as many as activations of CPU_MEMORY_MB or
     GPU_MEMORY_MB allow. chunk_losses: a compiled one.
