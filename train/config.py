@@ -1,8 +1,11 @@
 """What each training command is told: one frozen dataclass a command, checked when it is made.
 
-    TokenizerTrainConfig   deltatok-train tokenizer    TokenizeConfig   patch cache -> delta cache
-    WorldTrainConfig       deltatok-train world        DINOWorldTrainConfig   deltatok-train dinoworld
-    HeadTrainConfig        deltatok-train head         SelectionConfig   best-of-many, of both worlds
+    TokenizerTrainConfig   deltatok-train tokenizer
+    WorldTrainConfig       deltatok-train world
+    DINOWorldTrainConfig   deltatok-train dinoworld
+    HeadTrainConfig        deltatok-train head
+    SelectionConfig        best-of-many, part of both worlds' configs
+    TokenizeConfig         patch cache -> delta cache
 
 The YAML files and the flags map 1:1 onto the fields. Every default is the released code's or the
 paper's for a batch of 1,024 on many GPUs, unless its text says that it is a guess.
