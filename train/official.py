@@ -24,7 +24,7 @@ from ..shards.errors import DeltatokError, UsageError
 from ..shards.files import partial_path, publish, sha256_file
 from .engine.model_folder import Pretrained, compare_tensors, load_weights, read_class, read_tensors
 from .models.deltatok import DeltaTok
-from .models.deltaworld import DeltaWorld
+from .models.deltaworld import DeltaWorldNetwork
 from .models.dinoworld import DINOWorld
 from .models.heads import DepthHead, SegmentationHead
 from .models.rgb_head import RGBHead
@@ -32,8 +32,8 @@ from .models.rgb_head import RGBHead
 Tensors = Mapping[str, Tensor]
 
 CLASSES: dict[str, type[Pretrained]] = {
-    cls.__name__: cls
-    for cls in (DeltaTok, DeltaWorld, DINOWorld, SegmentationHead, DepthHead, RGBHead)
+    cls.saved_as: cls
+    for cls in (DeltaTok, DeltaWorldNetwork, DINOWorld, SegmentationHead, DepthHead, RGBHead)
 }
 HEAD_DIM = 64  # channels of an attention head in every released model (ViT-B/16: 768 / 12)
 RELEASED_DEPTH_BINS = 256

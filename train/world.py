@@ -22,7 +22,7 @@ from .engine.logs import Meter
 from .engine.loop import train_objective
 from .engine.objective import check_validation_finite
 from .losses import smooth_l1
-from .models.deltaworld import DeltaWorld
+from .models.deltaworld import DeltaWorldNetwork
 from .selection.selector import Selector, WorldObjective
 
 logger = logging.getLogger(__name__)
@@ -37,24 +37,24 @@ def train_world(config: WorldTrainConfig) -> Path:
     config = with_size_of_cache(config, shards.shape[1], cache=config.deltas)
 
     def make(
-        model: DeltaWorld, config: WorldTrainConfig, ranks: RankSlice, device: torch.device
+        model: DeltaWorldNetwork, config: WorldTrainConfig, ranks: RankSlice, device: torch.device
     ) -> DeltaWorldObjective:
         # One rank hashes the tars; the others would only read the same again.
         verified = DeltaShards(config.deltas, verify="sha256") if ranks.rank == 0 else shards
         return DeltaWorldObjective(model, verified, config, ranks, device=device)
 
-    return train_objective("world", config, shards, (DeltaWorld, config.model), make)
+    return train_objective("world", config, shards, (DeltaWorldNetwork, config.model), make)
 
 
 class DeltaWorldObjective(WorldObjective):
     """T tokens a window, P = T - 1 positions, K samples."""
 
-    model: DeltaWorld
+    model: DeltaWorldNetwork
     _shards: DeltaShards
 
     def __init__(
         self,
-        model: DeltaWorld,
+        model: DeltaWorldNetwork,
         shards: DeltaShards,
         config: WorldTrainConfig,
         ranks: RankSlice,

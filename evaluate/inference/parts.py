@@ -29,7 +29,7 @@ from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import write_json
 from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
 from ...train.models.deltatok import DeltaTok
-from ...train.models.deltaworld import DeltaWorld
+from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.heads import DepthHead, SegmentationHead
 from ...train.models.rgb_head import RGBHead
 
@@ -199,7 +199,7 @@ _HEADS: dict[str, type[Head]] = {
 class Parts:
     """Everything a forecast from pixels needs, in eval mode on one device."""
 
-    world: DeltaWorld
+    world: DeltaWorldNetwork
     tokenizer: DeltaTok
     backbone: Backbone
     head: Head | None
@@ -296,7 +296,7 @@ def load_parts(
     if head is not None:
         found["head"] = Path(head)
     parts = Parts(
-        world=DeltaWorld.from_pretrained(world_folder, device=device),
+        world=DeltaWorldNetwork.from_pretrained(world_folder, device=device),
         tokenizer=loaded_tokenizer.to(device),
         backbone=loaded_backbone,
         head=None

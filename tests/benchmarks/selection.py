@@ -44,7 +44,7 @@ from torch import Tensor
 
 from deltatok.shards.deltas.reader import DeltaShards
 from deltatok.train.models.configs import DeltaWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.selection.folded import ProductsName
 from deltatok.train.selection.noise import CounterNoise, GivenNoise
 from deltatok.train.selection.search import ChunkLosses, Winners, default_chunks, select
@@ -63,7 +63,7 @@ MEASURED_WINDOWS = 2
 class Problem(NamedTuple):
     """A model and windows to select for."""
 
-    world: DeltaWorld
+    world: DeltaWorldNetwork
     z: Tensor
     timestamps: Tensor
 
@@ -285,13 +285,13 @@ def make_problem(
     generator = torch.Generator().manual_seed(0)
     if world is None:
         config = DeltaWorldConfig(layer_scale_init=1.0, initializer_range=WIDE_STD)
-        model = DeltaWorld(config, generator=generator)
+        model = DeltaWorldNetwork(config, generator=generator)
         z = torch.randn(num_windows, NUM_FRAMES, config.hidden_size, generator=generator)
         times = torch.rand(num_windows, NUM_FRAMES, generator=generator).cumsum(1) / 3
     else:
         if deltas is None:
             raise SystemExit("--world: give the --deltas it was trained on, too")
-        model = DeltaWorld.from_pretrained(world)
+        model = DeltaWorldNetwork.from_pretrained(world)
         shards = DeltaShards(deltas, verify="size")
         picked = torch.randperm(shards.num_windows, generator=generator)[:num_windows].numpy()
         z = torch.from_numpy(shards.tokens(picked)).float()

@@ -23,7 +23,7 @@ from quickstart_runs import QuickstartRuns, report_values, save
 from deltatok.shards import DeltaShards
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.data.order import RankSlice, split_windows
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.world import DeltaWorldObjective
 
 VALIDATION_FRACTION = 0.05
@@ -116,7 +116,7 @@ def _validation(world: Path, cache: Path) -> dict[str, float]:
         validation_windows=VALIDATION_WINDOWS,
     )
     stage = DeltaWorldObjective(
-        DeltaWorld.from_pretrained(world),
+        DeltaWorldNetwork.from_pretrained(world),
         DeltaShards(cache),
         config,
         RankSlice(rank=0, num_ranks=1),

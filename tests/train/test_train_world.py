@@ -15,7 +15,7 @@ from deltatok.train.data.order import RankSlice
 from deltatok.train.engine.checkpoints import initialise
 from deltatok.train.engine.logs import Meter
 from deltatok.train.engine.model_folder import read_provenance, read_tensors
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.selection import selector as selection
 from deltatok.train.selection.search import Chunks, Winners
 from deltatok.train.selection.selector import NamedWindows
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def objective_of(config: Any, ranks: RankSlice | None = None) -> DeltaWorldObjective:
-    model, _ = initialise(DeltaWorld, config.model, seed=config.seed, start_from=None)
+    model, _ = initialise(DeltaWorldNetwork, config.model, seed=config.seed, start_from=None)
     return DeltaWorldObjective(
         model, DeltaShards(config.deltas), config, ranks or RankSlice(), device=CPU
     )
@@ -118,7 +118,7 @@ def test_validation_noise_is_the_same_every_time(world_config: Make) -> None:
 def test_world_folder_tells_its_story(world_config: Make, deltas: Path) -> None:
     config = world_config(steps=2)
     out = train_world(config)
-    assert DeltaWorld.from_pretrained(out).config == config.model
+    assert DeltaWorldNetwork.from_pretrained(out).config == config.model
     assert read_provenance(out)["deltas_fingerprint"] == DeltaShards(deltas).fingerprint
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.blocks import PredictorBlock
-from ..models.deltaworld import DeltaWorld
+from ..models.deltaworld import DeltaWorldNetwork
 from ..models.predictor import causal
 from ..models.rope import AxisRope, axis_rope, rotate_axes
 
@@ -140,7 +140,7 @@ class Folded(NamedTuple):
     """(B, K * A, Dp): output projection, its bias and LayerScale inside; of all positions."""
 
 
-def weights_of(world: DeltaWorld, products: ProductsName) -> WorldWeights:
+def weights_of(world: DeltaWorldNetwork, products: ProductsName) -> WorldWeights:
     """The weights for `products` (float32: the model's own tensors, not copied). float8 is for
     the MLP's products; the few others are then bfloat16."""
     predictor = world.predictor

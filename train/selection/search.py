@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SMOOTH_L1_BETA, smooth_l1
-from ..models.deltaworld import DeltaWorld
+from ..models.deltaworld import DeltaWorldNetwork
 from ..models.dinoworld import DINOWorld
 from .folded import Folded, ProductsName, WorldWeights, fold, predictions, project, weights_of
 from .noise import Noise
@@ -58,7 +58,7 @@ Score = Callable[[Tensor, int], Tensor]
 
 @torch.no_grad()
 def select(
-    world: DeltaWorld,
+    world: DeltaWorldNetwork,
     z: Tensor,
     timestamps: Tensor,
     noise: Noise,
@@ -138,7 +138,7 @@ def select_patches(
 
 
 def default_chunks(
-    world: DeltaWorld | DINOWorld,
+    world: DeltaWorldNetwork | DINOWorld,
     tokens: Tensor,
     *,
     num_samples: int,

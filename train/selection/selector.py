@@ -16,7 +16,7 @@ from ..data.order import Indices, seed_for
 from ..engine.devices import check_compiler, precision_name
 from ..engine.logs import Meter, is_time
 from ..engine.objective import Objective
-from ..models.deltaworld import DeltaWorld
+from ..models.deltaworld import DeltaWorldNetwork
 from ..models.dinoworld import DINOWorld
 from .folded import MULTIPLE, ProductsName
 from .noise import CounterNoise, GivenNoise, Noise
@@ -46,7 +46,7 @@ class Selector:
 
     def __init__(
         self,
-        model: DeltaWorld | DINOWorld,
+        model: DeltaWorldNetwork | DINOWorld,
         config: WorldTrainConfig | DINOWorldTrainConfig,
         *,
         device: torch.device,
@@ -67,7 +67,7 @@ class Selector:
             check_float8(model, device)
         self._chunk_losses = ChunkLosses()
         compiles = config.compile if config.compile_selection is None else config.compile_selection
-        if compiles and config.model.use_bom and isinstance(model, DeltaWorld):
+        if compiles and config.model.use_bom and isinstance(model, DeltaWorldNetwork):
             check_compiler(device)
             self._chunk_losses.compile(mode=config.compile_mode, dynamic=False)
 
@@ -173,7 +173,7 @@ class Selector:
             products=products,
             memory_mb=self._config.selection_memory_mb,
         )
-        if isinstance(model, DeltaWorld):
+        if isinstance(model, DeltaWorldNetwork):
             return select(
                 model,
                 windows.tokens,
@@ -206,7 +206,7 @@ class WorldObjective(Objective):
 
     unit = "windows"
     best_by = "validation_best_loss"
-    model: DeltaWorld | DINOWorld
+    model: DeltaWorldNetwork | DINOWorld
     selector: Selector
 
     def queries(
@@ -246,7 +246,7 @@ class WorldObjective(Objective):
         return self.selector.num_samples_at(step)
 
 
-def check_float8(model: DeltaWorld | DINOWorld, device: torch.device) -> None:
+def check_float8(model: DeltaWorldNetwork | DINOWorld, device: torch.device) -> None:
     """UsageError unless this model's MLPs can be computed in float8 on this device."""
     if isinstance(model, DINOWorld):
         raise UsageError(

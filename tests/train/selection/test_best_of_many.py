@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltatok.train.losses import smooth_l1
 from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.selection.folded import ProductsName, fold, predictions, project, weights_of
 from deltatok.train.selection.noise import CounterNoise, GivenNoise
@@ -55,10 +55,10 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def a_world(**changed: object) -> DeltaWorld:
+def a_world(**changed: object) -> DeltaWorldNetwork:
     config = DeltaWorldConfig(**{**SIZES, "rope_axis_sizes": (12,), **changed})
-    world = made(DeltaWorld(config, generator=torch.Generator().manual_seed(0)))
-    assert isinstance(world, DeltaWorld)
+    world = made(DeltaWorldNetwork(config, generator=torch.Generator().manual_seed(0)))
+    assert isinstance(world, DeltaWorldNetwork)
     return world
 
 
@@ -261,7 +261,7 @@ def test_chunks_keep_within_their_memory(batch, samples, memory, low):
 
 def test_the_released_size_is_chunked_for_the_cache():
     with torch.device("meta"):
-        world = DeltaWorld(DeltaWorldConfig())
+        world = DeltaWorldNetwork(DeltaWorldConfig())
     tokens = torch.empty(1024, 8, 768, device="meta")
     chunks = default_chunks(
         world, tokens, num_samples=256, products="float32", memory_mb=CPU_MEMORY_MB

@@ -17,7 +17,7 @@ from deltatok.train.engine import loop
 from deltatok.train.engine.logs import Meter
 from deltatok.train.engine.loop import flops_per_sample
 from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.selection import selector as selection
 from deltatok.train.selection.folded import (
@@ -45,7 +45,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def a_world(size: int = 64) -> DeltaWorld:
+def a_world(size: int = 64) -> DeltaWorldNetwork:
     config = DeltaWorldConfig(
         hidden_size=16,
         predictor_hidden_size=size,
@@ -54,7 +54,7 @@ def a_world(size: int = 64) -> DeltaWorld:
         rope_axis_sizes=(28,),
         **WIDE,
     )
-    return DeltaWorld(config, generator=torch.Generator().manual_seed(0)).eval()
+    return DeltaWorldNetwork(config, generator=torch.Generator().manual_seed(0)).eval()
 
 
 def windows(count: int = 6) -> NamedWindows:
@@ -62,12 +62,12 @@ def windows(count: int = 6) -> NamedWindows:
     return NamedWindows(draw(0, count, 5, 16), times, [("test", number) for number in range(count)])
 
 
-def selector(world: DeltaWorld, **changed: Any) -> Selector:
+def selector(world: DeltaWorldNetwork, **changed: Any) -> Selector:
     fields = {"deltas": "d", "out": "o", "log_every": 1, "model": world.config}
     return Selector(world, WorldTrainConfig(**{**fields, **changed}), device=CPU)
 
 
-def regret(picked: Winners, exact: Winners, world: DeltaWorld) -> float:
+def regret(picked: Winners, exact: Winners, world: DeltaWorldNetwork) -> float:
     """From teacher_forced, independently of what the trainer logs."""
     given = windows(len(picked.indices))
     with torch.no_grad():
@@ -354,7 +354,7 @@ def test_only_what_is_asked_for_is_compiled(
     ):
         compiled.clear()
         config = world_config(**fields)
-        model = DeltaWorld(config.model)
+        model = DeltaWorldNetwork(config.model)
         DeltaWorldObjective(model, DeltaShards(config.deltas), config, RankSlice(), device=CPU)
         assert compiled == wanted
 
