@@ -30,16 +30,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import compare
+from ..shards.devices import choose_device, precision_name
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.evaluation.labels import ClipLabels
 from ..shards.files import write_json
 from ..shards.patches.reader import PatchShards
 from ..shards.tools.info import describe_cache
-from ..train.engine.devices import precision_name
 from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
-from .forecast.config import pick_device
+from .forecast.config import DEVICES
 from .forecast.models import check_patches, check_width
 from .forecast.scores import class_counts, class_map, confusion_matrix
 from .forecast.sequences import values
@@ -279,7 +279,7 @@ def run_cache_fidelity(config: CacheFidelityConfig) -> dict[str, Any]:
     Raises CacheMismatch for caches of different windows or a model of other features (names the
     field), UsageError for models or labels that cannot be used.
     """
-    device = pick_device(config.device)
+    device = choose_device(config.device, automatic=DEVICES)
     caches = (PatchShards(config.patches), PatchShards(config.reference))
     names = (f"--patches {config.patches}", f"--reference {config.reference}")
     windows = match_windows(*caches, names=names)

@@ -11,7 +11,6 @@ safetensors files only; nothing pickled is ever read.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..shards.devices import choose_device, launched, precision_name
 from ..shards.errors import DeltatokError, UsageError
 from .config import ExtractConfig
-from .decoding.pool import default_num_workers
 
 _LOGGER = logging.getLogger(__name__)
 _FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -224,8 +223,7 @@ class Backbone:
 def load_backbone(config: ExtractConfig) -> Backbone:
     """The backbone of `config` on its device; UsageError if it cannot be had there."""
     device = choose_device(config.device)
-    default: Autocast = "bfloat16" if device.type == "cuda" else "float32"
-    autocast = default if config.autocast == "auto" else config.autocast
+    autocast = cast(Autocast, precision_name(config.autocast, device))
     return Backbone.load(config.backbone, device=device, autocast=autocast, compile=config.compile)
 
 
@@ -341,33 +339,10 @@ def _quiet_transformers() -> Iterator[None]:
             logs.enable_progress_bar()
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; UsageError if it is not there.
-
-    `auto` and `cuda`: the GPU of this process's LOCAL_RANK, the first one without a launcher.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.device_count():
-        name = f"cuda:{_launched('LOCAL_RANK', 0) % torch.cuda.device_count()}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"device {name}: cannot be used here ({reason}): wanted auto, cpu, cuda or cuda:N"
-        ) from error
-    return device
-
-
 def choose_num_workers(config: ExtractConfig) -> int:
     """Decoding processes: as given, else this process's share of the CPU cores, at least one."""
     if config.workers is not None:
         return config.workers
-    return max(1, default_num_workers() // max(1, _launched("LOCAL_WORLD_SIZE", 1)))
+    from .decoding.pool import default_num_workers  # who only needs a backbone decodes nothing
 
-
-def _launched(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
+    return max(1, default_num_workers() // max(1, launched("LOCAL_WORLD_SIZE", default=1)))

@@ -11,8 +11,7 @@ from ..shards.cache import PATCHES, CacheInfo, CacheShape
 from .backbone import Backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
-
-RESIZE_RULE = "crop, bilinear without antialiasing, uint8 (OpenCV rule)"
+from .pixels import RESIZE_RULE
 
 _SOFTWARE = ("deltatok", "numcodecs", "numpy", "torch", "transformers", "zarr")
 _DINOV3_LICENCE = (

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .sampling import WindowDraw
 
+RESIZE_RULE = "crop, bilinear without antialiasing, uint8 (OpenCV rule)"
+"""What a cache says of the resizing here."""
 _WEIGHT_BITS = 11
 """OpenCV's INTER_RESIZE_COEF_BITS."""
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.errors import UnusableClip
+from ..shards.errors import ClipError
 from .config import ExtractConfig
 
 
@@ -140,12 +140,12 @@ def draw_windows(
         height, width: of the shown frame, in pixels.
 
     Raises:
-        UnusableClip: fewer than `min_frames` different frames, or (uniform) not one window long.
+        ClipError: fewer than `min_frames` different frames, or (uniform) not one window long.
     """
     shown = len(np.unique(timestamps_s))
     if shown < policy.min_frames:
         frames = "frame" if shown == 1 else "frames"
-        raise UnusableClip(
+        raise ClipError(
             f"shows {shown} {frames}; a window needs at least {policy.min_frames}", stage="sample"
         )
     if policy.policy == "uniform":
@@ -282,14 +282,14 @@ def _uniform_numbers(policy: SamplingPolicy, key: str, window: int) -> _Draws:
 def _uniform_rows(policy: SamplingPolicy, timestamps_s: Float64) -> Int64:
     fps = policy.fps or 0.0
     if timestamps_s[-1] * fps > MAX_REPEATS * len(timestamps_s):
-        raise UnusableClip(
+        raise ClipError(
             f"shows {len(timestamps_s)} frames over {timestamps_s[-1]:.4g} s, too few for "
             f"{fps:g} a second",
             stage="sample",
         )
     rows = uniform_windows(timestamps_s, fps=fps, num_frames=policy.num_frames)
     if len(rows) == 0:
-        raise UnusableClip(
+        raise ClipError(
             f"shows {len(timestamps_s)} frames over {timestamps_s[-1]:.3f} s; a window of "
             f"{policy.num_frames} frames at {fps:g} a second needs "
             f"{(policy.num_frames - 1) / fps:.3f} s",

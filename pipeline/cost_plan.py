@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..extract.backbone import choose_device, choose_num_workers, load_backbone
+from ..extract.backbone import choose_num_workers, load_backbone
 from ..extract.datasets.base import DatasetConfig
 from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
@@ -42,6 +42,7 @@ from ..extract.stop import stop_on_signals
 from ..extract.writer import ShardRows, ShardWriter
 from ..shards.cache import PATCHES, CacheInfo, read_cache_info
 from ..shards.deltas.reader import DeltaShards
+from ..shards.devices import choose_device
 from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order

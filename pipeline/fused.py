@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..extract.backbone import choose_device
 from ..extract.run import ExtractionSummary, run_extraction
 from ..extract.writer import ShardRows
 from ..shards.cache import CacheInfo
 from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.devices import choose_device, precision_name
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord
 from ..train.encode import check_tokenizer, describe_deltas
-from ..train.engine.devices import precision_name
 from ..train.models.deltatok import DeltaTok
 from .commands.extract import VideosConfig
 

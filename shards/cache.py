@@ -22,6 +22,7 @@ The contents of a cache.json, and how they are taken out of JSON that may be dam
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,8 +32,8 @@ from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import create_bytes, is_partial, json_bytes, sha256_file, write_bytes, write_json
 from .index import INDEX, index_bytes
 from .plan import PLAN, num_shards, read_plan
-from .records import read_all_clips
-from .schema import Fields, is_number, read_json, shown
+from .records import StoredFile, read_all_clips
+from .schema import ADVICE, STORED, is_number, load, read_json, shown
 
 NOTICE = "NOTICE.txt"
 
@@ -104,8 +105,12 @@ def differences(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple
     stand in a message. A whole float equals the integer; what one side lacks is "missing", which
     differs from any value, null too."""
     ours, theirs = flatten(got), flatten(wanted)
+
+    def value_in(side: dict[str, Any], name: str) -> str:
+        return shown(side[name]) if name in side else "missing"
+
     return [
-        (name, *(shown(side[name]) if name in side else "missing" for side in (ours, theirs)))
+        (name, value_in(ours, name), value_in(theirs, name))
         for name in sorted(ours.keys() | theirs.keys())
         if not (name in ours and name in theirs)
         or canonical_json(ours[name]) != canonical_json(theirs[name])
@@ -200,64 +205,57 @@ class CacheInfo:
 def parse_cache_info(value: object, *, where: str) -> CacheInfo:
     """The cache.json in parsed JSON; raises CacheMismatch for what is no cache or a newer one,
     DamagedShard for one that contradicts itself."""
-    fields = Fields(value, where=where)
-    name = fields.text("format")
-    if name not in (PATCHES, DELTAS):
+    header = load(_Header, value, where=where, how=STORED)
+    if header.format not in (PATCHES, DELTAS):
         raise CacheMismatch(
-            f"{where}: not a deltatok cache (format {shown(name)}, known: {PATCHES}, {DELTAS})"
+            f"{where}: not a deltatok cache (format {shown(header.format)}, known: {PATCHES}, "
+            f"{DELTAS})"
         )
-    version = fields.integer("format_version", low=1)
-    if version > FORMAT_VERSION:
+    if header.format_version < 1:
+        raise DamagedShard(f"{where}: format_version is {header.format_version}: {ADVICE}")
+    if header.format_version > FORMAT_VERSION:
         raise CacheMismatch(
-            f"{where}: format_version {version}, this release reads up to {FORMAT_VERSION}: "
-            "update deltatok"
+            f"{where}: format_version {header.format_version}, this release reads up to "
+            f"{FORMAT_VERSION}: update deltatok"
         )
-    info = CacheInfo(
-        format=name,
-        format_version=version,
-        identity=fields.mapping("identity"),
-        shape=_parse_shape(fields.mapping("shape"), patches=name == PATCHES, where=where),
-        parent_fingerprint=fields.optional_text("parent_fingerprint"),
-        backbone=fields.mapping("backbone"),
-        licence=fields.text("licence"),
-        software=fields.text_mapping("software"),
-        counts=fields.count_mapping("counts"),
-        files=_parse_files(fields.mapping("files"), where=where),
-        exported_from=fields.mapping("exported_from") if fields.has("exported_from") else {},
-        complete=fields.boolean("complete"),
-    )
-    stored = fields.text("fingerprint")
-    if stored != info.fingerprint:
+    info = load(CacheInfo, value, where=where, how=STORED)
+    _check_shape(info.shape, patches=info.format == PATCHES, where=where)
+    for name, entry in info.files.items():
+        load(StoredFile, entry, where=f"{where}: files.{name}", how=STORED)
+    if header.fingerprint != info.fingerprint:
         raise DamagedShard(
-            f"{where}: its identity hashes to {info.fingerprint}, but it says {shown(stored)}: "
-            "the file was edited; restore it, or make the cache again in another folder"
+            f"{where}: its identity hashes to {info.fingerprint}, but it says "
+            f"{shown(header.fingerprint)}: the file was edited; restore it, or make the cache "
+            "again in another folder"
         )
     return info
 
 
-def _parse_shape(value: dict[str, Any], *, patches: bool, where: str) -> CacheShape:
-    fields = Fields(value, where=f"{where}: shape")
-    num_frames = fields.integer("num_frames", low=1, high=MAX_AXIS)
-    hidden_size = fields.integer("hidden_size", low=1, high=MAX_AXIS)
-    if not patches:
-        _check_size(num_frames * hidden_size, where=where)
-        return CacheShape(
-            num_frames=num_frames, num_tokens=None, grid=None, hidden_size=hidden_size
-        )
-    num_tokens = fields.integer("num_tokens", low=1, high=MAX_AXIS)
-    grid = fields.integers("grid", high=MAX_AXIS)
-    if len(grid) != 2 or grid[0] * grid[1] != num_tokens:
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What cache.json says first."""
+
+    format: str
+    format_version: int
+    fingerprint: str
+
+
+def _check_shape(shape: CacheShape, *, patches: bool, where: str) -> None:
+    axes = {"num_frames": shape.num_frames, "hidden_size": shape.hidden_size}
+    if patches:
+        axes["num_tokens"] = shape.num_tokens or 0
+    for name, size in axes.items():
+        if not 1 <= size <= MAX_AXIS:
+            raise DamagedShard(
+                f"{where}: shape: {name} is {shown(getattr(shape, name))}, wanted an integer from "
+                f"1 to {MAX_AXIS}: {ADVICE}"
+            )
+    if patches and (shape.grid is None or math.prod(shape.grid) != shape.num_tokens):
         raise DamagedShard(
-            f"{where}: shape.grid is {shown(list(grid))}, wanted two numbers whose product is "
-            f"num_tokens = {num_tokens}: make the cache again"
+            f"{where}: shape.grid is {shown(shape.grid)}, wanted two numbers whose product is "
+            f"num_tokens = {shape.num_tokens}: make the cache again"
         )
-    _check_size(num_frames * num_tokens * hidden_size, where=where)
-    return CacheShape(
-        num_frames=num_frames,
-        num_tokens=num_tokens,
-        grid=(grid[0], grid[1]),
-        hidden_size=hidden_size,
-    )
+    _check_size(math.prod(axes.values()), where=where)
 
 
 def _check_size(num_values: int, *, where: str) -> None:
@@ -266,14 +264,6 @@ def _check_size(num_values: int, *, where: str) -> None:
             f"{where}: shape gives {num_values} numbers a window, wanted at most "
             f"{MAX_WINDOW_VALUES}: make the cache again"
         )
-
-
-def _parse_files(value: dict[str, Any], *, where: str) -> dict[str, dict[str, Any]]:
-    files = {}
-    for name, entry in value.items():
-        fields = Fields(entry, where=f"{where}: files.{name}")
-        files[name] = {"bytes": fields.integer("bytes"), "sha256": fields.text("sha256")}
-    return files
 
 
 __all__ = [

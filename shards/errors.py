@@ -52,13 +52,13 @@ class Stopped(Exception):
     exit_code = 75
 
 
-Stage = Literal["open", "decode", "sample"]
+ClipStage = Literal["open", "decode", "sample"]
 
 
-class UnusableClip(DeltatokError):
+class ClipError(DeltatokError):
     """A clip that gives no windows; the text is the reason a reader of the quarantine sees."""
 
-    def __init__(self, reason: str, *, stage: Stage) -> None:
+    def __init__(self, reason: str, *, stage: ClipStage) -> None:
         super().__init__(reason)
-        self.stage: Stage = stage
+        self.stage: ClipStage = stage
         """Where it failed: opening the file, decoding it, or drawing windows from it."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DamagedShard
-from .records import MAX_ROWS, DoneRecord, parse_done, shard_path
-from .schema import Fields, parse_json, read_file
+from .records import DoneRecord, StoredFile, parse_done, shard_path
+from .schema import STORED, load, parse_json, read_file
 
 INDEX = "index.jsonl"
 MAX_INDEX_BYTES = 2**30
@@ -31,9 +31,8 @@ class IndexEntry:
     """Windows."""
     keys: list[str]
     """Its clips that have windows, as in the done-record."""
-    record_bytes: int
-    """Size of the done-record."""
-    record_sha256: str
+    record: StoredFile
+    """The done-record."""
 
 
 def index_bytes(folder: Path, records: Iterable[DoneRecord]) -> bytes:
@@ -54,17 +53,7 @@ def read_index(folder: Path, *, sha256: str) -> list[IndexEntry] | None:
     entries = []
     for number, line in enumerate(data.splitlines(), start=1):
         where = f"{path}: line {number}"
-        fields = Fields(parse_json(line, where=where), where=where)
-        record = Fields(fields.mapping("record"), where=where)
-        entries.append(
-            IndexEntry(
-                shard=fields.integer("shard"),
-                rows=fields.integer("rows", high=MAX_ROWS),
-                keys=fields.texts("keys"),
-                record_bytes=record.integer("bytes"),
-                record_sha256=record.text("sha256"),
-            )
-        )
+        entries.append(load(IndexEntry, parse_json(line, where=where), where=where, how=STORED))
         if entries[-1].shard != number - 1:
             raise DamagedShard(f"{where}: shard {entries[-1].shard}, wanted {number - 1}: {advice}")
     return entries
@@ -75,7 +64,7 @@ def read_indexed(folder: Path, entry: IndexEntry) -> DoneRecord:
     path = shard_path(folder, entry.shard, ".json")
     data = read_file(path)
     record = parse_done(parse_json(data, where=str(path)), entry.shard, where=str(path))
-    told = (entry.record_sha256, entry.rows, entry.keys)
+    told = (entry.record.sha256, entry.rows, entry.keys)
     if (hashlib.sha256(data).hexdigest(), record.rows, record.keys) != told:
         raise DamagedShard(
             f"{path}: is not the done-record that {INDEX} tells of: the shard was changed since "

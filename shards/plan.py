@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .evaluation.labels import PlanTarget, check_same_target, target_from_json, target_to_json
+from .evaluation.labels import PlanTarget, check_same_target, check_target, target_to_json
 from .files import create_bytes, write_bytes
-from .schema import Fields, parse_json, read_file
+from .schema import ADVICE, STORED, load, parse_json, read_file
 
 PLAN = "plan.jsonl"
 MAX_PLAN_BYTES = 4 * 2**30
@@ -238,18 +238,13 @@ def read_plan(folder: Path | str, *, sha256: str | None = None) -> list[PlanEntr
     keys = set()
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
-        fields = Fields(parse_json(line, where=where), where=where)
-        entry = PlanEntry(
-            key=fields.text("key"),
-            source=fields.text("source"),
-            size_bytes=fields.integer("size_bytes"),
-            shard=fields.integer("shard", high=len(lines) - 1),
-            label=fields.optional_text("label"),
-            split=fields.optional_text("split"),
-            target=target_from_json(fields.mapping("target"), where=f"{where}: target")
-            if fields.has("target")
-            else None,
-        )
+        entry = load(PlanEntry, parse_json(line, where=where), where=where, how=STORED)
+        if entry.shard >= len(lines):
+            raise DamagedShard(
+                f"{where}: shard is {entry.shard}, wanted less than {len(lines)}: {ADVICE}"
+            )
+        if entry.target is not None:
+            check_target(entry.target, where=f"{where}: target")
         if entry.key in keys:
             raise DamagedShard(f"{where}: clip {entry.key!r} a second time: restore the file")
         keys.add(entry.key)

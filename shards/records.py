@@ -33,7 +33,7 @@ from typing import Any, Literal
 from .errors import DamagedShard
 from .files import flush, publish, remove, sha256_file, write_bytes, write_json
 from .samples import SAMPLED_ABOVE_BYTES, sample_sha256
-from .schema import ADVICE, Fields, read_json, shown
+from .schema import ADVICE, STORED, load, read_json, shown
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -51,6 +51,15 @@ class Quarantined:
     """Where it failed: "open", "decode", ..."""
     reason: str
     attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file as another one tells of it."""
+
+    bytes: int
+    sha256: str
+    sample_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,24 +114,22 @@ def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
 
 def parse_done(value: object, shard: int, *, where: str) -> DoneRecord:
     """The done-record of shard `shard` in parsed JSON; DamagedShard if it is malformed."""
-    fields = Fields(value, where=where)
-    if fields.integer("shard") != shard:
+    record = load(DoneRecord, value, where=where, how=STORED)
+    if record.shard != shard:
         raise DamagedShard(f"{where}: is the record of another shard: {ADVICE}")
-    keys = fields.texts("keys")
-    if len(set(keys)) != len(keys):
+    if len(set(record.keys)) != len(record.keys):
         raise DamagedShard(f"{where}: names a clip twice in keys: {ADVICE}")
-    return DoneRecord(
-        shard=shard,
-        keys=keys,
-        rows=fields.integer("rows", high=MAX_ROWS),
-        files=_parse_files(fields.mapping("files"), where=where),
-        statistics=fields.mapping("statistics"),
-        decoders=fields.text_mapping("decoders"),
-        quarantined=[
-            _parse_quarantined(item, where=f"{where}: quarantined")
-            for item in fields.sequence("quarantined")
-        ],
-    )
+    if record.rows > MAX_ROWS:
+        raise DamagedShard(f"{where}: rows is {record.rows}, wanted at most {MAX_ROWS}: {ADVICE}")
+    for name, entry in record.files.items():
+        _check_name(name, where=where)
+        file = load(StoredFile, entry, where=f"{where}: files[{name!r}]", how=STORED)
+        if not _SHA256.fullmatch(file.sha256):
+            raise DamagedShard(
+                f"{where}: sha256 of {name!r} is {shown(file.sha256)}, wanted 64 hex digits: "
+                f"{ADVICE}"
+            )
+    return record
 
 
 def remove_done(folder: Path | str, shard: int) -> None:
@@ -190,23 +197,6 @@ def append_timing(folder: Path | str, timing: Mapping[str, Any]) -> None:
         file.write(f"{json.dumps(dict(timing), sort_keys=True)}\n")
 
 
-def _parse_files(value: dict[str, Any], *, where: str) -> dict[str, dict[str, Any]]:
-    files = {}
-    for name, entry in value.items():
-        _check_name(name, where=where)
-        fields = Fields(entry, where=f"{where}: files[{name!r}]")
-        sha256 = fields.text("sha256")
-        if not _SHA256.fullmatch(sha256):
-            raise DamagedShard(
-                f"{where}: sha256 of {name!r} is {shown(sha256)}, wanted 64 hex digits: {ADVICE}"
-            )
-        files[name] = {"bytes": fields.integer("bytes"), "sha256": sha256}
-        sample_sha256 = fields.optional_text("sample_sha256")
-        if sample_sha256 is not None:
-            files[name]["sample_sha256"] = sample_sha256
-    return files
-
-
 def _describe(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     entry: dict[str, Any] = {"bytes": size, "sha256": sha256_file(path)}
@@ -222,16 +212,6 @@ def _check_name(name: str, *, where: str) -> None:
         raise DamagedShard(
             f"{where}: names the file {shown(name)}, wanted a path below shards/: {ADVICE}"
         )
-
-
-def _parse_quarantined(value: object, *, where: str) -> Quarantined:
-    fields = Fields(value, where=where)
-    return Quarantined(
-        clip=fields.text("clip"),
-        stage=fields.text("stage"),
-        reason=fields.text("reason"),
-        attempts=fields.integer("attempts"),
-    )
 
 
 Verify = Literal["size", "sha256"]

@@ -1,13 +1,12 @@
-"""JSON that someone else may have written, parsed so that no two readers can take it differently.
+"""Plain values that somebody typed, or that lie in a file, become frozen dataclasses: one loader.
 
-Refused: NaN and infinities, numbers like 1e999 or of 30 digits, a key twice in one object, text
-that is no valid Unicode, more nesting than any file of ours has, files that are no files (pipes,
-devices) and files larger than any of ours. Everything is a DamagedShard, nothing a RecursionError.
+JSON is parsed so that no two readers can take it differently. Refused: NaN and infinities, numbers
+like 1e999 or of 30 digits, a key twice in one object, text that is no valid Unicode, more nesting
+than any file of ours has, files that are no files (pipes, devices) and files larger than any of
+ours. Everything is a DamagedShard, nothing a RecursionError.
 
-Taking values out of JSON that someone else may have written: types, ranges, clear messages.
-
-Used by the readers of cache.json, plan.jsonl, the done-records and the shards' own metadata.
-Whatever is wrong is a DamagedShard that names the file and the field, never a KeyError.
+`load` checks types and names the field that is wrong, never by a KeyError; ranges and what fields
+say of one another are checked by whoever loads.
 """
 
 import contextlib
@@ -166,45 +165,41 @@ STORED = Strictness(DamagedShard, is_typed=False, ignores_unknown=True, advice=f
 """Files of a cache, to which a later release may add."""
 
 
-def load(
-    cls: type[Loaded], values: object, *, where: str, strictness: Strictness = TYPED
-) -> Loaded:
+def load(cls: type[Loaded], values: object, *, where: str, how: Strictness = TYPED) -> Loaded:
     """A `cls`, which is a dataclass, from plain nested `values`; `where` names their origin.
 
-    Raises `strictness.error` that names the field, what was got and what is wanted: for a key that
+    Raises `how.error` that names the field, what was got and what is wanted: for a key that
     is missing, unknown (with the nearest known one) or of the wrong type.
     """
     if not isinstance(values, Mapping):
-        kind = "a mapping of settings" if strictness.is_typed else "a JSON object"
-        raise _refusal(values, kind, where, strictness)
+        kind = "a mapping of settings" if how.is_typed else "a JSON object"
+        raise _refusal(values, kind, where, how)
     hints, optional = _schema(typing.cast(Any, cls))
     arguments = {}
     for key, value in values.items():
         if key in hints:
-            arguments[key] = convert(value, hints[key], name=f"{where}: {key}", how=strictness)
-        elif not strictness.ignores_unknown:
+            arguments[key] = convert(value, hints[key], name=f"{where}: {key}", how=how)
+        elif not how.ignores_unknown:
             near = difflib.get_close_matches(str(key).replace("-", "_"), hints, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise strictness.error(f"{where}: unknown key {str(key)!r}{hint}{strictness.advice}")
-    allowed = set() if strictness.needs_all else optional
+            raise how.error(f"{where}: unknown key {str(key)!r}{hint}{how.advice}")
+    allowed = set() if how.needs_all else optional
     missing = [name for name in hints if name not in arguments and name not in allowed]
-    if missing and strictness.is_typed:
+    if missing and how.is_typed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise strictness.error(
-            f"{where}: {', '.join(missing)} not given; add {flags} or the YAML key"
-        )
+        raise how.error(f"{where}: {', '.join(missing)} not given; add {flags} or the YAML key")
     if missing:
         names = ", ".join(map(repr, missing))
-        raise strictness.error(f"{where}: no field {names}{strictness.advice}")
+        raise how.error(f"{where}: no field {names}{how.advice}")
     return cls(**arguments)
 
 
 def convert(value: Any, wanted: Any, *, name: str, how: Strictness = TYPED) -> Any:
     """`value` as the annotation `wanted` asks: scalars, Literal, X | None, tuple, list, dict,
     dataclass; Any takes everything."""
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is Any:
+    if wanted is Any or (not how.is_typed and _is_stored(value, wanted)):
         return value
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, inner, name=name, how=how)
     if origin is Literal:
@@ -223,7 +218,7 @@ def convert(value: Any, wanted: Any, *, name: str, how: Strictness = TYPED) -> A
     if dataclasses.is_dataclass(wanted):
         if isinstance(value, wanted):  # type: ignore[arg-type]
             return value
-        return load(wanted, value, where=name, strictness=how)  # type: ignore[arg-type]
+        return load(wanted, value, where=name, how=how)  # type: ignore[arg-type]
     return (_convert_typed if how.is_typed else _convert_stored)(value, wanted, name=name, how=how)
 
 
@@ -264,7 +259,9 @@ def _convert_items(value: Any, inner: tuple[Any, ...], *, name: str, how: Strict
     if len(inner) == 1 or inner[1] is Ellipsis:
         inner = inner[:1] * len(value)
     if len(value) != len(inner):
-        raise how.error(f"{name}: got {len(value)} values, wanted {len(inner)}{how.advice}")
+        if not how.is_typed:
+            raise _refusal(value, f"{len(inner)} values", name, how)
+        raise how.error(f"{name}: got {len(value)} values, wanted {len(inner)}")
     return [
         convert(item, kind, name=f"{name}[{i}]", how=how)
         for i, (item, kind) in enumerate(zip(value, inner, strict=True))
@@ -288,119 +285,27 @@ def _convert_typed(value: Any, wanted: Any, *, name: str, how: Strictness) -> An
     raise _refusal(value, getattr(wanted, "__name__", str(wanted)), name, how)
 
 
+def _is_stored(value: Any, wanted: Any) -> bool:
+    """Whether it is what JSON gives for this annotation: of the scalars, and of lists of them,
+    which are long."""
+    if wanted is int:
+        return is_count(value)
+    if wanted is str or wanted is bool:
+        return type(value) is wanted
+    if wanted == list[int]:
+        return type(value) is list and all(map(is_count, value))
+    return wanted == list[str] and type(value) is list and all(type(v) is str for v in value)
+
+
 def _convert_stored(value: Any, wanted: Any, *, name: str, how: Strictness) -> Any:
-    if wanted is int and is_count(value):
-        return value
     if wanted is float and is_number(value):
         return float(value)
-    if wanted in (bool, str) and isinstance(value, wanted):
-        return value
     raise _refusal(value, STORED_NAMES[wanted], name, how)
 
 
 def _refusal(value: object, wanted: str, name: str, how: Strictness) -> DeltatokError:
-    return how.error(f"{name}: got {shown(value)}, wanted {wanted}{how.advice}")
-
-
-class Fields:
-    """The fields of one JSON object; `where` names the object in messages."""
-
-    def __init__(self, value: object, *, where: str) -> None:
-        if not isinstance(value, dict):
-            raise DamagedShard(f"{where}: {shown(value)}, wanted a JSON object: {ADVICE}")
-        self._value: dict[str, Any] = value
-        self._where = where
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """All of them, as they are."""
-        return self._value
-
-    def text(self, name: str) -> str:
-        """A string."""
-        value = self._get(name)
-        if not isinstance(value, str):
-            self._refuse(name, value, "text")
-        return str(value)
-
-    def optional_text(self, name: str) -> str | None:
-        """A string, or None where the field is null or missing."""
-        return None if self._value.get(name) is None else self.text(name)
-
-    def integer(self, name: str, *, low: int = 0, high: int = MAX_COUNT) -> int:
-        """An integer in low..high, both included; true and false are no integers."""
-        value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self._refuse(name, value, f"an integer from {low} to {high}")
-        return int(value)
-
-    def number(self, name: str) -> float:
-        """A finite number."""
-        value = self._get(name)
-        if not is_number(value):
-            self._refuse(name, value, "a number")
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        """true or false."""
-        value = self._get(name)
-        if not isinstance(value, bool):
-            self._refuse(name, value, "true or false")
-        return bool(value)
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        """A JSON object."""
-        value = self._get(name)
-        if not isinstance(value, dict):
-            self._refuse(name, value, "a JSON object")
-        return dict(value)
-
-    def text_mapping(self, name: str) -> dict[str, str]:
-        """A JSON object whose values are all strings."""
-        value = self.mapping(name)
-        if not all(isinstance(item, str) for item in value.values()):
-            self._refuse(name, value, "a JSON object of texts")
-        return value
-
-    def count_mapping(self, name: str) -> dict[str, int]:
-        """A JSON object whose values are all integers, 0 or more."""
-        value = self.mapping(name)
-        if not all(is_count(item) for item in value.values()):
-            self._refuse(name, value, "a JSON object of counts")
-        return value
-
-    def sequence(self, name: str) -> list[Any]:
-        """A JSON array."""
-        value = self._get(name)
-        if not isinstance(value, list):
-            self._refuse(name, value, "a JSON array")
-        return list(value)
-
-    def texts(self, name: str) -> list[str]:
-        """A JSON array of strings."""
-        value = self.sequence(name)
-        if not all(isinstance(item, str) for item in value):
-            self._refuse(name, value, "a JSON array of texts")
-        return value
-
-    def integers(self, name: str, *, high: int = MAX_COUNT) -> tuple[int, ...]:
-        """A JSON array of integers in 0..high."""
-        value = self.sequence(name)
-        if not all(is_count(item) and item <= high for item in value):
-            self._refuse(name, value, f"a JSON array of integers from 0 to {high}")
-        return tuple(value)
-
-    def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
-        return self._value.get(name) is not None
-
-    def _get(self, name: str) -> Any:
-        if name not in self._value:
-            raise DamagedShard(f"{self._where}: no field {name!r}: {ADVICE}")
-        return self._value[name]
-
-    def _refuse(self, name: str, value: object, wanted: str) -> None:
-        raise DamagedShard(f"{self._where}: {name} is {shown(value)}, wanted {wanted}: {ADVICE}")
+    got = f"{name}: got" if how.is_typed else f"{name} is"
+    return how.error(f"{got} {shown(value)}, wanted {wanted}{how.advice}")
 
 
 def is_count(value: object) -> bool:

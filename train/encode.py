@@ -35,6 +35,7 @@ from ..shards.cache import (
     reopen_cache,
 )
 from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.devices import precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
 from ..shards.patches.reader import PatchShards
@@ -50,7 +51,7 @@ from ..shards.records import (
 from .config import TokenizeConfig
 from .data.batches import Prefetcher
 from .data.order import Indices
-from .engine.devices import Accelerator, make_accelerator, precision_name
+from .engine.devices import Accelerator, make_accelerator
 from .engine.logs import Meter
 from .engine.model_folder import read_provenance, weights_sha256
 from .engine.stop import StopSignal

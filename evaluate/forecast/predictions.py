@@ -35,7 +35,7 @@ from ...extract.decoding.clip import decode_drawn
 from ...extract.pixels import resize_bilinear
 from ...extract.sampling import WindowDraw
 from ...extract.sources.clip import VIDEO_SUFFIXES
-from ...shards.errors import UnusableClip, UsageError
+from ...shards.errors import ClipError, UsageError
 from ...shards.evaluation.geometry import compute_resize_sizes, square_corners
 from ...shards.evaluation.targets import windows_of_clips
 from ...shards.files import write_bytes
@@ -270,7 +270,7 @@ def _read_video(path: Path) -> Frames:
 
     try:
         decoded = decode_drawn(path, draw=draw, decoder="pyav").frames
-    except UnusableClip as error:
+    except ClipError as error:
         raise UsageError(f"{path}: cannot be decoded: {error}") from error
     return np.stack([decoded[index] for index in sorted(decoded)])
 

@@ -9,12 +9,12 @@ What a forecast evaluation reads: cache, models, labels, videos; opened and chec
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ...extract.sources.clip import Clip
 from ...shards.cache import CacheInfo, compare
+from ...shards.devices import choose_device, precision_name
 from ...shards.errors import UsageError
 from ...shards.patches.reader import PatchShards
-from ...train.engine.devices import precision_name
 from ...train.models.heads import DepthHead, SegmentationHead
 from ..report.animation import moving_panels
-from ..report.frames import clips_by_key, read_frames
 from ..report.panels import (
     ShownWindow,
     class_panel,
@@ -43,14 +41,17 @@ from ..report.pictures import Tile
 from ..report.plots import Curve, plot_curves, read_curve
 from ..report.rows import HORIZONS, expected_order, table
 from ..report.write import Pictures, Report, write_report
-from .config import UNNAMED, ForecastConfig, pick_device
+from .config import DEVICES, UNNAMED, ForecastConfig
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
-from .predictions import PredictionRows
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
 from .scores import Scorer, check_labels, class_map, tokenizer_probes, with_intervals
 from .sequences import sequences_jsonl
 from .windows import UniformWindows, Windows, is_evaluation, open_windows
+
+if TYPE_CHECKING:
+    from ...extract.sources.clip import Clip
+    from .predictions import PredictionRows
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,13 @@ class ForecastInputs:
     models: ForecastModels
     arrangement: Windows
     """What belongs together, and its labels."""
-    videos: dict[str, Clip]
+    videos: "dict[str, Clip]"
     """Clip key -> clip; empty without videos."""
     curves: list[Curve]
     black: Tensor
     """(N, D) tokens of a black frame."""
     device: torch.device
-    predictions: PredictionRows | None
+    predictions: "PredictionRows | None"
     """Another model's frames; None without any."""
 
     def batches(self) -> list[list[int]]:
@@ -133,6 +134,8 @@ class ForecastInputs:
         if key not in self.videos:
             logger.warning("clip %s is not among --videos: its pictures have no frames", key)
             return ()
+        from ..report.frames import read_frames
+
         return tuple(read_frames(self.videos[key], frame_index) or ())
 
 
@@ -172,12 +175,30 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         arrangement=open_windows(
             config, cache, models.head, _last_frames(cache, config.num_frames)
         ),
-        videos=clips_by_key(config.videos) if config.videos else {},
+        videos=_find_videos(config.videos),
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),
         device=device,
-        predictions=PredictionRows(config, cache, device) if config.predictions else None,
+        predictions=_open_predictions(config, cache, device),
     )
+
+
+def _find_videos(videos: Sequence[str]) -> "dict[str, Clip]":
+    if not videos:
+        return {}
+    from ..report.frames import clips_by_key  # with decoders, which take a while to import
+
+    return clips_by_key(videos)
+
+
+def _open_predictions(
+    config: ForecastConfig, cache: PatchShards, device: torch.device
+) -> "PredictionRows | None":
+    if not config.predictions:
+        return None
+    from .predictions import PredictionRows  # with decoders and a backbone
+
+    return PredictionRows(config, cache, device)
 
 
 def named(config: ForecastConfig, info: CacheInfo) -> ForecastConfig:
@@ -225,7 +246,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         UsageError: too few frames a window; labels, videos or curves that cannot be used.
         DeltatokError: features that are not finite; names the window.
     """
-    device = pick_device(config.device)
+    device = choose_device(config.device, automatic=DEVICES)
     watch = Stopwatch(device)
     precision = precision_name(config.autocast, device)
     with (

@@ -25,7 +25,6 @@ from ...shards.evaluation.targets import (
 )
 from ...shards.patches.reader import PatchShards
 from ...train.models.heads import DepthHead, SegmentationHead
-from ..report.frames import frames_of_crop
 from ..report.pictures import Tile
 from .config import ForecastConfig
 from .rollout import NoiseName
@@ -183,6 +182,8 @@ class EvaluationWindows:
     def shown_frames(self, index: int) -> tuple[Tile, ...]:
         if self._config.labels is None:
             return ()
+        from ..report.frames import frames_of_crop  # with decoders, which nothing else needs
+
         numbers = self._cache.frame_index([index])[0].tolist()
         target, crop = self._targets[self._key(index)], self._cache.crop[index]
         return frames_of_crop(target, Path(self._config.labels), numbers, crop)

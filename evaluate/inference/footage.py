@@ -13,11 +13,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ...extract.decoding.clip import decode_drawn
 from ...extract.sampling import WindowDraw
-from ...extract.sources.clip import Clip
-from ...extract.sources.find import find_clips
-from ...shards.errors import DeltatokError, UnusableClip, UsageError
+from ...shards.errors import ClipError, DeltatokError, UsageError
 
 Frames = NDArray[np.uint8] | Tensor
 Video = Frames | str | Path
@@ -106,18 +103,17 @@ def frame_planes(frame: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
 
 
-def one_clip(path: Path) -> Clip:
-    """The one clip that `path` is; UsageError if it holds none or several."""
+def _look_at_file(path: Path, glance: Glance) -> Footage:
+    # Decoders are imported for files only: arrays need none.
+    from ...extract.decoding.clip import decode_drawn
+    from ...extract.sources.find import find_clips
+
     clips = find_clips([path])
     if len(clips) > 1:
         raise UsageError(
             f"{path}: {len(clips)} videos, wanted one; give one of them, e.g. {clips[0].key}"
         )
-    return clips[0]
-
-
-def _look_at_file(path: Path, glance: Glance) -> Footage:
-    clip = one_clip(path)
+    clip = clips[0]
     rows: tuple[list[int], list[int]] = ([], [])
     refused: UsageError | None = None  # what decoders take for a fault of the video
 
@@ -142,7 +138,7 @@ def _look_at_file(path: Path, glance: Glance) -> Footage:
         decoded = decode_drawn(
             clip.path, draw=draw, source=clip.source, size_bytes=clip.size_bytes, decoder="pyav"
         )
-    except UnusableClip as error:
+    except ClipError as error:
         if refused is not None:
             raise refused from None
         raise DeltatokError(f"{path}: cannot be decoded: {error}") from error

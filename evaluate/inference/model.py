@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,11 +30,11 @@ from torch import Tensor
 
 from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
+from ...shards.devices import choose_device, precision_name
 from ...shards.errors import UsageError
 from ...train.config import Device, Precision
 from ...train.data.order import generator
-from ...train.engine.devices import precision_name
-from ..forecast.config import pick_device
+from ..forecast.config import DEVICES
 from .footage import Glance, Video, check_frames, frame_planes, look
 from .futures import Futures
 from .parts import Parts, load_parts
@@ -208,10 +208,8 @@ class DeltaWorld:
             raise UsageError(
                 f"num_context {num_context}, samples_at_once {samples_at_once}: wanted 1 or more"
             )
-        place = pick_device(device)
-        autocast: Autocast = "float32"
-        if precision_name(precision, place) == "bfloat16":
-            autocast = "bfloat16"
+        place = choose_device(device, automatic=DEVICES)
+        autocast = cast(Autocast, precision_name(precision, place))
         parts = load_parts(
             Path(folder),
             tokenizer=tokenizer,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...extract.backbone import Backbone
-from ...extract.identity import RESIZE_RULE
+from ...extract.pixels import RESIZE_RULE
 from ...shards.cache import compare, read_cache_info
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import write_json

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import av
 import numpy as np
-from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import partial_path, publish
 from .pictures import WEBP_QUALITY, Panel, Strip, Tile, page_picture
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 LINE = 22  # pixels of a line of text
 GAP = 6  # pixels between cells
@@ -129,6 +130,8 @@ def webp_bytes(pictures: Sequence[Image.Image], *, step_s: float) -> bytes:
 def write_mp4(path: Path, pictures: Sequence[Image.Image], *, step_s: float) -> None:
     """The pictures as an MP4, each for `step_s`, the last one for HOLD steps; under a partial name
     first. UsageError where the folder cannot be written to."""
+    import av  # FFmpeg is loaded where a film is written, not for every report
+
     rate = Fraction(1 / step_s).limit_denominator(1000)
     partial = partial_path(path)
     try:
@@ -137,7 +140,7 @@ def write_mp4(path: Path, pictures: Sequence[Image.Image], *, step_s: float) -> 
         raise UsageError(f"{path}: cannot be written ({error}); give another file") from error
     try:
         with av.open(str(partial), mode="w", format="mp4") as container:
-            stream = cast(VideoStream, container.add_stream(_codec(), rate=rate))
+            stream = cast("VideoStream", container.add_stream(_codec(), rate=rate))
             stream.width, stream.height = pictures[0].size
             stream.pix_fmt = "yuv420p"
             stream.bit_rate = 2_000_000
@@ -226,6 +229,8 @@ def _filled(strip: Strip, past: Sequence[Tile]) -> tuple[Tile, ...]:
 
 
 def _codec() -> str:
+    import av
+
     for name in _CODECS:
         if name in av.codecs_available:
             return name

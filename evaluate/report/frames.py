@@ -14,7 +14,7 @@ from ...extract.decoding.clip import decode_drawn
 from ...extract.sampling import WindowDraw
 from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, TargetFrames
 from ...extract.sources.find import find_clips
-from ...shards.errors import UnusableClip
+from ...shards.errors import ClipError
 from ...shards.evaluation.targets import Target
 from .pictures import Tile
 
@@ -50,7 +50,7 @@ def read_frames(clip: Clip, indices: Sequence[int]) -> list[NDArray[np.uint8]] |
             size_bytes=clip.size_bytes,
             decoder="pyav",
         ).frames
-    except UnusableClip as error:
+    except ClipError as error:
         logger.warning("%s: its pictures have no frames: %s", clip.key, error)
         return None
     return [frames[index] for index in indices]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ...shards.errors import DeltatokError, UnusableClip
+from ...shards.errors import ClipError, DeltatokError
 from ...shards.evaluation.geometry import (
     MAX_ASPECT_RATIO,
     compute_resize_sizes,
@@ -69,10 +69,10 @@ class EvaluationPolicy:
             height, width: of the shown frame, in pixels.
 
         Raises:
-            UnusableClip: the sequence ends before the last frame, or frames are too small.
+            ClipError: the sequence ends before the last frame, or frames are too small.
         """
         if numbers[-1] >= len(times_s):
-            raise UnusableClip(
+            raise ClipError(
                 f"shows {len(times_s)} frames, the target is frame {numbers[-1]}", stage="sample"
             )
         region = (0, 0, height, width)
@@ -80,7 +80,7 @@ class EvaluationPolicy:
             try:
                 region = kb_region(height, width)
             except DeltatokError as error:
-                raise UnusableClip(str(error), stage="sample") from error
+                raise ClipError(str(error), stage="sample") from error
         resized = compute_resize_sizes(*region[2:], self.frame_size)
         return [
             WindowDraw(

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from ...shards.errors import UnusableClip
+from ...shards.errors import ClipError
 from ..sampling import WindowDraw
 from .container import (
     DecoderFailed,
@@ -65,7 +65,7 @@ TORCHCODEC_TIME_TOLERANCE_S = 1e-6
 
 Draw = Callable[[Float64, int, int], list[WindowDraw]]
 """Windows of a clip from its times (seconds, float64 (N,)) and its shown height and width.
-Raises UnusableClip where there are none."""
+Raises ClipError where there are none."""
 
 DrawnFrames = tuple[list[WindowDraw], dict[int, UInt8]]
 """The windows of a clip, and RGB of the frames they use by index: uint8 (H, W, 3), all one size."""
@@ -86,7 +86,7 @@ def decode_with_pyav(
     was shown, and a second pass keeps those.
 
     Raises:
-        UnusableClip: nothing can be decoded, the timestamps or the frame size make no sense, or no
+        ClipError: nothing can be decoded, the timestamps or the frame size make no sense, or no
             window can be drawn.
     """
     height, width = index.first_frame.shape[:2]
@@ -97,7 +97,7 @@ def decode_with_pyav(
         wanted = frames_used(windows)
         if wanted <= kept.keys():
             return windows, {frame: kept[frame] for frame in wanted}
-    raise UnusableClip("shows other frames each time it is decoded", stage="decode")
+    raise ClipError("shows other frames each time it is decoded", stage="decode")
 
 
 def _expected_frames(index: FileIndex, draw: Draw) -> set[int]:
@@ -105,7 +105,7 @@ def _expected_frames(index: FileIndex, draw: Draw) -> set[int]:
     height, width = index.first_frame.shape[:2]
     try:
         windows = draw(index.times_s, height, width)
-    except UnusableClip:
+    except ClipError:
         return set()
     return frames_used(windows)
 
@@ -123,7 +123,7 @@ def _decode_all(
             for frame in frames_of(packet, stream, errors=[]):
                 shape = shape or (frame.height, frame.width)
                 if (frame.height, frame.width) != shape:
-                    raise UnusableClip(
+                    raise ClipError(
                         f"changes its size at frame {len(pts)}: from {shape[1]}x{shape[0]} to "
                         f"{frame.width}x{frame.height}",
                         stage="decode",
@@ -141,7 +141,7 @@ def decode_with_decord(
 
     Raises:
         DecoderFailed: decord is missing, cannot read the file, or disagrees with `index`.
-        UnusableClip: no window can be drawn.
+        ClipError: no window can be drawn.
     """
     require_supported(index, codecs=DECORD_CODECS)
     try:
@@ -205,7 +205,7 @@ def decode_with_torchcodec(
 
     Raises:
         DecoderFailed: torchcodec is missing, cannot read the file, or disagrees with `index`.
-        UnusableClip: no window can be drawn.
+        ClipError: no window can be drawn.
     """
     require_supported(index, codecs=TORCHCODEC_CODECS)
     try:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...shards.errors import UnusableClip, UsageError
+from ...shards.errors import ClipError, UsageError
 from ..config import DecoderChoice
 from ..datasets.windows import EvaluationPolicy, Policy
 from ..sampling import WindowDraw, draw_windows
@@ -88,14 +88,14 @@ def decode_clip(
         starting: called with the name of a decoder before it starts on the clip.
 
     Raises:
-        UnusableClip: with the reason.
+        ClipError: with the reason.
     """
 
     def draw(times_s: Float64, height: int, width: int) -> list[WindowDraw]:
         windows = _windows(policy, key, source, times_s, height, width)
         num_frames = len(frames_used(windows))
         if num_frames * height * width * 3 > max_bytes:
-            raise UnusableClip(
+            raise ClipError(
                 f"its windows use {num_frames} frames of {width}x{height}, "
                 f"{num_frames * height * width * 3 / 1e9:.1f} GB at once, more than "
                 f"{max_bytes / 1e9:.1f} GB: cut it into shorter clips",
@@ -177,10 +177,10 @@ def opened_clip(
     """What to decode. Held against its size when it is opened and again when it is left.
 
     Raises:
-        UnusableClip: it cannot be opened, or is not what it was when it was planned.
+        ClipError: it cannot be opened, or is not what it was when it was planned.
     """
     if isinstance(source, Unreadable):
-        raise UnusableClip(source.reason, stage="open")
+        raise ClipError(source.reason, stage="open")
     try:
         if isinstance(source, ZipFolder):
             with ZipParts(path) as parts:
@@ -206,12 +206,12 @@ def opened_clip(
             if before is not None:
                 _check_stamp(path, file_stamp(path), before)
     except (OSError, BadZip, UsageError) as error:
-        raise UnusableClip(f"cannot be opened: {describe(error)}", stage="open") from error
+        raise ClipError(f"cannot be opened: {describe(error)}", stage="open") from error
 
 
 def _check_size(got: int, planned: int | None) -> None:
     if planned is not None and got != planned:
-        raise UnusableClip(
+        raise ClipError(
             f"was changed: had {planned} bytes when it was found, now {got}", stage="open"
         )
 
@@ -219,7 +219,7 @@ def _check_size(got: int, planned: int | None) -> None:
 def _check_stamp(path: Path, got: Stamp, wanted: Stamp) -> None:
     if got != wanted:
         size = f"had {wanted[0]} bytes, now {got[0]}" if got[0] != wanted[0] else "written to"
-        raise UnusableClip(f"{path.name} was changed since it was opened: {size}", stage="open")
+        raise ClipError(f"{path.name} was changed since it was opened: {size}", stage="open")
 
 
 def check_installed(choice: DecoderChoice) -> None:

@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from ...shards.errors import UnusableClip
+from ...shards.errors import ClipError
 from ..sources.tars import FileSlice
 
 VideoFile = Path | FileSlice
@@ -79,7 +79,7 @@ def open_video(
     """The file and its best video stream (FFmpeg's choice, which is also decord's).
 
     Raises:
-        UnusableClip: the file cannot be opened, or holds no video.
+        ClipError: the file cannot be opened, or holds no video.
     """
     with ExitStack() as opened:
         try:
@@ -97,21 +97,21 @@ def open_video(
                     buffer_size=SLICE_BUFFER_BYTES,
                 )
         except (OSError, av.error.FFmpegError, UnicodeError) as error:
-            raise UnusableClip(
+            raise ClipError(
                 f"cannot be opened: {_why_not_opened(video, error)}", stage="open"
             ) from error
         opened.enter_context(container)
         if container.format.name in PLAYLISTS:
-            raise UnusableClip(
+            raise ClipError(
                 f"is no video but a playlist of others ({container.format.name})", stage="open"
             )
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
-            raise UnusableClip("holds no video stream", stage="open")
+            raise ClipError("holds no video stream", stage="open")
         try:
             stream.codec_context.thread_count = threads
         except (av.error.FFmpegError, AttributeError) as error:
-            raise UnusableClip(f"no decoder: {describe(error)}", stage="open") from error
+            raise ClipError(f"no decoder: {describe(error)}", stage="open") from error
         yield container, stream
 
 
@@ -152,7 +152,7 @@ def read_index(video: VideoFile) -> FileIndex:
     """Reads all packet headers and decodes up to the first frame.
 
     Raises:
-        UnusableClip: the file cannot be opened, or not one frame of it can be decoded.
+        ClipError: the file cannot be opened, or not one frame of it can be decoded.
     """
     packets: list[_Header] = []
     errors: list[str] = []
@@ -167,7 +167,7 @@ def read_index(video: VideoFile) -> FileIndex:
                 first = next(iter(frames_of(packet, stream, errors=errors)), None)
         if first is None:
             reason = f": {errors[0]}" if errors else ""
-            raise UnusableClip(
+            raise ClipError(
                 f"none of its {len(packets)} packets gives a frame{reason}", stage="decode"
             )
         times = sorted(head.pts for head in packets if head.pts is not None and not head.hidden)
@@ -213,7 +213,7 @@ def shown_times(pts: list[int | None], stream: VideoStream, *, slots_s: Float64 
     even go backward. There the frames simply take the packets' turns, `slots_s`, one by one.
 
     Raises:
-        UnusableClip: there are no times, or they go backward or make no sense.
+        ClipError: there are no times, or they go backward or make no sense.
     """
     known = [value for value in pts if value is not None]
     steps = np.diff(np.array(known, np.int64))
@@ -222,16 +222,16 @@ def shown_times(pts: list[int | None], stream: VideoStream, *, slots_s: Float64 
     if guessed and slots_s is not None and len(slots_s) >= len(pts):
         return slots_s[: len(pts)]
     if len(known) < len(pts):
-        raise UnusableClip(f"frame {pts.index(None)} has no timestamp", stage="decode")
+        raise ClipError(f"frame {pts.index(None)} has no timestamp", stage="decode")
     times_s = seconds(known, stream.time_base)
     if backward is not None:
-        raise UnusableClip(
+        raise ClipError(
             f"timestamps go backward: frame {backward} at {times_s[backward]:.3f} s, "
             f"the next one at {times_s[backward + 1]:.3f} s",
             stage="decode",
         )
     if len(times_s) and times_s[-1] > MAX_MEAN_GAP_S * len(times_s):
-        raise UnusableClip(
+        raise ClipError(
             f"timestamps make no sense: {len(times_s)} frames over {times_s[-1]:.4g} s",
             stage="decode",
         )

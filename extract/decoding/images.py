@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ...shards.errors import UnusableClip
+from ...shards.errors import ClipError
 from ..sources.clip import TargetFrames, frame_seconds, list_frames
 from ..sources.zips import MAX_FRAME_BYTES
 from .backends import Draw, DrawnFrames, frames_used
@@ -38,7 +38,7 @@ class FrameImages(Protocol):
         """File names, which say the seconds."""
 
     def read(self, name: str) -> bytes:
-        """The image file; UnusableClip if it cannot be read."""
+        """The image file; ClipError if it cannot be read."""
 
 
 class FolderImages:
@@ -63,18 +63,18 @@ class FolderImages:
 
     def read(self, name: str) -> bytes:
         if self._sizes[name] > MAX_FRAME_BYTES:
-            raise UnusableClip(f"{name}: {self._sizes[name]} bytes, no frame", stage="decode")
+            raise ClipError(f"{name}: {self._sizes[name]} bytes, no frame", stage="decode")
         try:
             return (self._folder / name).read_bytes()
         except OSError as error:
-            raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
+            raise ClipError(f"{name}: {describe(error)}", stage="decode") from error
 
 
 def decode_frame_folder(images: FrameImages, *, draw: Draw) -> DrawnFrames:
     """The windows of the clip; only the frames they use are decoded.
 
     Raises:
-        UnusableClip: no frames, names or images that make no sense, frames of different sizes, or
+        ClipError: no frames, names or images that make no sense, frames of different sizes, or
             no window can be drawn.
     """
     names, times_s = in_time_order(images.names)
@@ -84,7 +84,7 @@ def decode_frame_folder(images: FrameImages, *, draw: Draw) -> DrawnFrames:
     for index in sorted(frames_used(windows)):
         pixels = read_pixels(names[index], images.read(names[index]))
         if pixels.shape[:2] != shape:
-            raise UnusableClip(
+            raise ClipError(
                 f"changes its size at {names[index]}: from {shape[1]}x{shape[0]} to "
                 f"{pixels.shape[1]}x{pixels.shape[0]}",
                 stage="decode",
@@ -99,10 +99,10 @@ def in_time_order(names: list[str]) -> tuple[list[str], Float64]:
     times = {name: Decimal(text) for name in names if (text := frame_seconds(name)) is not None}
     ordered = sorted(times, key=lambda name: (times[name], name))
     if not ordered:
-        raise UnusableClip("holds no frames named *_<seconds>.jpg", stage="open")
+        raise ClipError("holds no frames named *_<seconds>.jpg", stage="open")
     since_first = [float(times[name] - times[ordered[0]]) for name in ordered]
     if since_first[-1] > MAX_MEAN_GAP_S * len(ordered):
-        raise UnusableClip(
+        raise ClipError(
             f"timestamps make no sense: {len(ordered)} frames over {since_first[-1]:.4g} s: are "
             "the numbers in the names seconds?",
             stage="decode",
@@ -127,36 +127,36 @@ def read_pixels(name: str, data: bytes) -> UInt8:
 
 @contextmanager
 def _opened_image(name: str, data: bytes) -> Iterator[Image.Image]:
-    """The image, of a size that is allowed and not decoded yet; UnusableClip for whatever Pillow
+    """The image, of a size that is allowed and not decoded yet; ClipError for whatever Pillow
     raises while it is used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about metadata and sizes
         try:
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
                 if image.width * image.height > MAX_FRAME_PIXELS:
-                    raise UnusableClip(
+                    raise ClipError(
                         f"{name}: {image.width}x{image.height} pixels, more than "
                         f"{MAX_FRAME_PIXELS} a frame",
                         stage="decode",
                     )
                 yield image
-        except UnusableClip:
+        except ClipError:
             raise
         except Image.DecompressionBombError as error:
-            raise UnusableClip(f"{name}: {describe(error)}", stage="decode") from error
+            raise ClipError(f"{name}: {describe(error)}", stage="decode") from error
         except UnidentifiedImageError as error:  # whose text names an address in memory
             reason = f"{name} cannot be decoded: is no JPEG or PNG image"
-            raise UnusableClip(reason, stage="decode") from error
+            raise ClipError(reason, stage="decode") from error
         except _PILLOW_ERRORS as error:
             reason = f"{name} cannot be decoded: {describe(error)}"
-            raise UnusableClip(reason, stage="decode") from error
+            raise ClipError(reason, stage="decode") from error
 
 
 def decode_target_frames(images: FrameImages, source: TargetFrames, *, draw: Draw) -> DrawnFrames:
     """The windows of the target, and its frames by their numbers in the sequence.
 
     Raises:
-        UnusableClip: a frame cannot be read or has another size than the target.
+        ClipError: a frame cannot be read or has another size than the target.
     """
     frames = {
         number: read_pixels(name, images.read(name))
@@ -165,7 +165,7 @@ def decode_target_frames(images: FrameImages, source: TargetFrames, *, draw: Dra
     height, width, _ = frames[source.numbers[-1]].shape
     for name, pixels in zip(source.names, frames.values(), strict=True):
         if pixels.shape[:2] != (height, width):
-            raise UnusableClip(
+            raise ClipError(
                 f"changes its size: {name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, the "
                 f"target {width}x{height}",
                 stage="decode",

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -157,8 +158,7 @@ class DecodePool:
         """Of decoded clips that `decode` has not given yet."""
 
     def __enter__(self) -> Self:
-        self._closing.clear()
-        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
+        self._open()
         return self
 
     def __exit__(
@@ -168,6 +168,10 @@ class DecodePool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _open(self) -> None:
+        self._closing.clear()
+        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
 
     def close(self) -> None:
         """Kills all processes; a second call does nothing."""
@@ -202,12 +206,13 @@ class DecodePool:
                 result = self._take(ahead.popleft())
                 ahead.extend(threads.submit(self._decode, *item) for item in islice(source, 1))
                 yield result
+                del result  # the memory of its frames may be used again
             finished = True
         finally:
             self._decoding = False
             if not finished and self._threads is threads:
                 self.close()
-                self.__enter__()
+                self._open()
 
     def _take(self, future: "Future[DecodedClip | Quarantined]") -> DecodedClip | Quarantined:
         with self._room:
@@ -244,7 +249,7 @@ class DecodePool:
         failures: list[str] = []
         tries: tuple[DecoderChoice, ...] = (self._decoder, "pyav")  # decord is the one that hangs
         for decoder in tries:
-            worker = self._idle_worker()
+            worker = self._borrow_worker()
             request = DecodeRequest(
                 clip=clip,
                 policy=self._policy,
@@ -264,7 +269,7 @@ class DecodePool:
             return _quarantined(clip, answer.stage, [*failures, answer.reason])
         return _quarantined(clip, "decode", failures)
 
-    def _idle_worker(self) -> "_Worker":
+    def _borrow_worker(self) -> "_Worker":
         """One that waits for work, or a new one; DeltatokError if none can be started."""
         with contextlib.suppress(IndexError):
             return self._idle.pop()
@@ -283,7 +288,7 @@ class DecodePool:
                 reason = str(failure)
         raise DeltatokError(
             f"no decoding process can be started: {reason}: "
-            f"run `{' '.join(self._command)}` by hand to see why"
+            f"run `{shlex.join(self._command)}` by hand to see why"
         )
 
     def _give_back(self, worker: "_Worker") -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
-from ...shards.errors import Stage, UnusableClip
+from ...shards.errors import ClipError, ClipStage
 from ..config import DecoderChoice
 from ..datasets.windows import Policy
 from ..sampling import WindowDraw
@@ -66,7 +66,7 @@ class DecodeReply:
 class Refusal:
     """Why a clip gives no windows."""
 
-    stage: Stage
+    stage: ClipStage
     reason: str
 
 
@@ -97,6 +97,9 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a decoder that crashes leaves no core file
+    # A limit on the size of files holds for memory files too, and they are none that fill a disk.
+    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     _die_with(parent_pid)
     connection = Connection(connection_fd)
     memory_files: dict[int, int] = {}
@@ -110,7 +113,7 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
             memory_files[memory] = recv_handle(connection)
         try:
             decoded = decode(request, connection.send)
-        except UnusableClip as error:
+        except ClipError as error:
             connection.send(Refusal(error.stage, str(error)))
             continue
         connection.send(_write_frames(decoded, memory_files[memory]))

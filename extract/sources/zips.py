@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ...shards.errors import DeltatokError, UnusableClip, UsageError
+from ...shards.errors import ClipError, DeltatokError, UsageError
 from .clip import (
     FRAME_NAME,
     VIDEO_SUFFIXES,
@@ -280,7 +280,7 @@ class ZipImages:
                 folder, _, name = entry_name(entry.name).rpartition("/")
                 if folder == source.folder and frame_seconds(name) is not None:
                     if name in self._entries:
-                        raise UnusableClip(f"{name} is twice in the archive", stage="open")
+                        raise ClipError(f"{name} is twice in the archive", stage="open")
                     self._entries[name] = entry
 
     @property
@@ -328,8 +328,8 @@ def _inflate(name: str, stored: bytes, size: int) -> bytes:
         raise _damaged(name, f"cannot be unpacked ({error})") from error
 
 
-def _damaged(name: str, what: str) -> UnusableClip:
-    return UnusableClip(f"{name} {what}", stage="decode")
+def _damaged(name: str, what: str) -> ClipError:
+    return ClipError(f"{name} {what}", stage="decode")
 
 
 @dataclass

@@ -45,7 +45,7 @@ from ..patches.table import WindowTable
 from ..patches.zarr_arrays import ReadOnlyFile
 from ..reader import CacheReader
 from ..records import SHARD_ADVICE, Verify, shard_path
-from ..schema import MAX_JSON_BYTES, Fields, is_number, parse_json, shown
+from ..schema import MAX_JSON_BYTES, STORED, load, parse_json, shown
 
 BLOCK_BYTES = 512
 MEMBER_NAME = re.compile(r"([0-9]{6,9})\.(tokens\.npy|timestamps\.npy|windows\.json)")
@@ -239,26 +239,26 @@ def read_windows(path: Path, block: Block, *, num_frames: int) -> list[dict[str,
         raise DamagedShard(f"{where}: wanted a list of {block.num_windows} windows: {SHARD_ADVICE}")
     windows = []
     for item in value:
-        fields = Fields(item, where=where)
-        frames, crop = fields.integers("frames", high=MAX_INT32), fields.sequence("crop")
-        if len(frames) != num_frames or len(crop) != 4 or not all(map(_is_edge, crop)):
+        window = load(_StoredWindow, item, where=where, how=STORED)
+        frames, crop = window.frames, window.crop
+        sizes = (len(frames), len(crop))
+        if sizes != (num_frames, 4) or max(map(abs, [*frames, *crop])) > MAX_INT32:
             raise DamagedShard(
                 f"{where}: frames {shown(frames)} and crop {shown(crop)}, wanted {num_frames} "
                 f"indices and 4 numbers: {SHARD_ADVICE}"
             )
-        windows.append(
-            {
-                "clip": fields.text("clip"),
-                "frames": list(frames),
-                "crop": crop,
-                "flipped": fields.boolean("flipped"),
-            }
-        )
+        windows.append(vars(window))
     return windows
 
 
-def _is_edge(value: object) -> bool:
-    return is_number(value) and abs(float(value)) <= MAX_INT32  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _StoredWindow:
+    """A window in windows.json; frames in presentation order, crop in source pixels."""
+
+    clip: str
+    frames: list[int]
+    crop: list[float]
+    flipped: bool
 
 
 def _header(path: Path, member: TarMember, *, dtype: np.dtype[Any], num_axes: int) -> NpyHeader:

@@ -15,14 +15,14 @@ Those of a uniform cache's clips lie in a folder of their own, named by the clip
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CacheMismatch, DamagedShard, UsageError
 from ..npy import map_npy
-from ..schema import Fields, is_count, is_number, shown
+from ..schema import shown
 from .geometry import kb_region
 
 Kind = Literal["segmentation", "depth"]
@@ -82,34 +82,21 @@ def target_to_json(target: PlanTarget) -> dict[str, Any]:
     return fields | {"frames": list(target.frames)} if target.frames else fields
 
 
-def target_from_json(value: Mapping[str, Any], *, where: str) -> PlanTarget:
-    """The target that `target_to_json` described; DamagedShard for anything else, and for a label
-    path that leads out of the data set."""
-    fields = Fields(dict(value), where=where)
-    label, size, kind = fields.text("label"), fields.sequence("label_size"), fields.text("kind")
-    if not is_inside(label):
-        raise DamagedShard(f"{where}: label is {shown(label)}, wanted a path inside the data set")
-    if len(size) != 2 or not all(is_count(side) and 1 <= side <= MAX_LABEL_SIDE for side in size):
-        raise DamagedShard(f"{where}: label_size is {shown(size)}, wanted height and width")
-    frames = fields.sequence("frames") if fields.has("frames") else []
-    for frame in frames:
-        if not (isinstance(frame, str) and is_inside(frame)):
+def check_target(target: PlanTarget, *, where: str) -> None:
+    """DamagedShard for a target whose label or frames lead out of the data set, or that has numbers
+    that cannot be."""
+    for name, path in (("label", target.label), *(("a frame", frame) for frame in target.frames)):
+        if not is_inside(path):
             raise DamagedShard(
-                f"{where}: a frame is {shown(frame)}, wanted a path inside the data set"
+                f"{where}: {name} is {shown(path)}, wanted a path inside the data set"
             )
-    known: dict[str, Kind] = {name: name for name in get_args(Kind)}
-    if kind not in known:
-        raise DamagedShard(f"{where}: kind is {shown(kind)}, wanted {' or '.join(known)}")
-    return PlanTarget(
-        label=label,
-        label_size=(size[0], size[1]),
-        kind=known[kind],
-        sequence=fields.text("sequence"),
-        rule=_rule(fields.mapping("rule"), where=f"{where}: rule")
-        if fields.has("rule")
-        else LabelRule(),
-        frames=tuple(frames),
-    )
+    if not all(1 <= side <= MAX_LABEL_SIDE for side in target.label_size):
+        raise DamagedShard(
+            f"{where}: label_size is {shown(target.label_size)}, wanted height and width"
+        )
+    steps = target.rule.steps_per_m
+    if steps is not None and not steps > 0:
+        raise DamagedShard(f"{where}: rule.steps_per_m is {shown(steps)}, wanted a number above 0")
 
 
 def check_same_target(where: str, stored: PlanTarget | None, asked: PlanTarget | None) -> None:
@@ -141,26 +128,6 @@ def leads_out(root: Path, path: str) -> bool:
     found, (top, *rest) = (root / path).resolve(), path.split("/")
     homes = [root.resolve(), *([(root / top).resolve()] if rest else [])]
     return not any(found.is_relative_to(home) for home in homes)
-
-
-def _rule(value: Mapping[str, Any], *, where: str) -> LabelRule:
-    fields = Fields(dict(value), where=where)
-    name = fields.text("name")
-    known: dict[str, RuleName] = {name: name for name in get_args(RuleName)}
-    if name not in known:
-        raise DamagedShard(
-            f"{where}: name is {shown(name)}, wanted one of {', '.join(known)}: "
-            "a newer release may know it"
-        )
-    steps = value.get("steps_per_m")
-    if steps is not None and not (is_number(steps) and steps > 0):
-        raise DamagedShard(f"{where}: steps_per_m is {shown(steps)}, wanted a number above 0")
-    return LabelRule(
-        name=known[name],
-        ignore=fields.integers("ignore") if fields.has("ignore") else (),
-        steps_per_m=None if steps is None else float(steps),
-        frame=fields.integer("frame") if fields.has("frame") else None,
-    )
 
 
 Scalar = TypeVar("Scalar", bound=np.generic)

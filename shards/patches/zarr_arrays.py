@@ -16,6 +16,7 @@ preadv straight into the caller's array. Used by `token_reader`.
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DamagedShard, UsageError
-from ..schema import Fields, read_json, shown
+from ..schema import STORED, load, read_json, shown
 from .layout import only_chunk
 
 COMPRESSIONS = ("none", "zstd")
@@ -159,8 +160,15 @@ def read_array(
 
 def read_attributes(group: Path) -> dict[str, Any]:
     """The attributes of the group."""
-    where = str(group / "zarr.json")
-    return Fields(read_json(group / "zarr.json"), where=where).mapping("attributes")
+    path = group / "zarr.json"
+    return load(_Group, read_json(path), where=str(path), how=STORED).attributes
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The part of a group's zarr.json that is ours."""
+
+    attributes: dict[str, Any]
 
 
 def check_metadata(
@@ -171,7 +179,8 @@ def check_metadata(
     `inner`: shape of the chunks in a shard, None for an array of one chunk, never compressed."""
     where = str(path / "zarr.json")
     metadata = read_json(path / "zarr.json")
-    fields = Fields(metadata, where=where)
+    if not isinstance(metadata, dict):
+        raise DamagedShard(f"{where}: {shown(metadata)}, wanted a JSON object: {ADVICE}")
     compression = "none"
     if inner is not None and _takes_zstd_out(metadata):
         compression = "zstd"
@@ -194,13 +203,13 @@ def check_metadata(
         "codecs": codecs,
     }
     for name, value in wanted.items():
-        got = metadata[name] if fields.has(name) else None
+        got = metadata.get(name)
         if _without_defaults(got) != _without_defaults(value):
             raise DamagedShard(
                 f"{where}: {name} is {shown(got)}, wanted {shown(value)}: not the layout of "
                 f"format_version 1, or damaged; {ADVICE}"
             )
-    if fields.has("storage_transformers") and fields.sequence("storage_transformers"):
+    if metadata.get("storage_transformers") not in (None, []):
         raise DamagedShard(f"{where}: has storage transformers, wanted none; {ADVICE}")
     return compression
 

@@ -20,7 +20,7 @@ from deltatok.extract.sampling import (
     sample_frame_indices,
     uniform_windows,
 )
-from deltatok.shards.errors import UnusableClip
+from deltatok.shards.errors import ClipError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "08_eval"
 SAMPLED = json.loads((GOLDEN / "sample_frame_indices.json").read_text())["sample_frame_indices"]
@@ -148,7 +148,7 @@ def test_clip_shorter_than_a_window_repeats_frames_with_true_times(make_policy: 
 
 @pytest.mark.parametrize("times_s", [[0.0], [0.0, 0.0, 0.0]])
 def test_still_is_unusable(make_policy: MakePolicy, times_s: list[float]) -> None:
-    with pytest.raises(UnusableClip, match="shows 1 frame; a window needs at least 2"):
+    with pytest.raises(ClipError, match="shows 1 frame; a window needs at least 2"):
         draw_windows(make_policy(), "k", np.array(times_s), 64, 64)
 
 
@@ -186,11 +186,11 @@ def test_uniform_takes_the_whole_frame_unflipped(make_policy: MakePolicy) -> Non
 def test_uniform_refuses_a_clip_without_one_window(make_policy: MakePolicy) -> None:
     policy = make_policy(policy="uniform", fps=5.0, num_frames=7)
     words = r"shows 12 frames over 0\.367 s; a window of 7 frames at 5 a second needs 1\.200 s"
-    with pytest.raises(UnusableClip, match=words):
+    with pytest.raises(ClipError, match=words):
         draw_windows(policy, "k", np.arange(12) / 30, 48, 64)
 
 
 def test_uniform_refuses_times_without_frames(make_policy: MakePolicy) -> None:
     policy = make_policy(policy="uniform", fps=5.0)
-    with pytest.raises(UnusableClip, match=r"shows 2 frames over 1e\+09 s, too few for 5 a second"):
+    with pytest.raises(ClipError, match=r"shows 2 frames over 1e\+09 s, too few for 5 a second"):
         draw_windows(policy, "k", np.array([0.0, 1e9]), 48, 64)

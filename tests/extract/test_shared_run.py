@@ -219,7 +219,7 @@ def test_each_rank_of_a_machine_has_its_own_gpu(
 def test_ranks_of_a_machine_share_its_cores(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "default_num_workers", lambda: 16)
+    monkeypatch.setattr("deltatok.extract.decoding.pool.default_num_workers", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert devices.choose_num_workers(make_config(workers=None)) == 2
     assert devices.choose_num_workers(make_config(workers=3)) == 3

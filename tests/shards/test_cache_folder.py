@@ -122,10 +122,10 @@ def test_a_partial_cache_json_does_not_make_a_folder_foreign(little: Any, tmp_pa
         ({"identity": []}, "identity is"),
         ({"shape": {}}, "shape: no field 'num_frames'"),
         ({"complete": "yes"}, "complete is 'yes'"),
-        ({"counts": {"windows": -3}}, "counts is"),
+        ({"counts": {"windows": -3}}, "counts.windows is -3"),
         ({"counts": {"windows": 12}}, "cache.json says 2 with 12"),
         ({"files": {"black.npy": 3}}, "files.black.npy"),
-        ({"software": {"torch": 2}}, "software is"),
+        ({"software": {"torch": 2}}, "software.torch is 2"),
         ({"licence": None}, "licence is None"),
         ({"parent_fingerprint": 4}, "parent_fingerprint is 4"),
     ],
@@ -156,7 +156,7 @@ def test_a_grid_that_does_not_fit_is_refused(patches: Any, grid: Any) -> None:
     content = json.loads(path.read_text())
     content["shape"]["grid"] = grid
     path.write_text(json.dumps(content))
-    with pytest.raises(DamagedShard, match="grid is"):
+    with pytest.raises(DamagedShard, match=r"grid(\[0\])? is"):
         read_cache_info(patches.folder)
 
 

@@ -19,7 +19,7 @@ dtypes of its tensors are checked, a changed value in it is not found.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import partial_path, publish, remove, sha256_file, write_json, writing
-from ...shards.schema import Fields, read_json
+from ...shards.schema import STORED, load, read_json
 from ..config import DINOWorldTrainConfig, TokenizerTrainConfig, TrainConfig, WorldTrainConfig
 from ..data.order import generator
 from .model_folder import (
@@ -144,20 +144,28 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
         except (OSError, SafetensorError) as error:
             raise _damaged(file, f"not readable ({error})") from error
     try:
-        state = Fields(read_json(checkpoint / STATE), where=str(checkpoint / STATE))
-        step = state.integer("step")
-        sha256 = state.text_mapping("files") if state.has("files") else {}
+        values: dict[str, Any] = read_json(checkpoint / STATE)
+        state = load(_State, values, where=str(checkpoint / STATE), how=STORED)
     except DamagedShard as error:
         raise _damaged(checkpoint / STATE, f"not readable ({error})") from error
-    if checkpoint.name != _path(checkpoint.parent, step).name:
-        raise _damaged(checkpoint / STATE, f"of step {step}, not of {checkpoint.name}")
-    if not sha256:
+    if checkpoint.name != _path(checkpoint.parent, state.step).name:
+        raise _damaged(checkpoint / STATE, f"of step {state.step}, not of {checkpoint.name}")
+    if not state.files:
         logger.warning("%s has no checksums: an earlier version wrote it", checkpoint)
-    for name, wanted in sha256.items():
+    for name, wanted in state.files.items():
         file = checkpoint / name
         if name not in FILES or not file.is_file() or sha256_file(file) != wanted:
             raise _damaged(file, "not what was written (another SHA-256 than in state.json)")
-    return state.values
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What state.json says of the checkpoint itself."""
+
+    step: int
+    files: dict[str, str] = field(default_factory=dict)
+    """Name -> SHA-256."""
 
 
 def _damaged(file: Path, problem: str) -> DamagedShard:
@@ -184,11 +192,10 @@ def read_best(checkpoint: Path, state: Mapping[str, Any]) -> Best | None:
         return None
     file = checkpoint / STATE
     try:
-        fields = Fields(state["best"], where="best")
-        step, by, value = fields.integer("step"), fields.text("by"), fields.number("value")
+        best = load(Best, state["best"], where="best", how=STORED)
     except DamagedShard as error:
         raise _damaged(file, str(error)) from error
-    return Best(step=step, by=by, value=value) if _path(checkpoint.parent, step).is_dir() else None
+    return best if _path(checkpoint.parent, best.step).is_dir() else None
 
 
 def _folder_with_optimizer(folder: Path) -> Path:

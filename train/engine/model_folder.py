@@ -56,7 +56,7 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
         fields = _read_config(Path(folder), cls.saved_as)
-        config = load(cls.config_class, fields, where=str(Path(folder) / CONFIG), strictness=MODEL)
+        config = load(cls.config_class, fields, where=str(Path(folder) / CONFIG), how=MODEL)
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, read_tensors(Path(folder) / WEIGHTS), source=str(folder))

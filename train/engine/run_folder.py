@@ -21,7 +21,7 @@ import torch
 from ...shards.cache import differences, plain
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import is_partial, remove_partials, write_json
-from ...shards.schema import Fields, read_json
+from ...shards.schema import STORED, load, read_json
 from ..config import TrainConfig
 from .checkpoints import STATE, find_checkpoints
 from .devices import Accelerator, on_main
@@ -62,6 +62,16 @@ def _lock(folder: Path, stack: ExitStack) -> None:
 
 
 DESCRIPTION = "train.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """What train.json, and the state.json of a checkpoint, say of a run."""
+
+    command: str
+    data: dict[str, Any]
+    config: dict[str, Any]
+    finished_step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +128,13 @@ class TrainingRun:
             self._check_empty()
             return False
         try:
-            stored = Fields(read_json(file), where=str(file))
+            stored = load(_Description, read_json(file), where=str(file), how=STORED)
         except DamagedShard as error:
             raise DamagedShard(
                 f"{file}: not readable: copy {STATE} of the newest checkpoint over it, or set "
                 "another out"
             ) from error
-        finished = stored.integer("finished_step") if stored.has("finished_step") else None
+        finished = stored.finished_step
         has_checkpoints = bool(find_checkpoints(self.checkpoints))
         if finished is None and not has_checkpoints:
             return False  # nothing was trained yet: what the file says binds nobody
@@ -147,7 +157,8 @@ class TrainingRun:
     def check_checkpoint(self, checkpoint: Path) -> None:
         """CacheMismatch if a checkpoint in the folder is of another model, config or cache."""
         file = checkpoint / STATE
-        self._check_continues(Fields(read_json(file), where=str(file)), what=str(file))
+        stored = load(_Description, read_json(file), where=str(file), how=STORED)
+        self._check_continues(stored, what=str(file))
 
     def begin(self) -> None:
         """Make the folder and write train.json; what killed writers left is removed."""
@@ -169,16 +180,16 @@ class TrainingRun:
         """Note in train.json, after the model was written, that training has ended."""
         write_json(self.folder / DESCRIPTION, self.describe(finished_step=self.config.steps))
 
-    def _check_continues(self, stored: Fields, *, what: str) -> None:
+    def _check_continues(self, stored: "_Description", *, what: str) -> None:
         """CacheMismatch naming all that differs between this run and the stored one."""
         mine = self.describe()
-        if (command := stored.text("command")) != self.command:
+        if stored.command != self.command:
             raise CacheMismatch(
-                f"{what}: a run of {command!r}, wanted {self.command!r}: set another out"
+                f"{what}: a run of {stored.command!r}, wanted {self.command!r}: set another out"
             )
         for what_of, got, wanted in (
-            ("data", stored.mapping("data"), mine["data"]),
-            ("config", self._bound(stored.mapping("config")), self._bound(mine["config"])),
+            ("data", stored.data, mine["data"]),
+            ("config", self._bound(stored.config), self._bound(mine["config"])),
         ):
             if found := differences(got, wanted):
                 named = "; ".join(

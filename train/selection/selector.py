@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...shards.devices import precision_name
 from ...shards.errors import DeltatokError, UsageError
 from ..config import DINOWorldTrainConfig, WorldTrainConfig
 from ..data.batches import Batch
 from ..data.order import Indices, seed_for
-from ..engine.devices import check_compiler, precision_name
+from ..engine.devices import check_compiler
 from ..engine.logs import Meter, is_time
 from ..engine.objective import Objective
 from ..models.deltaworld import DeltaWorldNetwork

@@ -21,8 +21,7 @@ from deltatok.evaluate.inference import futures as futures_pictures
 from deltatok.evaluate.report.panels import most_diverse
 from deltatok.evaluate.report.pictures import heat_tile
 from deltatok.extract.backbone import Backbone
-from deltatok.extract.identity import RESIZE_RULE
-from deltatok.extract.pixels import window_pixels
+from deltatok.extract.pixels import RESIZE_RULE, window_pixels
 from deltatok.extract.sampling import WindowDraw
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.shards.errors import CacheMismatch, DeltatokError, UsageError
@@ -450,3 +449,13 @@ def test_the_most_different_samples_are_spread_out() -> None:
 def test_importing_evaluate_imports_no_torch() -> None:
     code = "import sys, deltatok.evaluate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["inference.model", "forecast.run"])
+def test_decoders_are_loaded_where_a_file_is_decoded_only(module: str) -> None:
+    program = (
+        f"import sys, deltatok.evaluate.{module}\n"
+        "loaded = [name for name in sys.modules if name.startswith('deltatok.extract.decoding')]\n"
+        "assert not loaded and 'av' not in sys.modules, loaded"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)

@@ -19,7 +19,7 @@ from deltatok.extract.decoding.pool import DecodedClip, DecodePool
 from deltatok.extract.sampling import SamplingPolicy
 from deltatok.extract.sources.clip import Clip, FrameFolder, TarVideo, Unreadable
 from deltatok.extract.sources.find import find_clips
-from deltatok.shards.errors import UnusableClip
+from deltatok.shards.errors import ClipError
 from deltatok.shards.records import Quarantined
 
 Decode = Callable[..., DecodedFrames]
@@ -101,13 +101,13 @@ def test_playlist_is_no_video(videos: Any, decode: Decode, tmp_path: Path) -> No
     playlist = f"ffconcat version 1.0\nfile {path.name}\n".encode()
     liar = path.with_name("liar.mp4")
     liar.write_bytes(playlist)
-    with pytest.raises(UnusableClip, match="a playlist of others"):
+    with pytest.raises(ClipError, match="a playlist of others"):
         decode(Clip("k", liar, len(playlist)))
     with tarfile.open(tmp_path / "w.tar", "w") as tar:
         tar.add(liar, arcname="liar.mp4")
     liar.unlink()
     (clip,) = find_clips([tmp_path / "w.tar"])
-    with pytest.raises(UnusableClip, match="cannot be opened"):
+    with pytest.raises(ClipError, match="cannot be opened"):
         decode(clip)
 
 
@@ -195,7 +195,7 @@ def test_images_that_make_no_sense_cost_their_clip(
     tmp_path: Path, decode: Decode, change: dict[str, bytes], words: str
 ) -> None:
     clip = _folder(tmp_path / "c", _frames() | change)
-    with pytest.raises(UnusableClip, match=words):
+    with pytest.raises(ClipError, match=words):
         decode(clip)
 
 
@@ -219,14 +219,14 @@ def zipped(tmp_path: Path) -> Callable[..., Clip]:
 
 
 def test_zip_bomb_is_not_unpacked(zipped: Callable[..., Clip], decode: Decode) -> None:
-    with pytest.raises(UnusableClip, match=r"would unpack from \d+ to 8388608 bytes, no frame"):
+    with pytest.raises(ClipError, match=r"would unpack from \d+ to 8388608 bytes, no frame"):
         decode(zipped(bytes(8 * 2**20)))
 
 
 def test_zip_that_unpacks_to_more_than_it_says_is_stopped(
     zipped: Callable[..., Clip], decode: Decode
 ) -> None:
-    with pytest.raises(UnusableClip, match="is not what its checksum says"):
+    with pytest.raises(ClipError, match="is not what its checksum says"):
         decode(zipped(bytes(8 * 2**20), at=24, pack="<I", value=1000))
 
 
@@ -243,7 +243,7 @@ def test_zip_that_unpacks_to_more_than_it_says_is_stopped(
 def test_zip_entry_that_is_damaged_costs_its_clip(
     zipped: Callable[..., Clip], decode: Decode, at: int, pack: str, value: int, words: str
 ) -> None:
-    with pytest.raises(UnusableClip, match=words):
+    with pytest.raises(ClipError, match=words):
         decode(zipped(_image(1), at=at, pack=pack, value=value))
 
 
@@ -253,7 +253,7 @@ def test_video_that_was_changed_is_not_used(videos: Any, decode: Decode, tmp_pat
     (clip,) = find_clips([path])
     with path.open("ab") as file:
         file.write(b"more")
-    with pytest.raises(UnusableClip, match=r"was changed: had \d+ bytes when it was found, now"):
+    with pytest.raises(ClipError, match=r"was changed: had \d+ bytes when it was found, now"):
         decode(clip)
 
 
@@ -263,7 +263,7 @@ def test_video_that_changes_while_it_is_decoded_is_not_used(
     path = tmp_path / "v.mp4"
     path.write_bytes(videos.write("v.mp4").read_bytes())
     (clip,) = find_clips([path])
-    with pytest.raises(UnusableClip, match="was changed since it was opened: written to"):
+    with pytest.raises(ClipError, match="was changed since it was opened: written to"):
         decode(clip, starting=lambda name: path.write_bytes(path.read_bytes()))
 
 
@@ -273,14 +273,14 @@ def test_archive_that_was_changed_is_not_used(videos: Any, decode: Decode, tmp_p
     zipped, (tarred,) = _zip(tmp_path / "f.zip", _frames()), find_clips([tmp_path / "w.tar"])
     for clip in (tarred, zipped):
         clip.path.write_bytes(clip.path.read_bytes() + b"0")
-        with pytest.raises(UnusableClip, match=r"was changed since it was opened: had \d+ bytes"):
+        with pytest.raises(ClipError, match=r"was changed since it was opened: had \d+ bytes"):
             decode(clip)
 
 
 def test_folder_that_was_changed_is_not_used(decode: Decode, tmp_path: Path) -> None:
     clip = _folder(tmp_path / "c", _frames())
     next(clip.path.iterdir()).unlink()
-    with pytest.raises(UnusableClip, match="was changed: had"):
+    with pytest.raises(ClipError, match="was changed: had"):
         decode(clip)
 
 
@@ -314,7 +314,7 @@ def test_frame_folder_may_not_be_a_tar_slice_beyond_the_file(
     (tmp_path / "w.tar").write_bytes(b"short")
     status = (tmp_path / "w.tar").stat()
     source = TarVideo(10**6, (status.st_size, status.st_mtime_ns))
-    with pytest.raises(UnusableClip, match="cannot be opened"):
+    with pytest.raises(ClipError, match="cannot be opened"):
         decode(Clip("k", tmp_path / "w.tar", 100, source))
-    with pytest.raises(UnusableClip, match="cannot be opened"):
+    with pytest.raises(ClipError, match="cannot be opened"):
         decode(Clip("k", tmp_path / "nowhere", 0, FrameFolder()))

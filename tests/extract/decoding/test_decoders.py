@@ -14,7 +14,7 @@ import pytest
 
 from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
 from deltatok.extract.sampling import SamplingPolicy
-from deltatok.shards.errors import UnusableClip
+from deltatok.shards.errors import ClipError
 
 MakePolicy = Callable[..., SamplingPolicy]
 UNEVEN = [4 * i + (0, 1, 3, 1)[i % 4] for i in range(40)]
@@ -235,7 +235,7 @@ UNUSABLE = [
 def test_unusable_clip_says_why(
     videos: Any, decode: Any, make: Callable[[Any], Path], stage: str, words: str
 ) -> None:
-    with pytest.raises(UnusableClip, match=words) as caught:
+    with pytest.raises(ClipError, match=words) as caught:
         decode(make(videos))
     assert caught.value.stage == stage
 
@@ -243,18 +243,18 @@ def test_unusable_clip_says_why(
 def test_truncated_file_without_its_index_is_refused(videos: Any, decode: Any) -> None:
     data = videos.write("whole.mp4").read_bytes()
     path = _file(videos, "cut.mp4", data[: data.index(b"moov")])
-    with pytest.raises(UnusableClip, match="cannot be opened: Invalid data found"):
+    with pytest.raises(ClipError, match="cannot be opened: Invalid data found"):
         decode(path)
 
 
 def test_clip_of_too_many_bytes_is_refused(videos: Any, decode: Any) -> None:
     path = videos.write("large.mp4")
     words = r"use \d+ frames of 128x48, 0\.0 GB at once, more than 0\.0 GB: cut it into shorter"
-    with pytest.raises(UnusableClip, match=words):
+    with pytest.raises(ClipError, match=words):
         decode(path, max_bytes=128 * 48 * 3)
 
 
 def test_reason_names_no_path(videos: Any, decode: Any) -> None:
-    with pytest.raises(UnusableClip) as caught:
+    with pytest.raises(ClipError) as caught:
         decode(videos.folder / "gone.mp4")
     assert str(videos.folder) not in str(caught.value)

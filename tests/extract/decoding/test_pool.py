@@ -7,6 +7,7 @@ the decoding is pretended, so that a clip takes no time: the key of a clip says 
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ import numpy as np
 from deltatok.extract.decoding.clip import DecodedFrames
 from deltatok.extract.decoding import worker
 from deltatok.extract.sampling import WindowDraw
-from deltatok.shards.errors import UnusableClip
+from deltatok.shards.errors import ClipError
 
 def decode(request, starting):
     key, again = request.clip.key, request.decoder == "pyav"
@@ -62,7 +63,7 @@ def decode(request, starting):
         while True:
             pass
     if "unusable" in key:
-        raise UnusableClip("too short to be a clip", stage="sample")
+        raise ClipError("too short to be a clip", stage="sample")
     draw = WindowDraw((0, 1), (0.0, 0.04), (0, 0, 64, 64), False)
     other = WindowDraw((1, 0), (0.04, 0.0), (0, 0, 64, 64), True)
     level = int(key.split()[-1]) if "number" in key else 1
@@ -158,6 +159,16 @@ def test_windows_and_pixels_arrive(run: Run, monkeypatch: pytest.MonkeyPatch, me
     assert [int(frame.mean()) for frame in first.frames] == [0, 1]
     assert [int(frame.mean()) for frame in second.frames] == [1, 0]
     assert second.draw.flipped
+
+
+def test_limit_on_the_size_of_files_is_not_for_frames(run: Run) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        (clip,) = run("clip")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(clip, DecodedClip)
 
 
 def test_hanging_decord_is_killed_and_pyav_takes_the_clip(run: Run) -> None:
@@ -298,7 +309,7 @@ def test_memory_is_used_again_when_its_frames_are_gone(
     with open_pool(num_workers=1) as pool:
         results = pool.decode(clips(*(f"clip{i}" for i in range(20))))
         while next(results, None) is not None:
-            assert _num_memory_files() <= 4  # of the one just given, two waiting, one at work
+            assert _num_memory_files() <= 3  # of the one just given, and two decoded ahead
     assert _num_memory_files() == 0
 
 

@@ -12,7 +12,7 @@ from deltatok.extract.decoding.clip import opened_clip
 from deltatok.extract.decoding.container import VideoFile
 from deltatok.extract.sources.find import find_clips
 from deltatok.extract.sources.tars import FileSlice
-from deltatok.shards.errors import UnusableClip, UsageError
+from deltatok.shards.errors import ClipError, UsageError
 
 Write = Callable[..., Path]
 IMAGES = {f"{c}/{i}_{i / 10}.jpg": c.encode() * 300 + bytes([i]) for c in "abc" for i in range(4)}
@@ -72,7 +72,7 @@ def test_damage_ends_in_an_error_or_in_fewer_clips(
                 with opened_clip(clip.path, clip.source, size_bytes=clip.size_bytes) as found:
                     _check_content(found)
                 outcomes.add("read")
-            except UnusableClip:
+            except ClipError:
                 outcomes.add("unusable")
     assert {"refused", "read"} <= outcomes
 

@@ -127,9 +127,9 @@ def test_another_class_is_refused(folder):
     [
         ({"use_moe": True}, "unknown key .use_moe"),
         ({"rope_theta": None}, "no field .rope_theta"),
-        ({"hidden_size": "8"}, "hidden_size: got '8'"),
-        ({"use_delta": 1}, "use_delta: got 1, wanted true or false"),
-        ({"num_hidden_layers": True}, "num_hidden_layers: got True, wanted an integer"),
+        ({"hidden_size": "8"}, "hidden_size is '8'"),
+        ({"use_delta": 1}, "use_delta is 1, wanted true or false"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True, wanted an integer"),
         ({"hidden_size": 6}, "multiple of 4"),
         ({"class": None}, 'no "class"'),
     ],

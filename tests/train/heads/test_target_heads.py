@@ -264,9 +264,9 @@ def test_depth_scores_count_valid_pixels_only():
     "task", [DepthTask(in_size=8, max_depth=None), SegmentationTask(in_size=8, num_classes=3)]
 )
 def test_a_frame_without_labels_trains_nothing(task):
-    channels = 1 if isinstance(task, Depth) else 3
+    channels = 1 if isinstance(task, DepthTask) else 3
     prediction = torch.full((channels, 2, 2), 5.0, requires_grad=True)
-    label = torch.zeros(2, 2) if isinstance(task, Depth) else torch.full((2, 2), 255)
+    label = torch.zeros(2, 2) if isinstance(task, DepthTask) else torch.full((2, 2), 255)
     loss, _, count = task.score(prediction, label)
     loss.backward()
     assert count == 0
