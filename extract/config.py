@@ -60,9 +60,10 @@ class RunConfig:
     """Only this many clips: the first in the seeded order of the plan, so that a higher limit
     keeps them."""
     shard_of: str | None = None
-    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines that share
-    no folder; those that do need nothing of the kind). Then copy all shards/ into one `out` and run
-    again there: a run that finds all shards made finishes the cache."""
+    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines); the ranks
+    of a launcher divide these among themselves. Machines that share no folder: then copy all
+    shards/ into one `out` and run again there; a run that finds all shards made finishes the
+    cache."""
     backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     """Hub id or local folder of the frozen DINOv3."""
     frame_size: int = 512
@@ -99,9 +100,6 @@ class RunConfig:
     like 500MB, 10GB."""
     time_limit: str | None = None
     """Stop (exit code 75) after this long; like 90s, 30m, 1h30m."""
-    lease_timeout: str = "60s"
-    """Take over the shard of a process on another machine that gave no sign of life for this
-    long; dead ones on this machine are noticed at once."""
 
     def frames_per_batch(self, device_type: str) -> int:
         """`batch_frames` where it is given, else what suits "cpu" or "cuda"."""
@@ -119,10 +117,6 @@ class RunConfig:
             return None
         return parse_duration_s(self.time_limit, name="time_limit")
 
-    @property
-    def lease_timeout_s(self) -> float:
-        return parse_duration_s(self.lease_timeout, name="lease_timeout")
-
     def __post_init__(self) -> None:
         if not self.out:
             raise UsageError("out: empty, wanted the folder to write the cache to")
@@ -137,9 +131,8 @@ class RunConfig:
         check("max_quarantined", self.max_quarantined, 0 <= self.max_quarantined <= 1, "0..1")
         check("decode_timeout_s", self.decode_timeout_s, positive(self.decode_timeout_s), "> 0")
         check("min_free", self.min_free, self.min_free_bytes >= 0, "a size")
-        limit_s, timeout_s = self.time_limit_s, self.lease_timeout_s
+        limit_s = self.time_limit_s
         check("time_limit", self.time_limit, limit_s is None or limit_s > 0, "more than 0 s")
-        check("lease_timeout", self.lease_timeout, timeout_s > 0, "more than 0 s")
         for name, allowed in (
             ("dtype", ("float16", "bfloat16", "int8")),
             ("compression", ("none", "zstd")),

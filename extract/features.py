@@ -28,7 +28,7 @@ from .backbone import Backbone
 from .decoding.pool import DecodedClip, DecodedWindow
 from .pixels import window_pixels
 from .sampling import WindowDraw
-from .writer import Converter
+from .shard_writer import Converter
 
 MAX_BATCHES_IN_FLIGHT = 2
 """Batches whose rows are being copied from the device while the next one is begun."""

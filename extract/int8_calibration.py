@@ -27,14 +27,14 @@ from ..shards.patches.int8 import (
     sample_order,
 )
 from ..shards.records import Quarantined
-from .backbone import Backbone
+from .backbone import Backbone, choose_num_workers
 from .config import ExtractConfig
 from .datasets.windows import Policy, one_window_a_clip
-from .decoding.pool import DecodePool, default_num_workers
+from .decoding.pool import DecodePool
 from .features import WindowFeatures
 from .pixels import window_pixels
+from .shard_writer import PatchShardWriter
 from .sources.clip import Clip
-from .writer import PatchShardWriter
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def fit_channel_scale(
     refused: list[Quarantined] = []
     with DecodePool(
         one_window_a_clip(policy),
-        num_workers=config.workers or default_num_workers(),
+        num_workers=choose_num_workers(config),
         timeout_s=config.decode_timeout_s,
         decode_threads=config.decode_threads,
         decoder=config.decoder,

@@ -21,13 +21,13 @@ from ..extract.config import ExtractConfig
 from ..extract.identity import describe_patches
 from ..extract.run import run_extraction
 from ..extract.sampling import SamplingPolicy
+from ..extract.shard_writer import PatchShardWriter, ShardWriter
 from ..extract.sources.clip import VIDEO_SUFFIXES, Clip, FrameFolder
 from ..extract.sources.find import find_clips
-from ..extract.stop import stop_on_signals
-from ..extract.writer import PatchShardWriter, ShardWriter
 from ..shards.cache import CacheInfo, compare, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import DamagedShard, UsageError
+from ..shards.interrupts import StopRequest
 from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import PlanEntry, read_plan, window_order
@@ -120,7 +120,7 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     errors: dict[int, float] = {}
     differing: dict[int, str] = {}
     ours = _windows_as_drawn(stored, seed=extraction.seed)
-    with tempfile.TemporaryDirectory() as out, stop_on_signals() as stop, stop.at_once():
+    with tempfile.TemporaryDirectory() as out, StopRequest() as stop, stop.at_once():
         run = replace(extraction, out=out)
         run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))  # type: ignore[arg-type]
         made = _open(Path(out), info)

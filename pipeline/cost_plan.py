@@ -36,14 +36,14 @@ from ..extract.datasets.windows import Policy
 from ..extract.int8_calibration import patch_writer
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.sampling import SamplingPolicy
+from ..extract.shard_writer import ShardRows, ShardWriter
 from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
-from ..extract.stop import stop_on_signals
-from ..extract.writer import ShardRows, ShardWriter
 from ..shards.cache import PATCHES, CacheInfo, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.devices import choose_device
 from ..shards.errors import TooManyQuarantined, UsageError
+from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order
 from ..shards.records import DoneRecord, quarantined_of, read_all_done
@@ -347,7 +347,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         raise UsageError(
             f"{_existing(out)}: cannot be written ({error.strerror or error}): give another --out"
         ) from error
-    with temporary as folder, stop_on_signals() as stop, stop.at_once():
+    with temporary as folder, StopRequest() as stop, stop.at_once():
         yield Path(folder)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..extract.run import ExtractionSummary, run_extraction
-from ..extract.writer import ShardRows
+from ..extract.shard_writer import ShardRows
 from ..shards.cache import CacheInfo
 from ..shards.deltas.writer import DeltaRows, write_delta_shard
 from ..shards.devices import choose_device, precision_name
@@ -39,7 +39,7 @@ def run_fused(config: VideosConfig) -> ExtractionSummary:
 
 
 class DeltaShardWriter:
-    """Keeps the delta tokens of every window: a ShardWriter, see extract/writer.py.
+    """Keeps the delta tokens of every window: a ShardWriter, see extract/shard_writer.py.
 
     B windows, T frames, N patches, D channels.
     """

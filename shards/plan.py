@@ -148,11 +148,12 @@ def extend_plan(
     """Adds the clips that the stored plan does not have, as shards after its last; gives it whole.
 
     The stored lines stay as they are, those of clips that are not among `clips` too. Nothing is
-    written if there is no new clip. Only one process at a time may do this. Raises CacheMismatch
-    for a clip that the plan has with another size, or under another name.
+    written if there is no new clip. Processes that add the same clips at once write the same bytes.
+    Raises CacheMismatch for a clip that the plan has with another size, or under another name.
     """
     folder = Path(folder)
-    stored = read_plan(folder)
+    before = read_file(folder / PLAN, max_bytes=MAX_PLAN_BYTES)
+    stored = parse_plan(before, folder / PLAN)
     known = {entry.key for entry in stored}
     asked = {entry.key: entry for entry in make_plan(clips, clips_per_shard=1, seed=seed)}
     stored = _with_new_sources(folder, stored, asked)
@@ -164,7 +165,6 @@ def extend_plan(
         for entry in make_plan(new, clips_per_shard=clips_per_shard, seed=seed)
     ]
     if added:
-        before = (folder / PLAN).read_bytes()
         newline = b"" if before.endswith(b"\n") or not before else b"\n"
         write_bytes(folder / PLAN, before + newline + plan_lines(added))
     return stored + added
@@ -233,6 +233,11 @@ def read_plan(folder: Path | str, *, sha256: str | None = None) -> list[PlanEntr
     data = read_file(path, max_bytes=MAX_PLAN_BYTES)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedShard(f"{path}: was changed since the cache was finished: restore the file")
+    return parse_plan(data, path)
+
+
+def parse_plan(data: bytes, path: Path) -> list[PlanEntry]:
+    """The plan in the bytes of `path`; DamagedShard if it is malformed."""
     lines = data.splitlines()
     plan = []
     keys = set()

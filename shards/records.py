@@ -14,9 +14,9 @@ the right shard: small files whole, 16 pieces of large ones) and `sha256` (every
 
 A finished shard gets its name and its done-record, also where two processes finish the same one.
 
-Processes share a folder by leases, and a lease can be lost (a machine that slept, a network that
-was away), so the same shard can be written twice at once. Same clips, same bytes: the second writer
-finds the shard there as it would have written it and leaves it alone. So nothing that a done-record
+Processes have different shards of a folder to make, unless somebody starts the same command twice:
+then the same shard can be written twice at once. Same clips, same bytes: the second writer finds
+the shard there as it would have written it and leaves it alone. So nothing that a done-record
 promises is ever taken away, and whoever comes last writes the same record.
 """
 

@@ -38,6 +38,7 @@ from ..shards.deltas.writer import DeltaRows, write_delta_shard
 from ..shards.devices import precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
+from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
 from ..shards.records import (
@@ -54,7 +55,6 @@ from .data.order import Indices
 from .engine.devices import Accelerator, make_accelerator
 from .engine.logs import Meter
 from .engine.model_folder import read_provenance, weights_sha256
-from .engine.stop import StopSignal
 from .models.deltatok import DeltaTok
 
 
@@ -292,12 +292,12 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
-        StopSignal() as stop,
+        StopRequest() as stop,
     ):
         for part in mine:
             shard = part.record.shard
             if read_done(out, shard) is None:
-                if stop.requested:
+                if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
                 write_delta_shard(

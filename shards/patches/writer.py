@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from ..cache import BLACK, PATCHES, CacheInfo, read_cache_info
 from ..errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
-from ..files import partial_path, remove, write_bytes
+from ..files import create_bytes, partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
 from ..records import DoneRecord, Quarantined, publish_shard, shard_path
@@ -581,7 +581,8 @@ def write_patch_shard(
 
 
 def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
-    """Writes black.npy, float32 (N, D): the tokens of a black frame under this backbone."""
+    """Writes black.npy, float32 (N, D): the tokens of a black frame under this backbone; one that
+    another process has just written stays."""
     folder = Path(folder)
     shape = read_cache_info(folder, format=PATCHES).shape
     if tokens.shape != (shape.num_tokens, shape.hidden_size) or not np.isfinite(tokens).all():
@@ -590,7 +591,7 @@ def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
             f"({shape.num_tokens}, {shape.hidden_size}): use the backbone and frame size "
             "of the cache"
         )
-    write_bytes(folder / BLACK, npy_bytes(tokens.astype("<f4")))
+    create_bytes(folder / BLACK, npy_bytes(tokens.astype("<f4")))
 
 
 def _check_rows(rows: PatchRows, info: CacheInfo, *, dtype: str, where: str) -> None:

@@ -13,7 +13,6 @@ are done stay, and the bytes are the same. One process.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -27,7 +26,7 @@ from ..cache import BLACK, PATCHES, CacheInfo, compare, finish_cache, open_cache
 from ..deltas.reader import DeltaShards
 from ..deltas.writer import DeltaRows, write_delta_shard
 from ..errors import CacheMismatch, DeltatokError, UsageError
-from ..files import remove_partials
+from ..files import check_free, remove_partials
 from ..patches.int8 import (
     SAMPLE_CLIPS,
     channel_scale_of,
@@ -382,14 +381,8 @@ def _check_room(
         if read_done(out, shard) is None
         for entry in entries
     )
-    needed = num_windows * values * dtype.itemsize * SPARE
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise DeltatokError(
-            f"{out}: the export takes {needed / 1e9:.3g} GB, there are {free / 1e9:.3g} GB left: "
-            "make room, take fewer clips, or give a folder on another disk"
-        )
+    needed_bytes = int(num_windows * values * dtype.itemsize * SPARE)
+    check_free(out, needed_bytes, what="the export")
 
 
 def _exported_from(

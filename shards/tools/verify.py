@@ -53,7 +53,6 @@ KNOWN_NAMES = {
     INDEX,
     NOTICE,
     "timings.jsonl",
-    "leases",
     "shards",
 }
 _FOR_PEOPLE = ("licen", "readme")

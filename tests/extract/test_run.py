@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract import making, tally
+from deltatok.extract import ledger, run
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.features import PixelStage
@@ -152,7 +152,7 @@ def test_pixels_made_ahead_change_no_byte(
     def make_stage(**options: Any) -> PixelStage:
         return PixelStage(**(options | {"num_ahead": 5}))
 
-    monkeypatch.setattr(making, "PixelStage", make_stage)
+    monkeypatch.setattr(run, "PixelStage", make_stage)
     config = make_config()
     run_extraction(config, backbone=backbone)
     assert digests(Path(config.out)) == digests(finished)
@@ -203,7 +203,7 @@ def test_all_clips_broken_leaves_a_sound_empty_cache(
 def test_a_large_run_stops_early_once_too_many_are_certain(
     make_config: Callable[..., ExtractConfig], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally, "EARLY_STOP_CLIPS", 1)
+    monkeypatch.setattr(ledger, "EARLY_STOP_CLIPS", 1)
     config = make_config(max_quarantined=0.05, frames_per_shard=1)
     with pytest.raises(TooManyQuarantined, match="stopped early"):
         run_extraction(config, backbone=backbone)

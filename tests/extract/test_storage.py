@@ -17,11 +17,16 @@ from deltatok.extract import int8_calibration as calibration
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.int8_calibration import fit_channel_scale
-from deltatok.extract.quantise import split_int8, to_bfloat16_bits, to_float16, to_int8
 from deltatok.extract.run import run_extraction
 from deltatok.extract.sampling import SamplingPolicy
+from deltatok.extract.shard_writer import (
+    PatchShardWriter,
+    split_int8,
+    to_bfloat16_bits,
+    to_float16,
+    to_int8,
+)
 from deltatok.extract.sources.find import find_clips
-from deltatok.extract.writer import PatchShardWriter
 from deltatok.shards import (
     CacheMismatch,
     DamagedShard,

@@ -25,11 +25,10 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import partial_path, publish, remove, sha256_file, write_json, writing
+from ...shards.files import disk_errors, partial_path, publish, remove, sha256_file, write_json
 from ...shards.schema import STORED, load, read_json
 from ..config import DINOWorldTrainConfig, TokenizerTrainConfig, TrainConfig, WorldTrainConfig
 from ..data.order import generator
@@ -42,6 +41,7 @@ from .model_folder import (
     config_json,
     load_weights,
     read_tensors,
+    save_tensors,
     weights_sha256,
 )
 
@@ -102,13 +102,13 @@ def save_checkpoint(
     DeltatokError, with the older checkpoints untouched, if the disk refuses.
     """
     final = _path(folder, step)
-    with writing(final):
+    with disk_errors(final):
         if not final.exists():
             partial = partial_path(final)
             partial.mkdir()
             try:
-                save_file(_on_cpu(model.state_dict()), partial / MODEL)
-                save_file(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
+                save_tensors(_on_cpu(model.state_dict()), partial / MODEL)
+                save_tensors(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
                 write_json(partial / CONFIG, config_json(model))
                 write_json(partial / PROVENANCE, dict(provenance))
                 written = {
@@ -179,7 +179,7 @@ def write_best(folder: Path, best: Best | None) -> None:
     """OUT/best.json beside OUT/checkpoints, `folder`; none as long as nothing was evaluated."""
     if best is not None:
         name, file = f"{folder.name}/{_path(folder, best.step).name}", folder.parent / "best.json"
-        with writing(file):
+        with disk_errors(file):
             write_json(file, {**asdict(best), "model": name})
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from ...shards.cache import flatten
 from ...shards.errors import UsageError
-from ...shards.files import write_bytes, writing
+from ...shards.files import disk_errors, write_bytes
 
 # accelerate publishes no type information.
 
@@ -120,7 +120,7 @@ class RunLog:
             total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
         )
         if enabled:
-            with writing(path):
+            with disk_errors(path):
                 _drop_after(path, start)
                 self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
 
@@ -148,7 +148,7 @@ class RunLog:
             return
         line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
         self._trackers.write(kind, step, values)
-        with writing(self._path):
+        with disk_errors(self._path):
             self._file.write((json.dumps(line) + "\n").encode())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._progress.disable:
@@ -159,7 +159,7 @@ class RunLog:
     def sync(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint promises it."""
         if self._enabled:
-            with writing(self._path):
+            with disk_errors(self._path):
                 os.fsync(self._file.fileno())
 
 

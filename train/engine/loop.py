@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import DeltatokError, Stopped, UsageError
-from ...shards.files import writing
+from ...shards.files import disk_errors
+from ...shards.interrupts import StopRequest
 from ...shards.patches.reader import PatchShards
 from ..config import TrainConfig
 from ..data.batches import Batch, Prefetcher
@@ -44,7 +45,6 @@ from .logs import Meter, RunLog, Trackers, check_trackers, is_time
 from .model_folder import Pretrained
 from .objective import Objective, data_name, nan_report
 from .run_folder import TrainingRun, locked
-from .stop import StopSignal
 
 
 class ParameterGroup(TypedDict):
@@ -188,7 +188,7 @@ class Trainer:
         with (
             Prefetcher(self._read, start=self.start, stop=last) as batches,
             self._open_log() as log,
-            StopSignal() as stop,
+            StopRequest() as stop,
         ):
             for step in range(self.start, last):
                 batch = self._fetch(batches)
@@ -197,7 +197,7 @@ class Trainer:
                 learning_rate = self._set_learning_rate(step)
                 losses, extras = self._forward_backward(batch, step)
                 norm = self._clip()
-                update = self._agree(losses, norm, stop.requested)
+                update = self._agree(losses, norm, stop.asked)
                 self._check_finite(update, losses, batch, step)
                 done = step + 1
                 is_logged = is_time(done, every=config.log_every, last=last)
@@ -366,7 +366,7 @@ class Trainer:
         }
 
     def _finish(self) -> None:
-        with writing(self.run.folder):
+        with disk_errors(self.run.folder):
             self.objective.model.save_pretrained(self.run.folder, self.objective.provenance())
             self.run.finish()
         logger.info("trained %d steps: the model is in %s", self.config.steps, self.run.folder)

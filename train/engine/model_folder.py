@@ -69,7 +69,7 @@ def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, A
     folder.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder / WEIGHTS)
     try:
-        save_file(
+        save_tensors(
             {name: t.detach().contiguous() for name, t in model.state_dict().items()}, partial
         )
         publish(partial, folder / WEIGHTS)
@@ -77,6 +77,14 @@ def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, A
         partial.unlink(missing_ok=True)
     write_json(folder / PROVENANCE, dict(provenance))
     write_json(folder / CONFIG, config_json(model))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a .safetensors file; OSError where the disk refuses."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # it wraps what the system said
+        raise OSError(str(error)) from error
 
 
 def config_json(model: Pretrained) -> dict[str, Any]:
