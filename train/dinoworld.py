@@ -16,7 +16,7 @@ from ..shards.patches.reader import PatchShards
 from .config import DINOWorldTrainConfig
 from .data.batches import Batch, check_frames
 from .data.order import Indices, RankSlice, split_windows, spread
-from .data.residency import Read, patch_source
+from .data.residency import Read, window_source
 from .engine.checkpoints import with_size_of_cache
 from .engine.logs import Meter
 from .engine.loop import train_objective
@@ -61,7 +61,7 @@ class DINOWorldObjective(WorldObjective):
         self._batch_size = config.batch_size
         self._device = device
         self.selector = Selector(model, config, device=device, grid=shards.grid)
-        self._source = patch_source(shards, residency=config.residency, device=device)
+        self._source = window_source(shards, residency=config.residency, device=device)
         self._slice = ranks.of(config.batch_size)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._order = self._source.order(split.training, config.batch_size, config.seed)

@@ -17,7 +17,7 @@ from ..shards.patches.reader import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
 from .data.batches import Batch, TokenizerBatches
 from .data.order import RankSlice, generator, split_windows, spread
-from .data.residency import patch_source
+from .data.residency import window_source
 from .encode import write_deltas
 from .engine.checkpoints import with_size_of_cache
 from .engine.logs import Meter
@@ -94,7 +94,7 @@ class TokenizerObjective(Objective):
         super().__init__(model, shards)
         self._config = config
         self._loss = loss_named(config.loss)
-        frames = patch_source(shards, residency=config.residency, device=device)
+        frames = window_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = TokenizerBatches(
             frames,

@@ -16,7 +16,7 @@ from ..shards.deltas.reader import DeltaShards
 from .config import WorldTrainConfig
 from .data.batches import Batch, WorldBatches, check_frames
 from .data.order import RankSlice, split_windows, spread
-from .data.residency import delta_source
+from .data.residency import window_source
 from .engine.checkpoints import with_size_of_cache
 from .engine.logs import Meter
 from .engine.loop import train_objective
@@ -65,7 +65,7 @@ class DeltaWorldObjective(WorldObjective):
         super().__init__(model, shards)
         self._device = device
         self.selector = Selector(model, config, device=device)
-        rows = delta_source(shards, residency=config.residency, device=device)
+        rows = window_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = WorldBatches(
             rows, split.training, batch_size=config.batch_size, seed=config.seed, ranks=ranks

@@ -103,7 +103,7 @@ class WindowSource:
     """The windows of a cache, w of them at a time, as K tensors (w, ...).
 
     `read` and `read_any` have a ring of buffers each: what they give is valid until `num_buffers`
-    (patch_source, delta_source) further batches are asked for.
+    (window_source) further batches are asked for.
     """
 
     read: Read
@@ -116,59 +116,42 @@ class WindowSource:
     """(windows, per_batch, seed) -> the order in which `read` is fast."""
 
 
-def patch_source(
-    shards: PatchShards,
+def window_source(
+    shards: PatchShards | DeltaShards,
     *,
     residency: Residency,
     device: torch.device = CPU,
     num_buffers: int = NUM_BUFFERS,
 ) -> WindowSource:
-    """K = 1: patch tokens (w, T, N, D), float16 as stored, float32 of other dtypes.
+    """Patch cache, K = 1: tokens (w, T, N, D), float16 as stored, float32 of other dtypes. Delta
+    cache, K = 2: tokens float16 (w, T, D) and timestamps float32 (w, T), seconds.
 
     device: where residency `device` keeps and gathers them. num_buffers: batches of one reader that
     are valid at once.
     """
+    place = choose_place(memory_bytes(shards), residency=residency, device=device)
+    if place in ("device", "memory"):
+        loaded = (shards.load(),) if isinstance(shards, PatchShards) else shards.load()
+        held = [*map(torch.from_numpy, loaded)]
+        return _held(held, device if place == "device" else CPU, num_buffers)
+    blocks: Blocks | None = None
+    if place == "stream":
+        blocks = PatchBlocks(shards) if isinstance(shards, PatchShards) else DeltaBlocks(shards)
+    return _source(partial(_read_files, shards), blocks, num_buffers)
+
+
+def _read_files(
+    shards: PatchShards | DeltaShards, windows: Indices, take: Take
+) -> tuple[Tensor, ...]:
+    shape = (len(windows), *shards.shape)
+    if isinstance(shards, DeltaShards):
+        out = take(shape, np.dtype(np.float16))
+        shards.tokens(windows, out=out.numpy())
+        return out, torch.from_numpy(shards.timestamps_s(windows))
     raw = shards.dtype == "float16"  # converted on the device
-
-    def from_files(windows: Indices, take: Take) -> tuple[Tensor, ...]:
-        shape = (len(windows), *shards.shape)
-        out = take(shape, np.dtype(np.float16 if raw else np.float32))
-        (shards.stored_tokens if raw else shards.tokens)(windows, out=out.numpy())
-        return (out,)
-
-    place = choose_place(memory_bytes(shards), residency=residency, device=device)
-    if place in ("device", "memory"):
-        held = [torch.from_numpy(shards.load())]
-        return _held(held, device if place == "device" else CPU, num_buffers)
-    blocks = PatchBlocks(shards) if place == "stream" else None
-    return _source(from_files, blocks, num_buffers)
-
-
-def delta_source(
-    shards: DeltaShards,
-    *,
-    residency: Residency,
-    device: torch.device = CPU,
-    num_buffers: int = NUM_BUFFERS,
-) -> WindowSource:
-    """K = 2: delta tokens float16 (w, T, D) and timestamps float32 (w, T), seconds.
-
-    device: where residency `device` keeps and gathers them. num_buffers: batches of one reader that
-    are valid at once.
-    """
-    num_frames, size = shards.shape
-
-    def from_files(windows: Indices, take: Take) -> tuple[Tensor, ...]:
-        tokens = take((len(windows), num_frames, size), np.dtype(np.float16))
-        shards.tokens(windows, out=tokens.numpy())
-        return tokens, torch.from_numpy(shards.timestamps_s(windows))
-
-    place = choose_place(memory_bytes(shards), residency=residency, device=device)
-    if place in ("device", "memory"):
-        held = [*map(torch.from_numpy, shards.load())]
-        return _held(held, device if place == "device" else CPU, num_buffers)
-    blocks = DeltaBlocks(shards) if place == "stream" else None
-    return _source(from_files, blocks, num_buffers)
+    out = take(shape, np.dtype(np.float16 if raw else np.float32))
+    (shards.stored_tokens if raw else shards.tokens)(windows, out=out.numpy())
+    return (out,)
 
 
 def memory_bytes(shards: PatchShards | DeltaShards) -> int:

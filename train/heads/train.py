@@ -23,7 +23,7 @@ from ...shards.patches.reader import PatchShards
 from ..config import HeadTrainConfig
 from ..data.batches import Batch
 from ..data.order import BatchOrder, Indices, RankSlice, split_windows, spread
-from ..data.residency import Read, patch_source
+from ..data.residency import Read, window_source
 from ..engine.logs import Meter
 from ..engine.loop import train_objective
 from ..engine.objective import Objective, check_validation_finite
@@ -197,7 +197,7 @@ class HeadObjective(Objective):
         self._device = device
         self._batch_size = config.batch_size
         self._slice = ranks.of(config.batch_size)
-        self._source = patch_source(shards, residency=config.residency, device=device)
+        self._source = window_source(shards, residency=config.residency, device=device)
         split = split_windows(*labels.videos, config.validation_fraction)
         samples = labels.samples(split.training)
         self._order = BatchOrder(samples, config.batch_size, config.seed)

@@ -11,7 +11,7 @@ import torch
 from deltatok.shards import DeltaShards, PatchShards
 from deltatok.train.data.batches import Batch, Prefetcher, TokenizerBatches, WorldBatches
 from deltatok.train.data.order import RankSlice
-from deltatok.train.data.residency import delta_source, patch_source
+from deltatok.train.data.residency import window_source
 
 Reader = Callable[[int], Batch]
 Values = list[tuple[torch.Tensor, ...]]
@@ -21,7 +21,7 @@ BATCH_SIZE = 4
 def world_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Reader, int]:
     shards = DeltaShards(folder)
     batches = WorldBatches(
-        delta_source(shards, residency=residency),
+        window_source(shards, residency=residency),
         np.arange(len(shards)),
         batch_size=BATCH_SIZE,
         seed=5,
@@ -33,7 +33,7 @@ def world_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Reader
 def tokenizer_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Reader, int]:
     shards = PatchShards(folder)
     batches = TokenizerBatches(
-        patch_source(shards, residency=residency),
+        window_source(shards, residency=residency),
         np.arange(len(shards)),
         num_frames=shards.shape[0],
         batch_size=BATCH_SIZE,

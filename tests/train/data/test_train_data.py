@@ -24,7 +24,7 @@ from deltatok.train.data.order import (
     spread,
     uniforms,
 )
-from deltatok.train.data.residency import delta_source, patch_source
+from deltatok.train.data.residency import window_source
 from deltatok.train.engine.loop import is_time
 
 ONE = RankSlice()
@@ -39,7 +39,7 @@ def tokenizer_batches(
     residency: str = "map",
 ) -> TokenizerBatches:
     return TokenizerBatches(
-        patch_source(shards, residency=residency),
+        window_source(shards, residency=residency),
         np.arange(len(shards)),
         num_frames=shards.shape[0],
         batch_size=batch_size,
@@ -178,7 +178,7 @@ def test_world_memory_gives_the_same_batch_as_the_files(deltas: Path) -> None:
     shards = DeltaShards(deltas)
     batches = [
         WorldBatches(
-            delta_source(shards, residency=residency),
+            window_source(shards, residency=residency),
             np.arange(len(shards)),
             batch_size=8,
             seed=0,
@@ -201,7 +201,7 @@ def test_auto_residency_follows_the_free_memory(
     )
     for free, loaded in ((2 * shards.size_bytes, 1), (2 * shards.size_bytes - 2, 1)):
         monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
-        patch_source(shards, residency="auto")
+        window_source(shards, residency="auto")
         assert len(loads) == loaded
 
 
