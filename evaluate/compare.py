@@ -17,12 +17,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..shards.cache import flatten
 from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import write_bytes, write_json
 from ..shards.schema import is_number
 from .forecast.intervals import Estimate, Resamples
 from .forecast.sequences import Score, SequenceScores, read_sequences
-from .report.html import flatten, render_page, value_text
+from .report.html import render_page, value_text
 from .report.plots import COLOURS, Plot, draw_plot, legend_below
 from .report.rows import (
     HORIZONS,

@@ -38,8 +38,9 @@ from ..shards.patches.int8 import (
     write_channel_scale,
 )
 from ..shards.patches.layout import STORED_DTYPES
-from ..shards.patches.writer import PatchRows, write_black, write_patch_shard
+from ..shards.patches.writer import write_black, write_patch_shard
 from ..shards.records import DoneRecord, Quarantined
+from ..shards.windows import ShardRows
 from .sampling import WindowDraw
 
 SCALE_BYTES = 2
@@ -49,30 +50,6 @@ MAX_THREADS = 4
 """Shards written at once; each takes about twice its size in memory (a guess)."""
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRows:
-    """All windows of one shard, in plan order, and what became of its clips."""
-
-    values: NDArray[Any]
-    """(W, ...): what `ShardWriter.convert` made of each window."""
-    timestamps_s: NDArray[np.float32]
-    """float32 (W, T), seconds since the clip's first shown frame."""
-    frame_index: NDArray[np.int32]
-    """int32 (W, T), in presentation order."""
-    crop: NDArray[np.float32]
-    """float32 (W, 4): top, left, height, width in source pixels."""
-    flipped: NDArray[np.bool_]
-    """bool (W,)."""
-    clip: NDArray[np.int32]
-    """int32 (W,), index into keys."""
-    keys: list[str]
-    """The shard's clips that have windows, in plan order."""
-    decoders: dict[str, str]
-    """Clip -> the decoder that read it."""
-    quarantined: list[Quarantined]
-    """The shard's clips that have none, in plan order."""
 
 
 @dataclass
@@ -94,13 +71,13 @@ class ShardWindows:
         self.decoders[key] = decoder
         self.draws += draws
 
-    def to_rows(self, values: NDArray[Any]) -> ShardRows:
-        """With their features, `values` (W, ...)."""
+    def to_rows(self, tokens: NDArray[Any]) -> ShardRows:
+        """With their features (W, ...), as `ShardWriter.convert` made them."""
         times = [draw.timestamps_s for draw in self.draws]
         frames = [draw.frame_index for draw in self.draws]
         crops = [draw.source_crop for draw in self.draws]
         return ShardRows(
-            values=values,
+            tokens=tokens,
             timestamps_s=np.array(times, dtype=np.float32).reshape(-1, self.num_frames),
             frame_index=np.array(frames, dtype=np.int32).reshape(-1, self.num_frames),
             crop=np.array(crops, dtype=np.float32).reshape(-1, 4),
@@ -185,29 +162,13 @@ class PatchShardWriter:
         return self.channel_scale
 
     def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
-        tokens, token_scale = rows.values, None
         if self.dtype == "int8":
-            tokens, token_scale = split_int8(tokens)
+            tokens, token_scale = split_int8(rows.tokens)
+            rows = replace(rows, tokens=tokens, token_scale=token_scale)
         elif self.dtype == "bfloat16":
-            tokens = tokens.view(STORED_DTYPES[self.dtype])
+            rows = replace(rows, tokens=rows.tokens.view(STORED_DTYPES[self.dtype]))
         return write_patch_shard(
-            folder,
-            shard,
-            PatchRows(
-                tokens=tokens,
-                token_scale=token_scale,
-                timestamps_s=rows.timestamps_s,
-                frame_index=rows.frame_index,
-                crop=rows.crop,
-                flipped=rows.flipped,
-                clip=rows.clip,
-                keys=rows.keys,
-            ),
-            dtype=self.dtype,
-            seed=self.seed,
-            compression=self.compression,
-            decoders=rows.decoders,
-            quarantined=rows.quarantined,
+            folder, shard, rows, dtype=self.dtype, seed=self.seed, compression=self.compression
         )
 
 
@@ -289,7 +250,7 @@ class ShardWriterThread:
         self, shard: int, windows: ShardWindows, values: Callable[[], NDArray[Any]]
     ) -> DoneRecord:
         rows = windows.to_rows(values())
-        self.check_free(shard, rows.values.nbytes)
+        self.check_free(shard, rows.tokens.nbytes)
         with disk_errors(self._folder):
             return self._writer.write(self._folder, shard, rows)
 

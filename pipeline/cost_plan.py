@@ -36,7 +36,7 @@ from ..extract.datasets.windows import Policy
 from ..extract.int8_calibration import patch_writer
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.sampling import SamplingPolicy
-from ..extract.shard_writer import ShardRows, ShardWriter
+from ..extract.shard_writer import ShardWriter
 from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
 from ..shards.cache import PATCHES, CacheInfo, read_cache_info
@@ -48,6 +48,7 @@ from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order
 from ..shards.records import DoneRecord, quarantined_of, read_all_done
 from ..shards.tools.export import Selection, export_cache
+from ..shards.windows import ShardRows
 from ..train.config import TokenizeConfig
 from ..train.encode import write_deltas
 from .commands.extract import VideosConfig

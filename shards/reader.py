@@ -22,8 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from .cache import CacheInfo, canonical_json
 from .errors import UsageError
 from .opening import OpenedCache, checked_windows
-from .patches.table import WindowTable
 from .plan import PlanEntry, read_plan
+from .windows import WindowColumns
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 """What `tokens` gives: float32 for patch tokens, float16 for delta tokens."""
@@ -48,7 +48,7 @@ class CacheReader(ABC, Generic[Scalar]):
         """int64 (W,): the clip of every window, index into `keys`; read on first use."""
 
     @abstractmethod
-    def table(self) -> WindowTable:
+    def table(self) -> WindowColumns:
         """Everything but the tokens of all windows, read on first use."""
 
     @abstractmethod

@@ -127,8 +127,9 @@ def _write_evaluation_cache(
     from deltatok.shards.evaluation.geometry import compute_resize_sizes, square_corners
     from deltatok.shards.evaluation.labels import LabelRule, PlanTarget
     from deltatok.shards.evaluation.targets import read_targets
-    from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+    from deltatok.shards.patches.writer import write_black, write_patch_shard
     from deltatok.shards.plan import PlanEntry, write_plan
+    from deltatok.shards.windows import ShardRows
 
     rng = np.random.default_rng(seed)
     side = frame_size // 16
@@ -190,7 +191,7 @@ def _write_evaluation_cache(
     first = rng.normal(size=(len(clip), 1, side**2, hidden_size))
     drift = rng.normal(size=(len(clip), num_frames, side**2, hidden_size)).cumsum(axis=1)
     index = np.array(numbers)[clip][:, None] + 3 * np.arange(1 - num_frames, 1)
-    rows = PatchRows(
+    rows = ShardRows(
         tokens=(first + 0.3 * drift).astype(np.float16),
         timestamps_s=(index / 15).astype(np.float32),
         frame_index=index.astype(np.int32),

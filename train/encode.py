@@ -34,7 +34,7 @@ from ..shards.cache import (
     read_cache_info,
     reopen_cache,
 )
-from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.deltas.writer import write_delta_shard
 from ..shards.devices import precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
@@ -49,6 +49,7 @@ from ..shards.records import (
     shard_path,
     write_quarantine,
 )
+from ..shards.windows import ShardRows
 from .config import TokenizeConfig
 from .data.batches import Prefetcher
 from .data.order import Indices
@@ -306,8 +307,6 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
                     encoder.rows(part, meter),
                     # Stored windows are permuted already, drawn ones come clip by clip.
                     seed=None if draws is None else config.seed or 0,
-                    decoders=part.record.decoders,
-                    quarantined=part.record.quarantined,
                 )
                 append_timing(out, {"shard": shard, **meter.report()})
             progress.update(encoder.num_windows(part))
@@ -360,23 +359,24 @@ class _Encoder:
             return part.record.rows
         return len(part.record.keys) * self.draws.num_windows
 
-    def rows(self, part: ShardPart, meter: Meter) -> DeltaRows:
-        """What write_delta_shard takes for one patch shard."""
+    def rows(self, part: ShardPart, meter: Meter) -> ShardRows:
+        """The rows of the delta shard of one patch shard."""
         if self.draws is None:
             picks = stored_windows(self.patches, part)
         else:
             picks = drawn_windows(self.patches, part, self.draws)
         table = self.patches.table()
-        times = table.timestamps_s[picks.window, picks.frame]
-        return DeltaRows(
+        return ShardRows(
             tokens=self._encode(picks, meter),
-            timestamps_s=times - times[:, :1],
+            timestamps_s=table.timestamps_s[picks.window, picks.frame],
             frame_index=table.frame_index[picks.window, picks.frame],
             crop=table.crop[picks.window[:, 0]],
             flipped=table.flipped[picks.window[:, 0]],
             clip=picks.clip,
             keys=part.record.keys,
-        )
+            decoders=part.record.decoders,
+            quarantined=part.record.quarantined,
+        ).from_first_frame()
 
     @torch.no_grad()
     def _encode(self, picks: FramePicks, meter: Meter) -> np.ndarray[Any, np.dtype[np.float16]]:

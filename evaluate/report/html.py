@@ -62,17 +62,6 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, names joined with dots."""
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= flatten(item, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = item
-    return flat
-
-
 def _breakable(name: str) -> Markup:
     """A name that may go on on the next line after a dot or an underscore."""
     return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))

@@ -41,11 +41,11 @@ from ..cache import DELTAS
 from ..errors import DamagedShard
 from ..npy import MAX_PREFIX_BYTES, NpyHeader, parse_npy, read_npy
 from ..opening import OpenedCache, checked_out, checked_windows, open_finished
-from ..patches.table import WindowTable
 from ..patches.zarr_arrays import ReadOnlyFile
 from ..reader import CacheReader
 from ..records import SHARD_ADVICE, Verify, shard_path
 from ..schema import MAX_JSON_BYTES, STORED, load, parse_json, shown
+from ..windows import WindowColumns
 
 BLOCK_BYTES = 512
 MEMBER_NAME = re.compile(r"([0-9]{6,9})\.(tokens\.npy|timestamps\.npy|windows\.json)")
@@ -333,7 +333,7 @@ class DeltaShards(CacheReader[np.float16]):
         self._rows: dict[int, NDArray[np.void]] = {}
         self._timestamps: NDArray[np.float32] | None = None
         self._clip_index: NDArray[np.int64] | None = None
-        self._table: WindowTable | None = None
+        self._table: WindowColumns | None = None
         self._windows: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -402,7 +402,7 @@ class DeltaShards(CacheReader[np.float16]):
         """float32 (B, T): seconds from the window's first frame."""
         return self._all_timestamps()[checked_windows(windows, self.num_windows)]
 
-    def table(self) -> WindowTable:
+    def table(self) -> WindowColumns:
         """Everything but the tokens of all windows, read on first use; times from the window's
         first frame."""
         if self._table is None:
@@ -417,12 +417,13 @@ class DeltaShards(CacheReader[np.float16]):
                 flipped[number] = window["flipped"]
                 clip[number] = position
             self._clip_index = clip
-            self._table = WindowTable(
+            self._table = WindowColumns(
                 timestamps_s=self._all_timestamps(),
                 frame_index=frame_index,
                 crop=crop,
                 flipped=flipped,
                 clip=clip,
+                keys=self.keys,
             )
         return self._table
 

@@ -25,9 +25,10 @@ from ..errors import UsageError
 from ..opening import checked_out, checked_windows, open_finished
 from ..reader import CacheReader
 from ..records import Verify, shard_path
+from ..windows import WindowColumns
 from .int8 import check_channel_scale, dequantise, read_channel_scale
 from .layout import CHANNEL_SCALE_SPEC, STORED_DTYPES, TOKEN_SCALE_SPEC, from_stored
-from .table import WindowTable, check_attributes, logical_dtype, read_black, read_table
+from .table import check_attributes, logical_dtype, read_black, read_table
 from .zarr_arrays import FrameFile, ReadOnlyFile, read_array
 
 OpenFiles = tuple[ReadOnlyFile, ...]
@@ -158,7 +159,7 @@ class PatchShards(CacheReader[np.float32]):
         self.dtype = logical_dtype(self.info)
         self._readers: dict[int, TokenReader] = {}
         self._thread = threading.local()
-        self._table: WindowTable | None = None
+        self._table: WindowColumns | None = None
         self._black: NDArray[np.float32] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -249,14 +250,7 @@ class PatchShards(CacheReader[np.float32]):
 
     def window(self, index: int) -> dict[str, Any]:
         """What is known of one window: clip (key), frames (T indices), crop, flipped."""
-        number = int(checked_windows([index], self.num_windows)[0])
-        table = self.table()
-        return {
-            "clip": self.keys[int(table.clip[number])],
-            "frames": table.frame_index[number].tolist(),
-            "crop": table.crop[number].tolist(),
-            "flipped": bool(table.flipped[number]),
-        }
+        return self.table().describe(int(checked_windows([index], self.num_windows)[0]))
 
     def load(self) -> NDArray[Any]:
         """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for the other dtypes.
@@ -266,7 +260,7 @@ class PatchShards(CacheReader[np.float32]):
         windows = np.arange(self.num_windows)
         return self.stored_tokens(windows) if self.dtype == "float16" else self.tokens(windows)
 
-    def table(self) -> WindowTable:
+    def table(self) -> WindowColumns:
         """Everything but the tokens, read for all windows on first use."""
         if self._table is None:
             self._table = read_table(self._cache)

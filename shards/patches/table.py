@@ -1,10 +1,7 @@
-"""Everything in a patch-token cache but the tokens: one row a window, and black.npy.
-
-Read by `patches` (all shards, on first use) and by `contents` (shard by shard).
-"""
+"""Everything in a patch-token cache but the tokens: one row a window, and black.npy."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +14,12 @@ from ..npy import read_npy
 from ..opening import OpenedCache
 from ..records import DoneRecord, shard_path
 from ..schema import read_file
+from ..windows import WindowColumns
 from .layout import STORED_DTYPES, WINDOW_ARRAYS, array_shapes
 from .zarr_arrays import ADVICE, read_array, read_attributes
 
 MAX_BLACK_BYTES = 2**30
 """Of black.npy: one frame in float32 (a guess)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowTable:
-    """What is known of every window of a cache beside its tokens (shapes as in PatchRows)."""
-
-    timestamps_s: NDArray[np.float32]
-    frame_index: NDArray[np.int32]
-    crop: NDArray[np.float32]
-    flipped: NDArray[np.bool_]
-    clip: NDArray[np.int64]
-    """int64 (W,), index into PatchShards.keys."""
 
 
 def logical_dtype(info: CacheInfo) -> str:
@@ -48,37 +34,30 @@ def logical_dtype(info: CacheInfo) -> str:
     return dtype
 
 
-def read_table(cache: OpenedCache) -> WindowTable:
-    """The table of all shards of a cache, in shard order."""
+def read_table(cache: OpenedCache) -> WindowColumns:
+    """The windows of all shards of a cache, in shard order."""
     num_frames = cache.info.shape.num_frames
-    columns: dict[str, list[NDArray[Any]]] = {
-        name: [np.empty(shape, dtype=WINDOW_ARRAYS[name].dtype)]
-        for name, shape in array_shapes(0, num_frames).items()
-    }
-    for record, first_key in zip(cache.records, cache.first_keys(), strict=True):
+    parts = [WindowColumns.empty(num_frames)]
+    for record in cache.records:
         group = shard_path(cache.folder, record.shard, ".zarr")
         check_attributes(group, record, cache.info)
-        table = read_shard_table(group, record, num_frames)
-        table["clip"] = table["clip"].astype(np.int64) + first_key
-        for name, values in table.items():
-            columns[name].append(values)
-    return WindowTable(**{name: np.concatenate(parts) for name, parts in columns.items()})
+        parts.append(read_shard_table(group, record, num_frames))
+    table = WindowColumns.concatenate(parts)
+    return replace(table, clip=table.clip.astype(np.int64))
 
 
-def read_shard_table(group: Path, record: DoneRecord, num_frames: int) -> dict[str, NDArray[Any]]:
-    """The arrays of one shard beside its tokens, by name, as stored: (W, ...) each.
-
-    Raises DamagedShard if one is missing or broken.
-    """
-    table = {
+def read_shard_table(group: Path, record: DoneRecord, num_frames: int) -> WindowColumns:
+    """The windows of one shard, as stored. Raises DamagedShard if an array is missing or broken."""
+    columns: dict[str, Any] = {
         name: read_array(group, name, shape=shape, dtype=WINDOW_ARRAYS[name].dtype)
         for name, shape in array_shapes(record.rows, num_frames).items()
     }
-    if not 0 <= table["clip"].min() <= table["clip"].max() < len(record.keys):
+    clip = columns["clip"]
+    if not 0 <= clip.min() <= clip.max() < len(record.keys):
         raise DamagedShard(
             f"{group}: clip has an index outside of the {len(record.keys)} keys: {ADVICE}"
         )
-    return table
+    return WindowColumns(**columns, keys=record.keys)
 
 
 def check_attributes(group: Path, record: DoneRecord, info: CacheInfo) -> None:

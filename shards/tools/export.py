@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..cache import BLACK, PATCHES, CacheInfo, compare, finish_cache, open_cache, read_cache_info
 from ..deltas.reader import DeltaShards
-from ..deltas.writer import DeltaRows, write_delta_shard
+from ..deltas.writer import write_delta_shard
 from ..errors import CacheMismatch, DeltatokError, UsageError
 from ..files import check_free, remove_partials
 from ..patches.int8 import (
@@ -36,11 +36,12 @@ from ..patches.int8 import (
 )
 from ..patches.layout import STORED_DTYPES
 from ..patches.reader import PatchShards
-from ..patches.writer import PatchRows, write_black, write_patch_shard
+from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
 from ..plan import PlanEntry, clips_by_shard, plan_order, read_plan, write_plan
 from ..reader import known_names
 from ..records import DoneRecord, read_all_done, read_done, write_quarantine
+from ..windows import ShardRows, WindowColumns
 
 logger = logging.getLogger(__name__)
 
@@ -271,25 +272,32 @@ def _begin(out: Path, info: CacheInfo, plan: Sequence[PlanEntry]) -> None:
 def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compression: str) -> None:
     records = {key: source.records[key] for key, source in clips.items()}
     keys = [key for key, record in records.items() if key in record.keys]
-    rows = _gather({key: clips[key] for key in keys}, info, like=next(iter(clips.values())).reader)
-    common: dict[str, Any] = {
-        "seed": _draw_seed(info),
-        "decoders": {
-            key: records[key].decoders[key] for key in keys if key in records[key].decoders
-        },
-        "quarantined": [
+    like = next(iter(clips.values())).reader
+    tokens, token_scale = _gather_tokens({key: clips[key] for key in keys}, info, like=like)
+    parts = [WindowColumns.empty(info.shape.num_frames)]
+    for key in keys:
+        windows = clips[key].reader.table().take(clips[key].windows[key])
+        parts.append(replace(windows, clip=np.zeros(len(windows), np.int32), keys=[key]))
+    decoders = {key: records[key].decoders for key in keys}
+    rows = ShardRows(
+        **vars(WindowColumns.concatenate(parts)),
+        tokens=tokens,
+        token_scale=token_scale,
+        decoders={key: known[key] for key, known in decoders.items() if key in known},
+        quarantined=[
             lost
             for key, record in records.items()
             for lost in record.quarantined
             if lost.clip == key
         ],
-    }
+    )
+    seed = _draw_seed(info)
     try:
-        if isinstance(rows, DeltaRows):
-            write_delta_shard(out, shard, rows, **common)
-        else:
+        if info.format == PATCHES:
             dtype = info.identity["storage"]["dtype"]
-            write_patch_shard(out, shard, rows, dtype=dtype, compression=compression, **common)
+            write_patch_shard(out, shard, rows, dtype=dtype, seed=seed, compression=compression)
+        else:
+            write_delta_shard(out, shard, rows, seed=seed)
     except OSError as error:
         raise DeltatokError(
             f"{out}: shard {shard:06d} cannot be written ({error.strerror or error}): make room "
@@ -297,39 +305,30 @@ def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compressi
         ) from error
 
 
-def _gather(clips: Clips, info: CacheInfo, *, like: Reader) -> PatchRows | DeltaRows:
-    """The windows of each clip in turn. Patch tokens as they are stored where the new cache stores
-    them so, and as float16 or float32 values where it does not.
+def _gather_tokens(
+    clips: Clips, info: CacheInfo, *, like: Reader
+) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
+    """The tokens of the windows of each clip in turn, and of int8 codes their scales. Patch tokens
+    as they are stored where the new cache stores them so, else as float16 or float32 values.
 
     like: any reader, for the shapes where there are no clips.
     """
     picks = [(source.reader, source.windows[key]) for key, source in clips.items()]
     ends = np.cumsum([0, *(len(windows) for _, windows in picks)])
-    columns: dict[str, Any] = {
-        "keys": list(clips),
-        "clip": np.repeat(np.arange(len(picks), dtype=np.int32), np.diff(ends)),
-    }
-    for name in ("timestamps_s", "frame_index", "crop", "flipped"):
-        parts = [getattr(reader.table(), name)[windows] for reader, windows in picks]
-        columns[name] = np.concatenate([getattr(like.table(), name)[:0], *parts])
-    if not isinstance(like, PatchShards):
-        tokens = np.empty((ends[-1], *like.shape), dtype=np.float16)
-    elif like.dtype in ("float16", info.identity["storage"]["dtype"]):
-        tokens = np.empty((ends[-1], *like.shape), dtype=STORED_DTYPES[like.dtype])
-    else:
-        tokens = np.empty((ends[-1], *like.shape), dtype=np.float32)
+    dtype: np.dtype[Any] = np.dtype(np.float16)
+    if isinstance(like, PatchShards):
+        is_kept = like.dtype in ("float16", info.identity["storage"]["dtype"])
+        dtype = STORED_DTYPES[like.dtype] if is_kept else np.dtype(np.float32)
+    tokens = np.empty((ends[-1], *like.shape), dtype=dtype)
     scales = [np.empty((0, *like.shape[:2]), dtype=np.float16)]
     for (reader, windows), begin, end in zip(picks, ends[:-1], ends[1:], strict=True):
-        if isinstance(reader, PatchShards) and tokens.dtype != np.float32:
+        if isinstance(reader, PatchShards) and dtype != np.float32:
             reader.stored_tokens(windows, out=tokens[begin:end])
         else:
             reader.tokens(windows, out=tokens[begin:end])
-        if isinstance(reader, PatchShards) and tokens.dtype == np.int8:
+        if isinstance(reader, PatchShards) and dtype == np.int8:
             scales.append(reader.token_scale(windows))
-    if not isinstance(like, PatchShards):
-        return DeltaRows(tokens=tokens, **columns)
-    token_scale = np.concatenate(scales) if tokens.dtype == np.int8 else None
-    return PatchRows(tokens=tokens, token_scale=token_scale, **columns)
+    return tokens, np.concatenate(scales) if dtype == np.int8 else None
 
 
 def _identity(

@@ -26,7 +26,6 @@ from ..index import INDEX, read_index, read_indexed
 from ..patches.int8 import UNSTORABLE, read_channel_scale
 from ..patches.reader import TokenReader
 from ..patches.table import check_attributes, logical_dtype, read_black, read_shard_table
-from ..patches.writer import StoredStatistics
 from ..patches.zarr_arrays import read_attributes
 from ..plan import PLAN, PlanEntry, num_shards, read_plan
 from ..records import (
@@ -43,6 +42,7 @@ from ..records import (
     shard_path,
 )
 from ..schema import read_file, read_json
+from .statistics import StoredStatistics
 
 KNOWN_NAMES = {
     "cache.json",
@@ -239,7 +239,7 @@ def _read_patches(
     check_attributes(group, record, info)
     _check_description(group, info, record)
     table = read_shard_table(group, record, info.shape.num_frames)
-    _check_windows(table["timestamps_s"], table["frame_index"], table["crop"], where=str(group))
+    _check_windows(table.timestamps_s, table.frame_index, table.crop, where=str(group))
     tokens = TokenReader(group, info, rows=record.rows)
     files, stored = tokens.open(), tokens.new_frames(1)
     values = np.empty(stored.shape, dtype=np.float32)

@@ -17,11 +17,12 @@ from torch import Tensor
 from deltatok.extract.backbone import Backbone, load_frozen_model
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.extract.shard_writer import PatchShardWriter, ShardRows
+from deltatok.extract.shard_writer import PatchShardWriter
 from deltatok.shards import DeltatokError, Stopped, UsageError, plan
 from deltatok.shards import records as publishing
 from deltatok.shards.interrupts import StopRequest
 from deltatok.shards.records import DoneRecord, done_shards
+from deltatok.shards.windows import ShardRows
 
 ConfigMaker = Callable[..., ExtractConfig]
 Digests = Callable[[Path], dict[str, str]]

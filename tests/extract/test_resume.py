@@ -18,7 +18,7 @@ from deltatok.extract import ledger
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.extract.shard_writer import PatchShardWriter, ShardRows
+from deltatok.extract.shard_writer import PatchShardWriter
 from deltatok.shards import (
     CacheMismatch,
     DamagedShard,
@@ -28,6 +28,7 @@ from deltatok.shards import (
     files,
 )
 from deltatok.shards.records import DoneRecord, done_shards
+from deltatok.shards.windows import ShardRows
 
 PROGRAM = Path(__file__).with_name("interrupted_run.py")
 

@@ -12,8 +12,9 @@ from deltatok.pipeline.audit import AuditConfig, audit_cache
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.shards import main as shards
 from deltatok.shards import CacheMismatch, PatchShards, UsageError
-from deltatok.shards.patches.writer import PatchRows, write_patch_shard
+from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import window_order
+from deltatok.shards.windows import ShardRows
 
 Fails = Callable[..., None]
 
@@ -130,7 +131,7 @@ def rewrite(cache: Path, out: Path, change: Callable[[dict[str, np.ndarray]], No
     }
     change(columns)
     made = np.argsort(window_order(len(windows), seed=0, shard=0))
-    rows = PatchRows(**{name: values[made] for name, values in columns.items()}, keys=reader.keys)
+    rows = ShardRows(**{name: values[made] for name, values in columns.items()}, keys=reader.keys)
     write_patch_shard(out, 0, rows, dtype="float16", seed=0)
     return out
 

@@ -69,14 +69,8 @@ class Trackers:
             tracker = _make(name, folder, start=start)
             tracker.start()
             if start == 0:
-                tracker.store_init_configuration(
-                    {
-                        setting: value
-                        if isinstance(value, str | int | float | bool)
-                        else str(value)
-                        for setting, value in flatten(config).items()
-                    }
-                )
+                settings = {name: _plain(value) for name, value in flatten(config).items()}
+                tracker.store_init_configuration(settings)
             self._trackers.append(tracker)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -97,6 +91,11 @@ def _make(name: str, folder: Path, *, start: int) -> GeneralTracker:
         return kind("tensorboard", str(folder), purge_step=start + 1)
     mode = os.environ.get("WANDB_MODE", "offline")
     return kind(PROJECT, dir=str(folder), name=folder.name, mode=mode)
+
+
+def _plain(value: Any) -> str | int | float | bool:
+    """What is no number, word or truth value, as its text: trackers take no other."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
 
 
 logger = logging.getLogger(__name__)

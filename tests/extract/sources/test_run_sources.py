@@ -13,14 +13,14 @@ from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.shards import PatchShards
-from deltatok.shards.patches.table import WindowTable
 from deltatok.shards.plan import read_plan
 from deltatok.shards.records import read_done
+from deltatok.shards.windows import WindowColumns
 
 MakeConfig = Callable[..., ExtractConfig]
 
 
-def _table(folder: Path) -> WindowTable:
+def _table(folder: Path) -> WindowColumns:
     return PatchShards(folder).table()
 
 

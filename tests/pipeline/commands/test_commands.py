@@ -295,6 +295,10 @@ def test_the_nearest_subcommand_is_named(
         ("import deltatok.evaluate", {"deltatok.extract", "torch", "av", "matplotlib"}),
         ("from deltatok.pipeline.commands import shards", {"torch", "av", "matplotlib"}),
         ("from deltatok.pipeline.commands import pipeline", {"torch", "av", "matplotlib"}),
+        (
+            "import deltatok.evaluate.forecast.run",
+            {"decord", "deltatok.extract.backbone", "deltatok.extract.decoding.clip"},
+        ),
         ("from deltatok.train import tokenizer, world", {"deltatok.extract", "av", "matplotlib"}),
         (
             "from deltatok.pipeline.commands import extract; extract.main(['--help'])",

@@ -209,7 +209,7 @@ def test_quarantined_clips_go_with_the_export(little: Any, tmp_path: Path) -> No
         told = [Quarantined(clip=key, stage="open", reason="cut", attempts=2) for key in lost]
         rows = {"patches": little.patch_rows, "deltas": little.delta_rows}[kind](0, [], seed=0)
         dtype = {"dtype": "float16"} if kind == "patches" else {}
-        write(source.folder, 1, rows, seed=7, quarantined=told, **dtype)
+        write(source.folder, 1, replace(rows, quarantined=told), seed=7, **dtype)
         write_quarantine(source.folder)
         finish_cache(source.folder, {})
         out = tmp_path / f"{kind}-out"
