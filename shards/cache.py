@@ -4,20 +4,9 @@
      "parent_fingerprint": null, "shape": {...}, "identity": {...}, "backbone": {...},
      "licence": "...", "software": {...}, "counts": {...}, "files": {...}, "complete": true}
 
-`identity` holds everything that changes a stored number, and only that; the fingerprint is its
-hash.
-
-NOTICE.txt: the terms that go with a cache, for whoever gets the folder without knowing why.
-
-A function of cache.json; written when a cache is begun.
-
-What makes two caches the same: canonical JSON, its hash, and the first field that differs.
-
-Used through `cache`, which names all of it again.
-
-The contents of a cache.json, and how they are taken out of JSON that may be damaged or made up.
-
-`cache` reads and writes the file, and names what is here again.
+`identity` holds everything that changes a stored number, and only that; the fingerprint is the hash
+of its canonical JSON. NOTICE.txt, written when a cache is begun, holds the terms that go with it,
+for whoever gets the folder without knowing why.
 """
 
 import hashlib

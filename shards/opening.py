@@ -39,16 +39,16 @@ class ShardRecords(Sequence[DoneRecord]):
     record when it is first asked for: DamagedShard names the one that is not as promised."""
 
     def __init__(
-        self, folder: Path, told: Sequence[DoneRecord | IndexEntry], *, checked: bool
+        self, folder: Path, entries: Sequence[DoneRecord | IndexEntry], *, checked: bool
     ) -> None:
-        """told: the records, or what the index says of them. checked: every byte was hashed."""
+        """entries: the records, or what the index says of them. checked: every byte was hashed."""
         self._folder = folder
-        self._told = list(told)
+        self._entries = list(entries)
         self._checked = checked
         self._records: dict[int, DoneRecord] = {}
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._entries)
 
     @overload
     def __getitem__(self, index: int) -> DoneRecord: ...
@@ -58,8 +58,8 @@ class ShardRecords(Sequence[DoneRecord]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         if index not in self._records:
-            told = self._told[index]
-            record = told if isinstance(told, DoneRecord) else read_indexed(self._folder, told)
+            entry = self._entries[index]
+            record = entry if isinstance(entry, DoneRecord) else read_indexed(self._folder, entry)
             if not self._checked:
                 check_files(self._folder, record, depth="sample")
             self._records[index] = record
@@ -127,9 +127,9 @@ def open_finished(
         raise UsageError(f"verify is {verify!r}, wanted 'size' or 'sha256'")
     folder = Path(folder)
     info = read_cache_info(folder, format=format)
-    told = _index(folder, info, verify=verify)
-    records = read_all_done(folder) if told is None else []
-    entries: Sequence[DoneRecord | IndexEntry] = records if told is None else told
+    index = _index(folder, info, verify=verify)
+    records = read_all_done(folder) if index is None else []
+    entries: Sequence[DoneRecord | IndexEntry] = records if index is None else index
     if info.complete:
         _check_totals(folder, info, entries)
     elif not allow_incomplete:
@@ -138,12 +138,12 @@ def open_finished(
             f"{folder}: extraction has not finished, {len(entries)} of {wanted} shards: "
             "run deltatok-extract again"
         )
-    if told is None:
+    if index is None:
         with contextlib.closing(file_problems(folder, records, verify=verify)) as problems:
             for problem in problems:
                 raise problem
     else:
-        _check_names(folder, info, told)
+        _check_names(folder, info, index)
     entries = [entry for entry in entries if entry.rows]
     starts = np.cumsum([0, *(entry.rows for entry in entries)], dtype=np.int64)
     return OpenedCache(
@@ -152,7 +152,7 @@ def open_finished(
         records=ShardRecords(folder, entries, checked=verify == "sha256"),
         starts=starts,
         shard_keys=[entry.keys for entry in entries],
-        is_eager=told is None,
+        is_eager=index is None,
     )
 
 

@@ -1,11 +1,9 @@
 """plan.jsonl: which clip goes into which shard, fixed before any work starts.
 
 One JSON object a line: {"key", "source", "size_bytes", "shard"}, in shard order; "label" and
-"split" where they are known, "target" in evaluation caches (plan_target.py). The order of
+"split" where they are known, "target" in evaluation caches (evaluation/labels.py). The order of
 clips and of windows comes from hashes, not from a random generator, so that it is the same with
 every release of every library and does not depend on the order the clips are found in.
-
-Lines of a plan whose clips were not there when it was made, once they are.
 
 A clip that cannot be read at all is planned with 0 bytes (and without a target) and goes to
 quarantine. Its line is filled in when the quarantined are tried again: nothing that is stored

@@ -7,20 +7,18 @@
 Without its done-record a shard does not exist: readers skip it, writers replace it. Nothing that
 differs from run to run (times, worker counts) is in here: those go to timings.jsonl.
 
-Whether the files of a shard are those that its done-record promises.
+`check_files` holds the files of a shard against its record, at three depths: `size` (there, a
+regular file inside the cache folder, of this size), `sample` (also the right shard: small files
+whole, 16 pieces of large ones) and `sha256` (every byte).
 
-Three depths: `size` (there, a regular file inside the cache folder, of this size), `sample` (also
-the right shard: small files whole, 16 pieces of large ones) and `sha256` (every byte).
-
-A finished shard gets its name and its done-record, also where two processes finish the same one.
-
-Processes have different shards of a folder to make, unless somebody starts the same command twice:
-then the same shard can be written twice at once. Same clips, same bytes: the second writer finds
+`commit_shard` gives a finished shard its name and its record, also where somebody started the same
+command twice and two processes finish the same one. Same clips, same bytes: the second writer finds
 the shard there as it would have written it and leaves it alone. So nothing that a done-record
 promises is ever taken away, and whoever comes last writes the same record.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -32,7 +30,6 @@ from typing import Any, Literal
 
 from .errors import DamagedShard
 from .files import flush, publish, remove, sha256_file, write_bytes, write_json
-from .samples import SAMPLED_ABOVE_BYTES, sample_sha256
 from .schema import ADVICE, STORED, load, read_json, shown
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
@@ -40,6 +37,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_ROWS = 2**31 - 1
 RECORD_VERSION = 1
 QUARANTINE = "quarantine.jsonl"
+
+NUM_PIECES = 16
+PIECE_BYTES = 4096
+SAMPLED_ABOVE_BYTES = NUM_PIECES * PIECE_BYTES
+"""Smaller files are hashed whole. Not the head alone: many videos begin with black frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +317,7 @@ _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 """What moving a folder onto its name ends with when another process did so meanwhile."""
 
 
-def publish_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str) -> DoneRecord:
+def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str) -> DoneRecord:
     """Moves `partial` onto shards/NNNNNN`suffix` and writes the done-record; gives the record.
 
     record: all but its `files`, which are described here. partial: a file or folder; not there if
@@ -377,3 +379,21 @@ def _all_files(path: Path) -> list[Path]:
     if path.is_dir():
         return [child for child in path.rglob("*") if not child.is_dir()]
     return [path] if path.exists() else []
+
+
+def sample_sha256(path: Path, *, size: int) -> str:
+    """The SHA-256, 64 hex digits, of 16 pieces of 4,096 bytes; piece i starts at byte
+    i * (size - 4096) // 15. `size`: of the file, more than 64 KiB. OSError as reading does.
+
+    Checksums inside a shard say that nothing was changed, not that it is the right shard: two whole
+    ones of equal size can be swapped. Hashing a gigabyte to notice that takes a second, this takes
+    16 small reads."""
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        for piece in range(NUM_PIECES):
+            start = piece * (size - PIECE_BYTES) // (NUM_PIECES - 1)
+            digest.update(os.pread(descriptor, PIECE_BYTES, start))
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()

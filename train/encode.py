@@ -27,7 +27,6 @@ from ..shards.cache import (
     DELTAS,
     CacheInfo,
     CacheShape,
-    compare,
     finish_cache,
     open_cache,
     plain,
@@ -55,7 +54,8 @@ from .data.batches import Prefetcher
 from .data.order import Indices
 from .engine.devices import Accelerator, make_accelerator
 from .engine.logs import Meter
-from .engine.model_folder import read_provenance, weights_sha256
+from .engine.model_folder import weights_sha256
+from .engine.provenance import check_trained_on
 from .models.deltatok import DeltaTok
 
 
@@ -171,15 +171,6 @@ def _windows_of(part: ShardPart) -> Indices:
 
 logger = logging.getLogger(__name__)
 
-SAME_FOR_BOTH = (
-    "backbone",
-    "preprocessing.patch_size",
-    "preprocessing.image_mean",
-    "preprocessing.image_std",
-)
-"""What the tokenizer's own training cache and the cache to tokenize must agree in; not the frame
-size: a tokenizer may be used at another one."""
-
 
 def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
     """CacheMismatch, naming the field, unless the tokenizer was trained on this kind of tokens.
@@ -192,17 +183,7 @@ def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
             f"{folder}: hidden_size is {model.config.hidden_size}, the patch tokens have {size} "
             "channels: use a tokenizer that was trained for this backbone, or another cache"
         )
-    trained_on = read_provenance(folder).get("patches")
-    if not isinstance(trained_on, dict):
-        logger.warning("%s does not say what it was trained on: only its size was checked", folder)
-        return
-    compare(
-        patches.identity,
-        trained_on,
-        what_got="the patch tokens",
-        what_wanted=f"those that {folder} was trained on",
-        fields=SAME_FOR_BOTH,
-    )
+    check_trained_on(folder, patches, what=f"tokenizer {folder}")
 
 
 def describe_deltas(

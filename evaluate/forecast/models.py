@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 
-from ...shards.cache import CacheInfo, compare
+from ...shards.cache import CacheInfo
 from ...shards.errors import UsageError
 from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
+from ...train.engine.provenance import (
+    check_features,
+    check_made_by,
+    check_trained_on,
+    warn_unchecked,
+)
 from ...train.models.deltatok import DeltaTok
 from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.dinoworld import DINOWorld
@@ -24,15 +30,6 @@ from .config import ForecastConfig
 logger = logging.getLogger(__name__)
 
 WorldModel = DeltaWorldNetwork | DINOWorld
-
-# Frame size may differ: a tokenizer trained at 256 px may be evaluated at 512 px, as in the paper.
-_SAME_FEATURES = (
-    "backbone",
-    "preprocessing.patch_size",
-    "preprocessing.image_mean",
-    "preprocessing.image_std",
-    "preprocessing.resize",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,15 +168,9 @@ def check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> No
 
 def check_patches(role: str, folder: str, info: CacheInfo) -> dict[str, Any]:
     """Compare the cache a tokenizer or head was trained on with the evaluation cache."""
-    provenance = read_provenance(folder)
-    trained_on = provenance.get("patches")
-    if isinstance(trained_on, Mapping):
-        _compare_patches(role, folder, trained_on, info)
-    else:
-        _warn_unchecked(role, folder, "patches")
     return {
-        "trained_on_fingerprint": provenance.get("patches_fingerprint"),
-        "checked": isinstance(trained_on, Mapping),
+        "trained_on_fingerprint": read_provenance(folder).get("patches_fingerprint"),
+        "checked": check_trained_on(folder, info, what=f"--{role} {folder}"),
     }
 
 
@@ -187,45 +178,15 @@ def _check_deltas(
     role: str, folder: str, info: CacheInfo, tokenizer: str, tokenizer_sha256: str
 ) -> dict[str, Any]:
     """Compare the delta cache a world model was trained on: its tokenizer and its backbone."""
-    provenance = read_provenance(folder)
+    what, provenance = f"--{role} {folder}", read_provenance(folder)
     deltas = provenance.get("deltas")
     if isinstance(deltas, Mapping):
-        compare(
-            {"tokenizer": {"weights_sha256": tokenizer_sha256}},
-            deltas,
-            what_got=f"--tokenizer {tokenizer}",
-            what_wanted=f"the provenance of --{role} {folder}",
-            fields=["tokenizer.weights_sha256"],
-            advice=f"give the tokenizer that made the delta tokens the {role} was trained on",
-        )
+        check_made_by(tokenizer_sha256, deltas, what_got=f"--tokenizer {tokenizer}", what=what)
         if isinstance(deltas.get("patches"), Mapping):
-            _compare_patches(role, folder, deltas["patches"], info)
+            check_features(info, deltas["patches"], what=what)
     else:
-        _warn_unchecked(role, folder, "deltas")
+        warn_unchecked(what, "deltas")
     return {
         "trained_on_fingerprint": provenance.get("deltas_fingerprint"),
         "checked": isinstance(deltas, Mapping),
     }
-
-
-def _compare_patches(
-    role: str, folder: str, trained_on: Mapping[str, Any], info: CacheInfo
-) -> None:
-    compare(
-        info.identity,
-        trained_on,
-        what_got="the cache of --patches",
-        what_wanted=f"the provenance of --{role} {folder}",
-        fields=_SAME_FEATURES,
-        advice=f"give a {role} that was trained on features of this backbone, or extract the cache "
-        "with that one's",
-    )
-
-
-def _warn_unchecked(role: str, folder: str, missing: str) -> None:
-    logger.warning(
-        "%s %s: its provenance.json has no %s, so that it belongs to this cache is not checked",
-        role,
-        folder,
-        missing,
-    )

@@ -28,6 +28,7 @@ from ...shards.cache import compare, read_cache_info
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import write_json
 from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
+from ...train.engine.provenance import SAME_PREPROCESSING, check_made_by, warn_unchecked
 from ...train.models.deltatok import DeltaTok
 from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.heads import DepthHead, SegmentationHead
@@ -271,13 +272,26 @@ def load_parts(
     if tokenizer is None:
         tokenizer = find_tokenizer(world_folder, wanted, places)
     loaded_tokenizer = DeltaTok.from_pretrained(tokenizer)
-    check_tokenizer(loaded_tokenizer, tokenizer, world_folder, wanted)
+    world_name = f"the world model {world_folder}"
+    if wanted is None:
+        warn_unchecked(world_name, "tokenizer")
+    else:
+        sha256 = weights_sha256(loaded_tokenizer)
+        check_made_by(sha256, deltas, what_got=f"tokenizer {tokenizer}", what=world_name)
 
     wanted = patches.get("backbone", {}).get("weights_sha256")
     if backbone is None:
         backbone = find_backbone(world_folder, wanted, places, load_backbone)
     loaded_backbone = load_backbone(str(backbone))
-    check_backbone(loaded_backbone, backbone, world_folder, patches)
+    if patches:
+        check_same_features(
+            loaded_backbone,
+            patches,
+            what_got=f"backbone {backbone}",
+            what_wanted=f"the provenance of {world_name}",
+        )
+    else:
+        warn_unchecked(world_name, "backbone")
 
     if head is None:
         head = find_head(wanted, places)
@@ -310,37 +324,6 @@ def load_parts(
     return parts
 
 
-def check_tokenizer(
-    tokenizer: DeltaTok, given: str | Path, world_folder: Path, wanted: str | None
-) -> None:
-    """CacheMismatch, with both fingerprints, for a tokenizer the world was not trained with."""
-    if wanted is None:
-        _warn("tokenizer", given, world_folder)
-        return
-    compare(
-        {"tokenizer": {"weights_sha256": weights_sha256(tokenizer)}},
-        {"tokenizer": {"weights_sha256": wanted}},
-        what_got=f"tokenizer {given}",
-        what_wanted=f"the provenance of the world model {world_folder}",
-        advice="pass the tokenizer= it was trained with",
-    )
-
-
-def check_backbone(
-    backbone: Backbone, given: str | Path, world_folder: Path, patches: Mapping[str, Any]
-) -> None:
-    """CacheMismatch, with both fingerprints, for a backbone the world was not trained with."""
-    if not patches:
-        _warn("backbone", given, world_folder)
-        return
-    check_same_features(
-        backbone,
-        patches,
-        what_got=f"backbone {given}",
-        what_wanted=f"the provenance of the world model {world_folder}",
-    )
-
-
 def check_same_features(
     backbone: Backbone, patches: Mapping[str, Any], *, what_got: str, what_wanted: str
 ) -> None:
@@ -355,13 +338,12 @@ def check_same_features(
             "resize": RESIZE_RULE,
         },
     }
-    fields = ["backbone.weights_sha256", *(f"preprocessing.{n}" for n in got["preprocessing"])]
     compare(
         got,
         patches,
         what_got=what_got,
         what_wanted=what_wanted,
-        fields=fields,
+        fields=["backbone.weights_sha256", *SAME_PREPROCESSING],
         advice="give the backbone that made them",
     )
 
@@ -383,12 +365,3 @@ def _copy_backbone(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.resolve() != (target / file.name).resolve():
                 shutil.copyfile(file, target / file.name)
-
-
-def _warn(part: str, given: str | Path, world_folder: Path) -> None:
-    logger.warning(
-        "%s %s: the provenance.json of %s does not say which one it was trained with: not checked",
-        part,
-        given,
-        world_folder,
-    )

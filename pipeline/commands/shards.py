@@ -16,7 +16,7 @@ from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
 from ...shards.files import living_partials, write_bytes, write_json
 from ...shards.patches.reader import PatchShards
-from ...shards.tools.export import Selection, export_cache
+from ...shards.tools.export import ClipSelection, export_cache
 from ...shards.tools.info import describe_cache
 from ...shards.tools.repair import Repaired, repair_cache
 from ...shards.tools.verify import VerifyReport, verify_cache
@@ -400,7 +400,7 @@ def _write(path: str, found: dict[str, Any]) -> None:
 
 def export(config: ExportConfig) -> str:
     """Writes the new cache."""
-    selection = Selection(
+    selection = ClipSelection(
         clips=None if config.clips is None else _read_keys(Path(config.clips)),
         labels=config.label,
         splits=config.split,

@@ -4,24 +4,19 @@
     tokens = deltas.tokens([3, 17])         # float16 (2, T, D)
 
 Windows are numbered through all shards in shard order. Any number of threads may read, and
-processes forked while a reader is open may go on reading with it.
-
-Where the members of a delta-token tar lie: positions in the file, nothing unpacked.
+processes forked while a reader is open may go on reading with it. In a tar, a block of n windows
+has three members:
 
     512 bytes   header of BBBBBB.timestamps.npy: name, size, checksum, "ustar"
-    ...         its bytes, filled up to a multiple of 512
+    ...         float32 (n, T), filled up to a multiple of 512
     512 bytes   header of BBBBBB.tokens.npy
-    ...
-    1024 bytes  of zeros: the end
+    ...         float16 (n, T, D)
+    512 bytes   header of BBBBBB.windows.json
+    ...         a list of n objects: clip, frames, crop, flipped
+    1024 bytes  of zeros, after the last block: the end
 
 Members of an uncompressed tar are contiguous, so an array in one can be mapped in place. Only
 regular files with the names above are let through: no links, folders, extended headers, paths.
-
-The blocks of windows in a delta-token tar: which members belong together, and their contents.
-
-BBBBBB.timestamps.npy   float32 (n, T)
-BBBBBB.tokens.npy       float16 (n, T, D)
-BBBBBB.windows.json     a list of n objects: clip, frames, crop, flipped
 """
 
 import math

@@ -15,7 +15,7 @@ from ..errors import CacheMismatch, DeltatokError, UsageError
 from ..files import partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
-from ..records import DoneRecord, publish_shard, shard_path
+from ..records import DoneRecord, commit_shard, shard_path
 from ..windows import ShardRows
 
 BLOCK_WINDOWS = 256
@@ -68,7 +68,7 @@ def write_delta_shard(
         decoders=dict(rows.decoders),
         quarantined=list(rows.quarantined),
     )
-    return publish_shard(folder, record, partial=partial, suffix=".tar")
+    return commit_shard(folder, record, partial=partial, suffix=".tar")
 
 
 def _check_tokens(rows: ShardRows, shape: tuple[int, ...], *, where: str) -> None:

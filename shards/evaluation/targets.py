@@ -4,7 +4,7 @@
     label = load_label(targets[key], "/data/VSPW")      # uint8 (H, W) or float32 (H, W) metres
     first, second = windows_of_clips(cache)[key]        # its two crops
 
-Labels are never resized. Used to train heads and by evaluate/. FORMAT.md "Evaluation caches".
+Labels are never resized. FORMAT.md "Evaluation caches".
 """
 
 from dataclasses import dataclass

@@ -6,10 +6,8 @@
 Windows are numbered through all shards in shard order. Any number of threads may read, and
 processes forked while a reader is open may go on reading with it.
 
-The tokens of one patch-token shard, frame by frame: as stored, or as the float32 they stand for.
-
-What the dtypes differ in is here: int8 has scales beside its codes. Used by `patches` and
-`contents`; file descriptors are the caller's, one set a thread.
+A `TokenReader` reads one shard frame by frame: as stored, or as the float32 values that stands for
+(int8 has scales beside its codes). File descriptors are the caller's, one set a thread.
 """
 
 import threading

@@ -35,7 +35,7 @@ from ..errors import CacheMismatch, DeltatokError, UsageError
 from ..files import create_bytes, partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
-from ..records import DoneRecord, publish_shard, shard_path
+from ..records import DoneRecord, commit_shard, shard_path
 from ..windows import ShardRows, WindowColumns
 from .int8 import MAX_NORMALISED, UNSTORABLE, dequantise, quantise, read_channel_scale
 from .layout import (
@@ -134,7 +134,7 @@ def write_patch_shard(
         decoders=dict(rows.decoders),
         quarantined=list(rows.quarantined),
     )
-    return publish_shard(folder, record, partial=partial, suffix=".zarr")
+    return commit_shard(folder, record, partial=partial, suffix=".zarr")
 
 
 def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:

@@ -1,7 +1,7 @@
 """export_cache: windows of finished caches as a new one: a subset, a merger, other shards, another
 storage type.
 
-    export_cache(["cache/a", "cache/b"], "cache/train", selection=Selection(splits=("train",)))
+    export_cache(["cache/a", "cache/b"], "cache/train", selection=ClipSelection(splits=("train",)))
 
 Clips are taken whole, those in quarantine too, so that the new cache says what its videos did not
 give. With the storage type kept, every stored number is one that was there, so the identity and
@@ -52,7 +52,7 @@ SPARE = 1.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class ClipSelection:
     """Which clips; None or empty: all."""
 
     clips: frozenset[str] | None = None
@@ -109,7 +109,7 @@ def export_cache(
     folders: Sequence[Path | str],
     out: Path | str,
     *,
-    selection: Selection | None = None,
+    selection: ClipSelection | None = None,
     clips_per_shard: int | None = None,
     windows_per_shard: int | None = None,
     dtype: str | None = None,
@@ -124,7 +124,7 @@ def export_cache(
     for damage in what is read; DeltatokError for values that the dtype cannot hold and where the
     disk has no room for all of it.
     """
-    out, selection = Path(out), selection or Selection()
+    out, selection = Path(out), selection or ClipSelection()
     check_compression(compression)
     if out.resolve() in [Path(folder).resolve() for folder in folders]:
         raise UsageError(f"{out}: is one of the caches to export: give a new folder")
@@ -185,7 +185,9 @@ def open_sources(folders: Sequence[Path | str]) -> list[SourceCache]:
     return [SourceCache(reader) for reader in readers]
 
 
-def select_clips(sources: Sequence[SourceCache], selection: Selection) -> dict[str, SourceCache]:
+def select_clips(
+    sources: Sequence[SourceCache], selection: ClipSelection
+) -> dict[str, SourceCache]:
     """Key -> the cache it is in, in the plan's order.
 
     Raises UsageError for a clip, label or split that no cache has, for a clip that is in two of
@@ -385,7 +387,7 @@ def _check_room(
 
 
 def _exported_from(
-    sources: Sequence[SourceCache], selection: Selection, clips: Clips
+    sources: Sequence[SourceCache], selection: ClipSelection, clips: Clips
 ) -> dict[str, Any]:
     """What cache.json says of where the windows come from; plain JSON values."""
     caches = []

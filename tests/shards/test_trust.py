@@ -14,7 +14,7 @@ from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShard
 from deltatok.shards.cache import NOTICE, finish_cache
 from deltatok.shards.index import INDEX
 from deltatok.shards.patches.writer import write_patch_shard
-from deltatok.shards.samples import sample_sha256
+from deltatok.shards.records import sample_sha256
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 
@@ -75,7 +75,7 @@ def test_a_large_file_swapped_is_told_by_its_sample(
     little: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltatok.shards.records.SAMPLED_ABOVE_BYTES", 256)
-    monkeypatch.setattr("deltatok.shards.samples.PIECE_BYTES", 16)
+    monkeypatch.setattr("deltatok.shards.records.PIECE_BYTES", 16)
     folder = equal_shards(little, tmp_path / "cache", kind="patches")
     record = json.loads((folder / "shards/000000.json").read_text())
     path = f"shards/000000.zarr/{TOKENS}"
