@@ -1,13 +1,11 @@
-"""What an extraction is: one frozen dataclass, one field per flag of `deltatok-extract`.
+"""What an extraction is: one frozen dataclass, one field a flag of `deltatok-extract`.
 
-`pipeline/` fills it from YAML and flags, `run.py` does what it says. The text under a field is its
-help text. Whatever cannot be meant is refused here, before a clip is opened.
+    RunConfig                        backbone, storage, limits: whatever the frames come from
+        ExtractConfig                videos (here)
+        datasets.base.DatasetConfig  labelled data sets
 
-Durations and sizes as people write them: `90s`, `30m`, `1h30m`; `500MB`, `10GB`, `1.5TiB`.
-
-What every extraction is told, whatever its frames come from: backbone, storage, limits.
-
-ExtractConfig (videos) and DatasetConfig (evaluation data sets) are this and more.
+The text under a field is its help text. Whatever cannot be meant is refused here, before a clip is
+opened. Durations and sizes are as people write them: `90s`, `30m`, `1h30m`; `500MB`, `1.5TiB`.
 """
 
 import math

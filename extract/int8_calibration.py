@@ -27,10 +27,10 @@ from ..shards.patches.int8 import (
     sample_order,
 )
 from ..shards.records import Quarantined
-from .backbone import Backbone, choose_num_workers
+from .backbone import Backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy, one_window_a_clip
-from .decoding.pool import DecodePool
+from .decoding.pool import DecodePool, choose_num_workers
 from .features import WindowFeatures
 from .pixels import window_pixels
 from .shard_writer import PatchShardWriter

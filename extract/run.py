@@ -31,16 +31,17 @@ from ..shards.plan import (
     write_plan,
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
-from .backbone import Backbone, choose_num_workers, load_backbone
+from ..shards.stopwatch import Stopwatch
+from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
-from .datasets.windows import EvaluationPolicy, Policy
+from .datasets.windows import Policy
 from .decoding.clip import check_installed
-from .decoding.pool import DecodePool
-from .features import PixelStage, WindowFeatures
-from .identity import describe_patches
+from .decoding.pool import DecodePool, choose_num_workers
+from .features import PixelPrefetcher, WindowFeatures
+from .identity import cache_identity
 from .int8_calibration import patch_writer
 from .ledger import Ledger, Part, Plan, close_cache, reopen
-from .progress import Progress, StageClock
+from .progress import Progress
 from .sampling import SamplingPolicy
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
 from .sources.clip import Clip
@@ -92,7 +93,8 @@ class RunContext:
     backbone: Backbone
     writer: ShardWriter
     stop: StopRequest
-    clock: StageClock
+    watch: Stopwatch
+    """Of the main thread: decode, pixels, backbone, write."""
 
     @property
     def out(self) -> Path:
@@ -126,7 +128,7 @@ def run_extraction(
     *,
     backbone: Backbone | None = None,
     writer: ShardWriter | None = None,
-    targets: tuple[EvaluationPolicy, Sequence[Clip]] | None = None,
+    targets: tuple[Policy, Sequence[Clip]] | None = None,
 ) -> ExtractionSummary:
     """Makes this process's part of the cache `config.out`, or what is missing of it.
 
@@ -134,8 +136,8 @@ def run_extraction(
     folder; each returns when its own are done, and the one that finds all done closes the cache.
 
     backbone: instead of loading `config.backbone`. writer: what becomes of the features; by
-    default they are stored whole, as a patch-token cache. targets: the windows to make, instead of
-    those that `config` samples among its videos: those of an evaluation data set.
+    default they are stored whole, as a patch-token cache. targets: the clips, and how their windows
+    are made, instead of those that `config` finds and samples.
 
     Raises UsageError (2), TooManyQuarantined (3: all shards are written, or 100 clips and more
     are broken), CacheMismatch (4: `out` holds another cache), Stopped (75: by SIGTERM, SIGINT or
@@ -151,7 +153,7 @@ def run_extraction(
         with stop.at_once():
             backbone = backbone or load_backbone(config)
             writer = writer or patch_writer(config, policy, backbone, clips)
-            info = writer.describe(describe_patches(config, policy, backbone))
+            info = writer.describe(cache_identity(config, policy, backbone))
         open_cache(config.out, info)
         run = RunContext(
             config=config,
@@ -159,7 +161,7 @@ def run_extraction(
             backbone=backbone,
             writer=writer,
             stop=stop,
-            clock=StageClock(),
+            watch=Stopwatch(),
         )
         with disk_errors(run.out):
             ledger, shards = _begin(run, clips, part)
@@ -176,7 +178,7 @@ def run_extraction(
         bytes=sum(ledger.size_bytes.values()),
         shards_done_now=len(shards),
         seconds=time.monotonic() - start_s,
-        slowest_stage=run.clock.slowest(),
+        slowest_stage=run.watch.slowest(),
     )
     if not ledger.missing:  # else whoever closes the cache says so
         ledger.check(config.max_quarantined)
@@ -192,7 +194,7 @@ def make_shards(
     shard's end; finished shards are written behind it. num_clips: of this process's part, for the
     progress line. Raises what run_extraction does.
     """
-    config, backbone, clock = run.config, run.backbone, run.clock
+    config, backbone, watch = run.config, run.backbone, run.watch
     with disk_errors(run.out):
         black = backbone.black_tokens(config.frame_size)
         run.writer.begin(run.out, black.to(backbone.device))
@@ -211,7 +213,7 @@ def make_shards(
         _note_done(run, record, ledger)
 
     with (
-        Progress(clock, num_clips=num_clips, num_before=num_clips - num_left) as progress,
+        Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress,
         ShardWriterThread(
             run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=note_done
         ) as sink,
@@ -222,18 +224,18 @@ def make_shards(
             decode_threads=config.decode_threads,
             decoder=config.decoder,
         ) as pool,
-        PixelStage(
+        PixelPrefetcher(
             frame_size=config.frame_size,
             device=backbone.device,
             num_ahead=run.windows_ahead,
-        ) as stage,
+        ) as prefetcher,
     ):
-        decoded = stage.clips(pool.decode(clip for shard in shards for clip in shard.clips))
+        decoded = prefetcher.clips(pool.decode(clip for shard in shards for clip in shard.clips))
         for shard in shards:
             sink.check_free(shard.number)
             windows = ShardWindows(config.num_frames)
             for _ in shard.clips:
-                with clock.at("decode"), run.stop.at_once():
+                with watch.at("decode"), run.stop.at_once():
                     clip = next(decoded)
                 if isinstance(clip, Quarantined):
                     _LOGGER.warning("quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason)
@@ -243,16 +245,16 @@ def make_shards(
                 windows.add(clip.key, clip.decoder, clip.draws)
                 while clip.pixels:
                     run.stop.check()
-                    with clock.at("pixels"):
+                    with watch.at("pixels"):
                         pixels = clip.pixels.popleft()()  # and its decoded frames are let go of
-                    with clock.at("backbone"):
+                    with watch.at("backbone"):
                         features.add(pixels)
                 progress.add_clip(num_frames=len(clip.draws) * config.num_frames)
-            with clock.at("backbone"):
+            with watch.at("backbone"):
                 values = features.finish_later()
-            with clock.at("write"):
+            with watch.at("write"):
                 sink.put(shard.number, windows, values)
-        with clock.at("write"):
+        with watch.at("write"):
             sink.finish()
 
 
@@ -330,7 +332,7 @@ def _out_of_memory(run: RunContext) -> Iterator[None]:
 def _note_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
     """Tells the files for people, and the log, of a shard that is written."""
     with disk_errors(run.out):
-        seconds = {stage: round(spent_s, 3) for stage, spent_s in run.clock.seconds.items()}
+        seconds = {stage: round(spent_s, 3) for stage, spent_s in run.watch.seconds.items()}
         timing = {"shard": record.shard, "windows": record.rows, "seconds_so_far": seconds}
         append_timing(run.out, timing)
         if record.quarantined:

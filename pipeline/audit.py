@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..evaluate.cache_fidelity import COLUMNS, TokenErrors
 from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
-from ..extract.identity import describe_patches
+from ..extract.identity import cache_identity
 from ..extract.run import run_extraction
 from ..extract.sampling import SamplingPolicy
 from ..extract.shard_writer import PatchShardWriter, ShardWriter
@@ -107,7 +107,7 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     policy, backbone = SamplingPolicy.from_config(extraction), load_backbone(extraction)
     writer = _writer(config, info, extraction)
     compare(
-        writer.describe(describe_patches(extraction, policy, backbone)).identity,
+        writer.describe(cache_identity(extraction, policy, backbone)).identity,
         info.identity,
         what_got="the backbone and tokenizer given",
         what_wanted=str(folder),
@@ -122,7 +122,7 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     ours = _windows_as_drawn(stored, seed=extraction.seed)
     with tempfile.TemporaryDirectory() as out, StopRequest() as stop, stop.at_once():
         run = replace(extraction, out=out)
-        run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))  # type: ignore[arg-type]
+        run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))
         made = _open(Path(out), info)
         theirs = _windows_as_drawn(made, seed=extraction.seed)
         refused = {lost.clip: lost for lost in quarantined_of(read_all_done(out))}

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..extract.backbone import choose_num_workers, load_backbone
+from ..extract.backbone import load_backbone
 from ..extract.datasets.base import DatasetConfig
 from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
+from ..extract.decoding.pool import choose_num_workers
 from ..extract.int8_calibration import patch_writer
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.sampling import SamplingPolicy
@@ -43,11 +44,12 @@ from ..shards.cache import PATCHES, CacheInfo, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.devices import choose_device
 from ..shards.errors import TooManyQuarantined, UsageError
+from ..shards.files import size_text
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order
 from ..shards.records import DoneRecord, quarantined_of, read_all_done
-from ..shards.tools.export import Selection, export_cache
+from ..shards.tools.export import ClipSelection, export_cache
 from ..shards.windows import ShardRows
 from ..train.config import TokenizeConfig
 from ..train.encode import write_deltas
@@ -64,7 +66,6 @@ SHARD_COPIES = 3
 """A shard is in memory as it is made, as the one before is encoded, and as its encoded bytes."""
 LISTS = ("plan.jsonl", "index.jsonl", "quarantine.jsonl", "timings.jsonl")
 """Files of a cache with a line for every clip or shard."""
-UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SHOWN = 10
 """Clips in quarantine that are named."""
 
@@ -159,7 +160,7 @@ def plan_extraction(
             writer = DeltaShardWriter.from_config(fused)
         timed = _TimedWriter(writer)
         cores_s = _core_seconds_of_children()
-        run_extraction(tried, backbone=backbone, writer=timed, targets=(policy, chosen))  # type: ignore[arg-type]
+        run_extraction(tried, backbone=backbone, writer=timed, targets=(policy, chosen))
         return _Trial.of(
             out,
             probed=len(chosen),
@@ -200,7 +201,7 @@ def plan_encoding(config: TokenizeConfig, *, num_clips: int | None = None) -> Co
     def try_out(count: int, out: Path) -> "_Trial":
         part = out.with_name(f"{out.name}-patches")
         chosen = frozenset(order[:count])
-        export_cache([config.patches], part, selection=Selection(clips=chosen))
+        export_cache([config.patches], part, selection=ClipSelection(clips=chosen))
         write_deltas(replace(config, patches=str(part), out=str(out)), draws=draws)
         timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
         records = {record.shard: record.rows for record in read_all_done(out)}
@@ -511,7 +512,7 @@ def plan_text(plan: CostPlan) -> str:
     device_memory = plan.device_peak_bytes
     lines = [
         "nothing has been written yet; this is what it would take",
-        f"clips      {plan.clips} ({bytes_text(plan.source_bytes)}), {plan.probed} tried",
+        f"clips      {plan.clips} ({size_text(plan.source_bytes)}), {plan.probed} tried",
         f"quarantine {100 * plan.quarantined_share:.3g} %"
         f" ({len(plan.quarantined)} clips known to give no windows)",
         *names[:SHOWN],
@@ -528,16 +529,16 @@ def plan_text(plan: CostPlan) -> str:
         f"decoding   {decoding if plan.workers else 'nothing'}",
         f"clock      about {hours_text(plan.clock_hours)} on this machine, "
         f"the slowest stage: {plan.slowest_stage}; {plan.gb_per_s:.3g} GB/s to write",
-        f"memory     {f'{bytes_text(device_memory)} of the device, ' if device_memory else ''}"
-        f"at most about {bytes_text(plan.host_peak_bytes)} of main memory",
-        f"disk       {bytes_text(plan.free_bytes)} free in {plan.disk}, "
+        f"memory     {f'{size_text(device_memory)} of the device, ' if device_memory else ''}"
+        f"at most about {size_text(plan.host_peak_bytes)} of main memory",
+        f"disk       {size_text(plan.free_bytes)} free in {plan.disk}, "
         f"writes {plan.write_bytes_per_s / 1e9:.2f} GB/s, "
         f"reads {plan.read_bytes_per_s / 1e9:.2f} GB/s",
     ]
     needed = plan.caches[plan.kind].bytes
     if needed > plan.free_bytes:
         lines.append(
-            f"TOO LARGE  {bytes_text(needed)} are needed: take fewer windows, a smaller frame size "
+            f"TOO LARGE  {size_text(needed)} are needed: take fewer windows, a smaller frame size "
             "or dtype, delta tokens (--tokenizer), or another --out"
         )
     return "\n".join(lines)
@@ -547,18 +548,10 @@ def _row(plan: CostPlan, name: str) -> str:
     cost, chosen = plan.caches[name], name == plan.kind
     first = cost.break_even_epochs
     return (
-        f"{name + ' <-' * chosen:<11}{'' if chosen else '~':>1}{bytes_text(cost.bytes):>9} "
-        f"{bytes_text(cost.bytes / max(plan.frames, 1)):>9}   "
+        f"{name + ' <-' * chosen:<11}{'' if chosen else '~':>1}{size_text(cost.bytes):>9} "
+        f"{size_text(cost.bytes / max(plan.frames, 1)):>9}   "
         f"{'never: the disk is slower' if first is None else f'from epoch {first} on'}"
     )
-
-
-def bytes_text(count: float) -> str:
-    """Like "1.57 MB"."""
-    for size, unit in UNITS:
-        if count >= size:
-            return f"{count / size:.{3 if count < 999 * size else 4}g} {unit}"
-    return f"{count:.0f} B"
 
 
 def hours_text(hours: float) -> str:

@@ -50,3 +50,10 @@ def launched(name: str, *, default: int) -> int:
     """What a launcher says in an environment variable of whole numbers."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
+
+
+def num_cores() -> int:
+    """CPU cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -155,6 +155,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_text(num_bytes: float) -> str:
+    """Bytes as people write them: 25206062 -> 25.2 MB."""
+    for size, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{3 if num_bytes < 999 * size else 4}g} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
 def remove(path: Path) -> None:
     """Removes a file or a whole folder; a missing one is fine, also one that others remove too."""
     for attempt in range(REMOVE_TRIES):

@@ -1,20 +1,22 @@
-"""shards/NNNNNN.json, written last: it is the promise that the shard beside it is whole.
+"""Done-records: what each finished shard holds, whether it is still there, and how it gets there.
 
-    {"shard": 0, "rows": 64, "keys": [...], "files": {"shards/000000.zarr/zarr.json":
-     {"bytes": 1234, "sha256": "..."}, ...}, "statistics": {...}, "decoders": {...},
-     "quarantined": [...], "format_version": 1}
+    shards/NNNNNN.json   {"shard": 0, "rows": 64, "keys": [...], "files": {"shards/000000.zarr/
+                         zarr.json": {"bytes": 1234, "sha256": "..."}, ...}, "statistics": {...},
+                         "decoders": {...}, "quarantined": [...], "format_version": 1}
+    quarantine.jsonl     the clips without windows, of all done-records
 
-Without its done-record a shard does not exist: readers skip it, writers replace it. Nothing that
-differs from run to run (times, worker counts) is in here: those go to timings.jsonl.
+A done-record is written last: it promises that the shard beside it is whole. Without one a shard
+does not exist: readers skip it, writers replace it. Nothing that differs from run to run (times,
+worker counts) is in it: that goes to timings.jsonl.
 
-`check_files` holds the files of a shard against its record, at three depths: `size` (there, a
-regular file inside the cache folder, of this size), `sample` (also the right shard: small files
-whole, 16 pieces of large ones) and `sha256` (every byte).
+Files are held against their record in three depths: `size` (there, a regular file inside the cache
+folder, of this size), `sample` (also the right shard: small files whole, 16 pieces of large ones)
+and `sha256` (every byte).
 
-`commit_shard` gives a finished shard its name and its record, also where somebody started the same
-command twice and two processes finish the same one. Same clips, same bytes: the second writer finds
-the shard there as it would have written it and leaves it alone. So nothing that a done-record
-promises is ever taken away, and whoever comes last writes the same record.
+Processes make different shards of a folder, unless somebody starts the same command twice; then two
+can finish the same one at once. Same clips, same bytes: `commit_shard` of the second finds the
+shard there as it would have written it and leaves it alone. So nothing that a done-record promises
+is ever taken away, and whoever comes last writes the same record.
 """
 
 import errno
@@ -37,6 +39,20 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_ROWS = 2**31 - 1
 RECORD_VERSION = 1
 QUARANTINE = "quarantine.jsonl"
+MAX_THREADS = 8
+"""That read files to hold them against their records (a guess)."""
+
+Verify = Literal["size", "sha256"]
+Depth = Literal["size", "sample", "sha256"]
+
+SHARD_ADVICE = (
+    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
+    "(shards/NNNNNN.json) and make the shard again"
+)
+
+_MAX_TRIES = 10
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+"""What moving a folder onto its name ends with when another process did so meanwhile."""
 
 NUM_PIECES = 16
 PIECE_BYTES = 4096
@@ -170,26 +186,24 @@ def _iterate_done(folder: Path | str) -> Iterator[DoneRecord]:
 def write_quarantine(
     folder: Path | str, entries: Iterable[Quarantined] | None = None
 ) -> list[Quarantined]:
-    """Writes quarantine.jsonl, sorted by clip; gives its entries.
+    """Writes quarantine.jsonl; gives its entries.
 
     entries: those of the done-records, from a caller that knows them; None: they are all read,
     which with many shards takes long.
     """
-    if entries is None:
-        entries = quarantined_of(read_all_clips(folder))
-    entries = sorted(entries, key=lambda entry: (entry.clip, entry.stage))
+    entries = quarantined_of(read_all_clips(folder)) if entries is None else list(entries)
     write_bytes(Path(folder) / QUARANTINE, quarantine_bytes(entries))
     return entries
 
 
 def quarantined_of(records: Iterable[DoneRecord]) -> list[Quarantined]:
-    """The entries of quarantine.jsonl, in its order."""
-    entries = [entry for record in records for entry in record.quarantined]
-    return sorted(entries, key=lambda entry: (entry.clip, entry.stage))
+    """The clips without windows of these records."""
+    return [entry for record in records for entry in record.quarantined]
 
 
 def quarantine_bytes(entries: Iterable[Quarantined]) -> bytes:
-    """quarantine.jsonl with these entries."""
+    """quarantine.jsonl with these entries: one a line, sorted by clip."""
+    entries = sorted(entries, key=lambda entry: (entry.clip, entry.stage))
     return "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in entries).encode()
 
 
@@ -214,17 +228,6 @@ def _check_name(name: str, *, where: str) -> None:
         raise DamagedShard(
             f"{where}: names the file {shown(name)}, wanted a path below shards/: {ADVICE}"
         )
-
-
-Verify = Literal["size", "sha256"]
-Depth = Literal["size", "sample", "sha256"]
-
-SHARD_ADVICE = (
-    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
-    "(shards/NNNNNN.json) and make the shard again"
-)
-
-MAX_THREADS = 8
 
 
 def file_problems(
@@ -312,11 +315,6 @@ def _hash(path: Path, entry: dict[str, Any], *, depth: Depth) -> str | None:
     return "another sample"
 
 
-_MAX_TRIES = 10
-_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
-"""What moving a folder onto its name ends with when another process did so meanwhile."""
-
-
 def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str) -> DoneRecord:
     """Moves `partial` onto shards/NNNNNN`suffix` and writes the done-record; gives the record.
 
@@ -327,6 +325,8 @@ def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str
     final = shard_path(folder, record.shard, suffix)
     try:
         record = replace(record, files=_files(folder, partial, final))
+        if record.rows and not record.files:  # else a good shard would be replaced by none
+            raise FileNotFoundError(errno.ENOENT, "removed by another process", str(partial))
         for tries_left in reversed(range(_MAX_TRIES)):
             if _is_there(final, record.files, folder):
                 break

@@ -1,4 +1,4 @@
-"""Frames that any other model predicted, in a folder laid out by the sequences that are scored.
+"""Frames that any other model predicted, scored as a world model's samples are.
 
     DIR/CLIP_KEY/HORIZON-TARGET/SAMPLE      HORIZON: short or mid; TARGET: index of the target frame
                                             in the clip, six digits (a.mp4/mid-000036/0)
@@ -6,15 +6,13 @@
 SAMPLE is one predicted future, its frames from the first after the context to the target, one for
 every step of the horizon: a folder of images (names in order of time), a `.npy` uint8 (steps, H, W,
 3), or a video. A frame shows what the cache's windows show of a frame (all of it; KITTI's benchmark
-crop), at any size of about that shape. All sequences have the same number of samples.
+crop), at any size of about that shape. All sequences have the same number of samples. Where
+sequences are missing, OUT/predictions-wanted.jsonl says what a model has to predict, and from which
+frames.
 
-Read by `prediction_rows.py`. Where sequences are missing, OUT/predictions-wanted.jsonl says what a
-model has to predict, and from which frames.
-
-Predicted frames through the cache's own backbone: the rows `predictions_best`, `_mean`.
-
-Frames are resized and cut exactly as the frames in the cache were, then scored as the samples of a
-world model are. B windows, S samples, H steps, N patch tokens, D channels.
+Frames are resized and cut exactly as the frames in the cache were, and go through the cache's own
+backbone: rows `predictions_best` and `predictions_mean`. B windows, S samples, H steps, N patch
+tokens, D channels.
 """
 
 import json
@@ -48,6 +46,10 @@ from .rollout import best_sample, mean_sample
 
 WANTED_FILE = "predictions-wanted.jsonl"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+ASPECT_SLACK = 0.05
+"""Part by which a predicted frame's shape may differ from the region's: models predict at sizes of
+their own (1280 x 704 for 16:9 is 2 % off), crops and bars are further off (a guess)."""
+FRAMES_AT_ONCE = 32  # through the backbone
 _NAMED = 5  # sequences named in a message
 
 Frames = NDArray[np.uint8]
@@ -76,7 +78,7 @@ class PredictionFolder:
         Raises:
             UsageError: no such folder; sequences without predictions (unless
                 `config.predictions_subset`), all of them, or with another number of samples; a
-                sample of which it can be told without decoding that it is of no use.
+                sample that is seen to be of no use without decoding it.
         """
         self.root = Path(str(config.predictions))
         if not self.root.is_dir():
@@ -199,7 +201,7 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
 
 
 def _check_sample(path: Path, steps: int) -> None:
-    """What can be told of a sample without decoding it; raises as `_read_sample`."""
+    """Check what is known of a sample without decoding it; raises as `_read_sample`."""
     if path.is_dir():
         _check_count(path, len(_images(path)), steps)
     elif path.suffix.lower() == ".npy":
@@ -273,12 +275,6 @@ def _read_video(path: Path) -> Frames:
     except ClipError as error:
         raise UsageError(f"{path}: cannot be decoded: {error}") from error
     return np.stack([decoded[index] for index in sorted(decoded)])
-
-
-ASPECT_SLACK = 0.05
-"""Part by which a predicted frame's shape may differ from the region's: models predict at sizes of
-their own (1280 x 704 for 16:9 is 2 % off), crops and bars are further off (a guess)."""
-FRAMES_AT_ONCE = 32  # through the backbone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,14 @@ def windows_of_clips(cache: PatchShards) -> dict[str, list[int]]:
     return windows
 
 
+def last_frames(cache: PatchShards, num_frames: int | None = None) -> dict[str, int]:
+    """Clip key -> the highest frame index in its windows, of which the first `num_frames` count."""
+    last = np.zeros(len(cache.keys), dtype=np.int64)
+    frames = cache.frame_index(np.arange(cache.num_windows))[:, :num_frames]
+    np.maximum.at(last, cache.clip_index, frames.max(axis=1))
+    return dict(zip(cache.keys, last.tolist(), strict=True))
+
+
 def cut_of_crops(crops: NDArray[np.float32]) -> Cut:
     """The cut that a target's windows come from.
 

@@ -21,8 +21,7 @@ from deltatok.extract.shard_writer import PatchShardWriter
 from deltatok.shards import DeltatokError, Stopped, UsageError, plan
 from deltatok.shards import records as publishing
 from deltatok.shards.interrupts import StopRequest
-from deltatok.shards.records import DoneRecord, done_shards
-from deltatok.shards.windows import ShardRows
+from deltatok.shards.records import done_shards
 
 ConfigMaker = Callable[..., ExtractConfig]
 Digests = Callable[[Path], dict[str, str]]
@@ -54,24 +53,18 @@ def test_less_room_than_min_free_stops_with_1(
     goes_on()
 
 
-class _LimitedWriter(PatchShardWriter):
-    """Writes under a limit on the size of a file, which ends a write half-way, as a full disk."""
-
-    def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # the tokens of a shard are 12 kB
-        try:
-            return super().write(folder, shard, rows)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_disk_that_is_full_in_the_middle_of_a_file(
     make_config: ConfigMaker, backbone: Backbone, goes_on: Callable[[], None]
 ) -> None:
+    """A limit on the size of a file ends a write half-way, as a full disk does."""
     config = make_config()
-    with pytest.raises(DeltatokError, match=r"cannot be written \(File too large\)"):
-        run_extraction(config, backbone=backbone, writer=_LimitedWriter())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # the tokens of a shard are 12 kB
+    try:
+        with pytest.raises(DeltatokError, match=r"cannot be written \(File too large\)"):
+            run_extraction(config, backbone=backbone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert done_shards(config.out) == []
     goes_on()
 

@@ -13,7 +13,7 @@ import torch
 from deltatok.extract import ledger, run
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.features import PixelStage
+from deltatok.extract.features import PixelPrefetcher
 from deltatok.extract.pixels import resize_bilinear
 from deltatok.extract.run import ExtractionSummary, clips_per_shard, run_extraction
 from deltatok.shards import PatchShards, TooManyQuarantined, read_cache_info
@@ -149,10 +149,10 @@ def test_pixels_made_ahead_change_no_byte(
 ) -> None:
     """As on a GPU: a thread makes them, five windows ahead, across the ends of shards."""
 
-    def make_stage(**options: Any) -> PixelStage:
-        return PixelStage(**(options | {"num_ahead": 5}))
+    def make_stage(**options: Any) -> PixelPrefetcher:
+        return PixelPrefetcher(**(options | {"num_ahead": 5}))
 
-    monkeypatch.setattr(run, "PixelStage", make_stage)
+    monkeypatch.setattr(run, "PixelPrefetcher", make_stage)
     config = make_config()
     run_extraction(config, backbone=backbone)
     assert digests(Path(config.out)) == digests(finished)

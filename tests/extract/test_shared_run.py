@@ -16,15 +16,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatok.extract import backbone as devices
 from deltatok.extract import int8_calibration as calibration
 from deltatok.extract import ledger
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
+from deltatok.extract.decoding.pool import choose_num_workers
 from deltatok.extract.ledger import Part, close_cache
 from deltatok.extract.run import run_extraction
 from deltatok.extract.shard_writer import PatchShardWriter
-from deltatok.shards import PatchShards, Stopped, TooManyQuarantined, UsageError, read_cache_info
+from deltatok.shards import (
+    PatchShards,
+    Stopped,
+    TooManyQuarantined,
+    UsageError,
+    devices,
+    read_cache_info,
+)
 from deltatok.shards.files import partial_path
 from deltatok.shards.records import done_shards
 from deltatok.shards.tools.verify import verify_cache
@@ -250,10 +257,10 @@ def test_each_rank_of_a_machine_has_its_own_gpu(
 def test_ranks_of_a_machine_share_its_cores(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltatok.extract.decoding.pool.default_num_workers", lambda: 16)
+    monkeypatch.setattr("deltatok.extract.decoding.pool.num_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert devices.choose_num_workers(make_config(workers=None)) == 2
-    assert devices.choose_num_workers(make_config(workers=3)) == 3
+    assert choose_num_workers(make_config(workers=None)) == 2
+    assert choose_num_workers(make_config(workers=3)) == 3
 
 
 def test_ranks_of_a_machine_share_its_cores_also_to_fit_the_scales_of_int8(
@@ -265,7 +272,7 @@ def test_ranks_of_a_machine_share_its_cores_also_to_fit_the_scales_of_int8(
         started.append(num_workers)
         raise Stopped
 
-    monkeypatch.setattr("deltatok.extract.decoding.pool.default_num_workers", lambda: 16)
+    monkeypatch.setattr("deltatok.extract.decoding.pool.num_cores", lambda: 16)
     monkeypatch.setattr(calibration, "DecodePool", make_pool)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(Stopped):

@@ -213,16 +213,15 @@ def test_what_ends_a_plan_leaves_nothing(
 def test_a_signal_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
 ) -> None:
-    write = cost_plan._TimedWriter.write
+    convert = cost_plan._TimedWriter.convert
 
-    def asked(self: Any, out: Path, *rest: Any) -> Any:
-        assert out.is_relative_to(tmp_path)
+    def asked(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        assert list(tmp_path.rglob("*"))
         os.kill(os.getpid(), signal.SIGTERM)
-        return write(self, out, *rest)
+        return convert(self, tokens)
 
-    monkeypatch.setattr(cost_plan._TimedWriter, "write", asked)
-    words = [*words_of(config_of(folder, tmp_path / "out")), "--frames-per-shard", "24", "--plan"]
-    fails(extract, words, 75, "SIGTERM")
+    monkeypatch.setattr(cost_plan._TimedWriter, "convert", asked)
+    fails(extract, [*words_of(config_of(folder, tmp_path / "out")), "--plan"], 75, "SIGTERM")
     assert list(tmp_path.iterdir()) == []
 
 

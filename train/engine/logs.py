@@ -38,6 +38,7 @@ from tqdm import tqdm
 from ...shards.cache import flatten
 from ...shards.errors import UsageError
 from ...shards.files import disk_errors, write_bytes
+from ...shards.stopwatch import Stopwatch
 
 # accelerate publishes no type information.
 
@@ -182,7 +183,7 @@ class Meter:
         self._started = time.perf_counter()
         self._samples = 0
         self._flop = 0.0
-        self._seconds: dict[str, float] = {}
+        self._watch = Stopwatch()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def count(self, samples: int) -> None:
@@ -190,12 +191,9 @@ class Meter:
         self._samples += samples
         self._flop += samples * (self.flop_per_sample or 0.0)
 
-    @contextlib.contextmanager
-    def waiting(self, name: str) -> Iterator[None]:
+    def waiting(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Counts what the host does inside as `name`."""
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        return self._watch.at(name)
 
     @contextlib.contextmanager
     def computing(self, name: str) -> Iterator[None]:
@@ -217,14 +215,14 @@ class Meter:
         seconds = time.perf_counter() - self._started
         for name, start, end in self._events:
             end.synchronize()
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+            self._watch.add(name, start.elapsed_time(end) / 1000)
         rate = self._samples / seconds
         values = {f"{self._unit}_per_s": rate}
         if self._tokens_per_sample is not None:
             values["tokens_per_s"] = rate * self._tokens_per_sample
         if self.flop_per_sample is not None:
             values["tflop_per_s"] = self._flop / seconds / 1e12
-        values |= {f"{name}_share": part / seconds for name, part in self._seconds.items()}
+        values |= {f"{name}_share": part / seconds for name, part in self._watch.seconds.items()}
         values["peak_memory_gb"] = peak_memory_bytes(self._device) / 1e9
         if samples_left is not None:
             values["eta_s"] = samples_left / rate if rate > 0 else float("inf")
