@@ -1,1 +1,1 @@
-"""Videos -> windows of pixels -> frozen backbone -> rows for a writer. Knows nothing of training."""
+"""Videos -> windows of pixels -> frozen backbone -> rows of a shard. Knows nothing of training."""
