@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..shards.errors import UsageError
+from ..shards.sampling import SamplingPolicy
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _BYTES: dict[str, int] = {"b": 1, "": 1} | {
@@ -217,6 +218,21 @@ class ExtractConfig(RunConfig):
     append: bool = False
     """Add the videos that a cache in `out` does not have yet as new shards. What it has stays,
     whether its videos are still given or not."""
+
+    def sampling_policy(self) -> SamplingPolicy:
+        """How windows are drawn."""
+        return SamplingPolicy(
+            policy=self.sampling,
+            num_frames=self.num_frames,
+            num_windows=self.num_windows,
+            time_stride_range=self.time_stride_range,
+            crop_scale=self.crop_scale,
+            crop_ratio=self.crop_ratio,
+            flip_probability=self.flip_probability,
+            fps=self.fps,
+            seed=self.seed,
+            min_frames=self.min_frames,
+        )
 
     def __post_init__(self) -> None:
         if not self.videos:

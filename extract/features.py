@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..shards.records import Quarantined
+from ..shards.sampling import WindowDraw
 from .backbone import Backbone
 from .decoding.pool import DecodedClip, DecodedWindow
 from .pixels import window_pixels
-from .sampling import WindowDraw
 from .shard_writer import Converter
 
 MAX_BATCHES_IN_FLIGHT = 2
@@ -86,15 +86,15 @@ class PixelPrefetcher:
         ahead: deque[PrefetchedClip | Quarantined] = deque()
         num_after_first = 0
         for clip in decoded:
-            staged = clip if isinstance(clip, Quarantined) else self._stage(clip)
-            num_after_first += _num_windows(staged) if ahead else 0
-            ahead.append(staged)
+            prefetched = clip if isinstance(clip, Quarantined) else self._prefetch(clip)
+            num_after_first += _num_windows(prefetched) if ahead else 0
+            ahead.append(prefetched)
             while ahead and num_after_first >= self._num_ahead:
                 yield ahead.popleft()
                 num_after_first -= _num_windows(ahead[0]) if ahead else 0
         yield from ahead
 
-    def _stage(self, clip: DecodedClip) -> PrefetchedClip:
+    def _prefetch(self, clip: DecodedClip) -> PrefetchedClip:
         draws = [window.draw for window in clip.windows]
         pixels = deque(self._begin(window) for window in clip.windows)
         return PrefetchedClip(clip.key, clip.decoder, draws, pixels)

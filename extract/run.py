@@ -36,13 +36,12 @@ from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
 from .decoding.clip import check_installed
-from .decoding.pool import DecodePool, choose_num_workers
+from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
 from .ledger import Ledger, Part, Plan, close_cache, reopen
 from .progress import Progress
-from .sampling import SamplingPolicy
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
 from .sources.clip import Clip
 from .sources.select import clips_of
@@ -147,7 +146,7 @@ def run_extraction(
     start_s = time.monotonic()
     part = Part.of_this_process(config.shard_of)
     check_installed(config.decoder)
-    policy: Policy = SamplingPolicy.from_config(config) if targets is None else targets[0]
+    policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
     with StopRequest(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():
@@ -217,13 +216,7 @@ def make_shards(
         ShardWriterThread(
             run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=note_done
         ) as sink,
-        DecodePool(
-            run.policy,
-            num_workers=choose_num_workers(config),
-            timeout_s=config.decode_timeout_s,
-            decode_threads=config.decode_threads,
-            decoder=config.decoder,
-        ) as pool,
+        DecodePool.from_config(config, run.policy) as pool,
         PixelPrefetcher(
             frame_size=config.frame_size,
             device=backbone.device,

@@ -40,8 +40,8 @@ from ..shards.patches.int8 import (
 from ..shards.patches.layout import STORED_DTYPES
 from ..shards.patches.writer import write_black, write_patch_shard
 from ..shards.records import DoneRecord, Quarantined
+from ..shards.sampling import WindowDraw
 from ..shards.windows import ShardRows
-from .sampling import WindowDraw
 
 SCALE_BYTES = 2
 """A float16 token scale, behind its token's codes."""
@@ -132,7 +132,7 @@ class PatchShardWriter:
     compression: Literal["none", "zstd"] = "none"
     """Of the shards; it changes no number."""
     channel_scale: NDArray[np.float32] | None = None
-    """float32 (D,), what int8 needs: see calibration.py."""
+    """float32 (D,), what int8 needs: see int8_calibration.py."""
 
     def describe(self, patches: CacheInfo) -> CacheInfo:
         storage: dict[str, Any] = {"dtype": self.dtype}

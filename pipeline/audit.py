@@ -20,7 +20,6 @@ from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
 from ..extract.identity import cache_identity
 from ..extract.run import run_extraction
-from ..extract.sampling import SamplingPolicy
 from ..extract.shard_writer import PatchShardWriter, ShardWriter
 from ..extract.sources.clip import VIDEO_SUFFIXES, Clip, FrameFolder
 from ..extract.sources.find import find_clips
@@ -104,7 +103,7 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     stored = _open(folder, info)
     if not stored.num_windows:
         raise UsageError(f"{folder}: has no windows: there is nothing to audit")
-    policy, backbone = SamplingPolicy.from_config(extraction), load_backbone(extraction)
+    policy, backbone = extraction.sampling_policy(), load_backbone(extraction)
     writer = _writer(config, info, extraction)
     compare(
         writer.describe(cache_identity(extraction, policy, backbone)).identity,

@@ -36,7 +36,6 @@ from ..extract.datasets.windows import Policy
 from ..extract.decoding.pool import choose_num_workers
 from ..extract.int8_calibration import patch_writer
 from ..extract.run import clips_per_shard, run_extraction
-from ..extract.sampling import SamplingPolicy
 from ..extract.shard_writer import ShardWriter
 from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
@@ -140,7 +139,7 @@ def plan_extraction(
     if isinstance(config, DatasetConfig):
         (policy, clips), extraction = find_targets(config), config.to_extraction()
     else:
-        policy, clips, extraction = SamplingPolicy.from_config(config), clips_of(config), config
+        policy, clips, extraction = config.sampling_policy(), clips_of(config), config
     fused = config if isinstance(config, VideosConfig) and config.tokenizer else None
     backbone = load_backbone(extraction)
     workers = choose_num_workers(extraction)

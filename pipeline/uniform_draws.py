@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extract.config import KINETICS_STRIDE_RANGE_S
-from ..extract.sampling import SamplingPolicy, draw_windows
+from ..shards.sampling import SamplingPolicy, draw_windows
 from ..train.config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
 
 POLICY = "windows from uniform"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import deltatok
+from deltatok.shards.sampling import SamplingPolicy
 
 TREE = Path(__file__).resolve().parents[1]
 
@@ -203,3 +204,25 @@ def _write_evaluation_cache(
     write_patch_shard(folder, 0, rows, dtype="float16", seed=0)
     finish_cache(folder, {"windows": len(clip), "clips": len(entries)})
     return dict(read_targets(folder))
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., SamplingPolicy]:
+    """The paper's policy with a few things changed."""
+
+    def make(**changes: Any) -> SamplingPolicy:
+        fields: dict[str, Any] = {
+            "policy": "windows",
+            "num_frames": 8,
+            "num_windows": 4,
+            "time_stride_range": (1 / 25, 1 / 3),
+            "crop_scale": (0.6, 1.0),
+            "crop_ratio": (3 / 4, 4 / 3),
+            "flip_probability": 0.5,
+            "fps": None,
+            "seed": 0,
+            "min_frames": 2,
+        }
+        return SamplingPolicy(**(fields | changes))
+
+    return make

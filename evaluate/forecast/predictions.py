@@ -31,7 +31,6 @@ from torch import Tensor
 from ...extract.backbone import Autocast, Backbone
 from ...extract.decoding.clip import decode_drawn
 from ...extract.pixels import resize_bilinear
-from ...extract.sampling import WindowDraw
 from ...extract.sources.clip import VIDEO_SUFFIXES
 from ...shards.errors import ClipError, UsageError
 from ...shards.evaluation.geometry import compute_resize_sizes, square_corners
@@ -39,6 +38,7 @@ from ...shards.evaluation.targets import windows_of_clips
 from ...shards.files import write_bytes
 from ...shards.npy import map_npy
 from ...shards.patches.reader import PatchShards
+from ...shards.sampling import WindowDraw
 from ..inference.parts import check_same_features
 from ..report.rows import HORIZONS
 from .config import ForecastConfig

@@ -15,8 +15,8 @@ from ...shards.evaluation.geometry import (
     kb_region,
     square_corners,
 )
+from ...shards.sampling import SamplingPolicy, Square, WindowDraw
 from ..decoding.container import Float64
-from ..sampling import SamplingPolicy, Square, WindowDraw
 
 CROPS = (
     "frame resized so that the short side is frame_size and the long one at most "

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import deltatok.shards
-from deltatok.extract.sampling import SamplingPolicy, draw_windows
 from deltatok.shards import DeltaShards, PatchShards, read_cache_info
 from deltatok.shards.plan import read_plan, window_order
+from deltatok.shards.sampling import SamplingPolicy, draw_windows
 from deltatok.shards.tools.export import ClipSelection, export_cache
 
 FORMAT = (Path(deltatok.shards.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")

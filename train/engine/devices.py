@@ -16,7 +16,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     broadcast_object_list,
 )
 
-from ...shards.devices import choose_device, precision_name
+from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import DeltatokError, UsageError
 from ..config import Device, Precision
 
@@ -62,7 +62,7 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
     found: torch.device = state.device
     launched = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     if launched == 1 and state.num_processes == 1:  # no ranks that have to agree on one
-        found = choose_device(device, automatic=("cuda", "mps", "cpu"))
+        found = choose_device(device, automatic=DEVICES)
     if device not in ("auto", found.type):
         raise UsageError(
             f"device {device}: this process can compute on {found.type} only; "
