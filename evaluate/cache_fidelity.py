@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import compare
-from ..shards.devices import choose_device, precision_name
+from ..shards.devices import DEVICES, choose_device, precision_name
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.evaluation.labels import ClipLabels
 from ..shards.evaluation.targets import last_frames
@@ -31,7 +31,6 @@ from ..shards.tools.info import describe_cache
 from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
-from .forecast.config import DEVICES
 from .forecast.models import check_patches, check_width
 from .forecast.scores import class_counts, class_map, confusion_matrix
 from .forecast.sequences import values

@@ -36,7 +36,7 @@ from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
 from .decoding.clip import check_installed
-from .decoding.pool import DecodePool, choose_num_workers
+from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
@@ -216,13 +216,7 @@ def make_shards(
         ShardWriterThread(
             run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=note_done
         ) as sink,
-        DecodePool(
-            run.policy,
-            num_workers=choose_num_workers(config),
-            timeout_s=config.decode_timeout_s,
-            decode_threads=config.decode_threads,
-            decoder=config.decoder,
-        ) as pool,
+        DecodePool.from_config(config, run.policy) as pool,
         PixelPrefetcher(
             frame_size=config.frame_size,
             device=backbone.device,

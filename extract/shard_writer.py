@@ -132,7 +132,7 @@ class PatchShardWriter:
     compression: Literal["none", "zstd"] = "none"
     """Of the shards; it changes no number."""
     channel_scale: NDArray[np.float32] | None = None
-    """float32 (D,), what int8 needs: see calibration.py."""
+    """float32 (D,), what int8 needs: see int8_calibration.py."""
 
     def describe(self, patches: CacheInfo) -> CacheInfo:
         storage: dict[str, Any] = {"dtype": self.dtype}

@@ -13,6 +13,10 @@ from .errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+DEVICES = ("cuda", "mps", "cpu")
+"""What training and evaluation take by `auto`, the first that is there; extraction, whose bytes the
+device decides, takes no mps of itself."""
+
 
 def choose_device(name: str, *, automatic: Sequence[str] = ("cuda", "cpu")) -> "torch.device":
     """`auto`, `cpu`, `mps`, `cuda` or `cuda:N` as a device; UsageError if it is not there.

@@ -5,8 +5,6 @@ from typing import Literal
 
 from ...shards.errors import UsageError
 
-DEVICES = ("cuda", "mps", "cpu")
-"""What `auto` may be, the first that is there."""
 UNNAMED = "forecast"
 
 

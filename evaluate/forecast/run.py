@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...shards.cache import CacheInfo, compare
-from ...shards.devices import choose_device, precision_name
+from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import UsageError
 from ...shards.patches.reader import PatchShards
 from ...shards.stopwatch import Stopwatch
@@ -40,7 +40,7 @@ from ..report.pictures import Tile
 from ..report.plots import Curve, plot_curves, read_curve
 from ..report.rows import HORIZONS, expected_order, table
 from ..report.write import Pictures, Report, write_report
-from .config import DEVICES, UNNAMED, ForecastConfig
+from .config import UNNAMED, ForecastConfig
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of

@@ -28,11 +28,10 @@ from torch import Tensor
 
 from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
-from ...shards.devices import choose_device, precision_name
+from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import UsageError
 from ...train.config import Device, Precision
 from ...train.data.order import generator
-from ..forecast.config import DEVICES
 from .footage import Glance, Video, check_frames, frame_planes, look
 from .futures import Futures
 from .parts import Parts, load_parts

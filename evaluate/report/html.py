@@ -54,9 +54,8 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return "; ".join(
-            f"{name.replace('_', ' ')} {value_text(item)}" for name, item in value.items()
-        )
+        pairs = (f"{name.replace('_', ' ')} {value_text(item)}" for name, item in value.items())
+        return "; ".join(pairs) or "-"
     if isinstance(value, list | tuple):
         return ", ".join(value_text(item) for item in value) or "-"
     return value if isinstance(value, str) else json.dumps(value)

@@ -41,7 +41,7 @@ from ...shards.devices import launched, num_cores
 from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
 from ...shards.sampling import WindowDraw
-from ..config import DecoderChoice, RunConfig
+from ..config import DecoderChoice, ExtractConfig, RunConfig
 from ..datasets.windows import Policy
 from ..sources.clip import Clip
 from .worker import DecodeReply, DecodeRequest, Ready, Refusal
@@ -161,6 +161,17 @@ class DecodePool:
         """The number of the clip that `decode` waits for, or gave last."""
         self._waiting_bytes = 0
         """Of decoded clips that `decode` has not given yet."""
+
+    @classmethod
+    def from_config(cls, config: ExtractConfig, policy: Policy) -> Self:
+        """As `config` says, for windows by `policy`."""
+        return cls(
+            policy,
+            num_workers=choose_num_workers(config),
+            timeout_s=config.decode_timeout_s,
+            decode_threads=config.decode_threads,
+            decoder=config.decoder,
+        )
 
     def __enter__(self) -> Self:
         self._open()

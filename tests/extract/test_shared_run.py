@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatok.extract import int8_calibration as calibration
 from deltatok.extract import ledger
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
+from deltatok.extract.decoding import pool
 from deltatok.extract.decoding.pool import choose_num_workers
 from deltatok.extract.ledger import Part, close_cache
 from deltatok.extract.run import run_extraction
@@ -273,7 +273,7 @@ def test_ranks_of_a_machine_share_its_cores_also_to_fit_the_scales_of_int8(
         raise Stopped
 
     monkeypatch.setattr("deltatok.extract.decoding.pool.num_cores", lambda: 16)
-    monkeypatch.setattr(calibration, "DecodePool", make_pool)
+    monkeypatch.setattr(pool.DecodePool, "__init__", make_pool)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(Stopped):
         run_extraction(make_config(workers=None, dtype="int8"), backbone=backbone)
