@@ -28,8 +28,8 @@ from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
 from ..train.config import Residency
 from ..train.data.batches import Prefetcher, TokenizerBatches, WorldBatches
-from ..train.data.order import BatchOrder, Indices, Share
-from ..train.data.residency import choose_place, delta_source, fits_in_memory, patch_source
+from ..train.data.order import BatchOrder, Indices, RankSlice
+from ..train.data.residency import choose_place, fits_in_memory, window_source
 from ..train.data.stream import buffers_needed
 
 READ_BYTES = 8 * 2**20
@@ -162,11 +162,11 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = WorldBatches(
-                delta_source(shards, residency=residency, num_buffers=num_buffers),
+                window_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
-                share=Share(),
+                ranks=RankSlice(),
             )
             for workers in settings.workers:
                 name = f"loader:{residency}:{workers}"
@@ -235,12 +235,12 @@ def bench_patches(folder: Path, settings: BenchSettings) -> dict[str, Any]:
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = TokenizerBatches(
-                patch_source(shards, residency=residency, num_buffers=num_buffers),
+                window_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 num_frames=num_frames,
                 batch_size=per_batch * (num_frames - 1),
                 seed=settings.seed,
-                share=Share(),
+                ranks=RankSlice(),
             )
             for workers in settings.workers:
                 name = f"loader:{residency}:{workers}"

@@ -1,7 +1,8 @@
 """`deltatok-extract --plan`: what a cache would cost, found by really making a small part of it.
 
 Some clips, the first in the plan's seeded order, go through the real command into a temporary
-folder beside OUT, which is removed again. Windows, bytes and seconds are scaled to all clips:
+folder beside OUT, which is removed again; of more the windows are counted. Windows, bytes and
+seconds are scaled to all clips:
 
     videos, windows drawn       by the number of clips
     videos, sampling uniform    by the bytes of the videos, which tell long ones from short ones
@@ -30,10 +31,11 @@ import torch
 from torch import Tensor
 
 from ..extract.backbone import load_backbone
+from ..extract.config import ExtractConfig
 from ..extract.datasets.base import DatasetConfig
 from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
-from ..extract.decoding.pool import choose_num_workers
+from ..extract.decoding.pool import DecodePool, choose_num_workers
 from ..extract.int8_calibration import patch_writer
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.shard_writer import ShardWriter
@@ -47,7 +49,7 @@ from ..shards.files import size_text
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order
-from ..shards.records import DoneRecord, quarantined_of, read_all_done
+from ..shards.records import DoneRecord, Quarantined, quarantined_of, read_all_done
 from ..shards.tools.export import ClipSelection, export_cache
 from ..shards.windows import ShardRows
 from ..train.config import TokenizeConfig
@@ -61,6 +63,8 @@ SAMPLE_CLIPS = 16
 decoding process, so that half a second to start each of them counts little."""
 SAMPLE_CLIPS_PER_WORKER = 4
 BUDGET_S = 60.0
+COUNT_BUDGET_S = 30.0
+"""For decoding more clips, whose windows are only counted."""
 SHARD_COPIES = 3
 """A shard is in memory as it is made, as the one before is encoded, and as its encoded bytes."""
 LISTS = ("plan.jsonl", "index.jsonl", "quarantine.jsonl", "timings.jsonl")
@@ -93,6 +97,8 @@ class CostPlan:
     source_bytes: int
     probed: int
     """Clips that were tried."""
+    counted: int
+    """Those, and clips that were decoded to count their windows."""
     quarantined: dict[str, str]
     """Clip that would go to quarantine -> why: of those tried, and all that are not there."""
     quarantined_share: float
@@ -169,9 +175,14 @@ def plan_extraction(
 
     wanted = max(SAMPLE_CLIPS, SAMPLE_CLIPS_PER_WORKER * workers)
     trial = _try_some(try_out, config.out, num_clips=num_clips, default=wanted)
+    windows, refused = trial.windows, trial.quarantined
+    if num_clips is None:
+        more = (usable[key] for key in order[trial.probed :])
+        windows, refused = _count_more(extraction, policy, more, windows, refused)
     weights = {key: _weight(clip, policy) for key, clip in usable.items()}
-    tried = np.array([weights[key] for key in order[: trial.probed]])
-    given = np.array([trial.windows[key] for key in order[: trial.probed]])
+    looked_at = [key for key in order if key in windows or key in refused]
+    tried = np.array([weights[key] for key in looked_at])
+    given = np.array([windows[key] for key in looked_at])
     scale = sum(weights.values()) / max(tried.sum(), 1)
     height, width = backbone.grid(config.frame_size)
     entries = make_plan(clips, clips_per_shard=clips_per_shard(extraction), seed=config.seed)
@@ -181,7 +192,8 @@ def plan_extraction(
         kind="deltas" if fused else config.dtype,
         clips=len(clips),
         source_bytes=sum(clip.size_bytes for clip in clips),
-        quarantined=trial.quarantined | lost,
+        counted=len(looked_at),
+        quarantined=refused | lost,
         lost_share=(len(lost) + np.mean(given == 0) * len(usable)) / len(clips),
         windows=given.sum() * scale,
         windows_error=_standard_error(tried, given, population=len(usable)),
@@ -215,6 +227,7 @@ def plan_encoding(config: TokenizeConfig, *, num_clips: int | None = None) -> Co
         out=config.out,
         kind="deltas",
         clips=len(patches.keys),
+        counted=len(patches.keys),
         source_bytes=sum(p.stat().st_size for p in patches.folder.rglob("*") if p.is_file()),
         quarantined={},
         lost_share=0.0,
@@ -339,6 +352,28 @@ def _try_some(
     return trial
 
 
+def _count_more(
+    config: ExtractConfig,
+    policy: Policy,
+    clips: Iterator[Clip],
+    windows: Counter[str],
+    refused: dict[str, str],
+) -> tuple[Counter[str], dict[str, str]]:
+    """`windows` and `refused` with those of as many `clips` as are decoded in COUNT_BUDGET_S: a
+    few clips tell how long all take, but not how many of them are broken or short."""
+    windows, refused = windows.copy(), dict(refused)
+    end_s = time.monotonic() + COUNT_BUDGET_S
+    with DecodePool.from_config(config, policy) as pool:
+        for clip in pool.decode(clips):
+            if isinstance(clip, Quarantined):
+                refused[clip.clip] = clip.reason
+            else:
+                windows[clip.key] = len(clip.windows)
+            if time.monotonic() > end_s:
+                break
+    return windows, refused
+
+
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
     """A temporary folder in the file system of `out`, removed whatever happens within."""
@@ -390,6 +425,7 @@ def _scaled(
     kind: str,
     clips: int,
     source_bytes: int,
+    counted: int,
     quarantined: dict[str, str],
     lost_share: float,
     windows: float,
@@ -429,6 +465,7 @@ def _scaled(
         clips=clips,
         source_bytes=source_bytes,
         probed=trial.probed,
+        counted=counted,
         quarantined=quarantined,
         quarantined_share=float(lost_share),
         windows=round(windows),
@@ -511,7 +548,8 @@ def plan_text(plan: CostPlan) -> str:
     device_memory = plan.device_peak_bytes
     lines = [
         "nothing has been written yet; this is what it would take",
-        f"clips      {plan.clips} ({size_text(plan.source_bytes)}), {plan.probed} tried",
+        f"clips      {plan.clips} ({size_text(plan.source_bytes)}), {plan.probed} tried, "
+        f"windows of {plan.counted} counted",
         f"quarantine {100 * plan.quarantined_share:.3g} %"
         f" ({len(plan.quarantined)} clips known to give no windows)",
         *names[:SHOWN],

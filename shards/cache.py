@@ -79,43 +79,42 @@ def compare(
 ) -> None:
     """Raises CacheMismatch naming the first field (dotted, in sorted order) that differs.
 
-    `fields` limits the comparison to these dotted names and what lies below them. A whole float
-    equals the integer; a field that one side lacks differs from any value, null too. `advice`: what
-    to do, the end of the message.
+    `fields` limits the comparison to these dotted names and what lies below them. `advice`: what to
+    do, the end of the message.
     """
-    leaves_got, leaves_wanted = flatten(got), flatten(wanted)
-    for name in differences(got, wanted):
-        if fields is not None and not any(_below(name, prefix) for prefix in fields):
-            continue
-        shown_got = shown(leaves_got[name]) if name in leaves_got else "missing"
-        shown_wanted = shown(leaves_wanted[name]) if name in leaves_wanted else "missing"
-        raise CacheMismatch(
-            f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: {advice}"
-        )
+    for name, shown_got, shown_wanted in differences(got, wanted):
+        if fields is None or any(_below(name, prefix) for prefix in fields):
+            raise CacheMismatch(
+                f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: {advice}"
+            )
 
 
-def differences(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Dotted names, sorted, of the fields in which two JSON objects differ: those that one side
-    lacks, too. A whole float equals the integer."""
-    leaves_got, leaves_wanted = flatten(got), flatten(wanted)
-    return sorted(
-        name
-        for name in leaves_got.keys() | leaves_wanted.keys()
-        if name not in leaves_got
-        or name not in leaves_wanted
-        or canonical_json(leaves_got[name]) != canonical_json(leaves_wanted[name])
-    )
+def differences(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of every field that differs, in sorted order: its dotted name, and both values as they may
+    stand in a message. A whole float equals the integer; what one side lacks is "missing", which
+    differs from any value, null too."""
+    ours, theirs = flatten(got), flatten(wanted)
+
+    def value_in(side: dict[str, Any], name: str) -> str:
+        return shown(side[name]) if name in side else "missing"
+
+    return [
+        (name, value_in(ours, name), value_in(theirs, name))
+        for name in sorted(ours.keys() | theirs.keys())
+        if not (name in ours and name in theirs)
+        or canonical_json(ours[name]) != canonical_json(theirs[name])
+    ]
 
 
-def flatten(value: Mapping[str, Any], *, under: str = "") -> dict[str, Any]:
-    """Nested mappings as one, names joined with dots; an empty one inside stays a value."""
-    leaves: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            leaves |= flatten(item, under=f"{under}{key}.")
+def flatten(values: Mapping[str, Any], *, under: str = "") -> dict[str, Any]:
+    """Nested mappings as one: dotted name -> what is no mapping, or an empty one."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flatten(value, under=f"{under}{name}.")
         else:
-            leaves[f"{under}{key}"] = item
-    return leaves
+            found[f"{under}{name}"] = value
+    return found
 
 
 def plain(value: Any) -> Any:

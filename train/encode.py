@@ -1,19 +1,12 @@
 """write_deltas: a patch-token cache and a tokenizer -> a delta-token cache.
 
-One delta shard for each patch shard, the windows in the same order; from a `uniform` cache training
-windows are drawn among the stored frames (frame_picks.py). Token 0 of a window is the
+One delta shard for each patch shard, the windows in the same order. Token 0 of a window is the
 change from a black frame to its first frame, token t from frame t - 1 to t: open loop, each from
-the true frames. Used by `deltatok-extract --patches --tokenizer` and at the end of tokenizer.py.
+the true frames. A cache of training windows gives them as they are. A `uniform` cache holds the
+frames of a clip at a fixed rate, cut into consecutive windows: they are joined again, and training
+windows are drawn among them.
 
-Which stored frames the windows of a delta-token shard are made of.
-
-A cache of training windows gives them as they are. A `uniform` cache holds the frames of a clip at
-a fixed rate, cut into consecutive windows: they are joined again, and training windows are drawn
-among them. n windows, T frames of a window to write.
-
-What a delta-token cache is: its cache.json from that of the patch tokens and the tokenizer.
-
-Used by tokenize.py, and by pipeline/ where patch tokens are never stored.
+Letters: n windows, T frames of a window to write, N patches, D channels.
 """
 
 import logging
@@ -36,6 +29,7 @@ from ..shards.cache import (
     CacheShape,
     finish_cache,
     open_cache,
+    plain,
     read_cache_info,
     reopen_cache,
 )
@@ -62,7 +56,6 @@ from .engine.devices import Accelerator, make_accelerator
 from .engine.logs import Meter
 from .engine.model_folder import weights_sha256
 from .engine.provenance import check_trained_on
-from .engine.run_folder import plain
 from .models.deltatok import DeltaTok
 
 

@@ -21,7 +21,7 @@ from ...train.engine.provenance import (
     warn_unchecked,
 )
 from ...train.models.deltatok import DeltaTok
-from ...train.models.deltaworld import DeltaWorld
+from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.dinoworld import DINOWorld
 from ...train.models.heads import DepthHead, SegmentationHead
 from ...train.models.rgb_head import RGBHead
@@ -29,7 +29,7 @@ from .config import ForecastConfig
 
 logger = logging.getLogger(__name__)
 
-WorldModel = DeltaWorld | DINOWorld
+WorldModel = DeltaWorldNetwork | DINOWorld
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
             world = _load_world(role, folder, device)
             check_width(role, folder, world.config.hidden_size, info)
             worlds[role] = world
-            if isinstance(world, DeltaWorld):
+            if isinstance(world, DeltaWorldNetwork):
                 checked = _check_deltas(role, folder, info, config.tokenizer, tokenizer_sha256)
             else:
                 checked = check_patches(role, folder, info)
@@ -113,7 +113,7 @@ def _load_world(role: str, folder: str, device: torch.device) -> WorldModel:
     if read_class(folder) == "DINOWorld":
         world = DINOWorld.from_pretrained(folder, device=device)
     else:
-        world = DeltaWorld.from_pretrained(folder, device=device)
+        world = DeltaWorldNetwork.from_pretrained(folder, device=device)
     if world.config.use_bom != (role == "world"):
         kind = "noise queries" if world.config.use_bom else "a learned query"
         other = "world" if world.config.use_bom else "discriminative"

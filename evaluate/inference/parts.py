@@ -25,7 +25,7 @@ from ...shards.files import write_json
 from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
 from ...train.engine.provenance import SAME_PREPROCESSING, check_made_by, warn_unchecked
 from ...train.models.deltatok import DeltaTok
-from ...train.models.deltaworld import DeltaWorld
+from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.heads import DepthHead, SegmentationHead
 from ...train.models.rgb_head import RGBHead
 
@@ -47,7 +47,7 @@ HEADS: dict[str, type[Head]] = {
 class Parts:
     """Everything a forecast from pixels needs, in eval mode on one device."""
 
-    world: DeltaWorld
+    world: DeltaWorldNetwork
     tokenizer: DeltaTok
     backbone: Backbone
     head: Head | None
@@ -155,7 +155,7 @@ def load_parts(
     if head is not None:
         found["head"] = Path(head)
     parts = Parts(
-        world=DeltaWorld.from_pretrained(world_folder, device=device),
+        world=DeltaWorldNetwork.from_pretrained(world_folder, device=device),
         tokenizer=loaded_tokenizer.to(device),
         backbone=loaded_backbone,
         head=None if head is None else HEADS[read_class(head)].from_pretrained(head, device=device),

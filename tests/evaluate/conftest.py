@@ -22,7 +22,7 @@ from deltatok.shards.windows import ShardRows
 from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 
 GRID = (2, 3)
@@ -170,7 +170,7 @@ def write_models(root: Path, patches: dict[str, Any]) -> None:
             layer_scale_init=1.0,
             initializer_range=0.5,
         )
-        world = DeltaWorld(config, generator=generator)
+        world = DeltaWorldNetwork(config, generator=generator)
         world.save_pretrained(root / name, {"deltas": deltas})
     head = SegmentationHead(
         SegmentationHeadConfig(in_size=HIDDEN_SIZE, num_classes=NUM_CLASSES), generator=generator

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import disk_errors, partial_path, publish, remove, sha256_file, write_json
 from ...shards.schema import STORED, load, read_json
-from ..config import TrainConfig
+from ..config import DINOWorldTrainConfig, TokenizerTrainConfig, TrainConfig, WorldTrainConfig
 from ..data.order import generator
-from ..models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from .model_folder import (
     CONFIG,
     PROVENANCE,
@@ -54,7 +53,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=Pretrained)
-SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig)
+SizedT = TypeVar("SizedT", TokenizerTrainConfig, WorldTrainConfig, DINOWorldTrainConfig)
 
 NOT_IN_THE_WEIGHTS = frozenset(
     {
@@ -270,14 +269,15 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_size_of_cache(config: SizedT, hidden_size: int, *, cache: str) -> SizedT:
-    """The config with the cache's hidden_size; CacheMismatch if another one was set by hand."""
-    default = type(config)().hidden_size
-    if config.hidden_size not in (hidden_size, default):
+    """The config with a model of the cache's hidden_size; CacheMismatch if another one was set by
+    hand."""
+    asked, default = config.model.hidden_size, type(config.model)().hidden_size
+    if asked not in (hidden_size, default):
         raise CacheMismatch(
-            f"model.hidden_size is {config.hidden_size}, the tokens in {cache} have {hidden_size} "
+            f"model.hidden_size is {asked}, the tokens in {cache} have {hidden_size} "
             "channels: leave model.hidden_size away, or give another cache"
         )
-    return replace(config, hidden_size=hidden_size)
+    return replace(config, model=replace(config.model, hidden_size=hidden_size))
 
 
 def start_folder(config: TrainConfig) -> Path | None:
@@ -291,7 +291,7 @@ def start_folder(config: TrainConfig) -> Path | None:
     return _folder_with_optimizer(folder) if config.start_optimizer else folder
 
 
-def make_model(
+def initialise(
     model_class: type[ModelT], config: Any, *, seed: int, start_from: Path | None
 ) -> tuple[ModelT, str | None]:
     """The model, on the CPU, and the sha256 of the weights it starts from (None: fresh ones).

@@ -1,5 +1,5 @@
 """What a run tells: log.jsonl (always), a progress line (on a terminal), a line of logging, and
-trackers.py if asked for.
+TensorBoard and W&B if asked for. All of it by the main rank.
 
     {"kind": "train", "step": 50, "loss": ..., "gradient_norm": ..., "learning_rate": ...,
      "pairs_per_s": ..., "tokens_per_s": ..., "tflop_per_s": ..., "loader_wait_share": ...,
@@ -7,11 +7,7 @@ trackers.py if asked for.
     {"kind": "validation", "step": 1000, "validation_loss": ..., ...}
 
 Everything but what a clock or the memory decides (those six) is the same in a run that was killed
-and gone on with. Rates are over all ranks, shares and memory the main one's. Used by loop.py, on
-the main rank.
-
-TensorBoard and W&B beside log.jsonl, if asked for, through accelerate's trackers. Used by
-loop.py on the main process.
+and gone on with. Rates are over all ranks, shares and memory the main one's.
 
     tensorboard   OUT/tensorboard: `tensorboard --logdir runs`; pip install deltatok[tensorboard]
     wandb         OUT/wandb, offline unless WANDB_MODE says otherwise; pip install deltatok[wandb]
@@ -106,6 +102,11 @@ def _plain(value: Any) -> str | int | float | bool:
 logger = logging.getLogger(__name__)
 
 
+def is_time(step: int, *, every: int, last: int) -> bool:
+    """Whether what happens every `every` steps happens after `step` steps, or at the `last`."""
+    return step % every == 0 or step == last
+
+
 class RunLog:
     """log.jsonl and the progress line. Lines of steps after `start`, from before a kill, go."""
 
@@ -173,7 +174,7 @@ class Meter:
         self._on_cuda = device.type == "cuda"
         self._tokens_per_sample = tokens_per_sample
         self.flop_per_sample: float | None = None
-        """FLOPs of one sample of the steps at hand, where they were counted (flops.py)."""
+        """FLOPs of one sample of the steps at hand, where they were counted."""
         self.is_counting = False
         """Whether this meter belongs to a pass whose FLOPs are counted."""
         self._reset()

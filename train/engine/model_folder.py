@@ -1,10 +1,8 @@
 """Model folders: config.json, model.safetensors, provenance.json; saved and loaded strictly.
 
-    folder/config.json        {"class": "DeltaTok", every field of its config}; written last
-    folder/model.safetensors  the weights under the released parameter names
-    folder/provenance.json    what the weights were trained on
-
-Used by every model of models/ (through `Pretrained`), by the training loops and by official.py.
+folder/config.json        {"class": "DeltaTok", every field of its config}; written last
+folder/model.safetensors  the weights under the released parameter names
+folder/provenance.json    what the weights were trained on
 """
 
 import hashlib
@@ -37,7 +35,14 @@ class Pretrained(nn.Module):
     """A module that is built from one frozen config and lives in a model folder."""
 
     config_class: ClassVar[type[Any]]
+    saved_as: ClassVar[str]
+    """The class that config.json states; the name of the Python class, unless it says otherwise."""
     config: Any
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "saved_as" not in cls.__dict__:
+            cls.saved_as = cls.__name__
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
-        fields = _read_config(Path(folder), cls.__name__)
+        fields = _read_config(Path(folder), cls.saved_as)
         config = load(cls.config_class, fields, where=str(Path(folder) / CONFIG), how=MODEL)
         with torch.device("meta"):
             model = cls(config)
@@ -84,7 +89,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def config_json(model: Pretrained) -> dict[str, Any]:
     """What config.json says of a model."""
-    return {"class": type(model).__name__, **asdict(model.config)}
+    return {"class": model.saved_as, **asdict(model.config)}
 
 
 def read_class(folder: Path | str) -> str:

@@ -26,7 +26,7 @@ from ...shards.evaluation.targets import (
     windows_of_clips,
 )
 from ...shards.patches.reader import PatchShards
-from ..data.order import Indices, evenly
+from ..data.order import Indices, spread
 from .crops import cut_labels, upsample_half
 
 
@@ -221,7 +221,7 @@ class TargetLabels:
     def _check_some_label(self) -> None:
         windows = np.array(sorted(self._targets), dtype=np.int64)
         none = NO_DEPTH if self.kind == "depth" else IGNORE
-        for window in evenly(windows, LOOKED_AT).tolist():
+        for window in spread(windows, LOOKED_AT).tolist():
             if (self._label(self._targets[window]) != none).any():
                 return
         raise UsageError(

@@ -29,7 +29,7 @@ from deltatok.train.data.order import generator
 from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld as WorldModel
+from deltatok.train.models.deltaworld import DeltaWorldNetwork as WorldModel
 from deltatok.train.models.heads import (
     DepthHead,
     DepthHeadConfig,

@@ -15,7 +15,7 @@ from deltatok.shards import CacheMismatch, DeltatokError, PatchShards, UsageErro
 from deltatok.train.engine import checkpoints, logs, loop
 from deltatok.train.engine.model_folder import read_provenance, read_tensors
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
+from deltatok.train.tokenizer import TokenizerObjective, train_tokenizer
 from deltatok.train.world import train_world
 
 Make = Callable[..., Any]
@@ -27,13 +27,13 @@ def steps_in(folder: Path | str) -> list[str]:
 
 def scripted_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
     """Evaluations after these steps give these validation losses."""
-    evaluate = TokenizerStage.evaluate
+    evaluate = TokenizerObjective.evaluate
     evaluations = iter(losses.values())
 
-    def scripted(self: TokenizerStage) -> dict[str, float]:
+    def scripted(self: TokenizerObjective) -> dict[str, float]:
         return {**evaluate(self), "validation_loss": next(evaluations)}
 
-    monkeypatch.setattr(TokenizerStage, "evaluate", scripted)
+    monkeypatch.setattr(TokenizerObjective, "evaluate", scripted)
 
 
 def test_the_best_checkpoint_outlives_newer_ones(
