@@ -1,7 +1,7 @@
 """Training windows drawn among the stored frames of a `uniform` patch cache.
 
 The paper's gaps and starts, by the very rule and random numbers with which videos are sampled
-(extract/sampling.py), but the nearest stored frame instead of the nearest shown one, the whole
+(shards/sampling.py), but the nearest stored frame instead of the nearest shown one, the whole
 frame instead of a crop, and no flip: crops and flips are made on pixels, which are gone. The
 cache's identity says so. Passed to train/tokenize.py, which does not know extract/.
 """

@@ -353,15 +353,15 @@ def test_leaving_the_loop_early_kills_all_processes(
 
 
 @pytest.mark.parametrize("how", ["-c", "stdin"])
-def test_pool_needs_no_main_module_of_its_user(videos: Any, how: str) -> None:
+def test_pool_needs_no_main_module_of_its_user(videos: Any, tmp_path: Path, how: str) -> None:
     """As in a notebook: nothing there that a decoding process could import."""
+    video = videos.write("main.mp4").rename(tmp_path / "main.mp4")
     code = (
         "from deltatok.extract.config import ExtractConfig\n"
         "from deltatok.extract.decoding.pool import DecodedClip, DecodePool\n"
-        "from deltatok.extract.sampling import SamplingPolicy\n"
         "from deltatok.extract.sources.find import find_clips\n"
-        f"clips = find_clips([{str(videos.write('main.mp4'))!r}])\n"
-        "policy = SamplingPolicy.from_config(ExtractConfig(videos=('v',), out='o'))\n"
+        f"clips = find_clips([{str(video)!r}])\n"
+        "policy = ExtractConfig(videos=('v',), out='o').sampling_policy()\n"
         "with DecodePool(policy, num_workers=1, timeout_s=60) as pool:\n"
         "    (clip,) = pool.decode(clips)\n"
         "assert isinstance(clip, DecodedClip)\n"
