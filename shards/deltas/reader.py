@@ -35,9 +35,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..cache import DELTAS
 from ..errors import DamagedShard
 from ..npy import MAX_PREFIX_BYTES, NpyHeader, parse_npy, read_npy
-from ..opening import OpenedCache, checked_out, checked_windows, open_finished
 from ..patches.zarr_arrays import ReadOnlyFile
-from ..reader import CacheReader
+from ..reader import CacheReader, OpenedCache, checked_out, checked_windows, open_finished
 from ..records import SHARD_ADVICE, Verify, shard_path
 from ..schema import MAX_JSON_BYTES, STORED, load, parse_json, shown
 from ..windows import WindowColumns

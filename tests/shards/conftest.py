@@ -196,7 +196,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def unsampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little files are hashed whole before a shard is read; of large ones only samples are, and
     the damage is met where the numbers are read. With this, little files are like large ones."""
-    monkeypatch.setattr("deltatok.shards.opening.check_files", lambda *_, **__: None)
+    monkeypatch.setattr("deltatok.shards.reader.check_files", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ TOKENS = "tokens/c/0/0/0/0"
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cache counts as large: opened by its index."""
-    monkeypatch.setattr("deltatok.shards.opening.EAGER_SHARDS", 0)
+    monkeypatch.setattr("deltatok.shards.reader.EAGER_SHARDS", 0)
 
 
 def equal_shards(little: Any, folder: Path, *, kind: str) -> Path:
@@ -56,7 +56,7 @@ def test_a_file_swapped_with_another_shards_is_refused_on_read(
     little: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opened_by: str
 ) -> None:
     if opened_by == "index":
-        monkeypatch.setattr("deltatok.shards.opening.EAGER_SHARDS", 0)
+        monkeypatch.setattr("deltatok.shards.reader.EAGER_SHARDS", 0)
     folder = equal_shards(little, tmp_path / "cache", kind="patches")
     shards = folder / "shards"
     if (shards / "000000.zarr" / name).stat().st_size != (
