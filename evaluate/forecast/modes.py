@@ -153,7 +153,7 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
     except FileNotFoundError:
         raise UsageError(
             f"clip {key}: no futures, {path} does not exist; write it (see "
-            "evaluate/known_futures.py) or leave --futures out"
+            "evaluate/forecast/modes.py) or leave --futures out"
         ) from None
     except KeyError as error:
         raise UsageError(f"clip {key}: {path} has no array {error}") from None
@@ -166,7 +166,7 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
         if not fits or array.shape[:1] != count[:dims] or 0 in array.shape[1:]:
             raise UsageError(
                 f"clip {key}: {name} of {path} is {array.dtype} {array.shape}; see "
-                "evaluate/known_futures.py for what it has to be"
+                "evaluate/forecast/modes.py for what it has to be"
             )
     return arrays
 
@@ -306,8 +306,7 @@ class ModeScorer:
         head: SegmentationHead,
     ) -> None:
         """Raises UsageError where `config.futures` is no folder or a clip has none in it."""
-        if config.futures is None:
-            raise UsageError("futures: not given")
+        assert config.futures is not None
         self._config, self._cache, self._head = config, cache, head
         self._folder = FutureFolder(config.futures)
         self._calibration: dict[str, Calibration] = {}

@@ -297,8 +297,7 @@ class PredictionRows:
             CacheMismatch: a backbone that did not make the cache; names both fingerprints.
             UsageError: predictions missing, or no such backbone.
         """
-        if config.backbone is None:
-            raise UsageError("--predictions without --backbone: frames have to become features")
+        assert config.backbone is not None  # the config wants both or neither
         identity = cache.info.identity
         self.folder = PredictionFolder(config, cache)
         autocast: Autocast = identity["autocast_dtype"]
