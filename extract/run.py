@@ -128,6 +128,7 @@ def run_extraction(
     backbone: Backbone | None = None,
     writer: ShardWriter | None = None,
     targets: tuple[Policy, Sequence[Clip]] | None = None,
+    part: Part | None = None,
 ) -> ExtractionSummary:
     """Makes this process's part of the cache `config.out`, or what is missing of it.
 
@@ -136,7 +137,8 @@ def run_extraction(
 
     backbone: instead of loading `config.backbone`. writer: what becomes of the features; by
     default they are stored whole, as a patch-token cache. targets: the clips, and how their windows
-    are made, instead of those that `config` finds and samples.
+    are made, instead of those that `config` finds and samples. part: the shards to make, instead of
+    those that the launcher's rank and `config.shard_of` say.
 
     Raises UsageError (2), TooManyQuarantined (3: all shards are written, or 100 clips and more
     are broken), CacheMismatch (4: `out` holds another cache), Stopped (75: by SIGTERM, SIGINT or
@@ -144,7 +146,7 @@ def run_extraction(
     always stay.
     """
     start_s = time.monotonic()
-    part = Part.of_this_process(config.shard_of)
+    part = part or Part.of_this_process(config.shard_of)
     check_installed(config.decoder)
     policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]

@@ -19,6 +19,7 @@ from ..evaluate.cache_fidelity import COLUMNS, TokenErrors
 from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
 from ..extract.identity import cache_identity
+from ..extract.ledger import Part
 from ..extract.run import run_extraction
 from ..extract.shard_writer import PatchShardWriter, ShardWriter
 from ..extract.sources.clip import VIDEO_SUFFIXES, Clip, FrameFolder
@@ -121,7 +122,8 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     ours = _windows_as_drawn(stored, seed=extraction.seed)
     with tempfile.TemporaryDirectory() as out, StopRequest() as stop, stop.at_once():
         run = replace(extraction, out=out)
-        run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))
+        targets = (policy, clips)
+        run_extraction(run, backbone=backbone, writer=writer, targets=targets, part=Part())
         made = _open(Path(out), info)
         theirs = _windows_as_drawn(made, seed=extraction.seed)
         refused = {lost.clip: lost for lost in quarantined_of(read_all_done(out))}

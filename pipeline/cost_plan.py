@@ -37,6 +37,7 @@ from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
 from ..extract.decoding.pool import DecodePool, choose_num_workers
 from ..extract.int8_calibration import patch_writer
+from ..extract.ledger import Part
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.shard_writer import ShardWriter
 from ..extract.sources.clip import Clip, Unreadable
@@ -165,7 +166,8 @@ def plan_extraction(
             writer = DeltaShardWriter.from_config(fused)
         timed = _TimedWriter(writer)
         cores_s = _core_seconds_of_children()
-        run_extraction(tried, backbone=backbone, writer=timed, targets=(policy, chosen))
+        targets = (policy, chosen)
+        run_extraction(tried, backbone=backbone, writer=timed, targets=targets, part=Part())
         return _Trial.of(
             out,
             probed=len(chosen),

@@ -51,6 +51,14 @@ def test_an_audit_of_what_was_extracted_finds_no_difference(
     assert found["audit"]["largest_error"] < 1e-4
 
 
+def test_a_process_of_a_launcher_audits_all_it_is_asked_to(
+    tiny_inputs: Path, extracted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert audit_cache(config(tiny_inputs, extracted)).differing == []
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_every_storage_type_is_audited(tiny_inputs: Path, tmp_path: Path, dtype: str) -> None:
     videos = str(tiny_inputs / "world/train")
