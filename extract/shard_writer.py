@@ -158,7 +158,9 @@ class PatchShardWriter:
 
     def _scale(self) -> NDArray[np.float32]:
         if self.channel_scale is None:
-            raise UsageError("dtype int8 without channel scales: fit them first (calibration.py)")
+            raise UsageError(
+                "dtype int8 without channel scales: fit them first (int8_calibration.py)"
+            )
         return self.channel_scale
 
     def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:

@@ -1,12 +1,8 @@
 """How fast a cache is read, beside what limits it, measured in one run: `deltatok-shards bench`.
 
 All contestants take turns in short rounds on the same order of windows, and the median of a
-contestant's rounds counts: machines are noisy, only the ratios mean something. Called by
-bench_command.py and by tests/benchmarks/loaders.py.
-
-What no reader of a cache can beat: its files mapped raw, and read from end to end.
-
-Used by bench.py and its benchmark.
+contestant's rounds counts: machines are noisy, only the ratios mean something. Beside
+them stands what no reader of a cache can beat: its files mapped raw, and read from end to end.
 """
 
 import os

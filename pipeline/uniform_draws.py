@@ -3,7 +3,7 @@
 The paper's gaps and starts, by the very rule and random numbers with which videos are sampled
 (shards/sampling.py), but the nearest stored frame instead of the nearest shown one, the whole
 frame instead of a crop, and no flip: crops and flips are made on pixels, which are gone. The
-cache's identity says so. Passed to train/tokenize.py, which does not know extract/.
+cache's identity says so. train/encode.py takes it as an argument: it does not know extract/.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ POLICY = "windows from uniform"
 
 
 class UniformDraws:
-    """A WindowDraws, see train/frame_picks.py."""
+    """A train.encode.WindowDraws."""
 
     def __init__(self, *, num_windows: int, num_frames: int, seed: int) -> None:
         self.num_windows = num_windows

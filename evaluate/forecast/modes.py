@@ -282,7 +282,7 @@ class Calibration:
         self.recall_of_one.append(recall_of_draws(true, 1))
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON values; mode_section.py has the words."""
+        """Plain JSON values; report/modes.py has the words."""
         bins = reliability(np.array(self.predicted), np.array(self.true))
         gaps = [abs(found["frequency"] - found["probability"]) * found["modes"] for found in bins]
         return {
