@@ -69,7 +69,7 @@ def tokenizer_rate(
         compile=compiled,
     )
     accelerator = make_accelerator(config.device, config.precision)
-    config = resolve_residency(config, shards.size_bytes, accelerator)
+    config = resolve_residency(config, shards, accelerator)
     model, _ = initialise(DeltaTok, config.model, seed=0, start_from=None)
     run = TrainingRun(command="tokenizer", config=config, data={}, fingerprints={})
     stage = (InMemory if in_memory else TokenizerObjective)(
