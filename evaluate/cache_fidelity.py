@@ -2,19 +2,10 @@
 
 A cache is held against another one of the same windows (same videos, sampling, seed, backbone;
 float16, say), window by window: how far the tokens are off, what that does to a tokenizer's
-reconstruction and a head's mIoU, and how many bytes a frame takes. No backbone, no network.
+reconstruction and a head's mIoU, and how many bytes a frame takes. No backbone, no network. The two
+hold the same windows, but perhaps cut into other shards and so in another order.
 
 Letters: B windows, T frames, N patch tokens of a frame, D channels of a token.
-
-Two patch caches of the same windows: the proof that they are, and which window is which.
-
-Caches of the same videos, sampling and seed hold the same windows, but perhaps cut into other
-shards and so in another order.
-
-What a patch cache is judged by, against a reference of the same windows: one class a judge.
-
-Each takes every window once, `ours` and `theirs` float32 (B, T, N, D) on one device, and gives its
-metrics for both sides at the end.
 """
 
 import math
@@ -30,16 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import compare
-from ..shards.devices import choose_device, precision_name
+from ..shards.devices import DEVICES, choose_device, precision_name
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.evaluation.labels import ClipLabels
+from ..shards.evaluation.targets import last_frames
 from ..shards.files import write_json
 from ..shards.patches.reader import PatchShards
 from ..shards.tools.info import describe_cache
 from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
-from .forecast.config import DEVICES
 from .forecast.models import check_patches, check_width
 from .forecast.scores import class_counts, class_map, confusion_matrix
 from .forecast.sequences import values
@@ -372,16 +363,9 @@ def _judges(config: CacheFidelityConfig, cache: PatchShards, device: torch.devic
         check_width("head", config.head, head.config.in_size, cache.info)
         check_patches("head", config.head, cache.info)
         labels = ClipLabels(
-            Path(config.labels),
-            last_frames=_last_frames(cache),
+            config.labels,
+            last_frames=last_frames(cache),
             num_classes=head.config.num_classes,
         )
         judges.append(SegmentationJudge(head, labels, cache))
     return judges
-
-
-def _last_frames(cache: PatchShards) -> dict[str, int]:
-    """Clip key -> the highest frame index in its windows."""
-    last = np.zeros(len(cache.keys), dtype=np.int64)
-    np.maximum.at(last, cache.clip_index, cache.table().frame_index.max(axis=1))
-    return dict(zip(cache.keys, last.tolist(), strict=True))

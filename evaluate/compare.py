@@ -17,12 +17,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..shards.cache import flatten
 from ..shards.errors import CacheMismatch, UsageError
 from ..shards.files import write_bytes, write_json
 from ..shards.schema import is_number
 from .forecast.intervals import Estimate, Resamples
 from .forecast.sequences import Score, SequenceScores, read_sequences
-from .report.html import flatten, render_page, value_text
+from .report.html import render_page, value_text
 from .report.plots import COLOURS, Plot, draw_plot, legend_below
 from .report.rows import (
     HORIZONS,
@@ -98,7 +99,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ComparedReport:
     """One report, as read."""
 
     name: str
@@ -169,7 +170,7 @@ def run_compare(config: CompareConfig) -> Comparison:
     return found
 
 
-def check_comparable(first: Run, other: Run) -> None:
+def check_comparable(first: ComparedReport, other: ComparedReport) -> None:
     """Raises CacheMismatch, naming the field, unless two reports scored the same thing."""
     ours, theirs = flatten(first.report), flatten(other.report)
     for place, field in SAME.items():
@@ -189,7 +190,7 @@ def check_comparable(first: Run, other: Run) -> None:
                 )
 
 
-def compare_runs(runs: Sequence[Run], *, seed: int) -> Comparison:
+def compare_runs(runs: Sequence[ComparedReport], *, seed: int) -> Comparison:
     """All numbers on the sequences that all runs have; CacheMismatch if there is none."""
     everything = sorted(set().union(*(run.scores.windows for run in runs)))
     paired = [key for key in everything if all(key in run.scores.windows for run in runs)]
@@ -223,7 +224,7 @@ def compare_runs(runs: Sequence[Run], *, seed: int) -> Comparison:
 
 
 def _compare_score(
-    score: Score, runs: Sequence[Run], paired: Sequence[str], resamples: Resamples
+    score: Score, runs: Sequence[ComparedReport], paired: Sequence[str], resamples: Resamples
 ) -> ComparedRow:
     by_run = [run.scores.by_seed(score, paired) for run in runs]
     values = [resamples.estimate(score.metric, by_seed) if by_seed else None for by_seed in by_run]
@@ -254,7 +255,7 @@ def _verdict(difference: Estimate, *, lower_is_better: bool) -> str:
     return "better" if (difference.value < 0) == lower_is_better else "worse"
 
 
-def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def _differing(runs: Sequence[ComparedReport]) -> dict[str, list[Any]]:
     flat = [
         flatten({part: run.report.get(part, {}) for part in ("provenance", "config")})
         for run in runs
@@ -280,7 +281,7 @@ def _names(config: CompareConfig) -> list[str]:
     raise UsageError("compare: the same report twice; give different ones, or --names")
 
 
-def _read_run(folder: str, name: str) -> Run:
+def _read_run(folder: str, name: str) -> ComparedReport:
     path = Path(folder) / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -299,7 +300,7 @@ def _read_run(folder: str, name: str) -> Run:
             f"{folder}: sequences.jsonl has {found} windows, report.json says "
             f"{report['num_windows']!r}: they are not of one run, or one is cut off; evaluate again"
         )
-    return Run(name=name, folder=folder, report=report, scores=scores)
+    return ComparedReport(name=name, folder=folder, report=report, scores=scores)
 
 
 def _is_curve(value: Any) -> bool:

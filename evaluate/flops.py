@@ -18,7 +18,7 @@ from ..shards.errors import UsageError
 from ..train.losses import log_cosh, smooth_l1
 from ..train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from ..train.models.deltatok import DeltaTok
-from ..train.models.deltaworld import DeltaWorld
+from ..train.models.deltaworld import DeltaWorldNetwork
 from ..train.models.rope import patch_rope, with_prefix
 from .tables import markdown_table
 
@@ -97,7 +97,7 @@ def flops_rows(config: FlopsConfig) -> list[FlopsRow]:
     with torch.device("meta"):
         tokenizer, world, backbone = (
             DeltaTok(config.tokenizer),
-            DeltaWorld(config.world),
+            DeltaWorldNetwork(config.world),
             _vit(config),
         )
     frame = count_flops(partial(_run_backbone, backbone, config))
@@ -146,7 +146,7 @@ def paper_table_b(config: FlopsConfig) -> list[FlopsRow]:
         use_swiglu=False,
     )
     with torch.device("meta"):
-        tokenizer, world = DeltaTok(plain), DeltaWorld(config.world)
+        tokenizer, world = DeltaTok(plain), DeltaWorldNetwork(config.world)
     rows = [
         FlopsRow(
             f"predictor, {context} context tokens",
@@ -214,7 +214,7 @@ def _run_decoder(tokenizer: DeltaTok, config: FlopsConfig) -> None:
         )
 
 
-def _run_predictor(world: DeltaWorld, context: int) -> None:
+def _run_predictor(world: DeltaWorldNetwork, context: int) -> None:
     """One sample's next token."""
     config = world.config
     with torch.no_grad():
@@ -226,7 +226,7 @@ def _run_predictor(world: DeltaWorld, context: int) -> None:
         )
 
 
-def _run_selection(world: DeltaWorld, config: FlopsConfig) -> None:
+def _run_selection(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
     z, times = _window(config)
     samples, size = world.config.num_samples_train, world.config.predictor_hidden_size
     with torch.no_grad():
@@ -234,7 +234,7 @@ def _run_selection(world: DeltaWorld, config: FlopsConfig) -> None:
         world.candidates(world.memory(z, times), times, noise)
 
 
-def _run_winner(world: DeltaWorld, config: FlopsConfig) -> None:
+def _run_winner(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
     z, times = _window(config)
     queries = _meta(1, config.num_frames - 1, world.config.predictor_hidden_size)
     loss = smooth_l1(world.teacher_forced(z, times, queries), z[:, 1:]).mean()

@@ -25,7 +25,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..shards.devices import choose_device, launched, precision_name
+from ..shards.devices import choose_device, precision_name
 from ..shards.errors import DeltatokError, UsageError
 from .config import ExtractConfig
 
@@ -337,12 +337,3 @@ def _quiet_transformers() -> Iterator[None]:
         logs.set_verbosity(verbosity)
         if had_bars:
             logs.enable_progress_bar()
-
-
-def choose_num_workers(config: ExtractConfig) -> int:
-    """Decoding processes: as given, else this process's share of the CPU cores, at least one."""
-    if config.workers is not None:
-        return config.workers
-    from .decoding.pool import default_num_workers  # who only needs a backbone decodes nothing
-
-    return max(1, default_num_workers() // max(1, launched("LOCAL_WORLD_SIZE", default=1)))

@@ -1,13 +1,11 @@
-"""What an extraction is: one frozen dataclass, one field per flag of `deltatok-extract`.
+"""What an extraction is: one frozen dataclass, one field a flag of `deltatok-extract`.
 
-`pipeline/` fills it from YAML and flags, `run.py` does what it says. The text under a field is its
-help text. Whatever cannot be meant is refused here, before a clip is opened.
+    RunConfig                        backbone, storage, limits: whatever the frames come from
+        ExtractConfig                videos (here)
+        datasets.base.DatasetConfig  labelled data sets
 
-Durations and sizes as people write them: `90s`, `30m`, `1h30m`; `500MB`, `10GB`, `1.5TiB`.
-
-What every extraction is told, whatever its frames come from: backbone, storage, limits.
-
-ExtractConfig (videos) and DatasetConfig (evaluation data sets) are this and more.
+The text under a field is its help text. Whatever cannot be meant is refused here, before a clip is
+opened. Durations and sizes are as people write them: `90s`, `30m`, `1h30m`; `500MB`, `1.5TiB`.
 """
 
 import math
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..shards.errors import UsageError
+from ..shards.sampling import SamplingPolicy
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _BYTES: dict[str, int] = {"b": 1, "": 1} | {
@@ -60,9 +59,10 @@ class RunConfig:
     """Only this many clips: the first in the seeded order of the plan, so that a higher limit
     keeps them."""
     shard_of: str | None = None
-    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines that share
-    no folder; those that do need nothing of the kind). Then copy all shards/ into one `out` and run
-    again there: a run that finds all shards made finishes the cache."""
+    """i/n: make only the shards whose number is i modulo n (0/4 to 3/4 on four machines); the ranks
+    of a launcher divide these among themselves. Machines that share no folder: then copy all
+    shards/ into one `out` and run again there; a run that finds all shards made finishes the
+    cache."""
     backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     """Hub id or local folder of the frozen DINOv3."""
     frame_size: int = 512
@@ -99,9 +99,6 @@ class RunConfig:
     like 500MB, 10GB."""
     time_limit: str | None = None
     """Stop (exit code 75) after this long; like 90s, 30m, 1h30m."""
-    lease_timeout: str = "60s"
-    """Take over the shard of a process on another machine that gave no sign of life for this
-    long; dead ones on this machine are noticed at once."""
 
     def frames_per_batch(self, device_type: str) -> int:
         """`batch_frames` where it is given, else what suits "cpu" or "cuda"."""
@@ -119,10 +116,6 @@ class RunConfig:
             return None
         return parse_duration_s(self.time_limit, name="time_limit")
 
-    @property
-    def lease_timeout_s(self) -> float:
-        return parse_duration_s(self.lease_timeout, name="lease_timeout")
-
     def __post_init__(self) -> None:
         if not self.out:
             raise UsageError("out: empty, wanted the folder to write the cache to")
@@ -137,9 +130,8 @@ class RunConfig:
         check("max_quarantined", self.max_quarantined, 0 <= self.max_quarantined <= 1, "0..1")
         check("decode_timeout_s", self.decode_timeout_s, positive(self.decode_timeout_s), "> 0")
         check("min_free", self.min_free, self.min_free_bytes >= 0, "a size")
-        limit_s, timeout_s = self.time_limit_s, self.lease_timeout_s
+        limit_s = self.time_limit_s
         check("time_limit", self.time_limit, limit_s is None or limit_s > 0, "more than 0 s")
-        check("lease_timeout", self.lease_timeout, timeout_s > 0, "more than 0 s")
         for name, allowed in (
             ("dtype", ("float16", "bfloat16", "int8")),
             ("compression", ("none", "zstd")),
@@ -226,6 +218,21 @@ class ExtractConfig(RunConfig):
     append: bool = False
     """Add the videos that a cache in `out` does not have yet as new shards. What it has stays,
     whether its videos are still given or not."""
+
+    def sampling_policy(self) -> SamplingPolicy:
+        """How windows are drawn."""
+        return SamplingPolicy(
+            policy=self.sampling,
+            num_frames=self.num_frames,
+            num_windows=self.num_windows,
+            time_stride_range=self.time_stride_range,
+            crop_scale=self.crop_scale,
+            crop_ratio=self.crop_ratio,
+            flip_probability=self.flip_probability,
+            fps=self.fps,
+            seed=self.seed,
+            min_frames=self.min_frames,
+        )
 
     def __post_init__(self) -> None:
         if not self.videos:

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..shards.records import Quarantined
+from ..shards.sampling import WindowDraw
 from .backbone import Backbone
 from .decoding.pool import DecodedClip, DecodedWindow
 from .pixels import window_pixels
-from .sampling import WindowDraw
-from .writer import Converter
+from .shard_writer import Converter
 
 MAX_BATCHES_IN_FLIGHT = 2
 """Batches whose rows are being copied from the device while the next one is begun."""
@@ -41,7 +41,7 @@ Pixels = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class StagedClip:
+class PrefetchedClip:
     """A clip whose pixels are being made."""
 
     key: str
@@ -51,7 +51,7 @@ class StagedClip:
     """One for every draw, to be taken in order."""
 
 
-class PixelStage:
+class PixelPrefetcher:
     """Makes pixels on `device`; a context manager, which ends its thread."""
 
     def __init__(self, *, frame_size: int, device: torch.device, num_ahead: int) -> None:
@@ -81,23 +81,23 @@ class PixelStage:
 
     def clips(
         self, decoded: Iterator[DecodedClip | Quarantined]
-    ) -> Iterator[StagedClip | Quarantined]:
+    ) -> Iterator[PrefetchedClip | Quarantined]:
         """The clips of `decoded`, in order, read ahead as far as pixels are to be made."""
-        ahead: deque[StagedClip | Quarantined] = deque()
+        ahead: deque[PrefetchedClip | Quarantined] = deque()
         num_after_first = 0
         for clip in decoded:
-            staged = clip if isinstance(clip, Quarantined) else self._stage(clip)
-            num_after_first += _num_windows(staged) if ahead else 0
-            ahead.append(staged)
+            prefetched = clip if isinstance(clip, Quarantined) else self._prefetch(clip)
+            num_after_first += _num_windows(prefetched) if ahead else 0
+            ahead.append(prefetched)
             while ahead and num_after_first >= self._num_ahead:
                 yield ahead.popleft()
                 num_after_first -= _num_windows(ahead[0]) if ahead else 0
         yield from ahead
 
-    def _stage(self, clip: DecodedClip) -> StagedClip:
+    def _prefetch(self, clip: DecodedClip) -> PrefetchedClip:
         draws = [window.draw for window in clip.windows]
         pixels = deque(self._begin(window) for window in clip.windows)
-        return StagedClip(clip.key, clip.decoder, draws, pixels)
+        return PrefetchedClip(clip.key, clip.decoder, draws, pixels)
 
     def _begin(self, window: DecodedWindow) -> Pixels:
         if self._thread is None:
@@ -128,7 +128,7 @@ class PixelStage:
         )
 
 
-def _num_windows(clip: StagedClip | Quarantined) -> int:
+def _num_windows(clip: PrefetchedClip | Quarantined) -> int:
     return 0 if isinstance(clip, Quarantined) else len(clip.pixels)
 
 

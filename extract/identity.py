@@ -24,7 +24,7 @@ _OTHER_LICENCE = (
 )
 
 
-def describe_patches(config: ExtractConfig, policy: Policy, backbone: Backbone) -> CacheInfo:
+def cache_identity(config: ExtractConfig, policy: Policy, backbone: Backbone) -> CacheInfo:
     """The cache.json of a patch-token cache, all but `storage`, which its writer adds.
 
     Raises UsageError for a frame size that is no multiple of the backbone's patch size.

@@ -30,11 +30,11 @@ from ..shards.records import Quarantined
 from .backbone import Backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy, one_window_a_clip
-from .decoding.pool import DecodePool, default_num_workers
+from .decoding.pool import DecodePool
 from .features import WindowFeatures
 from .pixels import window_pixels
+from .shard_writer import PatchShardWriter
 from .sources.clip import Clip
-from .writer import PatchShardWriter
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -112,13 +112,7 @@ def fit_channel_scale(
     )
     keys: list[str] = []
     refused: list[Quarantined] = []
-    with DecodePool(
-        one_window_a_clip(policy),
-        num_workers=config.workers or default_num_workers(),
-        timeout_s=config.decode_timeout_s,
-        decode_threads=config.decode_threads,
-        decoder=config.decoder,
-    ) as pool:
+    with DecodePool.from_config(config, one_window_a_clip(policy)) as pool:
         for clip in pool.decode(sample):
             if isinstance(clip, Quarantined):
                 refused.append(clip)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .sampling import WindowDraw
+from ..shards.sampling import WindowDraw
 
 RESIZE_RULE = "crop, bilinear without antialiasing, uint8 (OpenCV rule)"
 """What a cache says of the resizing here."""

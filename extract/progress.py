@@ -1,4 +1,4 @@
-"""Where the time goes, and the progress line that says so.
+"""The progress line of an extraction, which says where the time goes.
 
 All stages of an extraction work at once, in processes and threads of their own; the main thread
 hands over from one to the next. It waits for decoded clips, for pixels (on the CPU it makes them
@@ -8,43 +8,16 @@ that all others wait for, the slowest.
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from tqdm import tqdm
+
+from ..shards.stopwatch import Stopwatch
 
 _LOGGER = logging.getLogger(__name__)
 
 LOG_EVERY_S = 30.0
-
-Stage = Literal["decode", "pixels", "backbone", "write"]
-
-
-class StageClock:
-    """Seconds that the main thread spent at each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def at(self, stage: Stage) -> Iterator[None]:
-        """Counts the time within for `stage`."""
-        start_s = time.monotonic()
-        try:
-            yield
-        finally:
-            spent_s = time.monotonic() - start_s
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent_s
-
-    def slowest(self) -> str | None:
-        """Like "decode 71 %": the stage with most time and its share; None before there is any."""
-        total_s = sum(self.seconds.values())
-        if not total_s:
-            return None
-        stage = max(self.seconds, key=lambda name: self.seconds[name])
-        return f"{stage} {100 * self.seconds[stage] / total_s:.0f} %"
 
 
 class Progress:
@@ -53,9 +26,10 @@ class Progress:
     Where there is no terminal, the log says the same every LOG_EVERY_S and once at the end.
     """
 
-    def __init__(self, clock: StageClock, *, num_clips: int, num_before: int) -> None:
-        """num_before: clips that earlier runs have dealt with."""
-        self._clock = clock
+    def __init__(self, watch: Stopwatch, *, num_clips: int, num_before: int) -> None:
+        """watch: of the main thread. num_clips: of this process's part; num_before: those of
+        them that earlier runs have dealt with."""
+        self._watch = watch
         self._start_s = self._logged_s = time.monotonic()
         self._num_clips = num_clips
         self._num_dealt_with = self._num_before = num_before
@@ -85,22 +59,15 @@ class Progress:
         """One more clip is through, with this many frames; 0: quarantined."""
         self._num_frames += num_frames
         self._num_quarantined += num_frames == 0
-        self._add_clips(1)
-
-    def add_elsewhere(self, num_clips: int) -> None:
-        """Other processes have dealt with this many more clips."""
-        self._add_clips(num_clips)
+        self._num_dealt_with += 1
+        self._line.set_postfix_str(self._facts(), refresh=False)
+        self._line.update()
+        if self._logs and time.monotonic() - self._logged_s >= LOG_EVERY_S:
+            self._log()
 
     def add_written(self, num_bytes: int) -> None:
         """A shard of this process is on the disk."""
         self._num_bytes += num_bytes
-
-    def _add_clips(self, count: int) -> None:
-        self._num_dealt_with += count
-        self._line.set_postfix_str(self._facts(), refresh=False)
-        self._line.update(count)
-        if self._logs and time.monotonic() - self._logged_s >= LOG_EVERY_S:
-            self._log()
 
     def _facts(self) -> str:
         """Rates are means since the start, of this process alone."""
@@ -108,7 +75,7 @@ class Progress:
         return (
             f"{self._num_frames / spent_s:.1f} frames/s, "
             f"{self._num_bytes / spent_s / 1e6:.1f} MB/s written, "
-            f"{self._num_quarantined} quarantined, slowest: {self._clock.slowest()}"
+            f"{self._num_quarantined} quarantined, slowest: {self._watch.slowest()}"
         )
 
     def _log(self) -> None:

@@ -1,42 +1,56 @@
 """run_extraction: videos in, a cache out, resumable after any kill, by any number of processes.
 
-    find clips -> cache.json -> plan.jsonl -> black.npy -> for every shard without a done-record
-    that no other process has a lease on:
-    decode -> crop, resize, flip -> backbone -> convert -> write -> done-record
-    -> quarantine.jsonl -> cache.json marked complete
+    find clips -> cache.json -> plan.jsonl -> for every shard of this process's part that has no
+    done-record: decode -> crop, resize, flip -> backbone -> convert -> write -> done-record
+    -> once all shards are done: quarantine.jsonl, index.jsonl, cache.json marked complete
 
-making.py makes the shards, common.py what is around them.
+`make_shards` is the loop; ledger.py knows which shards are done and closes the cache.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..shards.cache import open_cache, read_cache_info
-from ..shards.files import remove_partials
+import torch
+
+from ..shards.cache import open_cache
+from ..shards.errors import CacheMismatch, DeltatokError
+from ..shards.files import disk_errors, remove_partials
+from ..shards.interrupts import StopRequest
+from ..shards.plan import (
+    PLAN,
+    clips_by_shard,
+    extend_plan,
+    make_plan,
+    mend_plan,
+    needs_mending,
+    read_plan,
+    write_plan,
+)
+from ..shards.records import DoneRecord, Quarantined, append_timing
+from ..shards.stopwatch import Stopwatch
 from .backbone import Backbone, load_backbone
-from .common import MAX_POLL_S, CommonFolder, Plan, check_sources
-from .config import ExtractConfig, parse_shard_of
-from .datasets.windows import EvaluationPolicy, Policy
+from .config import ExtractConfig
+from .datasets.windows import Policy
 from .decoding.clip import check_installed
-from .identity import describe_patches
+from .decoding.pool import DecodePool
+from .features import PixelPrefetcher, WindowFeatures
+from .identity import cache_identity
 from .int8_calibration import patch_writer
-from .leases import Leases
-from .making import Means, Production
-from .progress import StageClock
-from .sampling import SamplingPolicy
-from .sink import disk_errors
+from .ledger import Ledger, Part, Plan, close_cache, reopen
+from .progress import Progress
+from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
 from .sources.clip import Clip
 from .sources.select import clips_of
-from .stop import stop_on_signals
-from .tally import Tally
-from .work import SharedWork
-from .writer import ShardWriter
 
 UNIFORM_WINDOWS = 4
 """Windows that a clip is taken to give when a shard's number of clips is chosen for uniform
 sampling: how many it really gives is known only once it is decoded (a guess)."""
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +72,7 @@ class ExtractionSummary:
     slowest_stage: str | None
     """Like "decode 71 %": what this run waited for most, and its share of the time."""
 
-    def told(self) -> str:
+    def summary_line(self) -> str:
         """One line for people: what is there, and what this run did."""
         now = f"{self.shards_done_now} of them now" if self.shards_done_now else "none to make"
         size = f"{self.bytes / 1e9:,.1f} GB" if self.bytes >= 1e9 else f"{self.bytes / 1e6:,.1f} MB"
@@ -69,21 +83,62 @@ class ExtractionSummary:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a run makes shards with."""
+
+    config: ExtractConfig
+    policy: Policy
+    backbone: Backbone
+    writer: ShardWriter
+    stop: StopRequest
+    watch: Stopwatch
+    """Of the main thread: decode, pixels, backbone, write."""
+
+    @property
+    def out(self) -> Path:
+        """The cache's folder."""
+        return Path(self.config.out)
+
+    @property
+    def batch_frames(self) -> int:
+        """Frames in one pass through the backbone, about."""
+        return self.config.frames_per_batch(self.backbone.device.type)
+
+    @property
+    def windows_ahead(self) -> int:
+        """Windows whose pixels are made ahead of the backbone: a batch. None on the CPU."""
+        if self.backbone.device.type == "cpu":
+            return 0
+        return max(1, self.batch_frames // self.config.num_frames)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to make."""
+
+    number: int
+    clips: Sequence[Clip]
+    """In plan order."""
+
+
 def run_extraction(
     config: ExtractConfig,
     *,
     backbone: Backbone | None = None,
     writer: ShardWriter | None = None,
-    targets: tuple[EvaluationPolicy, Sequence[Clip]] | None = None,
+    targets: tuple[Policy, Sequence[Clip]] | None = None,
+    part: Part | None = None,
 ) -> ExtractionSummary:
-    """Makes the cache `config.out`, or goes on with it, until all its shards are done.
+    """Makes this process's part of the cache `config.out`, or what is missing of it.
 
-    Any number of processes may do so at once, on any number of machines that share the folder, and
-    each returns when all is done; what a killed one had begun is made by another.
+    Processes with ranks, and runs with different `config.shard_of`, make different shards of one
+    folder; each returns when its own are done, and the one that finds all done closes the cache.
 
     backbone: instead of loading `config.backbone`. writer: what becomes of the features; by
-    default they are stored whole, as a patch-token cache. targets: the windows to make, instead of
-    those that `config` samples among its videos: those of an evaluation data set.
+    default they are stored whole, as a patch-token cache. targets: the clips, and how their windows
+    are made, instead of those that `config` finds and samples. part: the shards to make, instead of
+    those that the launcher's rank and `config.shard_of` say.
 
     Raises UsageError (2), TooManyQuarantined (3: all shards are written, or 100 clips and more
     are broken), CacheMismatch (4: `out` holds another cache), Stopped (75: by SIGTERM, SIGINT or
@@ -91,26 +146,111 @@ def run_extraction(
     always stay.
     """
     start_s = time.monotonic()
+    part = part or Part.of_this_process(config.shard_of)
     check_installed(config.decoder)
-    policy: Policy = SamplingPolicy.from_config(config) if targets is None else targets[0]
+    policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
-    with stop_on_signals(time_limit_s=config.time_limit_s) as stop:
+    with StopRequest(time_limit_s=config.time_limit_s) as stop:
         with stop.at_once():
             backbone = backbone or load_backbone(config)
             writer = writer or patch_writer(config, policy, backbone, clips)
-            wanted = writer.describe(describe_patches(config, policy, backbone))
-        open_cache(config.out, wanted)
-        means = Means(
+            info = writer.describe(cache_identity(config, policy, backbone))
+        open_cache(config.out, info)
+        run = RunContext(
             config=config,
             policy=policy,
             backbone=backbone,
             writer=writer,
-            clips={clip.key: clip for clip in clips},
             stop=stop,
-            clock=StageClock(),
+            watch=Stopwatch(),
         )
-        with Leases(Path(config.out), timeout_s=config.lease_timeout_s) as leases:
-            return _run(means, leases, start_s=start_s)
+        with disk_errors(run.out):
+            ledger, shards = _begin(run, clips, part)
+        if shards:
+            num_mine = sum(len(ledger.plan[shard]) for shard in ledger.plan if shard in part)
+            with _out_of_memory(run):
+                make_shards(run, shards, ledger, num_clips=num_mine)
+        with disk_errors(run.out):
+            ledger = close_cache(
+                run.out, num_frames=config.num_frames, changed=bool(shards), part=part
+            )
+    summary = ExtractionSummary(
+        **ledger.counts(num_frames=config.num_frames),
+        bytes=sum(ledger.size_bytes.values()),
+        shards_done_now=len(shards),
+        seconds=time.monotonic() - start_s,
+        slowest_stage=run.watch.slowest(),
+    )
+    if not ledger.missing:  # else whoever closes the cache says so
+        ledger.check(config.max_quarantined)
+    return summary
+
+
+def make_shards(
+    run: RunContext, shards: Sequence[Shard], ledger: Ledger, *, num_clips: int
+) -> None:
+    """Makes `shards` one after the other; a stop abandons the one at hand.
+
+    Clips are decoded, and on a GPU cropped and resized, ahead of this loop, in order, also over a
+    shard's end; finished shards are written behind it. num_clips: of this process's part, for the
+    progress line. Raises what run_extraction does.
+    """
+    config, backbone, watch = run.config, run.backbone, run.watch
+    with disk_errors(run.out):
+        black = backbone.black_tokens(config.frame_size)
+        run.writer.begin(run.out, black.to(backbone.device))
+    num_left = sum(len(shard.clips) for shard in shards)
+    features = WindowFeatures(
+        backbone,
+        run.writer,
+        num_frames=config.num_frames,
+        frame_size=config.frame_size,
+        batch_frames=run.batch_frames,
+    )
+
+    def note_done(record: DoneRecord) -> None:
+        ledger.add(record)
+        progress.add_written(sum(file["bytes"] for file in record.files.values()))
+        _note_done(run, record, ledger)
+
+    with (
+        Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress,
+        ShardWriterThread(
+            run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=note_done
+        ) as sink,
+        DecodePool.from_config(config, run.policy) as pool,
+        PixelPrefetcher(
+            frame_size=config.frame_size,
+            device=backbone.device,
+            num_ahead=run.windows_ahead,
+        ) as prefetcher,
+    ):
+        decoded = prefetcher.clips(pool.decode(clip for shard in shards for clip in shard.clips))
+        for shard in shards:
+            sink.check_free(shard.number)
+            windows = ShardWindows(config.num_frames)
+            for _ in shard.clips:
+                with watch.at("decode"), run.stop.at_once():
+                    clip = next(decoded)
+                if isinstance(clip, Quarantined):
+                    _LOGGER.warning("quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason)
+                    windows.quarantined.append(clip)
+                    progress.add_clip(num_frames=0)
+                    continue
+                windows.add(clip.key, clip.decoder, clip.draws)
+                while clip.pixels:
+                    run.stop.check()
+                    with watch.at("pixels"):
+                        pixels = clip.pixels.popleft()()  # and its decoded frames are let go of
+                    with watch.at("backbone"):
+                        features.add(pixels)
+                progress.add_clip(num_frames=len(clip.draws) * config.num_frames)
+            with watch.at("backbone"):
+                values = features.finish_later()
+            with watch.at("write"):
+                sink.put(shard.number, windows, values)
+        with watch.at("write"):
+            sink.finish()
 
 
 def clips_per_shard(config: ExtractConfig) -> int:
@@ -119,56 +259,85 @@ def clips_per_shard(config: ExtractConfig) -> int:
     return max(1, config.frames_per_shard // (windows * config.num_frames))
 
 
-def _run(means: Means, leases: Leases, *, start_s: float) -> ExtractionSummary:
-    config, out = means.config, Path(means.config.out)
-    poll_s = min(MAX_POLL_S, config.lease_timeout_s / 4)
-    folder = CommonFolder(out, leases, means.stop, poll_s=poll_s)
-    with disk_errors(out):
-        plan, pending, tally = _open(means, folder)
-        work = SharedWork(out, pending, leases)
-    production = Production(means, folder, work, tally, num_shards=len(plan))
-    if pending:
-        production.run()
-    with disk_errors(out):
-        tally = folder.finish(num_frames=config.num_frames, changed=production.num_done > 0)
-    summary = ExtractionSummary(
-        **tally.counts(num_frames=config.num_frames),
-        bytes=tally.size_bytes,
-        shards_done_now=production.num_done,
-        seconds=time.monotonic() - start_s,
-        slowest_stage=means.clock.slowest(),
-    )
-    tally.check(config.max_quarantined)
-    return summary
+def _begin(run: RunContext, clips: Sequence[Clip], part: Part) -> tuple[Ledger, list[Shard]]:
+    """What is done, and the shards that this process is to make."""
+    config, out = run.config, run.out
+    remove_partials(out)
+    remove_partials(out / "shards")
+    by_key = {clip.key: clip for clip in clips}
+    plan = _follow_plan(run, list(by_key.values()))
+    ledger = Ledger.read(out, plan)
+    again = set(ledger.in_quarantine) if config.retry_quarantined else set()
+    to_make = [
+        shard for shard in plan if shard in part and (shard not in ledger.windows or shard in again)
+    ]
+    _check_sources(out, plan, to_make, by_key)
+    if to_make:
+        reopen(out)
+    for shard in again.intersection(to_make):
+        ledger.take_back(shard)
+    return ledger, [Shard(shard, [by_key[entry.key] for entry in plan[shard]]) for shard in to_make]
 
 
-def _open(means: Means, folder: CommonFolder) -> tuple[Plan, Plan, Tally]:
-    """The plan, the part of it that is to be made, and what is done."""
-    config, out = means.config, Path(means.config.out)
-    for writable in (out, out / "shards"):
-        remove_partials(writable)
-    plan = folder.plan(
-        list(means.clips.values()),
-        clips_per_shard=clips_per_shard(config),
-        seed=config.seed,
-        append=config.append,
-        retry=config.retry_quarantined,
-    )
-    # Read before the done-records: then a shard that is missing from a complete cache is to be
-    # made again, and was not finished by another process just now.
-    complete = read_cache_info(out).complete
-    tally = Tally.read(out, plan)
-    part, parts = parse_shard_of(config.shard_of)
-    pending = {
-        shard: entries
-        for shard, entries in plan.items()
-        if shard % parts == part
-        and (
-            shard not in tally.shards
-            or (config.retry_quarantined and tally.shards[shard].quarantined > 0)
+def _follow_plan(run: RunContext, clips: Sequence[Clip]) -> Plan:
+    """The plan for `clips`. One that is there is followed, or with --append made longer; with
+    --retry-quarantined clips that were not there, and now are, are filled in.
+
+    Raises CacheMismatch if it is for other clips, without --append. Several processes may do so at
+    once: each would write the same bytes.
+    """
+    config, out = run.config, run.out
+    num_clips = clips_per_shard(config)
+    if config.append and (out / PLAN).exists():
+        known = {entry.key for entry in read_plan(out)}
+        if not known.issuperset(clip.key for clip in clips):
+            reopen(out)  # first: a finished cache.json tells the hash of its plan
+        plan = extend_plan(out, clips, clips_per_shard=num_clips, seed=config.seed)
+        return clips_by_shard(plan)
+    made = make_plan(clips, clips_per_shard=num_clips, seed=config.seed)
+    if config.retry_quarantined and needs_mending(out, made):
+        reopen(out)
+        mend_plan(out, made)
+    return clips_by_shard(write_plan(out, made))
+
+
+def _check_sources(folder: Path, plan: Plan, shards: Sequence[int], known: Container[str]) -> None:
+    """Raises CacheMismatch unless all clips that are still to be read are among those given."""
+    missing = [entry for shard in shards for entry in plan[shard] if entry.key not in known]
+    if missing:
+        raise CacheMismatch(
+            f"{folder}: clip {missing[0].key!r} is in a shard that is not done, but not among the "
+            f"videos given ({len(missing)} such clips; it came from {missing[0].source}): give the "
+            "old videos as well"
         )
-    }
-    check_sources(out, pending, means.clips)
-    if pending and complete:
-        folder.reopen()
-    return plan, pending, tally
+
+
+@contextmanager
+def _out_of_memory(run: RunContext) -> Iterator[None]:
+    """A device that runs out of memory within becomes a DeltatokError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeltatokError(
+            f"the backbone ran out of memory with batches of {run.batch_frames} frames of "
+            f"{run.config.frame_size} pixels: lower batch_frames and run again"
+        ) from error
+
+
+def _note_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
+    """Tells the files for people, and the log, of a shard that is written."""
+    with disk_errors(run.out):
+        seconds = {stage: round(spent_s, 3) for stage, spent_s in run.watch.seconds.items()}
+        timing = {"shard": record.shard, "windows": record.rows, "seconds_so_far": seconds}
+        append_timing(run.out, timing)
+        if record.quarantined:
+            ledger.list_quarantined(now=False)
+    _LOGGER.info(
+        "shard %06d: %d windows of %d clips; %d of %d shards done",
+        record.shard,
+        record.rows,
+        len(record.keys),
+        len(ledger.windows),
+        len(ledger.plan),
+    )
+    ledger.check_certain(run.config.max_quarantined)

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from ..evaluate.cache_fidelity import COLUMNS, TokenErrors
 from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
-from ..extract.identity import describe_patches
+from ..extract.identity import cache_identity
+from ..extract.ledger import Part
 from ..extract.run import run_extraction
-from ..extract.sampling import SamplingPolicy
+from ..extract.shard_writer import PatchShardWriter, ShardWriter
 from ..extract.sources.clip import VIDEO_SUFFIXES, Clip, FrameFolder
 from ..extract.sources.find import find_clips
-from ..extract.stop import stop_on_signals
-from ..extract.writer import PatchShardWriter, ShardWriter
 from ..shards.cache import CacheInfo, compare, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import DamagedShard, UsageError
+from ..shards.interrupts import StopRequest
 from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import PlanEntry, read_plan, window_order
@@ -104,10 +104,10 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     stored = _open(folder, info)
     if not stored.num_windows:
         raise UsageError(f"{folder}: has no windows: there is nothing to audit")
-    policy, backbone = SamplingPolicy.from_config(extraction), load_backbone(extraction)
+    policy, backbone = extraction.sampling_policy(), load_backbone(extraction)
     writer = _writer(config, info, extraction)
     compare(
-        writer.describe(describe_patches(extraction, policy, backbone)).identity,
+        writer.describe(cache_identity(extraction, policy, backbone)).identity,
         info.identity,
         what_got="the backbone and tokenizer given",
         what_wanted=str(folder),
@@ -120,9 +120,10 @@ def audit_cache(config: AuditConfig) -> AuditReport:
     errors: dict[int, float] = {}
     differing: dict[int, str] = {}
     ours = _windows_as_drawn(stored, seed=extraction.seed)
-    with tempfile.TemporaryDirectory() as out, stop_on_signals() as stop, stop.at_once():
+    with tempfile.TemporaryDirectory() as out, StopRequest() as stop, stop.at_once():
         run = replace(extraction, out=out)
-        run_extraction(run, backbone=backbone, writer=writer, targets=(policy, clips))  # type: ignore[arg-type]
+        targets = (policy, clips)
+        run_extraction(run, backbone=backbone, writer=writer, targets=targets, part=Part())
         made = _open(Path(out), info)
         theirs = _windows_as_drawn(made, seed=extraction.seed)
         refused = {lost.clip: lost for lost in quarantined_of(read_all_done(out))}

@@ -1,12 +1,8 @@
 """How fast a cache is read, beside what limits it, measured in one run: `deltatok-shards bench`.
 
 All contestants take turns in short rounds on the same order of windows, and the median of a
-contestant's rounds counts: machines are noisy, only the ratios mean something. Called by
-bench_command.py and by tests/benchmarks/loaders.py.
-
-What no reader of a cache can beat: its files mapped raw, and read from end to end.
-
-Used by bench.py and its benchmark.
+contestant's rounds counts: machines are noisy, only the ratios mean something. Beside
+them stands what no reader of a cache can beat: its files mapped raw, and read from end to end.
 """
 
 import os
@@ -28,8 +24,8 @@ from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
 from ..train.config import Residency
 from ..train.data.batches import Prefetcher, TokenizerBatches, WorldBatches
-from ..train.data.order import BatchOrder, Indices, Share
-from ..train.data.residency import choose_place, delta_source, fits_in_memory, patch_source
+from ..train.data.order import BatchOrder, Indices, RankSlice
+from ..train.data.residency import choose_place, fits_in_memory, window_source
 from ..train.data.stream import buffers_needed
 
 READ_BYTES = 8 * 2**20
@@ -162,11 +158,11 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = WorldBatches(
-                delta_source(shards, residency=residency, num_buffers=num_buffers),
+                window_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 batch_size=settings.batch_size,
                 seed=settings.seed,
-                share=Share(),
+                ranks=RankSlice(),
             )
             for workers in settings.workers:
                 name = f"loader:{residency}:{workers}"
@@ -235,12 +231,12 @@ def bench_patches(folder: Path, settings: BenchSettings) -> dict[str, Any]:
     with ExitStack() as stack:
         for residency in settings.residencies:
             batches = TokenizerBatches(
-                patch_source(shards, residency=residency, num_buffers=num_buffers),
+                window_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 num_frames=num_frames,
                 batch_size=per_batch * (num_frames - 1),
                 seed=settings.seed,
-                share=Share(),
+                ranks=RankSlice(),
             )
             for workers in settings.workers:
                 name = f"loader:{residency}:{workers}"

@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
 import typing
@@ -30,6 +31,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from ..shards.errors import DeltatokError, Stopped, UsageError
+from ..shards.interrupts import StopRequest
 from ..shards.schema import load
 
 Config = TypeVar("Config")
@@ -144,7 +146,9 @@ def run_command(body: Callable[[], None]) -> int:
     for noisy in ("httpx", "accelerate", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        body()
+        # From the first import on; what a run may not be torn out of takes the signal itself.
+        with StopRequest(signals=(signal.SIGTERM,)) as stop, stop.at_once():
+            body()
     except (DeltatokError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

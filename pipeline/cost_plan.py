@@ -1,7 +1,8 @@
 """`deltatok-extract --plan`: what a cache would cost, found by really making a small part of it.
 
 Some clips, the first in the plan's seeded order, go through the real command into a temporary
-folder beside OUT, which is removed again. Windows, bytes and seconds are scaled to all clips:
+folder beside OUT, which is removed again; of more the windows are counted. Windows, bytes and
+seconds are scaled to all clips:
 
     videos, windows drawn       by the number of clips
     videos, sampling uniform    by the bytes of the videos, which tell long ones from short ones
@@ -29,25 +30,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..extract.backbone import choose_num_workers, load_backbone
+from ..extract.backbone import load_backbone
+from ..extract.config import ExtractConfig
 from ..extract.datasets.base import DatasetConfig
 from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
+from ..extract.decoding.pool import DecodePool, choose_num_workers
 from ..extract.int8_calibration import patch_writer
+from ..extract.ledger import Part
 from ..extract.run import clips_per_shard, run_extraction
-from ..extract.sampling import SamplingPolicy
+from ..extract.shard_writer import ShardWriter
 from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
-from ..extract.stop import stop_on_signals
-from ..extract.writer import ShardRows, ShardWriter
 from ..shards.cache import PATCHES, CacheInfo, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.devices import choose_device
 from ..shards.errors import TooManyQuarantined, UsageError
+from ..shards.files import size_text
+from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import make_plan, num_shards, plan_order
-from ..shards.records import DoneRecord, quarantined_of, read_all_done
-from ..shards.tools.export import Selection, export_cache
+from ..shards.records import DoneRecord, Quarantined, quarantined_of, read_all_done
+from ..shards.tools.export import ClipSelection, export_cache
+from ..shards.windows import ShardRows
 from ..train.config import TokenizeConfig
 from ..train.encode import write_deltas
 from .commands.extract import VideosConfig
@@ -59,11 +64,12 @@ SAMPLE_CLIPS = 16
 decoding process, so that half a second to start each of them counts little."""
 SAMPLE_CLIPS_PER_WORKER = 4
 BUDGET_S = 60.0
+COUNT_BUDGET_S = 30.0
+"""For decoding more clips, whose windows are only counted."""
 SHARD_COPIES = 3
 """A shard is in memory as it is made, as the one before is encoded, and as its encoded bytes."""
 LISTS = ("plan.jsonl", "index.jsonl", "quarantine.jsonl", "timings.jsonl")
 """Files of a cache with a line for every clip or shard."""
-UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 SHOWN = 10
 """Clips in quarantine that are named."""
 
@@ -92,6 +98,8 @@ class CostPlan:
     source_bytes: int
     probed: int
     """Clips that were tried."""
+    counted: int
+    """Those, and clips that were decoded to count their windows."""
     quarantined: dict[str, str]
     """Clip that would go to quarantine -> why: of those tried, and all that are not there."""
     quarantined_share: float
@@ -138,7 +146,7 @@ def plan_extraction(
     if isinstance(config, DatasetConfig):
         (policy, clips), extraction = find_targets(config), config.to_extraction()
     else:
-        policy, clips, extraction = SamplingPolicy.from_config(config), clips_of(config), config
+        policy, clips, extraction = config.sampling_policy(), clips_of(config), config
     fused = config if isinstance(config, VideosConfig) and config.tokenizer else None
     backbone = load_backbone(extraction)
     workers = choose_num_workers(extraction)
@@ -158,7 +166,8 @@ def plan_extraction(
             writer = DeltaShardWriter.from_config(fused)
         timed = _TimedWriter(writer)
         cores_s = _core_seconds_of_children()
-        run_extraction(tried, backbone=backbone, writer=timed, targets=(policy, chosen))  # type: ignore[arg-type]
+        targets = (policy, chosen)
+        run_extraction(tried, backbone=backbone, writer=timed, targets=targets, part=Part())
         return _Trial.of(
             out,
             probed=len(chosen),
@@ -168,9 +177,14 @@ def plan_extraction(
 
     wanted = max(SAMPLE_CLIPS, SAMPLE_CLIPS_PER_WORKER * workers)
     trial = _try_some(try_out, config.out, num_clips=num_clips, default=wanted)
+    windows, refused = trial.windows, trial.quarantined
+    if num_clips is None:
+        more = (usable[key] for key in order[trial.probed :])
+        windows, refused = _count_more(extraction, policy, more, windows, refused)
     weights = {key: _weight(clip, policy) for key, clip in usable.items()}
-    tried = np.array([weights[key] for key in order[: trial.probed]])
-    given = np.array([trial.windows[key] for key in order[: trial.probed]])
+    looked_at = [key for key in order if key in windows or key in refused]
+    tried = np.array([weights[key] for key in looked_at])
+    given = np.array([windows[key] for key in looked_at])
     scale = sum(weights.values()) / max(tried.sum(), 1)
     height, width = backbone.grid(config.frame_size)
     entries = make_plan(clips, clips_per_shard=clips_per_shard(extraction), seed=config.seed)
@@ -180,7 +194,8 @@ def plan_extraction(
         kind="deltas" if fused else config.dtype,
         clips=len(clips),
         source_bytes=sum(clip.size_bytes for clip in clips),
-        quarantined=trial.quarantined | lost,
+        counted=len(looked_at),
+        quarantined=refused | lost,
         lost_share=(len(lost) + np.mean(given == 0) * len(usable)) / len(clips),
         windows=given.sum() * scale,
         windows_error=_standard_error(tried, given, population=len(usable)),
@@ -199,7 +214,7 @@ def plan_encoding(config: TokenizeConfig, *, num_clips: int | None = None) -> Co
     def try_out(count: int, out: Path) -> "_Trial":
         part = out.with_name(f"{out.name}-patches")
         chosen = frozenset(order[:count])
-        export_cache([config.patches], part, selection=Selection(clips=chosen))
+        export_cache([config.patches], part, selection=ClipSelection(clips=chosen))
         write_deltas(replace(config, patches=str(part), out=str(out)), draws=draws)
         timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
         records = {record.shard: record.rows for record in read_all_done(out)}
@@ -214,6 +229,7 @@ def plan_encoding(config: TokenizeConfig, *, num_clips: int | None = None) -> Co
         out=config.out,
         kind="deltas",
         clips=len(patches.keys),
+        counted=len(patches.keys),
         source_bytes=sum(p.stat().st_size for p in patches.folder.rglob("*") if p.is_file()),
         quarantined={},
         lost_share=0.0,
@@ -338,6 +354,28 @@ def _try_some(
     return trial
 
 
+def _count_more(
+    config: ExtractConfig,
+    policy: Policy,
+    clips: Iterator[Clip],
+    windows: Counter[str],
+    refused: dict[str, str],
+) -> tuple[Counter[str], dict[str, str]]:
+    """`windows` and `refused` with those of as many `clips` as are decoded in COUNT_BUDGET_S: a
+    few clips tell how long all take, but not how many of them are broken or short."""
+    windows, refused = windows.copy(), dict(refused)
+    end_s = time.monotonic() + COUNT_BUDGET_S
+    with DecodePool.from_config(config, policy) as pool:
+        for clip in pool.decode(clips):
+            if isinstance(clip, Quarantined):
+                refused[clip.clip] = clip.reason
+            else:
+                windows[clip.key] = len(clip.windows)
+            if time.monotonic() > end_s:
+                break
+    return windows, refused
+
+
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
     """A temporary folder in the file system of `out`, removed whatever happens within."""
@@ -347,7 +385,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         raise UsageError(
             f"{_existing(out)}: cannot be written ({error.strerror or error}): give another --out"
         ) from error
-    with temporary as folder, stop_on_signals() as stop, stop.at_once():
+    with temporary as folder, StopRequest() as stop, stop.at_once():
         yield Path(folder)
 
 
@@ -389,6 +427,7 @@ def _scaled(
     kind: str,
     clips: int,
     source_bytes: int,
+    counted: int,
     quarantined: dict[str, str],
     lost_share: float,
     windows: float,
@@ -428,6 +467,7 @@ def _scaled(
         clips=clips,
         source_bytes=source_bytes,
         probed=trial.probed,
+        counted=counted,
         quarantined=quarantined,
         quarantined_share=float(lost_share),
         windows=round(windows),
@@ -510,7 +550,8 @@ def plan_text(plan: CostPlan) -> str:
     device_memory = plan.device_peak_bytes
     lines = [
         "nothing has been written yet; this is what it would take",
-        f"clips      {plan.clips} ({bytes_text(plan.source_bytes)}), {plan.probed} tried",
+        f"clips      {plan.clips} ({size_text(plan.source_bytes)}), {plan.probed} tried, "
+        f"windows of {plan.counted} counted",
         f"quarantine {100 * plan.quarantined_share:.3g} %"
         f" ({len(plan.quarantined)} clips known to give no windows)",
         *names[:SHOWN],
@@ -527,16 +568,16 @@ def plan_text(plan: CostPlan) -> str:
         f"decoding   {decoding if plan.workers else 'nothing'}",
         f"clock      about {hours_text(plan.clock_hours)} on this machine, "
         f"the slowest stage: {plan.slowest_stage}; {plan.gb_per_s:.3g} GB/s to write",
-        f"memory     {f'{bytes_text(device_memory)} of the device, ' if device_memory else ''}"
-        f"at most about {bytes_text(plan.host_peak_bytes)} of main memory",
-        f"disk       {bytes_text(plan.free_bytes)} free in {plan.disk}, "
+        f"memory     {f'{size_text(device_memory)} of the device, ' if device_memory else ''}"
+        f"at most about {size_text(plan.host_peak_bytes)} of main memory",
+        f"disk       {size_text(plan.free_bytes)} free in {plan.disk}, "
         f"writes {plan.write_bytes_per_s / 1e9:.2f} GB/s, "
         f"reads {plan.read_bytes_per_s / 1e9:.2f} GB/s",
     ]
     needed = plan.caches[plan.kind].bytes
     if needed > plan.free_bytes:
         lines.append(
-            f"TOO LARGE  {bytes_text(needed)} are needed: take fewer windows, a smaller frame size "
+            f"TOO LARGE  {size_text(needed)} are needed: take fewer windows, a smaller frame size "
             "or dtype, delta tokens (--tokenizer), or another --out"
         )
     return "\n".join(lines)
@@ -546,18 +587,10 @@ def _row(plan: CostPlan, name: str) -> str:
     cost, chosen = plan.caches[name], name == plan.kind
     first = cost.break_even_epochs
     return (
-        f"{name + ' <-' * chosen:<11}{'' if chosen else '~':>1}{bytes_text(cost.bytes):>9} "
-        f"{bytes_text(cost.bytes / max(plan.frames, 1)):>9}   "
+        f"{name + ' <-' * chosen:<11}{'' if chosen else '~':>1}{size_text(cost.bytes):>9} "
+        f"{size_text(cost.bytes / max(plan.frames, 1)):>9}   "
         f"{'never: the disk is slower' if first is None else f'from epoch {first} on'}"
     )
-
-
-def bytes_text(count: float) -> str:
-    """Like "1.57 MB"."""
-    for size, unit in UNITS:
-        if count >= size:
-            return f"{count / size:.{3 if count < 999 * size else 4}g} {unit}"
-    return f"{count:.0f} B"
 
 
 def hours_text(hours: float) -> str:

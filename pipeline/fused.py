@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..extract.run import ExtractionSummary, run_extraction
-from ..extract.writer import ShardRows
 from ..shards.cache import CacheInfo
-from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.deltas.writer import write_delta_shard
 from ..shards.devices import choose_device, precision_name
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord
+from ..shards.windows import ShardRows
 from ..train.encode import check_tokenizer, describe_deltas
 from ..train.models.deltatok import DeltaTok
 from .commands.extract import VideosConfig
@@ -39,7 +39,7 @@ def run_fused(config: VideosConfig) -> ExtractionSummary:
 
 
 class DeltaShardWriter:
-    """Keeps the delta tokens of every window: a ShardWriter, see extract/writer.py.
+    """Keeps the delta tokens of every window: a ShardWriter, see extract/shard_writer.py.
 
     B windows, T frames, N patches, D channels.
     """
@@ -101,24 +101,8 @@ class DeltaShardWriter:
 
     def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
         """Writes the tar of a shard, its windows in the order a patch shard would have them in."""
-        times = rows.timestamps_s
         try:
-            return write_delta_shard(
-                folder,
-                shard,
-                DeltaRows(
-                    tokens=rows.values,
-                    timestamps_s=times - times[:, :1],
-                    frame_index=rows.frame_index,
-                    crop=rows.crop,
-                    flipped=rows.flipped,
-                    clip=rows.clip,
-                    keys=rows.keys,
-                ),
-                seed=self._seed,
-                decoders=rows.decoders,
-                quarantined=rows.quarantined,
-            )
+            return write_delta_shard(folder, shard, rows.from_first_frame(), seed=self._seed)
         except DeltatokError as error:
             raise self.explained(error) from None
 

@@ -36,6 +36,7 @@ from ..evaluate.report.pictures import (
 from ..evaluate.report.plots import COLOURS, Plot, draw_plot
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
+from ..shards.files import size_text
 from ..shards.patches.reader import PatchShards
 from ..shards.records import read_all_done
 from ..shards.tools.info import describe_cache
@@ -194,15 +195,6 @@ def cache_facts(reader: Reader) -> dict[str, Any]:
         "fingerprint": found["fingerprint"],
     }
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def size_text(num_bytes: int) -> str:
-    """Bytes as people write them: 25206062 -> 25.2 MB."""
-    units = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    for size, unit in units:
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes} bytes"
 
 
 def _panel(reader: Reader, number: int, window: int, strips: Sequence[Strip | None]) -> Panel:

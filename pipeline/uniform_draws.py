@@ -1,9 +1,9 @@
 """Training windows drawn among the stored frames of a `uniform` patch cache.
 
 The paper's gaps and starts, by the very rule and random numbers with which videos are sampled
-(extract/sampling.py), but the nearest stored frame instead of the nearest shown one, the whole
+(shards/sampling.py), but the nearest stored frame instead of the nearest shown one, the whole
 frame instead of a crop, and no flip: crops and flips are made on pixels, which are gone. The
-cache's identity says so. Passed to train/tokenize.py, which does not know extract/.
+cache's identity says so. train/encode.py takes it as an argument: it does not know extract/.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extract.config import KINETICS_STRIDE_RANGE_S
-from ..extract.sampling import SamplingPolicy, draw_windows
+from ..shards.sampling import SamplingPolicy, draw_windows
 from ..train.config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
 
 POLICY = "windows from uniform"
 
 
 class UniformDraws:
-    """A WindowDraws, see train/frame_picks.py."""
+    """A train.encode.WindowDraws."""
 
     def __init__(self, *, num_windows: int, num_frames: int, seed: int) -> None:
         self.num_windows = num_windows

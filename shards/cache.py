@@ -4,26 +4,15 @@
      "parent_fingerprint": null, "shape": {...}, "identity": {...}, "backbone": {...},
      "licence": "...", "software": {...}, "counts": {...}, "files": {...}, "complete": true}
 
-`identity` holds everything that changes a stored number, and only that; the fingerprint is its
-hash.
-
-NOTICE.txt: the terms that go with a cache, for whoever gets the folder without knowing why.
-
-A function of cache.json; written when a cache is begun.
-
-What makes two caches the same: canonical JSON, its hash, and the first field that differs.
-
-Used through `cache`, which names all of it again.
-
-The contents of a cache.json, and how they are taken out of JSON that may be damaged or made up.
-
-`cache` reads and writes the file, and names what is here again.
+`identity` holds everything that changes a stored number, and only that; the fingerprint is the hash
+of its canonical JSON. NOTICE.txt, written when a cache is begun, holds the terms that go with it,
+for whoever gets the folder without knowing why.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,21 +79,42 @@ def compare(
 ) -> None:
     """Raises CacheMismatch naming the first field (dotted, in sorted order) that differs.
 
-    `fields` limits the comparison to these dotted names and what lies below them. A whole float
-    equals the integer; a field that one side lacks differs from any value, null too. `advice`: what
-    to do, the end of the message.
+    `fields` limits the comparison to these dotted names and what lies below them. `advice`: what to
+    do, the end of the message.
     """
-    leaves_got, leaves_wanted = dict(_leaves(got)), dict(_leaves(wanted))
-    for name in sorted(leaves_got.keys() | leaves_wanted.keys()):
-        if fields is not None and not any(_below(name, prefix) for prefix in fields):
-            continue
-        missing = name not in leaves_got or name not in leaves_wanted
-        if missing or canonical_json(leaves_got[name]) != canonical_json(leaves_wanted[name]):
-            shown_got = shown(leaves_got[name]) if name in leaves_got else "missing"
-            shown_wanted = shown(leaves_wanted[name]) if name in leaves_wanted else "missing"
+    for name, shown_got, shown_wanted in differences(got, wanted):
+        if fields is None or any(_below(name, prefix) for prefix in fields):
             raise CacheMismatch(
                 f"{what_got}: {name} is {shown_got}, but {shown_wanted} in {what_wanted}: {advice}"
             )
+
+
+def differences(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of every field that differs, in sorted order: its dotted name, and both values as they may
+    stand in a message. A whole float equals the integer; what one side lacks is "missing", which
+    differs from any value, null too."""
+    ours, theirs = flatten(got), flatten(wanted)
+
+    def value_in(side: dict[str, Any], name: str) -> str:
+        return shown(side[name]) if name in side else "missing"
+
+    return [
+        (name, value_in(ours, name), value_in(theirs, name))
+        for name in sorted(ours.keys() | theirs.keys())
+        if not (name in ours and name in theirs)
+        or canonical_json(ours[name]) != canonical_json(theirs[name])
+    ]
+
+
+def flatten(values: Mapping[str, Any], *, under: str = "") -> dict[str, Any]:
+    """Nested mappings as one: dotted name -> what is no mapping, or an empty one."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flatten(value, under=f"{under}{name}.")
+        else:
+            found[f"{under}{name}"] = value
+    return found
 
 
 def plain(value: Any) -> Any:
@@ -116,14 +126,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and is_number(value) and value.is_integer():
         return int(value)
     return value
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -13,6 +13,10 @@ from .errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+DEVICES = ("cuda", "mps", "cpu")
+"""What training and evaluation take by `auto`, the first that is there; extraction, whose bytes the
+device decides, takes no mps of itself."""
+
 
 def choose_device(name: str, *, automatic: Sequence[str] = ("cuda", "cpu")) -> "torch.device":
     """`auto`, `cpu`, `mps`, `cuda` or `cuda:N` as a device; UsageError if it is not there.
@@ -50,3 +54,10 @@ def launched(name: str, *, default: int) -> int:
     """What a launcher says in an environment variable of whole numbers."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
+
+
+def num_cores() -> int:
+    """CPU cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -42,11 +42,11 @@ class DamagedShard(DeltatokError):
     exit_code = 1
 
 
-class Stopped(Exception):
-    """The run was asked to stop and did so between two shards.
+class Stopped(BaseException):
+    """The run was asked to stop and did so, with what is finished in place.
 
-    No DeltatokError, nor a ValueError: a signal may raise it anywhere, and what handles bad input
-    there must not take it for some.
+    As KeyboardInterrupt no Exception: a signal may raise it anywhere, also while a library imports
+    or loads something and takes any Exception for a file or a package that does not work.
     """
 
     exit_code = 75

@@ -3,13 +3,10 @@
 Every writer in the house goes through here: a file or folder is built under its partial name
 `NAME.partial-<pid>-<8 hex>` (4 hex digits of the machine, 4 random), flushed to the disk, and
 only then moved onto its final name.
-
-A disk that is full, or refuses for another reason, while a run writes. Used by loop.py, logs.py
-and checkpoints.py.
 """
 
-import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -19,10 +16,9 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from .errors import DeltatokError
 
@@ -33,6 +29,9 @@ STALE_AFTER_S = 86_400.0
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links say."""
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What no room on the disk would change."""
 
 REMOVE_TRIES = 100
 """Every failed one has seen another process remove a part of the same folder (a guess)."""
@@ -122,10 +121,46 @@ def json_bytes(value: Any) -> bytes:
     return f"{json.dumps(value, indent=1, sort_keys=True, allow_nan=False)}\n".encode()
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """An OSError within, such as a full disk, becomes a DeltatokError that names `path` and says
+    what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = "check the permissions" if error.errno in _REFUSED else "make room on the disk"
+        raise DeltatokError(
+            f"{path}: cannot be written ({error.strerror or error}): {advice} and run again; "
+            "what is finished stays"
+        ) from error
+
+
+def check_free(folder: Path, needed_bytes: int, *, what: str, min_free_bytes: int = 0) -> None:
+    """Raises DeltatokError if `needed_bytes` for `what` would leave less than `min_free_bytes` on
+    the disk that `folder` is, or will be, on."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed_bytes + min_free_bytes > free:
+        reserved = f", of which min_free keeps {min_free_bytes / 1e9:.3g} GB"
+        raise DeltatokError(
+            f"{folder}: {what} takes {needed_bytes / 1e9:.3g} GB, there are {free / 1e9:.3g} GB "
+            f"left{reserved if min_free_bytes else ''}: make room and run again, or give a folder "
+            "on another disk"
+        )
+
+
 def sha256_file(path: Path) -> str:
     """The SHA-256 of the file's bytes, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as people write them: 25206062 -> 25.2 MB."""
+    for size, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{3 if num_bytes < 999 * size else 4}g} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def remove(path: Path) -> None:
@@ -170,12 +205,27 @@ def remove_partials(
     return removed
 
 
+def living_partials(folder: Path) -> list[Path]:
+    """What other living processes of this machine are writing directly in `folder`."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = PARTIAL.search(path.name)
+        if match and match[2] == _machine() and _is_other_process(int(match[1])):
+            found.append(path)
+    return found
+
+
 def _may_be_alive(path: Path, pid: int, machine: str, *, stale_after_s: float) -> bool:
     if machine != _machine():
         try:
             return time.time() - path.lstat().st_mtime < stale_after_s
         except FileNotFoundError:
             return False
+    return _is_other_process(pid)
+
+
+def _is_other_process(pid: int) -> bool:
+    """Whether a process of this machine, but not this one, has this number."""
     if pid == os.getpid():
         return False
     try:
@@ -187,9 +237,15 @@ def _may_be_alive(path: Path, pid: int, machine: str, *, stale_after_s: float) -
     return True
 
 
+@functools.cache
 def _machine() -> str:
-    """4 hex digits of this machine's name: a process id means something only on its machine."""
-    return hashlib.blake2b(platform.node().encode(), digest_size=2).hexdigest()
+    """4 hex digits that tell where a process id means something: this machine and, in a container,
+    its own processes."""
+    try:
+        processes = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # no Linux
+        processes = ""
+    return hashlib.blake2b(f"{platform.node()} {processes}".encode(), digest_size=2).hexdigest()
 
 
 def _flush_tree(path: Path) -> None:
@@ -197,16 +253,3 @@ def _flush_tree(path: Path) -> None:
         for child in path.iterdir():
             _flush_tree(child)
     flush(path)
-
-
-@contextlib.contextmanager
-def writing(what: Path) -> Iterator[None]:
-    """DeltatokError naming `what` if writing it, inside, fails: no traceback, and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise DeltatokError(
-            f"{what}: could not be written ({reason}). The checkpoints that were there before are "
-            "whole: make room on the disk and run the same command again"
-        ) from error

@@ -1,11 +1,9 @@
 """plan.jsonl: which clip goes into which shard, fixed before any work starts.
 
 One JSON object a line: {"key", "source", "size_bytes", "shard"}, in shard order; "label" and
-"split" where they are known, "target" in evaluation caches (plan_target.py). The order of
+"split" where they are known, "target" in evaluation caches (evaluation/labels.py). The order of
 clips and of windows comes from hashes, not from a random generator, so that it is the same with
 every release of every library and does not depend on the order the clips are found in.
-
-Lines of a plan whose clips were not there when it was made, once they are.
 
 A clip that cannot be read at all is planned with 0 bytes (and without a target) and goes to
 quarantine. Its line is filled in when the quarantined are tried again: nothing that is stored
@@ -148,11 +146,12 @@ def extend_plan(
     """Adds the clips that the stored plan does not have, as shards after its last; gives it whole.
 
     The stored lines stay as they are, those of clips that are not among `clips` too. Nothing is
-    written if there is no new clip. Only one process at a time may do this. Raises CacheMismatch
-    for a clip that the plan has with another size, or under another name.
+    written if there is no new clip. Processes that add the same clips at once write the same bytes.
+    Raises CacheMismatch for a clip that the plan has with another size, or under another name.
     """
     folder = Path(folder)
-    stored = read_plan(folder)
+    before = read_file(folder / PLAN, max_bytes=MAX_PLAN_BYTES)
+    stored = parse_plan(before, folder / PLAN)
     known = {entry.key for entry in stored}
     asked = {entry.key: entry for entry in make_plan(clips, clips_per_shard=1, seed=seed)}
     stored = _with_new_sources(folder, stored, asked)
@@ -164,7 +163,6 @@ def extend_plan(
         for entry in make_plan(new, clips_per_shard=clips_per_shard, seed=seed)
     ]
     if added:
-        before = (folder / PLAN).read_bytes()
         newline = b"" if before.endswith(b"\n") or not before else b"\n"
         write_bytes(folder / PLAN, before + newline + plan_lines(added))
     return stored + added
@@ -233,6 +231,11 @@ def read_plan(folder: Path | str, *, sha256: str | None = None) -> list[PlanEntr
     data = read_file(path, max_bytes=MAX_PLAN_BYTES)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedShard(f"{path}: was changed since the cache was finished: restore the file")
+    return parse_plan(data, path)
+
+
+def parse_plan(data: bytes, path: Path) -> list[PlanEntry]:
+    """The plan in the bytes of `path`; DamagedShard if it is malformed."""
     lines = data.splitlines()
     plan = []
     keys = set()

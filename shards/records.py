@@ -1,26 +1,26 @@
-"""shards/NNNNNN.json, written last: it is the promise that the shard beside it is whole.
+"""Done-records: what each finished shard holds, whether it is still there, and how it gets there.
 
-    {"shard": 0, "rows": 64, "keys": [...], "files": {"shards/000000.zarr/zarr.json":
-     {"bytes": 1234, "sha256": "..."}, ...}, "statistics": {...}, "decoders": {...},
-     "quarantined": [...], "format_version": 1}
+    shards/NNNNNN.json   {"shard": 0, "rows": 64, "keys": [...], "files": {"shards/000000.zarr/
+                         zarr.json": {"bytes": 1234, "sha256": "..."}, ...}, "statistics": {...},
+                         "decoders": {...}, "quarantined": [...], "format_version": 1}
+    quarantine.jsonl     the clips without windows, of all done-records
 
-Without its done-record a shard does not exist: readers skip it, writers replace it. Nothing that
-differs from run to run (times, worker counts) is in here: those go to timings.jsonl.
+A done-record is written last: it promises that the shard beside it is whole. Without one a shard
+does not exist: readers skip it, writers replace it. Nothing that differs from run to run (times,
+worker counts) is in it: that goes to timings.jsonl.
 
-Whether the files of a shard are those that its done-record promises.
+Files are held against their record in three depths: `size` (there, a regular file inside the cache
+folder, of this size), `sample` (also the right shard: small files whole, 16 pieces of large ones)
+and `sha256` (every byte).
 
-Three depths: `size` (there, a regular file inside the cache folder, of this size), `sample` (also
-the right shard: small files whole, 16 pieces of large ones) and `sha256` (every byte).
-
-A finished shard gets its name and its done-record, also where two processes finish the same one.
-
-Processes share a folder by leases, and a lease can be lost (a machine that slept, a network that
-was away), so the same shard can be written twice at once. Same clips, same bytes: the second writer
-finds the shard there as it would have written it and leaves it alone. So nothing that a done-record
-promises is ever taken away, and whoever comes last writes the same record.
+Processes make different shards of a folder, unless somebody starts the same command twice; then two
+can finish the same one at once. Same clips, same bytes: `commit_shard` of the second finds the
+shard there as it would have written it and leaves it alone. So nothing that a done-record promises
+is ever taken away, and whoever comes last writes the same record.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -32,7 +32,6 @@ from typing import Any, Literal
 
 from .errors import DamagedShard
 from .files import flush, publish, remove, sha256_file, write_bytes, write_json
-from .samples import SAMPLED_ABOVE_BYTES, sample_sha256
 from .schema import ADVICE, STORED, load, read_json, shown
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
@@ -40,6 +39,25 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_ROWS = 2**31 - 1
 RECORD_VERSION = 1
 QUARANTINE = "quarantine.jsonl"
+MAX_THREADS = 8
+"""That read files to hold them against their records (a guess)."""
+
+Verify = Literal["size", "sha256"]
+Depth = Literal["size", "sample", "sha256"]
+
+SHARD_ADVICE = (
+    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
+    "(shards/NNNNNN.json) and make the shard again"
+)
+
+_MAX_TRIES = 10
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+"""What moving a folder onto its name ends with when another process did so meanwhile."""
+
+NUM_PIECES = 16
+PIECE_BYTES = 4096
+SAMPLED_ABOVE_BYTES = NUM_PIECES * PIECE_BYTES
+"""Smaller files are hashed whole. Not the head alone: many videos begin with black frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,26 +186,24 @@ def _iterate_done(folder: Path | str) -> Iterator[DoneRecord]:
 def write_quarantine(
     folder: Path | str, entries: Iterable[Quarantined] | None = None
 ) -> list[Quarantined]:
-    """Writes quarantine.jsonl, sorted by clip; gives its entries.
+    """Writes quarantine.jsonl; gives its entries.
 
     entries: those of the done-records, from a caller that knows them; None: they are all read,
     which with many shards takes long.
     """
-    if entries is None:
-        entries = quarantined_of(read_all_clips(folder))
-    entries = sorted(entries, key=lambda entry: (entry.clip, entry.stage))
+    entries = quarantined_of(read_all_clips(folder)) if entries is None else list(entries)
     write_bytes(Path(folder) / QUARANTINE, quarantine_bytes(entries))
     return entries
 
 
 def quarantined_of(records: Iterable[DoneRecord]) -> list[Quarantined]:
-    """The entries of quarantine.jsonl, in its order."""
-    entries = [entry for record in records for entry in record.quarantined]
-    return sorted(entries, key=lambda entry: (entry.clip, entry.stage))
+    """The clips without windows of these records."""
+    return [entry for record in records for entry in record.quarantined]
 
 
 def quarantine_bytes(entries: Iterable[Quarantined]) -> bytes:
-    """quarantine.jsonl with these entries."""
+    """quarantine.jsonl with these entries: one a line, sorted by clip."""
+    entries = sorted(entries, key=lambda entry: (entry.clip, entry.stage))
     return "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in entries).encode()
 
 
@@ -212,17 +228,6 @@ def _check_name(name: str, *, where: str) -> None:
         raise DamagedShard(
             f"{where}: names the file {shown(name)}, wanted a path below shards/: {ADVICE}"
         )
-
-
-Verify = Literal["size", "sha256"]
-Depth = Literal["size", "sample", "sha256"]
-
-SHARD_ADVICE = (
-    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
-    "(shards/NNNNNN.json) and make the shard again"
-)
-
-MAX_THREADS = 8
 
 
 def file_problems(
@@ -310,12 +315,7 @@ def _hash(path: Path, entry: dict[str, Any], *, depth: Depth) -> str | None:
     return "another sample"
 
 
-_MAX_TRIES = 10
-_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
-"""What moving a folder onto its name ends with when another process did so meanwhile."""
-
-
-def publish_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str) -> DoneRecord:
+def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str) -> DoneRecord:
     """Moves `partial` onto shards/NNNNNN`suffix` and writes the done-record; gives the record.
 
     record: all but its `files`, which are described here. partial: a file or folder; not there if
@@ -325,6 +325,8 @@ def publish_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: st
     final = shard_path(folder, record.shard, suffix)
     try:
         record = replace(record, files=_files(folder, partial, final))
+        if record.rows and not record.files:  # else a good shard would be replaced by none
+            raise FileNotFoundError(errno.ENOENT, "removed by another process", str(partial))
         for tries_left in reversed(range(_MAX_TRIES)):
             if _is_there(final, record.files, folder):
                 break
@@ -377,3 +379,21 @@ def _all_files(path: Path) -> list[Path]:
     if path.is_dir():
         return [child for child in path.rglob("*") if not child.is_dir()]
     return [path] if path.exists() else []
+
+
+def sample_sha256(path: Path, *, size: int) -> str:
+    """The SHA-256, 64 hex digits, of 16 pieces of 4,096 bytes; piece i starts at byte
+    i * (size - 4096) // 15. `size`: of the file, more than 64 KiB. OSError as reading does.
+
+    Checksums inside a shard say that nothing was changed, not that it is the right shard: two whole
+    ones of equal size can be swapped. Hashing a gigabyte to notice that takes a second, this takes
+    16 small reads."""
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        for piece in range(NUM_PIECES):
+            start = piece * (size - PIECE_BYTES) // (NUM_PIECES - 1)
+            digest.update(os.pread(descriptor, PIECE_BYTES, start))
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()

@@ -130,6 +130,7 @@ def _check_depth(value: Any) -> None:
 
 
 Loaded = TypeVar("Loaded")
+_INTEGERS, _TEXTS = list[int], list[str]
 
 MAX_COUNT = 2**53
 """The largest integer that every JSON reader keeps exact."""
@@ -199,7 +200,7 @@ def convert(value: Any, wanted: Any, *, name: str, how: Strictness = TYPED) -> A
     dataclass; Any takes everything."""
     if wanted is Any or (not how.is_typed and _is_stored(value, wanted)):
         return value
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    origin, inner = _parts(wanted)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, inner, name=name, how=how)
     if origin is Literal:
@@ -220,6 +221,12 @@ def convert(value: Any, wanted: Any, *, name: str, how: Strictness = TYPED) -> A
             return value
         return load(wanted, value, where=name, how=how)  # type: ignore[arg-type]
     return (_convert_typed if how.is_typed else _convert_stored)(value, wanted, name=name, how=how)
+
+
+@functools.cache
+def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What is generic in it, and of what: reading a plan asks for it a million times."""
+    return typing.get_origin(annotation), typing.get_args(annotation)
 
 
 @functools.cache
@@ -292,9 +299,11 @@ def _is_stored(value: Any, wanted: Any) -> bool:
         return is_count(value)
     if wanted is str or wanted is bool:
         return type(value) is wanted
-    if wanted == list[int]:
-        return type(value) is list and all(map(is_count, value))
-    return wanted == list[str] and type(value) is list and all(type(v) is str for v in value)
+    if type(value) is not list:
+        return False
+    if wanted == _INTEGERS:
+        return all(map(is_count, value))
+    return bool(wanted == _TEXTS) and all(type(item) is str for item in value)
 
 
 def _convert_stored(value: Any, wanted: Any, *, name: str, how: Strictness) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import deltatok
+from deltatok.shards.sampling import SamplingPolicy
 
 TREE = Path(__file__).resolve().parents[1]
 
@@ -127,8 +128,9 @@ def _write_evaluation_cache(
     from deltatok.shards.evaluation.geometry import compute_resize_sizes, square_corners
     from deltatok.shards.evaluation.labels import LabelRule, PlanTarget
     from deltatok.shards.evaluation.targets import read_targets
-    from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+    from deltatok.shards.patches.writer import write_black, write_patch_shard
     from deltatok.shards.plan import PlanEntry, write_plan
+    from deltatok.shards.windows import ShardRows
 
     rng = np.random.default_rng(seed)
     side = frame_size // 16
@@ -190,7 +192,7 @@ def _write_evaluation_cache(
     first = rng.normal(size=(len(clip), 1, side**2, hidden_size))
     drift = rng.normal(size=(len(clip), num_frames, side**2, hidden_size)).cumsum(axis=1)
     index = np.array(numbers)[clip][:, None] + 3 * np.arange(1 - num_frames, 1)
-    rows = PatchRows(
+    rows = ShardRows(
         tokens=(first + 0.3 * drift).astype(np.float16),
         timestamps_s=(index / 15).astype(np.float32),
         frame_index=index.astype(np.int32),
@@ -202,3 +204,25 @@ def _write_evaluation_cache(
     write_patch_shard(folder, 0, rows, dtype="float16", seed=0)
     finish_cache(folder, {"windows": len(clip), "clips": len(entries)})
     return dict(read_targets(folder))
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., SamplingPolicy]:
+    """The paper's policy with a few things changed."""
+
+    def make(**changes: Any) -> SamplingPolicy:
+        fields: dict[str, Any] = {
+            "policy": "windows",
+            "num_frames": 8,
+            "num_windows": 4,
+            "time_stride_range": (1 / 25, 1 / 3),
+            "crop_scale": (0.6, 1.0),
+            "crop_ratio": (3 / 4, 4 / 3),
+            "flip_probability": 0.5,
+            "fps": None,
+            "seed": 0,
+            "min_frames": 2,
+        }
+        return SamplingPolicy(**(fields | changes))
+
+    return make

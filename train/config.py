@@ -1,18 +1,14 @@
 """What each training command is told: one frozen dataclass a command, checked when it is made.
 
-    TokenizerTrainConfig   deltatok-train tokenizer    TokenizeConfig   patch cache -> delta cache
-    WorldTrainConfig       deltatok-train world        (head, dinoworld: files of their own)
+    TokenizerTrainConfig   deltatok-train tokenizer
+    WorldTrainConfig       deltatok-train world
+    DINOWorldTrainConfig   deltatok-train dinoworld
+    HeadTrainConfig        deltatok-train head
+    SelectionConfig        best-of-many, part of both worlds' configs
+    TokenizeConfig         patch cache -> delta cache
 
 The YAML files and the flags map 1:1 onto the fields. Every default is the released code's or the
 paper's for a batch of 1,024 on many GPUs, unless its text says that it is a guess.
-
-Checks of config values that the configs of all commands share: each raises UsageError.
-
-What the two world trainers are told about best-of-many. Part of their configs.
-
-What `deltatok-train head` is told.
-
-What deltatok-train dinoworld is told. config.py has the configs of the other commands.
 """
 
 import math
@@ -190,6 +186,8 @@ class TrainConfig:
         }
     )
     """Fields that may differ between a run and its continuation."""
+    ORDER_FOLLOWS_RESIDENCY: ClassVar[bool] = True
+    """Whether a run that streams has its batches in another order than one that does not."""
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
@@ -377,6 +375,7 @@ class HeadTrainConfig(TrainConfig):
     """AdamW's decay, on the weights of linear and convolution layers only."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"patches"}
+    ORDER_FOLLOWS_RESIDENCY: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

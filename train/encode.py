@@ -1,19 +1,12 @@
 """write_deltas: a patch-token cache and a tokenizer -> a delta-token cache.
 
-One delta shard for each patch shard, the windows in the same order; from a `uniform` cache training
-windows are drawn among the stored frames (frame_picks.py). Token 0 of a window is the
+One delta shard for each patch shard, the windows in the same order. Token 0 of a window is the
 change from a black frame to its first frame, token t from frame t - 1 to t: open loop, each from
-the true frames. Used by `deltatok-extract --patches --tokenizer` and at the end of tokenizer.py.
+the true frames. A cache of training windows gives them as they are. A `uniform` cache holds the
+frames of a clip at a fixed rate, cut into consecutive windows: they are joined again, and training
+windows are drawn among them.
 
-Which stored frames the windows of a delta-token shard are made of.
-
-A cache of training windows gives them as they are. A `uniform` cache holds the frames of a clip at
-a fixed rate, cut into consecutive windows: they are joined again, and training windows are drawn
-among them. n windows, T frames of a window to write.
-
-What a delta-token cache is: its cache.json from that of the patch tokens and the tokenizer.
-
-Used by tokenize.py, and by pipeline/ where patch tokens are never stored.
+Letters: n windows, T frames of a window to write, N patches, D channels.
 """
 
 import logging
@@ -34,16 +27,17 @@ from ..shards.cache import (
     DELTAS,
     CacheInfo,
     CacheShape,
-    compare,
     finish_cache,
     open_cache,
+    plain,
     read_cache_info,
     reopen_cache,
 )
-from ..shards.deltas.writer import DeltaRows, write_delta_shard
+from ..shards.deltas.writer import write_delta_shard
 from ..shards.devices import precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
+from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
 from ..shards.records import (
@@ -54,14 +48,14 @@ from ..shards.records import (
     shard_path,
     write_quarantine,
 )
+from ..shards.windows import ShardRows
 from .config import TokenizeConfig
 from .data.batches import Prefetcher
 from .data.order import Indices
 from .engine.devices import Accelerator, make_accelerator
 from .engine.logs import Meter
-from .engine.model_folder import read_provenance, weights_sha256
-from .engine.run_folder import plain
-from .engine.stop import StopSignal
+from .engine.model_folder import weights_sha256
+from .engine.provenance import check_trained_on
 from .models.deltatok import DeltaTok
 
 
@@ -177,15 +171,6 @@ def _windows_of(part: ShardPart) -> Indices:
 
 logger = logging.getLogger(__name__)
 
-SAME_FOR_BOTH = (
-    "backbone",
-    "preprocessing.patch_size",
-    "preprocessing.image_mean",
-    "preprocessing.image_std",
-)
-"""What the tokenizer's own training cache and the cache to tokenize must agree in; not the frame
-size: a tokenizer may be used at another one."""
-
 
 def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
     """CacheMismatch, naming the field, unless the tokenizer was trained on this kind of tokens.
@@ -198,17 +183,7 @@ def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
             f"{folder}: hidden_size is {model.config.hidden_size}, the patch tokens have {size} "
             "channels: use a tokenizer that was trained for this backbone, or another cache"
         )
-    trained_on = read_provenance(folder).get("patches")
-    if not isinstance(trained_on, dict):
-        logger.warning("%s does not say what it was trained on: only its size was checked", folder)
-        return
-    compare(
-        patches.identity,
-        trained_on,
-        what_got="the patch tokens",
-        what_wanted=f"those that {folder} was trained on",
-        fields=SAME_FOR_BOTH,
-    )
+    check_trained_on(folder, patches, what=f"tokenizer {folder}")
 
 
 def describe_deltas(
@@ -299,12 +274,12 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
-        StopSignal() as stop,
+        StopRequest() as stop,
     ):
         for part in mine:
             shard = part.record.shard
             if read_done(out, shard) is None:
-                if stop.requested:
+                if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
                 write_delta_shard(
@@ -313,8 +288,6 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
                     encoder.rows(part, meter),
                     # Stored windows are permuted already, drawn ones come clip by clip.
                     seed=None if draws is None else config.seed or 0,
-                    decoders=part.record.decoders,
-                    quarantined=part.record.quarantined,
                 )
                 append_timing(out, {"shard": shard, **meter.report()})
             progress.update(encoder.num_windows(part))
@@ -367,23 +340,24 @@ class _Encoder:
             return part.record.rows
         return len(part.record.keys) * self.draws.num_windows
 
-    def rows(self, part: ShardPart, meter: Meter) -> DeltaRows:
-        """What write_delta_shard takes for one patch shard."""
+    def rows(self, part: ShardPart, meter: Meter) -> ShardRows:
+        """The rows of the delta shard of one patch shard."""
         if self.draws is None:
             picks = stored_windows(self.patches, part)
         else:
             picks = drawn_windows(self.patches, part, self.draws)
         table = self.patches.table()
-        times = table.timestamps_s[picks.window, picks.frame]
-        return DeltaRows(
+        return ShardRows(
             tokens=self._encode(picks, meter),
-            timestamps_s=times - times[:, :1],
+            timestamps_s=table.timestamps_s[picks.window, picks.frame],
             frame_index=table.frame_index[picks.window, picks.frame],
             crop=table.crop[picks.window[:, 0]],
             flipped=table.flipped[picks.window[:, 0]],
             clip=picks.clip,
             keys=part.record.keys,
-        )
+            decoders=part.record.decoders,
+            quarantined=part.record.quarantined,
+        ).from_first_frame()
 
     @torch.no_grad()
     def _encode(self, picks: FramePicks, meter: Meter) -> np.ndarray[Any, np.dtype[np.float16]]:

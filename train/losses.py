@@ -1,4 +1,4 @@
-"""The three losses, in float32 whatever the predictions' dtype. Used by the loops and evaluate/.
+"""The three losses, in float32 whatever the predictions' dtype.
 
 Each gives the elementwise loss unless reduced: mean over the dimensions that a caller names.
 """

@@ -3,13 +3,9 @@
 A released file (`pytorch_model.bin`, `last.ckpt`) is a dict of tensors, or holds one under
 "state_dict"; names are those of our modules. It is read with weights_only=True, so a pickle that
 runs code is refused, and must fit exactly: unlike the released loader, which ignores names it does
-not know. What shapes do not tell (class, head counts, rotary axes) is the released default, or
-given. Used by the import-official and export-official commands.
-
-The config of a released checkpoint, from the names and shapes of its tensors. For official.py.
-
-What shapes do not tell is the released default: 64 channels a head, the rotary axes, a delta (not
-frame) tokenizer, DeltaWorld rather than DINOWorld; the caller overrides it where it is wrong.
+not know. The config follows from the names and shapes of the tensors; what they do not tell is the
+released default: 64 channels a head, the rotary axes, a delta (not frame) tokenizer, DeltaWorld
+rather than DINOWorld. The caller overrides it where it is wrong.
 """
 
 import json
@@ -28,7 +24,7 @@ from ..shards.errors import DeltatokError, UsageError
 from ..shards.files import partial_path, publish, sha256_file
 from .engine.model_folder import Pretrained, compare_tensors, load_weights, read_class, read_tensors
 from .models.deltatok import DeltaTok
-from .models.deltaworld import DeltaWorld
+from .models.deltaworld import DeltaWorldNetwork
 from .models.dinoworld import DINOWorld
 from .models.heads import DepthHead, SegmentationHead
 from .models.rgb_head import RGBHead
@@ -36,8 +32,8 @@ from .models.rgb_head import RGBHead
 Tensors = Mapping[str, Tensor]
 
 CLASSES: dict[str, type[Pretrained]] = {
-    cls.__name__: cls
-    for cls in (DeltaTok, DeltaWorld, DINOWorld, SegmentationHead, DepthHead, RGBHead)
+    cls.saved_as: cls
+    for cls in (DeltaTok, DeltaWorldNetwork, DINOWorld, SegmentationHead, DepthHead, RGBHead)
 }
 HEAD_DIM = 64  # channels of an attention head in every released model (ViT-B/16: 768 / 12)
 RELEASED_DEPTH_BINS = 256

@@ -1,5 +1,4 @@
-"""Is a tokenizer alive? Numbers that the loss curve does not show. Used by tokenizer.py (during
-training) and evaluate/.
+"""Is a tokenizer alive? Numbers that the loss curve does not show.
 
 At LayerScale 1e-5 a decoder can settle into ignoring its delta token and still beat copy-last by
 two thirds, so the loss looks healthy. Then swapping delta tokens between windows changes nothing.

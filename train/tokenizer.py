@@ -8,7 +8,6 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,13 @@ from ..shards.errors import DeltatokError, UsageError
 from ..shards.patches.reader import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
 from .data.batches import Batch, TokenizerBatches
-from .data.order import Share, evenly, generator, split_windows
-from .data.residency import order_data, patch_source, resolve_residency
+from .data.order import RankSlice, generator, split_windows, spread
+from .data.residency import window_source
 from .encode import write_deltas
-from .engine.checkpoints import make_model, start_folder, with_size_of_cache
-from .engine.devices import make_accelerator
+from .engine.checkpoints import with_size_of_cache
 from .engine.logs import Meter
-from .engine.loop import Trainer, check_finite
-from .engine.run_folder import Run, locked
+from .engine.loop import train_objective
+from .engine.objective import Objective, check_validation_finite
 from .losses import loss_named
 from .models.deltatok import DeltaTok, draw_rope_rescale
 from .probes import probe_tokenizer
@@ -36,39 +34,22 @@ logger = logging.getLogger(__name__)
 
 
 def train_tokenizer(config: TokenizerTrainConfig) -> Path:
-    """Train, or go on, or find it done; gives OUT, by then a model folder.
+    """train_objective for DeltaTok; gives OUT, by then a model folder.
 
-    With config.deltas, the delta-token cache is written as well. Raises what Trainer.train does,
-    CacheMismatch for an OUT that another run or another cache made.
+    With config.deltas, the delta-token cache is written as well.
     """
     shards = PatchShards(config.patches)
     _check_deltas_wanted(config, shards)
-    size = shards.shape[2]
-    config = dataclasses.replace(
-        config, model=with_size_of_cache(config.model, size, cache=config.patches)
+    config = with_size_of_cache(config, shards.shape[2], cache=config.patches)
+    folder = train_objective(
+        "tokenizer",
+        config,
+        shards,
+        (DeltaTok, config.model),
+        lambda model, config, ranks, device: TokenizerObjective(
+            model, shards, config, ranks, device=device
+        ),
     )
-    accelerator = make_accelerator(config.device, config.precision)
-    config = resolve_residency(config, shards.size_bytes, accelerator)
-    model, started_from = make_model(
-        DeltaTok, config.model, seed=config.seed, start_from=start_folder(config)
-    )
-    run = Run(
-        command="tokenizer",
-        config=config,
-        data={
-            "patches": shards.info.identity,
-            "start_from": started_from,
-            **order_data(config, shards),
-        },
-        fingerprints={"patches": shards.info.fingerprint},
-    )
-    if run.is_finished():
-        logger.info("%s: already trained for %d steps", config.out, config.steps)
-    else:
-        share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-        stage = TokenizerStage(model, shards, config, share, device=accelerator.device)
-        with locked(run.folder, accelerator):
-            Trainer(stage, run, accelerator).train()
     if config.deltas is not None:
         write_deltas(
             TokenizeConfig(
@@ -79,7 +60,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
                 autocast=config.precision,
             )
         )
-    return run.folder
+    return folder
 
 
 def _check_deltas_wanted(config: TokenizerTrainConfig, shards: PatchShards) -> None:
@@ -93,26 +74,27 @@ def _check_deltas_wanted(config: TokenizerTrainConfig, shards: PatchShards) -> N
         )
 
 
-class TokenizerStage:
-    """What the loop trains: see stage.Stage."""
+class TokenizerObjective(Objective):
+    """A sample is a pair of frames."""
 
     unit = "pairs"
     best_by = "validation_loss"
+    model: DeltaTok
+    _shards: PatchShards
 
     def __init__(
         self,
         model: DeltaTok,
         shards: PatchShards,
         config: TokenizerTrainConfig,
-        share: Share,
+        ranks: RankSlice,
         *,
         device: torch.device,
     ) -> None:
-        self.model = model
+        super().__init__(model, shards)
         self._config = config
-        self._shards = shards
         self._loss = loss_named(config.loss)
-        frames = patch_source(shards, residency=config.residency, device=device)
+        frames = window_source(shards, residency=config.residency, device=device)
         split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
         self._batches = TokenizerBatches(
             frames,
@@ -120,13 +102,13 @@ class TokenizerStage:
             num_frames=shards.shape[0],
             batch_size=config.batch_size,
             seed=config.seed,
-            share=share,
+            ranks=ranks,
             wide_pair_fraction=config.wide_pair_fraction,
         )
-        chosen = evenly(split.validation, config.validation_windows)
+        chosen = spread(split.validation, config.validation_windows)
         self._validation = frames.read_to_keep(chosen)[0] if len(chosen) else None
         if self._validation is not None:
-            check_finite(self._validation, chosen, clip_of=self.clip_of)
+            check_validation_finite(self._validation, chosen, clip_of=self.clip_of)
         else:
             logger.warning(
                 "without validation, nothing will tell whether the decoder ignores its delta tokens"
@@ -165,9 +147,6 @@ class TokenizerStage:
         )
         return self._loss(prediction, x_cur).flatten(1).mean(1), {}
 
-    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
-        """A step has nothing to be checked."""
-
     def evaluate(self) -> dict[str, float]:
         if self._validation is None:
             return {}
@@ -192,15 +171,3 @@ class TokenizerStage:
                 "model.layer_scale_init 0.1 or with wide_pair_fraction 0.5; to go on all the "
                 "same, set allow_stuck"
             )
-
-    def work_at(self, step: int) -> int:
-        return 0
-
-    def clip_of(self, window: int) -> str:
-        return self._shards.keys[int(self._shards.clip_index[window])]
-
-    def provenance(self) -> dict[str, Any]:
-        return {
-            "patches": self._shards.info.identity,
-            "patches_fingerprint": self._shards.fingerprint,
-        }

@@ -5,8 +5,6 @@ from typing import Literal
 
 from ...shards.errors import UsageError
 
-DEVICES = ("cuda", "mps", "cpu")
-"""What `auto` may be, the first that is there."""
 UNNAMED = "forecast"
 
 
@@ -46,8 +44,8 @@ class ForecastConfig:
     """Folder of labels, needs head: the data set's own (cache of --dataset), or CLIP_KEY.npy, uint8
     (frames, H, W), 255 = ignore (uniform)."""
     predictions: str | None = None
-    """Folder of frames that another model predicted (layout: evaluate/predictions.py): adds rows
-    `predictions_best` and `predictions_mean`; needs backbone."""
+    """Folder of frames that another model predicted (layout: evaluate/forecast/predictions.py):
+    adds rows `predictions_best` and `predictions_mean`; needs backbone."""
     predictions_subset: bool = False
     """Score only the targets that have predictions, all rows on those; else all must have some."""
     backbone: str | None = None
@@ -55,7 +53,7 @@ class ForecastConfig:
     depth_range_m: tuple[float, float] | None = None
     """Depth labels below or above these metres count nowhere; KITTI's own range always holds."""
     futures: str | None = None
-    """Folder of all possible futures, CLIP_KEY.npz (see evaluate/known_futures.py): adds mode
+    """Folder of all possible futures, CLIP_KEY.npz (see evaluate/forecast/modes.py): adds mode
     recall and precision; needs head."""
     mode_overlap: float = 0.5
     """Overlap (IoU) of two class maps from which on they show the same future, above 0 to 1."""

@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 
-from ...shards.cache import CacheInfo, compare
+from ...shards.cache import CacheInfo
 from ...shards.errors import UsageError
 from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
+from ...train.engine.provenance import (
+    check_features,
+    check_made_by,
+    check_trained_on,
+    warn_unchecked,
+)
 from ...train.models.deltatok import DeltaTok
-from ...train.models.deltaworld import DeltaWorld
+from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.dinoworld import DINOWorld
 from ...train.models.heads import DepthHead, SegmentationHead
 from ...train.models.rgb_head import RGBHead
@@ -23,16 +29,7 @@ from .config import ForecastConfig
 
 logger = logging.getLogger(__name__)
 
-WorldModel = DeltaWorld | DINOWorld
-
-# Frame size may differ: a tokenizer trained at 256 px may be evaluated at 512 px, as in the paper.
-_SAME_FEATURES = (
-    "backbone",
-    "preprocessing.patch_size",
-    "preprocessing.image_mean",
-    "preprocessing.image_std",
-    "preprocessing.resize",
-)
+WorldModel = DeltaWorldNetwork | DINOWorld
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +76,7 @@ def load_models(config: ForecastConfig, info: CacheInfo, device: torch.device) -
             world = _load_world(role, folder, device)
             check_width(role, folder, world.config.hidden_size, info)
             worlds[role] = world
-            if isinstance(world, DeltaWorld):
+            if isinstance(world, DeltaWorldNetwork):
                 checked = _check_deltas(role, folder, info, config.tokenizer, tokenizer_sha256)
             else:
                 checked = check_patches(role, folder, info)
@@ -116,7 +113,7 @@ def _load_world(role: str, folder: str, device: torch.device) -> WorldModel:
     if read_class(folder) == "DINOWorld":
         world = DINOWorld.from_pretrained(folder, device=device)
     else:
-        world = DeltaWorld.from_pretrained(folder, device=device)
+        world = DeltaWorldNetwork.from_pretrained(folder, device=device)
     if world.config.use_bom != (role == "world"):
         kind = "noise queries" if world.config.use_bom else "a learned query"
         other = "world" if world.config.use_bom else "discriminative"
@@ -171,15 +168,9 @@ def check_width(role: str, folder: str, hidden_size: int, info: CacheInfo) -> No
 
 def check_patches(role: str, folder: str, info: CacheInfo) -> dict[str, Any]:
     """Compare the cache a tokenizer or head was trained on with the evaluation cache."""
-    provenance = read_provenance(folder)
-    trained_on = provenance.get("patches")
-    if isinstance(trained_on, Mapping):
-        _compare_patches(role, folder, trained_on, info)
-    else:
-        _warn_unchecked(role, folder, "patches")
     return {
-        "trained_on_fingerprint": provenance.get("patches_fingerprint"),
-        "checked": isinstance(trained_on, Mapping),
+        "trained_on_fingerprint": read_provenance(folder).get("patches_fingerprint"),
+        "checked": check_trained_on(folder, info, what=f"--{role} {folder}"),
     }
 
 
@@ -187,45 +178,15 @@ def _check_deltas(
     role: str, folder: str, info: CacheInfo, tokenizer: str, tokenizer_sha256: str
 ) -> dict[str, Any]:
     """Compare the delta cache a world model was trained on: its tokenizer and its backbone."""
-    provenance = read_provenance(folder)
+    what, provenance = f"--{role} {folder}", read_provenance(folder)
     deltas = provenance.get("deltas")
     if isinstance(deltas, Mapping):
-        compare(
-            {"tokenizer": {"weights_sha256": tokenizer_sha256}},
-            deltas,
-            what_got=f"--tokenizer {tokenizer}",
-            what_wanted=f"the provenance of --{role} {folder}",
-            fields=["tokenizer.weights_sha256"],
-            advice=f"give the tokenizer that made the delta tokens the {role} was trained on",
-        )
+        check_made_by(tokenizer_sha256, deltas, what_got=f"--tokenizer {tokenizer}", what=what)
         if isinstance(deltas.get("patches"), Mapping):
-            _compare_patches(role, folder, deltas["patches"], info)
+            check_features(info, deltas["patches"], what=what)
     else:
-        _warn_unchecked(role, folder, "deltas")
+        warn_unchecked(what, "deltas")
     return {
         "trained_on_fingerprint": provenance.get("deltas_fingerprint"),
         "checked": isinstance(deltas, Mapping),
     }
-
-
-def _compare_patches(
-    role: str, folder: str, trained_on: Mapping[str, Any], info: CacheInfo
-) -> None:
-    compare(
-        info.identity,
-        trained_on,
-        what_got="the cache of --patches",
-        what_wanted=f"the provenance of --{role} {folder}",
-        fields=_SAME_FEATURES,
-        advice=f"give a {role} that was trained on features of this backbone, or extract the cache "
-        "with that one's",
-    )
-
-
-def _warn_unchecked(role: str, folder: str, missing: str) -> None:
-    logger.warning(
-        "%s %s: its provenance.json has no %s, so that it belongs to this cache is not checked",
-        role,
-        folder,
-        missing,
-    )

@@ -5,12 +5,13 @@
     mode_precision         share of the forecasts that are a possible future
 
 Averaged over windows; a single forecast's recall is at most 1 / (number of its futures). What a
-forecast shows is what the segmentation head reads from its features; see `modes.py` for when two
-pictures are alike.
+forecast shows is what the segmentation head reads from its features. Futures whose class maps look
+alike are one mode with the sum of their probabilities. A forecast *hits* the mode of the future it
+looks most like, where it looks like it at all: where the overlap of the two class maps is at least
+a threshold (0.5).
 
-Known futures: everything that can come after the frames that were seen, with probabilities.
-
-Any data set whose future is known (a simulator, a game) can supply them; the little world does.
+Any data set whose future is known (a simulator, a game) can supply its futures, as the little world
+does:
 
     DIR/CLIP_KEY.npz     no pickle; F futures of one clip, those of one frame pair side by side
         context_frame    int32 (F,)        last frame seen, index in presentation order
@@ -18,14 +19,6 @@ Any data set whose future is known (a simulator, a game) can supply them; the li
         probability      float32 (F,)      of each future; those of one frame pair add up to 1
         classes          uint8 (F, H, W)   class map of the target frame, 255 = counts nowhere
         background       int32 ()          class that is not looked at, -1: none
-
-Written by `write_futures`, read by `FutureFolder`; scored by `modes.py`.
-
-Modes: the possible futures that can be told apart, and which of them a forecast is.
-
-Futures whose class maps look alike are one mode with the sum of their probabilities. A forecast
-*hits* the mode of the future it looks most like, where it looks like it at all: where the overlap
-of the two class maps is at least a threshold (0.5). Pure functions; used by `mode_scores.py`.
 
 Letters: M futures, G modes, S forecasts, H, W pixels.
 """
@@ -160,7 +153,7 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
     except FileNotFoundError:
         raise UsageError(
             f"clip {key}: no futures, {path} does not exist; write it (see "
-            "evaluate/known_futures.py) or leave --futures out"
+            "evaluate/forecast/modes.py) or leave --futures out"
         ) from None
     except KeyError as error:
         raise UsageError(f"clip {key}: {path} has no array {error}") from None
@@ -173,7 +166,7 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
         if not fits or array.shape[:1] != count[:dims] or 0 in array.shape[1:]:
             raise UsageError(
                 f"clip {key}: {name} of {path} is {array.dtype} {array.shape}; see "
-                "evaluate/known_futures.py for what it has to be"
+                "evaluate/forecast/modes.py for what it has to be"
             )
     return arrays
 
@@ -289,7 +282,7 @@ class Calibration:
         self.recall_of_one.append(recall_of_draws(true, 1))
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON values; mode_section.py has the words."""
+        """Plain JSON values; report/modes.py has the words."""
         bins = reliability(np.array(self.predicted), np.array(self.true))
         gaps = [abs(found["frequency"] - found["probability"]) * found["modes"] for found in bins]
         return {
@@ -313,8 +306,7 @@ class ModeScorer:
         head: SegmentationHead,
     ) -> None:
         """Raises UsageError where `config.futures` is no folder or a clip has none in it."""
-        if config.futures is None:
-            raise UsageError("futures: not given")
+        assert config.futures is not None
         self._config, self._cache, self._head = config, cache, head
         self._folder = FutureFolder(config.futures)
         self._calibration: dict[str, Calibration] = {}

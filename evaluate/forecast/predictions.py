@@ -1,4 +1,4 @@
-"""Frames that any other model predicted, in a folder laid out by the sequences that are scored.
+"""Frames that any other model predicted, scored as a world model's samples are.
 
     DIR/CLIP_KEY/HORIZON-TARGET/SAMPLE      HORIZON: short or mid; TARGET: index of the target frame
                                             in the clip, six digits (a.mp4/mid-000036/0)
@@ -6,15 +6,13 @@
 SAMPLE is one predicted future, its frames from the first after the context to the target, one for
 every step of the horizon: a folder of images (names in order of time), a `.npy` uint8 (steps, H, W,
 3), or a video. A frame shows what the cache's windows show of a frame (all of it; KITTI's benchmark
-crop), at any size of about that shape. All sequences have the same number of samples.
+crop), at any size of about that shape. All sequences have the same number of samples. Where
+sequences are missing, OUT/predictions-wanted.jsonl says what a model has to predict, and from which
+frames.
 
-Read by `prediction_rows.py`. Where sequences are missing, OUT/predictions-wanted.jsonl says what a
-model has to predict, and from which frames.
-
-Predicted frames through the cache's own backbone: the rows `predictions_best`, `_mean`.
-
-Frames are resized and cut exactly as the frames in the cache were, then scored as the samples of a
-world model are. B windows, S samples, H steps, N patch tokens, D channels.
+Frames are resized and cut exactly as the frames in the cache were, and go through the cache's own
+backbone: rows `predictions_best` and `predictions_mean`. B windows, S samples, H steps, N patch
+tokens, D channels.
 """
 
 import json
@@ -33,7 +31,6 @@ from torch import Tensor
 from ...extract.backbone import Autocast, Backbone
 from ...extract.decoding.clip import decode_drawn
 from ...extract.pixels import resize_bilinear
-from ...extract.sampling import WindowDraw
 from ...extract.sources.clip import VIDEO_SUFFIXES
 from ...shards.errors import ClipError, UsageError
 from ...shards.evaluation.geometry import compute_resize_sizes, square_corners
@@ -41,6 +38,7 @@ from ...shards.evaluation.targets import windows_of_clips
 from ...shards.files import write_bytes
 from ...shards.npy import map_npy
 from ...shards.patches.reader import PatchShards
+from ...shards.sampling import WindowDraw
 from ..inference.parts import check_same_features
 from ..report.rows import HORIZONS
 from .config import ForecastConfig
@@ -48,6 +46,10 @@ from .rollout import best_sample, mean_sample
 
 WANTED_FILE = "predictions-wanted.jsonl"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+ASPECT_SLACK = 0.05
+"""Part by which a predicted frame's shape may differ from the region's: models predict at sizes of
+their own (1280 x 704 for 16:9 is 2 % off), crops and bars are further off (a guess)."""
+FRAMES_AT_ONCE = 32  # through the backbone
 _NAMED = 5  # sequences named in a message
 
 Frames = NDArray[np.uint8]
@@ -76,7 +78,7 @@ class PredictionFolder:
         Raises:
             UsageError: no such folder; sequences without predictions (unless
                 `config.predictions_subset`), all of them, or with another number of samples; a
-                sample of which it can be told without decoding that it is of no use.
+                sample that is seen to be of no use without decoding it.
         """
         self.root = Path(str(config.predictions))
         if not self.root.is_dir():
@@ -199,7 +201,7 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
 
 
 def _check_sample(path: Path, steps: int) -> None:
-    """What can be told of a sample without decoding it; raises as `_read_sample`."""
+    """Check what is known of a sample without decoding it; raises as `_read_sample`."""
     if path.is_dir():
         _check_count(path, len(_images(path)), steps)
     elif path.suffix.lower() == ".npy":
@@ -275,12 +277,6 @@ def _read_video(path: Path) -> Frames:
     return np.stack([decoded[index] for index in sorted(decoded)])
 
 
-ASPECT_SLACK = 0.05
-"""Part by which a predicted frame's shape may differ from the region's: models predict at sizes of
-their own (1280 x 704 for 16:9 is 2 % off), crops and bars are further off (a guess)."""
-FRAMES_AT_ONCE = 32  # through the backbone
-
-
 @dataclass(frozen=True, kw_only=True)
 class View:
     """What a window shows of a frame: `region` is resized to `resized`, then cut at `corner`."""
@@ -301,8 +297,7 @@ class PredictionRows:
             CacheMismatch: a backbone that did not make the cache; names both fingerprints.
             UsageError: predictions missing, or no such backbone.
         """
-        if config.backbone is None:
-            raise UsageError("--predictions without --backbone: frames have to become features")
+        assert config.backbone is not None  # the config wants both or neither
         identity = cache.info.identity
         self.folder = PredictionFolder(config, cache)
         autocast: Autocast = identity["autocast_dtype"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...train.data.order import generator
 from ...train.losses import smooth_l1
 from ...train.models.deltatok import DeltaTok
-from ...train.models.deltaworld import DeltaWorld
+from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.dinoworld import DINOWorld
 from .config import ForecastConfig
 from .models import ForecastModels, WorldModel
@@ -169,7 +169,7 @@ def regressor_null(
     discriminative one are both DeltaWorlds.
     """
     world, regressor = models.world, models.discriminative
-    if not (isinstance(world, DeltaWorld) and isinstance(regressor, DeltaWorld)):
+    if not (isinstance(world, DeltaWorldNetwork) and isinstance(regressor, DeltaWorldNetwork)):
         return {}
     z = world.rollout(
         clip.z_context, clip.times, horizon=clip.steps, num_samples=noise.shape[2], noise=noise
@@ -319,7 +319,7 @@ def roll_out(
 ) -> Tensor:
     """Features (B, S, H, N, D) that a world model forecasts; noise (H, B, S, 1, Dp) or None."""
     num_samples = 1 if noise is None else noise.shape[2]
-    if isinstance(world, DeltaWorld):
+    if isinstance(world, DeltaWorldNetwork):
         z_hat = world.rollout(
             clip.z_context, clip.times, horizon=clip.steps, num_samples=num_samples, noise=noise
         )

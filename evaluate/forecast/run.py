@@ -2,19 +2,17 @@
 
 Frames 0..C-1 of a window are seen, frame C-1+mid is the target; the short horizon starts later
 and ends at the same target, so that both have the same bounds. Everything is computed from the
-cached features: no backbone, no network.
-
-What a forecast evaluation reads: cache, models, labels, videos; opened and checked before work.
+cached features: no backbone, no network. Cache, models, labels and videos are opened and checked
+before any work.
 """
 
 import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...shards.cache import CacheInfo, compare
-from ...shards.devices import choose_device, precision_name
+from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import UsageError
 from ...shards.patches.reader import PatchShards
+from ...shards.stopwatch import Stopwatch
 from ...train.models.heads import DepthHead, SegmentationHead
 from ..report.animation import moving_panels
 from ..report.panels import (
@@ -41,19 +40,22 @@ from ..report.pictures import Tile
 from ..report.plots import Curve, plot_curves, read_curve
 from ..report.rows import HORIZONS, expected_order, table
 from ..report.write import Pictures, Report, write_report
-from .config import DEVICES, UNNAMED, ForecastConfig
+from .config import UNNAMED, ForecastConfig
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
 from .scores import Scorer, check_labels, class_map, tokenizer_probes, with_intervals
 from .sequences import sequences_jsonl
-from .windows import UniformWindows, Windows, is_evaluation, open_windows
+from .windows import UniformWindows, WindowArrangement, is_evaluation, open_windows
 
 if TYPE_CHECKING:
     from ...extract.sources.clip import Clip
     from .predictions import PredictionRows
 
 logger = logging.getLogger(__name__)
+
+PROBE_WINDOWS = 64
+"""Windows the tokenizer is probed on, at most: 1.4 GB of features at 512 px (a guess)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class ForecastInputs:
     config: ForecastConfig
     cache: PatchShards
     models: ForecastModels
-    arrangement: Windows
+    arrangement: WindowArrangement
     """What belongs together, and its labels."""
     videos: "dict[str, Clip]"
     """Clip key -> clip; empty without videos."""
@@ -172,9 +174,7 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         config=config,
         cache=cache,
         models=models,
-        arrangement=open_windows(
-            config, cache, models.head, _last_frames(cache, config.num_frames)
-        ),
+        arrangement=open_windows(config, cache, models.head),
         videos=_find_videos(config.videos),
         curves=[read_curve(path) for path in config.curves],
         black=torch.tensor(cache.black, device=device),
@@ -207,15 +207,6 @@ def named(config: ForecastConfig, info: CacheInfo) -> ForecastConfig:
     return replace(config, dataset=name) if config.dataset == UNNAMED and name else config
 
 
-def _last_frames(cache: PatchShards, num_frames: int) -> dict[str, int]:
-    """Clip key -> the highest frame index in the first `num_frames` of its windows."""
-    last: dict[str, int] = {}
-    highest = cache.table().frame_index[:, :num_frames].max(axis=1)
-    for clip, frame in zip(cache.clip_index.tolist(), highest.tolist(), strict=True):
-        last[cache.keys[clip]] = max(frame, last.get(cache.keys[clip], 0))
-    return last
-
-
 def windows_to_show(clip_index: NDArray[np.int64], count: int) -> list[int]:
     """Up to `count` window numbers, spread evenly: first over clips, then over their windows."""
     # Rank of each window within its clip: windows of equal rank are one round through the clips.
@@ -232,12 +223,6 @@ def windows_to_show(clip_index: NDArray[np.int64], count: int) -> list[int]:
     return sorted(picked.tolist())
 
 
-Item = TypeVar("Item")
-
-PROBE_WINDOWS = 64
-"""Windows the tokenizer is probed on, at most: 1.4 GB of features at 512 px (a guess)."""
-
-
 def run_forecast(config: ForecastConfig) -> Report:
     """Evaluate, and write report.json, report.html and pictures into `config.out`.
 
@@ -247,13 +232,14 @@ def run_forecast(config: ForecastConfig) -> Report:
         DeltatokError: features that are not finite; names the window.
     """
     device = choose_device(config.device, automatic=DEVICES)
-    watch = Stopwatch(device)
+    on_cuda = device.type == "cuda"
+    watch = Stopwatch(wait=partial(torch.cuda.synchronize, device) if on_cuda else None)
     precision = precision_name(config.autocast, device)
     with (
         torch.no_grad(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        with watch.stage("load"):
+        with watch.at("load"):
             out = make_folder(config.out)
             inputs = open_inputs(config, device)
             config = inputs.config
@@ -261,11 +247,11 @@ def run_forecast(config: ForecastConfig) -> Report:
                 labelled = map(inputs.arrangement.labelled, inputs.batches())
                 check_labels(chain.from_iterable(labelled), inputs.models.head)
         scorer, modes, shown = score_windows(inputs, watch)
-        with watch.stage("probes"):
+        with watch.at("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
-        with watch.stage("intervals"):
+        with watch.at("intervals"):
             rows = with_intervals(config, scorer.rows(), scorer.sequences)
-        with watch.stage("pictures"):
+        with watch.at("pictures"):
             pictures = draw_pictures(inputs, shown)
     cache, scored = inputs.cache, list(chain.from_iterable(inputs.batches()))
     report = Report(
@@ -287,7 +273,7 @@ def run_forecast(config: ForecastConfig) -> Report:
 
 
 def score_windows(
-    inputs: ForecastInputs, watch: "Stopwatch"
+    inputs: ForecastInputs, watch: Stopwatch
 ) -> tuple[Scorer, ModeScorer | None, list[ShownWindow]]:
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
@@ -305,29 +291,29 @@ def score_windows(
         total=sum(map(len, batches)), desc="forecast", unit="window", disable=None
     ) as progress:
         for indices in batches:
-            with watch.stage("read"):
+            with watch.at("read"):
                 x, times = inputs.windows(indices)
                 labels = inputs.arrangement.labelled(indices)
-            with watch.stage("encode"):
+            with watch.at("encode"):
                 names = inputs.arrangement.names(indices)
                 batch = encode_windows(models, indices, x, times, names=names, **place)
                 scorer.add_tokens(batch)
             for horizon in HORIZONS:
-                with watch.stage("forecast"):
+                with watch.at("forecast"):
                     forecast = forecast_horizon(config, models, batch, horizon, **place)
                 if inputs.predictions is not None:
-                    with watch.stage("predictions"):
+                    with watch.at("predictions"):
                         rows = inputs.predictions.rows(indices, horizon, forecast.truth)
                         forecast.rows.update(rows)
                 more = more_seeds(config, models, batch, horizon, **place)
                 for seed, found in chain([(config.seed, forecast)], watch.each("seeds", more)):
-                    with watch.stage("score"):
+                    with watch.at("score"):
                         scorers[seed].add(horizon, found, batch)
                         scorers[seed].add_labels(horizon, found, labels)
                         if modes is not None:
                             parts = scorers[seed].sequences
                             modes.add(horizon, found, batch, seed=seed, scores=parts)
-            with watch.stage("pictures"):  # of the mid horizon, the last of the loop above
+            with watch.at("pictures"):  # of the mid horizon, the last of the loop above
                 for position, index in enumerate(indices):
                     if index in to_show:
                         shown.append(inputs.shown_window(index, forecast, position, x[position]))
@@ -404,33 +390,6 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
         rgb=rgb,
         curves=plot_curves(inputs.curves),
     )
-
-
-class Stopwatch:
-    """Seconds of every stage; on cuda it waits for the device: a stage pays for its own work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to the stage `name`."""
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, the time that making each takes added to the stage `name`."""
-        iterator = iter(items)
-        while True:
-            with self.stage(name):
-                item = next(iterator, None)
-            if item is None:
-                return
-            yield item
 
 
 def make_folder(path: str) -> Path:

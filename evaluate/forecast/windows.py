@@ -19,6 +19,7 @@ from ...shards.evaluation.labels import IGNORE, NO_DEPTH, ClipLabels
 from ...shards.evaluation.targets import (
     Target,
     cut_of_crops,
+    last_frames,
     load_label,
     read_targets,
     windows_of_clips,
@@ -36,7 +37,7 @@ NUM_CLASSES = {"vspw": 124, "cityscapes": 19, "binary": 2}
 """Classes of the data sets whose label rule fixes them."""
 
 
-class Windows(Protocol):
+class WindowArrangement(Protocol):
     """The windows of a cache in batches, with their labels."""
 
     def batches(self) -> list[list[int]]:
@@ -225,11 +226,10 @@ def is_evaluation(info: CacheInfo) -> bool:
 
 
 def open_windows(
-    config: ForecastConfig, cache: PatchShards, head: Head | None, last_frames: Mapping[str, int]
-) -> Windows:
+    config: ForecastConfig, cache: PatchShards, head: Head | None
+) -> WindowArrangement:
     """The windows of a uniform or evaluation cache, checked against labels and head.
 
-    last_frames: clip key -> the highest frame whose label will be read (uniform).
     Raises UsageError or CacheMismatch where they do not fit one another.
     """
     if config.depth_range_m is not None and not isinstance(head, DepthHead):
@@ -245,7 +245,9 @@ def open_windows(
             "(deltatok-extract --dataset) of labels in metres"
         )
     labels = ClipLabels(
-        Path(config.labels), last_frames=last_frames, num_classes=head.config.num_classes
+        config.labels,
+        last_frames=last_frames(cache, config.num_frames),
+        num_classes=head.config.num_classes,
     )
     return UniformWindows(config, cache, labels)
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ...extract.sampling import WindowDraw
 from ...shards.errors import ClipError, DeltatokError, UsageError
+from ...shards.sampling import WindowDraw
 
 Frames = NDArray[np.uint8] | Tensor
 Video = Frames | str | Path

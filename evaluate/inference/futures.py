@@ -1,8 +1,6 @@
-"""Pictures of `Futures`: a grid as PNG, a moving one as MP4 or GIF.
+"""Possible futures: delta tokens, what is read from them when it is asked for, and their pictures.
 
-Possible futures: delta tokens, and what is read from them when it is asked for.
-
-S samples, H steps, N patch tokens of a frame, D channels. Made by `stream.py`.
+S samples, H steps, N patch tokens of a frame, D channels.
 """
 
 from collections.abc import Callable
@@ -70,7 +68,7 @@ class Futures:
     @cached_property
     def features(self) -> Tensor:
         """(S, H, N, D) float32 patch tokens of every sample; decoded at the first use."""
-        with self.parts.arithmetic():
+        with self.parts.inference_mode():
             decoded = [
                 decode_rollout(self.parts.tokenizer, tokens[None], self.last[None], grid=self.grid)[
                     0

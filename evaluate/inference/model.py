@@ -6,13 +6,11 @@
     futures = world.predict("clip.mp4", horizon_s=0.6, num_samples=20, seed=0)
     futures.save_grid("futures.png")
 
-Letters: C frames seen, S samples, H steps, N patch tokens of a frame, D channels.
-
-What a world model has seen so far, one frame at a time: a feature map and the past tokens.
-
 A sequence of delta tokens starts with black -> its first frame. So that old frames can be dropped
-without being encoded again, each frame leaves two tokens: from black (in case it becomes the first)
-and from the frame before it.
+without being encoded again, each frame that is seen leaves two tokens: from black (in case it
+becomes the first) and from the frame before it.
+
+Letters: C frames seen, S samples, H steps, N patch tokens of a frame, D channels.
 """
 
 import math
@@ -30,14 +28,15 @@ from torch import Tensor
 
 from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
-from ...shards.devices import choose_device, precision_name
+from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import UsageError
 from ...train.config import Device, Precision
 from ...train.data.order import generator
-from ..forecast.config import DEVICES
 from .footage import Glance, Video, check_frames, frame_planes, look
 from .futures import Futures
 from .parts import Parts, load_parts
+
+__all__ = ["DeltaWorld", "Futures", "WorldState"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class WorldState:
             )
         parts, grid = self._parts, self._parts.grid
         side = parts.frame_size
-        with parts.arithmetic():
+        with parts.inference_mode():
             features = parts.backbone.tokens(resize_bilinear(frame_planes(picture), (side, side)))
             black = parts.black[None]
             first = parts.tokenizer.encode(black, features, grid=grid)[0].float()
@@ -129,7 +128,7 @@ class WorldState:
         ahead = seen[-1] + step_s * np.arange(1, steps + 1)
         times = torch.tensor(np.concatenate([seen, ahead]) - seen[0], dtype=torch.float32)
         tokens = [self._seen[0].first, *(frame.delta for frame in list(self._seen)[1:])]
-        with parts.arithmetic():
+        with parts.inference_mode():
             found = parts.world.rollout(
                 torch.stack(tokens)[None],
                 times[None].to(device),
@@ -157,9 +156,6 @@ def step_times(horizon_s: float, step_s: float) -> tuple[int, float]:
             raise UsageError(f"{name}: got {value}, wanted seconds above 0")
     steps = max(1, round(horizon_s / step_s))
     return steps, horizon_s / steps
-
-
-__all__ = ["DeltaWorld", "Futures", "WorldState"]
 
 
 class DeltaWorld:

@@ -3,11 +3,6 @@
 A world model says in its provenance.json which tokenizer and backbone it was trained with, by the
 SHA-256 of their weights. So they need not be named: the folders beside it are searched for just
 those weights, whatever they are called and wherever the whole was moved.
-
-Where the models that belong to a world model lie: found by the weights that it was trained with.
-
-The folders beside a world model are searched, whatever they are called, so that a run folder that
-was moved or renamed as a whole still works.
 """
 
 import json
@@ -28,16 +23,191 @@ from ...shards.cache import compare, read_cache_info
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import write_json
 from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
+from ...train.engine.provenance import SAME_PREPROCESSING, check_made_by, warn_unchecked
 from ...train.models.deltatok import DeltaTok
-from ...train.models.deltaworld import DeltaWorld
+from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.heads import DepthHead, SegmentationHead
 from ...train.models.rgb_head import RGBHead
 
 logger = logging.getLogger(__name__)
 
-HEAD_CLASSES = ("SegmentationHead", "DepthHead", "RGBHead")
 PARTS_FILE = "parts.json"
 """In a bundled folder: {"backbone": hub id or null, "frame_size": pixels}."""
+
+
+Head = SegmentationHead | DepthHead | RGBHead
+HEADS: dict[str, type[Head]] = {
+    "SegmentationHead": SegmentationHead,
+    "DepthHead": DepthHead,
+    "RGBHead": RGBHead,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """Everything a forecast from pixels needs, in eval mode on one device."""
+
+    world: DeltaWorldNetwork
+    tokenizer: DeltaTok
+    backbone: Backbone
+    head: Head | None
+    frame_size: int
+    """Side of the square that whole frames are resized to, pixels."""
+    black: Tensor
+    """(N, D) patch tokens of a black frame."""
+    folders: dict[str, Path]
+    """Where world, tokenizer, head and backbone came from; no entry for a hub id."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch rows and columns of a frame."""
+        return self.backbone.grid(self.frame_size)
+
+    @contextmanager
+    def inference_mode(self) -> Iterator[None]:
+        """No gradients, and the backbone's precision for tokenizer and world model too."""
+        device, precision = self.backbone.device, self.backbone.autocast
+        enabled = precision == "bfloat16"
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Copy all parts into one folder, from which `load_parts` takes them back.
+
+        A backbone from the hub is named, not copied.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: cannot be made ({error.strerror}); give another folder"
+            ) from error
+        for name, model in (("world", self.world), ("tokenizer", self.tokenizer)):
+            model.save_pretrained(folder / name, read_provenance(self.folders[name]))
+        if self.head is not None:
+            self.head.save_pretrained(folder / "head", read_provenance(self.folders["head"]))
+        if "backbone" in self.folders:
+            _copy_backbone(self.folders["backbone"], folder / "backbone")
+        hub_id = None if "backbone" in self.folders else self.backbone.name
+        write_json(folder / PARTS_FILE, {"backbone": hub_id, "frame_size": self.frame_size})
+
+
+def load_parts(
+    folder: Path,
+    *,
+    tokenizer: str | Path | None,
+    backbone: str | Path | None,
+    head: str | Path | None,
+    frame_size: int | None,
+    load_backbone: Callable[[str], Backbone],
+) -> Parts:
+    """The parts of the world model in `folder`; those not given are looked for beside it.
+
+    Raises:
+        UsageError: no world model there, or a part that is neither given nor found.
+        CacheMismatch: a part that the world model was not trained with; names both fingerprints.
+    """
+    world_folder = find_world(folder)
+    provenance = read_provenance(world_folder)
+    deltas = provenance.get("deltas")
+    deltas = deltas if isinstance(deltas, Mapping) else {}
+    patches = deltas.get("patches")
+    patches = patches if isinstance(patches, Mapping) else {}
+    places = nearby(folder, world_folder)
+
+    wanted = deltas.get("tokenizer", {}).get("weights_sha256")
+    if tokenizer is None:
+        tokenizer = find_tokenizer(world_folder, wanted, places)
+    loaded_tokenizer = DeltaTok.from_pretrained(tokenizer)
+    world_name = f"the world model {world_folder}"
+    if wanted is None:
+        warn_unchecked(world_name, "tokenizer")
+    else:
+        sha256 = weights_sha256(loaded_tokenizer)
+        check_made_by(sha256, deltas, what_got=f"tokenizer {tokenizer}", what=world_name)
+
+    wanted = patches.get("backbone", {}).get("weights_sha256")
+    if backbone is None:
+        backbone = find_backbone(world_folder, wanted, places, load_backbone)
+    loaded_backbone = load_backbone(str(backbone))
+    if patches:
+        check_same_features(
+            loaded_backbone,
+            patches,
+            what_got=f"backbone {backbone}",
+            what_wanted=f"the provenance of {world_name}",
+        )
+    else:
+        warn_unchecked(world_name, "backbone")
+
+    if head is None:
+        head = find_head(wanted, places)
+    elif read_class(head) not in HEADS:
+        raise UsageError(f"head {head}: a {read_class(head)}, wanted one of {', '.join(HEADS)}")
+    size = frame_size or patches.get("preprocessing", {}).get("frame_size")
+    size = size or read_parts(world_folder).get("frame_size")
+    if size is None:
+        raise UsageError(
+            f"{world_folder}: its provenance.json does not say its frame size; pass frame_size="
+        )
+    device = loaded_backbone.device
+    found = {"world": world_folder, "tokenizer": Path(tokenizer), "backbone": Path(backbone)}
+    if head is not None:
+        found["head"] = Path(head)
+    parts = Parts(
+        world=DeltaWorldNetwork.from_pretrained(world_folder, device=device),
+        tokenizer=loaded_tokenizer.to(device),
+        backbone=loaded_backbone,
+        head=None if head is None else HEADS[read_class(head)].from_pretrained(head, device=device),
+        frame_size=int(size),
+        black=loaded_backbone.black_tokens(int(size)).to(device),
+        folders={name: path for name, path in found.items() if path.is_dir()},
+    )
+    _check_widths(parts)
+    return parts
+
+
+def check_same_features(
+    backbone: Backbone, patches: Mapping[str, Any], *, what_got: str, what_wanted: str
+) -> None:
+    """CacheMismatch if frames would give other features than the patch cache of this identity
+    holds: other weights, mean, standard deviation, patch size or resize rule."""
+    got = {
+        "backbone": {"weights_sha256": backbone.identity()["weights_sha256"]},
+        "preprocessing": {
+            "patch_size": backbone.patch_size,
+            "image_mean": list(backbone.image_mean),
+            "image_std": list(backbone.image_std),
+            "resize": RESIZE_RULE,
+        },
+    }
+    compare(
+        got,
+        patches,
+        what_got=what_got,
+        what_wanted=what_wanted,
+        fields=["backbone.weights_sha256", *SAME_PREPROCESSING],
+        advice="give the backbone that made them",
+    )
+
+
+def _check_widths(parts: Parts) -> None:
+    width = parts.backbone.hidden_size
+    others = {"tokenizer": parts.tokenizer.config.hidden_size}
+    others["world model"] = parts.world.config.hidden_size
+    if parts.head is not None:
+        others["head"] = parts.head.config.in_size
+    for name, got in others.items():
+        if got != width:
+            raise UsageError(f"the {name} has {got} channels, the backbone's tokens have {width}")
+
+
+def _copy_backbone(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for pattern in ("config.json", "preprocessor_config.json", "*.safetensors", "*.index.json"):
+        for file in source.glob(pattern):
+            if file.resolve() != (target / file.name).resolve():
+                shutil.copyfile(file, target / file.name)
 
 
 def find_world(folder: Path) -> Path:
@@ -131,7 +301,7 @@ def find_head(backbone_sha256: str | None, places: Sequence[Path]) -> Path | Non
     """The one head beside the world that was trained on the same backbone, if there is one."""
     found = []
     for place in places:
-        if _class_of(place) in HEAD_CLASSES and (place / "provenance.json").is_file():
+        if _class_of(place) in HEADS and (place / "provenance.json").is_file():
             trained_on = read_provenance(place).get("patches")
             weights = trained_on.get("backbone", {}) if isinstance(trained_on, Mapping) else {}
             if backbone_sha256 is not None and weights.get("weights_sha256") == backbone_sha256:
@@ -185,210 +355,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-Head = SegmentationHead | DepthHead | RGBHead
-_HEADS: dict[str, type[Head]] = {
-    "SegmentationHead": SegmentationHead,
-    "DepthHead": DepthHead,
-    "RGBHead": RGBHead,
-}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Parts:
-    """Everything a forecast from pixels needs, in eval mode on one device."""
-
-    world: DeltaWorld
-    tokenizer: DeltaTok
-    backbone: Backbone
-    head: Head | None
-    frame_size: int
-    """Side of the square that whole frames are resized to, pixels."""
-    black: Tensor
-    """(N, D) patch tokens of a black frame."""
-    folders: dict[str, Path]
-    """Where world, tokenizer, head and backbone came from; no entry for a hub id."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patch rows and columns of a frame."""
-        return self.backbone.grid(self.frame_size)
-
-    @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """No gradients, and the backbone's precision for tokenizer and world model too."""
-        device, precision = self.backbone.device, self.backbone.autocast
-        enabled = precision == "bfloat16"
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            yield
-
-    def save(self, folder: Path) -> None:
-        """Copy all parts into one folder, from which `load_parts` takes them back.
-
-        A backbone from the hub is named, not copied.
-        """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"{folder}: cannot be made ({error.strerror}); give another folder"
-            ) from error
-        for name, model in (("world", self.world), ("tokenizer", self.tokenizer)):
-            model.save_pretrained(folder / name, read_provenance(self.folders[name]))
-        if self.head is not None:
-            self.head.save_pretrained(folder / "head", read_provenance(self.folders["head"]))
-        if "backbone" in self.folders:
-            _copy_backbone(self.folders["backbone"], folder / "backbone")
-        hub_id = None if "backbone" in self.folders else self.backbone.name
-        write_json(folder / PARTS_FILE, {"backbone": hub_id, "frame_size": self.frame_size})
-
-
-def load_parts(
-    folder: Path,
-    *,
-    tokenizer: str | Path | None,
-    backbone: str | Path | None,
-    head: str | Path | None,
-    frame_size: int | None,
-    load_backbone: Callable[[str], Backbone],
-) -> Parts:
-    """The parts of the world model in `folder`; those not given are looked for beside it.
-
-    Raises:
-        UsageError: no world model there, or a part that is neither given nor found.
-        CacheMismatch: a part that the world model was not trained with; names both fingerprints.
-    """
-    world_folder = find_world(folder)
-    provenance = read_provenance(world_folder)
-    deltas = provenance.get("deltas")
-    deltas = deltas if isinstance(deltas, Mapping) else {}
-    patches = deltas.get("patches")
-    patches = patches if isinstance(patches, Mapping) else {}
-    places = nearby(folder, world_folder)
-
-    wanted = deltas.get("tokenizer", {}).get("weights_sha256")
-    if tokenizer is None:
-        tokenizer = find_tokenizer(world_folder, wanted, places)
-    loaded_tokenizer = DeltaTok.from_pretrained(tokenizer)
-    check_tokenizer(loaded_tokenizer, tokenizer, world_folder, wanted)
-
-    wanted = patches.get("backbone", {}).get("weights_sha256")
-    if backbone is None:
-        backbone = find_backbone(world_folder, wanted, places, load_backbone)
-    loaded_backbone = load_backbone(str(backbone))
-    check_backbone(loaded_backbone, backbone, world_folder, patches)
-
-    if head is None:
-        head = find_head(wanted, places)
-    elif read_class(head) not in HEAD_CLASSES:
-        raise UsageError(
-            f"head {head}: a {read_class(head)}, wanted one of {', '.join(HEAD_CLASSES)}"
-        )
-    size = frame_size or patches.get("preprocessing", {}).get("frame_size")
-    size = size or read_parts(world_folder).get("frame_size")
-    if size is None:
-        raise UsageError(
-            f"{world_folder}: its provenance.json does not say its frame size; pass frame_size="
-        )
-    device = loaded_backbone.device
-    found = {"world": world_folder, "tokenizer": Path(tokenizer), "backbone": Path(backbone)}
-    if head is not None:
-        found["head"] = Path(head)
-    parts = Parts(
-        world=DeltaWorld.from_pretrained(world_folder, device=device),
-        tokenizer=loaded_tokenizer.to(device),
-        backbone=loaded_backbone,
-        head=None
-        if head is None
-        else _HEADS[read_class(head)].from_pretrained(head, device=device),
-        frame_size=int(size),
-        black=loaded_backbone.black_tokens(int(size)).to(device),
-        folders={name: path for name, path in found.items() if path.is_dir()},
-    )
-    _check_widths(parts)
-    return parts
-
-
-def check_tokenizer(
-    tokenizer: DeltaTok, given: str | Path, world_folder: Path, wanted: str | None
-) -> None:
-    """CacheMismatch, with both fingerprints, for a tokenizer the world was not trained with."""
-    if wanted is None:
-        _warn("tokenizer", given, world_folder)
-        return
-    compare(
-        {"tokenizer": {"weights_sha256": weights_sha256(tokenizer)}},
-        {"tokenizer": {"weights_sha256": wanted}},
-        what_got=f"tokenizer {given}",
-        what_wanted=f"the provenance of the world model {world_folder}",
-        advice="pass the tokenizer= it was trained with",
-    )
-
-
-def check_backbone(
-    backbone: Backbone, given: str | Path, world_folder: Path, patches: Mapping[str, Any]
-) -> None:
-    """CacheMismatch, with both fingerprints, for a backbone the world was not trained with."""
-    if not patches:
-        _warn("backbone", given, world_folder)
-        return
-    check_same_features(
-        backbone,
-        patches,
-        what_got=f"backbone {given}",
-        what_wanted=f"the provenance of the world model {world_folder}",
-    )
-
-
-def check_same_features(
-    backbone: Backbone, patches: Mapping[str, Any], *, what_got: str, what_wanted: str
-) -> None:
-    """CacheMismatch if frames would give other features than the patch cache of this identity
-    holds: other weights, mean, standard deviation, patch size or resize rule."""
-    got = {
-        "backbone": {"weights_sha256": backbone.identity()["weights_sha256"]},
-        "preprocessing": {
-            "patch_size": backbone.patch_size,
-            "image_mean": list(backbone.image_mean),
-            "image_std": list(backbone.image_std),
-            "resize": RESIZE_RULE,
-        },
-    }
-    fields = ["backbone.weights_sha256", *(f"preprocessing.{n}" for n in got["preprocessing"])]
-    compare(
-        got,
-        patches,
-        what_got=what_got,
-        what_wanted=what_wanted,
-        fields=fields,
-        advice="give the backbone that made them",
-    )
-
-
-def _check_widths(parts: Parts) -> None:
-    width = parts.backbone.hidden_size
-    others = {"tokenizer": parts.tokenizer.config.hidden_size}
-    others["world model"] = parts.world.config.hidden_size
-    if parts.head is not None:
-        others["head"] = parts.head.config.in_size
-    for name, got in others.items():
-        if got != width:
-            raise UsageError(f"the {name} has {got} channels, the backbone's tokens have {width}")
-
-
-def _copy_backbone(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for pattern in ("config.json", "preprocessor_config.json", "*.safetensors", "*.index.json"):
-        for file in source.glob(pattern):
-            if file.resolve() != (target / file.name).resolve():
-                shutil.copyfile(file, target / file.name)
-
-
-def _warn(part: str, given: str | Path, world_folder: Path) -> None:
-    logger.warning(
-        "%s %s: the provenance.json of %s does not say which one it was trained with: not checked",
-        part,
-        given,
-        world_folder,
-    )

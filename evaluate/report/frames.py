@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...extract.decoding.clip import decode_drawn
-from ...extract.sampling import WindowDraw
 from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, TargetFrames
 from ...extract.sources.find import find_clips
 from ...shards.errors import ClipError
 from ...shards.evaluation.targets import Target
+from ...shards.sampling import WindowDraw
 from .pictures import Tile
 
 logger = logging.getLogger(__name__)

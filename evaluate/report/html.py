@@ -54,23 +54,11 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return "; ".join(
-            f"{name.replace('_', ' ')} {value_text(item)}" for name, item in value.items()
-        )
+        pairs = (f"{name.replace('_', ' ')} {value_text(item)}" for name, item in value.items())
+        return "; ".join(pairs) or "-"
     if isinstance(value, list | tuple):
         return ", ".join(value_text(item) for item in value) or "-"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, names joined with dots."""
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= flatten(item, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = item
-    return flat
 
 
 def _breakable(name: str) -> Markup:

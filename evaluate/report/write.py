@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...shards.cache import flatten
 from ...shards.files import write_bytes, write_json
 from ..forecast.config import UNNAMED
 from ..forecast.sequences import FILE_NAME as SEQUENCES
 from ..tables import Table
 from .animation import Moving
-from .html import flatten, render_page, value_text
+from .html import render_page, value_text
 from .modes import mode_section
 from .paper_rows import PaperComparison, paper_table
 from .pictures import Panel, panel_image, png_bytes

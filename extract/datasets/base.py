@@ -1,12 +1,12 @@
 """A labelled data set -> the targets to extract: what its loaders give, and how that becomes clips.
 
-A loader (dataset_vspw.py, ...) knows a layout, and names of every target the frames and the label.
+A loader (vspw.py, ...) knows a layout, and names of every target the frames and the label.
 Whether the files are there and fit together is looked at here, in the same way for all: a target
 that is incomplete goes to quarantine by name, and a data set without any good one is refused.
+Sizes are read from the files' headers.
 
-What `deltatok-extract --dataset` is told: which data set, where it lies, what is a target.
-
-The sizes of frames and labels, from their headers: what a data set is looked through with.
+`DatasetConfig` is what `deltatok-extract --dataset` takes: which data set, where it lies, what is a
+target.
 """
 
 import logging

@@ -2,9 +2,8 @@
 
     run_dataset(DatasetConfig(dataset="vspw", root="/data/VSPW", out="cache/vspw"))
 
-To add one: a file like dataset_vspw.py with a function config -> Dataset, its name in LOADERS and
-in dataset_config.DatasetName, and, for labels stored in a new way, a rule in shards/plan_target.py
-and train/label_rules.py.
+To add one: a file like vspw.py with a function config -> Dataset, its name in LOADERS and in
+base.DatasetName, and, for labels stored in a new way, a rule in shards/evaluation/labels.py.
 """
 
 from collections.abc import Callable, Mapping

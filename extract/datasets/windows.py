@@ -1,7 +1,7 @@
 """How windows of an evaluation data set are made: the frames up to a target, in two squares.
 
 The frames are known by number, nothing is drawn at random. NumPy only: it runs in the decoding
-processes. PAPER "Evaluation"; the geometry is that of shards/crops.py.
+processes. PAPER "Evaluation"; the geometry is that of shards/evaluation/geometry.py.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from ...shards.evaluation.geometry import (
     kb_region,
     square_corners,
 )
+from ...shards.sampling import SamplingPolicy, Square, WindowDraw
 from ..decoding.container import Float64
-from ..sampling import SamplingPolicy, Square, WindowDraw
 
 CROPS = (
     "frame resized so that the short side is frame_size and the long one at most "

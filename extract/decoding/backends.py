@@ -30,7 +30,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from ...shards.errors import ClipError
-from ..sampling import WindowDraw
+from ...shards.sampling import WindowDraw
 from .container import (
     DecoderFailed,
     FileIndex,

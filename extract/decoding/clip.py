@@ -18,9 +18,9 @@ from typing import Literal
 import numpy as np
 
 from ...shards.errors import ClipError, UsageError
+from ...shards.sampling import WindowDraw, draw_windows
 from ..config import DecoderChoice
 from ..datasets.windows import EvaluationPolicy, Policy
-from ..sampling import WindowDraw, draw_windows
 from ..sources.clip import (
     ClipSource,
     FrameFolder,

@@ -37,11 +37,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shards.devices import launched, num_cores
 from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
-from ..config import DecoderChoice
+from ...shards.sampling import WindowDraw
+from ..config import DecoderChoice, ExtractConfig, RunConfig
 from ..datasets.windows import Policy
-from ..sampling import WindowDraw
 from ..sources.clip import Clip
 from .worker import DecodeReply, DecodeRequest, Ready, Refusal
 
@@ -69,6 +70,10 @@ TICK_S = 0.25
 
 OUTPUT_BYTES = 4096
 """How much of the end of what a process prints is kept, to say why it died."""
+
+KEPT_SHARE = 8
+"""Memory that waits for the next clip is at most about 1/8 of that for decoded clips: it pays for
+small clips, of which there are many (8 MB are 32 frames of 256x340)."""
 
 DECODER_NAMES = {"decord": "decord", "torchcodec": "torchcodec", "pyav": "PyAV", "frames": "Pillow"}
 
@@ -156,6 +161,17 @@ class DecodePool:
         """The number of the clip that `decode` waits for, or gave last."""
         self._waiting_bytes = 0
         """Of decoded clips that `decode` has not given yet."""
+
+    @classmethod
+    def from_config(cls, config: ExtractConfig, policy: Policy) -> Self:
+        """As `config` says, for windows by `policy`."""
+        return cls(
+            policy,
+            num_workers=choose_num_workers(config),
+            timeout_s=config.decode_timeout_s,
+            decode_threads=config.decode_threads,
+            decoder=config.decoder,
+        )
 
     def __enter__(self) -> Self:
         self._open()
@@ -278,7 +294,7 @@ class DecodePool:
             worker = _Worker(
                 self._command,
                 max_memory_bytes=self._max_worker_rss + self._max_clip_bytes,
-                max_kept_bytes=self._max_waiting_bytes // self._look_ahead,
+                max_kept_bytes=self._max_waiting_bytes // KEPT_SHARE // self._look_ahead,
                 closing=self._closing,
             )
             try:
@@ -502,11 +518,11 @@ class _FrameMemory:
             os.ftruncate(self.descriptor, size)
 
 
-def default_num_workers() -> int:
-    """One for every CPU core this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def choose_num_workers(config: RunConfig) -> int:
+    """Decoding processes: as given, else this process's share of the CPU cores, at least one."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, num_cores() // max(1, launched("LOCAL_WORLD_SIZE", default=1)))
 
 
 def _num_bytes(result: DecodedClip | Quarantined) -> int:

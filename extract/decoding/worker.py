@@ -22,9 +22,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
 from ...shards.errors import ClipError, ClipStage
+from ...shards.sampling import WindowDraw
 from ..config import DecoderChoice
 from ..datasets.windows import Policy
-from ..sampling import WindowDraw
 from ..sources.clip import Clip
 from .clip import DecodedFrames, DecoderName, decode_clip
 

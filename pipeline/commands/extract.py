@@ -164,7 +164,7 @@ def from_videos(config: VideosConfig) -> str:
         from ..fused import run_fused
 
         kind, result = "delta-token", run_fused(config)
-    logging.info("%s", result.told())
+    logging.info("%s", result.summary_line())
     return f"{kind} shards"
 
 
@@ -172,7 +172,7 @@ def from_dataset(config: "DatasetConfig") -> str:
     """Makes the cache; gives what it is."""
     from ...extract.datasets.registry import run_dataset
 
-    logging.info("%s", run_dataset(config).told())
+    logging.info("%s", run_dataset(config).summary_line())
     return "evaluation cache"
 
 

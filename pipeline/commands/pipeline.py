@@ -95,7 +95,7 @@ def _import(arguments: argparse.Namespace) -> None:
     model = import_official(
         arguments.file, arguments.out, class_name=arguments.class_name, overrides=overrides
     )
-    print(f"{type(model).__name__} {model.config}")
+    print(f"{model.saved_as} {model.config}")
     print(f"model: {arguments.out}")
 
 

@@ -4,8 +4,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,9 +14,9 @@ from tqdm import tqdm
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
-from ...shards.files import write_bytes, write_json
+from ...shards.files import living_partials, write_bytes, write_json
 from ...shards.patches.reader import PatchShards
-from ...shards.tools.export import Selection, export_cache
+from ...shards.tools.export import ClipSelection, export_cache
 from ...shards.tools.info import describe_cache
 from ...shards.tools.repair import Repaired, repair_cache
 from ...shards.tools.verify import VerifyReport, verify_cache
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEASE_TIMEOUT_S = 60.0
 PROGRESS_EVERY_S = 5.0
 
 
@@ -51,8 +49,8 @@ class VerifyConfig:
     deep: bool = False
     """Decode everything: checksums of chunks, finite values, shapes, times, crops, statistics."""
     repair: bool = False
-    """Remove partial work and damaged shards, so that they are made again; refused while a process
-    writes to DIR."""
+    """Remove partial work and damaged shards, so that they are made again; refused where a process
+    is seen writing to DIR."""
     audit: int | None = None
     """Extract so many random clips again and compare their windows."""
     videos: tuple[str, ...] = ()
@@ -315,8 +313,8 @@ def _verify(folder: Path, *, deep: bool) -> VerifyReport:
 
 def _repair(folder: Path, report: VerifyReport) -> Repaired:
     try:
-        with _nobody_writes(folder):
-            return repair_cache(folder, report)
+        _check_nobody_writes(folder)
+        return repair_cache(folder, report)
     except OSError as error:
         raise UsageError(
             f"{error.filename or folder}: cannot be removed or written "
@@ -324,22 +322,13 @@ def _repair(folder: Path, report: VerifyReport) -> Repaired:
         ) from error
 
 
-@contextmanager
-def _nobody_writes(folder: Path) -> Iterator[None]:
-    """Holds what a writer needs to finish; UsageError while one is at work."""
-    from ...extract.common import CACHE_LEASE
-    from ...extract.leases import FOLDER, Leases
-
-    if (folder / FOLDER).is_symlink():
-        raise UsageError(f"{folder / FOLDER}: is a link: remove it first")
-    with Leases(folder, timeout_s=LEASE_TIMEOUT_S) as leases:
-        for name in sorted({*leases.names(), CACHE_LEASE}):
-            if leases.take(name) is None:
-                raise UsageError(
-                    f"{folder}: a process is writing to it (lease {name!r}): wait for it or stop "
-                    "it, then repair; leases of a dead machine are to be deleted by hand"
-                )
-        yield
+def _check_nobody_writes(folder: Path) -> None:
+    """UsageError while a process of this machine is seen at work in the cache."""
+    for place in (folder, folder / "shards"):
+        for partial in living_partials(place):
+            raise UsageError(
+                f"{partial}: a process is writing to it: wait for it or stop it, then repair"
+            )
 
 
 def _after_repair(folder: Path, before: VerifyReport, done: Repaired) -> DeltatokError | None:
@@ -411,7 +400,7 @@ def _write(path: str, found: dict[str, Any]) -> None:
 
 def export(config: ExportConfig) -> str:
     """Writes the new cache."""
-    selection = Selection(
+    selection = ClipSelection(
         clips=None if config.clips is None else _read_keys(Path(config.clips)),
         labels=config.label,
         splits=config.split,

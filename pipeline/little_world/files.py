@@ -7,7 +7,7 @@ OUT/val/NNNN.mp4               clips to evaluate on
 OUT/labels/head/NNNN.mp4.npy   uint8 (frames, H, W): 0 ground, 1 disc, 2 square, 3 triangle
 OUT/labels/val/NNNN.mp4.npy
 OUT/futures/NNNN.mp4.npz       val clips: every possible target frame of both horizons, with its
-                               probability given the context frames (evaluate/known_futures.py)
+                               probability given the context frames (evaluate/forecast/modes.py)
 """
 
 import json

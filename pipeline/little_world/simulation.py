@@ -3,9 +3,7 @@
 Its clock ticks every `tick_s`. At a tick the shape turns left or right, each with half of
 `turn_probability`, unless it turned less than `rest_s` ago; walls are mirrors. Nothing in the
 picture tells a turn beforehand, and since turns happen at ticks only, every possible future of a
-clip is known, with its probability. `world_files.py` draws the clips and writes them.
-
-The possible futures of a little world's clip, given what its context frames show.
+clip is known, with its probability.
 
 Whether a shape may turn at the next tick depends on when it turned last, and a turn at the first
 frame that is seen, or before it, cannot be seen: the walk before it is not in the picture. So the

@@ -4,24 +4,19 @@
     tokens = deltas.tokens([3, 17])         # float16 (2, T, D)
 
 Windows are numbered through all shards in shard order. Any number of threads may read, and
-processes forked while a reader is open may go on reading with it.
-
-Where the members of a delta-token tar lie: positions in the file, nothing unpacked.
+processes forked while a reader is open may go on reading with it. In a tar, a block of n windows
+has three members:
 
     512 bytes   header of BBBBBB.timestamps.npy: name, size, checksum, "ustar"
-    ...         its bytes, filled up to a multiple of 512
+    ...         float32 (n, T), filled up to a multiple of 512
     512 bytes   header of BBBBBB.tokens.npy
-    ...
-    1024 bytes  of zeros: the end
+    ...         float16 (n, T, D)
+    512 bytes   header of BBBBBB.windows.json
+    ...         a list of n objects: clip, frames, crop, flipped
+    1024 bytes  of zeros, after the last block: the end
 
 Members of an uncompressed tar are contiguous, so an array in one can be mapped in place. Only
 regular files with the names above are let through: no links, folders, extended headers, paths.
-
-The blocks of windows in a delta-token tar: which members belong together, and their contents.
-
-BBBBBB.timestamps.npy   float32 (n, T)
-BBBBBB.tokens.npy       float16 (n, T, D)
-BBBBBB.windows.json     a list of n objects: clip, frames, crop, flipped
 """
 
 import math
@@ -40,12 +35,11 @@ from numpy.typing import ArrayLike, NDArray
 from ..cache import DELTAS
 from ..errors import DamagedShard
 from ..npy import MAX_PREFIX_BYTES, NpyHeader, parse_npy, read_npy
-from ..opening import OpenedCache, checked_out, checked_windows, open_finished
-from ..patches.table import WindowTable
 from ..patches.zarr_arrays import ReadOnlyFile
-from ..reader import CacheReader
+from ..reader import CacheReader, OpenedCache, checked_out, checked_windows, open_finished
 from ..records import SHARD_ADVICE, Verify, shard_path
 from ..schema import MAX_JSON_BYTES, STORED, load, parse_json, shown
+from ..windows import WindowColumns
 
 BLOCK_BYTES = 512
 MEMBER_NAME = re.compile(r"([0-9]{6,9})\.(tokens\.npy|timestamps\.npy|windows\.json)")
@@ -333,7 +327,7 @@ class DeltaShards(CacheReader[np.float16]):
         self._rows: dict[int, NDArray[np.void]] = {}
         self._timestamps: NDArray[np.float32] | None = None
         self._clip_index: NDArray[np.int64] | None = None
-        self._table: WindowTable | None = None
+        self._table: WindowColumns | None = None
         self._windows: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -402,7 +396,7 @@ class DeltaShards(CacheReader[np.float16]):
         """float32 (B, T): seconds from the window's first frame."""
         return self._all_timestamps()[checked_windows(windows, self.num_windows)]
 
-    def table(self) -> WindowTable:
+    def table(self) -> WindowColumns:
         """Everything but the tokens of all windows, read on first use; times from the window's
         first frame."""
         if self._table is None:
@@ -417,12 +411,13 @@ class DeltaShards(CacheReader[np.float16]):
                 flipped[number] = window["flipped"]
                 clip[number] = position
             self._clip_index = clip
-            self._table = WindowTable(
+            self._table = WindowColumns(
                 timestamps_s=self._all_timestamps(),
                 frame_index=frame_index,
                 crop=crop,
                 flipped=flipped,
                 clip=clip,
+                keys=self.keys,
             )
         return self._table
 

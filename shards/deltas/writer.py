@@ -1,63 +1,41 @@
 """Writes one delta-token shard: a plain WebDataset tar whose samples are blocks of windows.
-Same
-rows, same bytes: fixed owner, mode and time.
+
+Same rows, same bytes: fixed owner, mode and time.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import DELTAS, CacheInfo, read_cache_info
+from ..cache import DELTAS, read_cache_info
 from ..errors import CacheMismatch, DeltatokError, UsageError
 from ..files import partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
-from ..records import DoneRecord, Quarantined, publish_shard, shard_path
+from ..records import DoneRecord, commit_shard, shard_path
+from ..windows import ShardRows
 
 BLOCK_WINDOWS = 256
 """Windows a sample: streaming gains 10x over one window a sample (74-103 k against 2-8 k
 windows/s, 2 cores), and a block of 8 x 768 float16 is 3 MB."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeltaRows:
-    """The n windows of one shard; T delta tokens of D channels each."""
-
-    tokens: NDArray[np.float16]
-    """float16 (n, T, D), finite; token t leads from frame t - 1 (token 0: from black) to t."""
-    timestamps_s: NDArray[np.float32]
-    """float32 (n, T), seconds from the window's first frame."""
-    frame_index: NDArray[np.int32]
-    """int32 (n, T), in presentation order."""
-    crop: NDArray[np.float32]
-    """float32 (n, 4): top, left, height, width in source pixels."""
-    flipped: NDArray[np.bool_]
-    """bool (n,)."""
-    clip: NDArray[np.int32]
-    """int32 (n,), index into keys."""
-    keys: list[str]
-    """The shard's clips that have windows."""
-
-
 def write_delta_shard(
     folder: Path | str,
     shard: int,
-    rows: DeltaRows,
+    rows: ShardRows,
     *,
     block_windows: int = BLOCK_WINDOWS,
     seed: int | None = None,
-    decoders: Mapping[str, str] | None = None,
-    quarantined: Sequence[Quarantined] = (),
 ) -> DoneRecord:
     """Writes shards/NNNNNN.tar and its done-record into the cache `folder`; gives the record.
 
-    The windows are stored as given, or, with a `seed`, in `window_order(n, seed=seed,
-    shard=shard)`: rows straight from videos need it, rows from a patch shard have it already.
+    rows: times from the windows' first frames. They are stored as given, or, with a `seed`, in
+    `window_order(W, seed=seed, shard=shard)`: rows straight from videos need it, rows from a patch
+    shard have it already.
     Whatever an earlier run left of this shard is replaced. Without windows only the done-record
     is written. Raises DeltatokError, naming the clip, for tokens that are not finite;
     CacheMismatch for rows of another shape than the cache's.
@@ -66,8 +44,11 @@ def write_delta_shard(
     if block_windows < 1:
         raise UsageError(f"block_windows is {block_windows}, wanted 1 or more")
     info = read_cache_info(folder, format=DELTAS)
-    _check_rows(rows, info, where=f"{folder}: shard {shard:06d}")
-    num_windows = len(rows.tokens)
+    where = f"{folder}: shard {shard:06d}"
+    num_windows, num_frames = len(rows.tokens), info.shape.num_frames
+    _check_tokens(rows, (num_windows, num_frames, info.shape.hidden_size), where=where)
+    rows.check_columns(num_windows=num_windows, num_frames=num_frames, where=where)
+    _check_finite(rows, where=where)
     order = np.arange(num_windows)
     if seed is not None:
         order = window_order(num_windows, seed=seed, shard=shard)
@@ -84,31 +65,22 @@ def write_delta_shard(
         rows=num_windows,
         files={},
         statistics=_statistics(rows.tokens) if num_windows else {},
-        decoders=dict(decoders or {}),
-        quarantined=list(quarantined),
+        decoders=dict(rows.decoders),
+        quarantined=list(rows.quarantined),
     )
-    return publish_shard(folder, record, partial=partial, suffix=".tar")
+    return commit_shard(folder, record, partial=partial, suffix=".tar")
 
 
-def _check_rows(rows: DeltaRows, info: CacheInfo, *, where: str) -> None:
-    num_windows, num_frames = len(rows.tokens), info.shape.num_frames
-    wanted: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-        "tokens": (np.float16, (num_windows, num_frames, info.shape.hidden_size)),
-        "timestamps_s": (np.float32, (num_windows, num_frames)),
-        "frame_index": (np.int32, (num_windows, num_frames)),
-        "crop": (np.float32, (num_windows, 4)),
-        "flipped": (np.bool_, (num_windows,)),
-        "clip": (np.int32, (num_windows,)),
-    }
-    for name, (dtype, shape) in wanted.items():
-        array: NDArray[Any] = getattr(rows, name)
-        if array.shape != shape or array.dtype != dtype:
-            raise CacheMismatch(
-                f"{where}: {name} is {array.dtype} {array.shape}, wanted {np.dtype(dtype)} "
-                f"{shape} as in cache.json: use the tokenizer the cache was made with"
-            )
-    if num_windows and not 0 <= rows.clip.min() <= rows.clip.max() < len(rows.keys):
-        raise CacheMismatch(f"{where}: clip has an index outside of the {len(rows.keys)} keys")
+def _check_tokens(rows: ShardRows, shape: tuple[int, ...], *, where: str) -> None:
+    tokens = rows.tokens
+    if tokens.shape != shape or tokens.dtype != np.float16:
+        raise CacheMismatch(
+            f"{where}: tokens is {tokens.dtype} {tokens.shape}, wanted float16 {shape} as in "
+            "cache.json: use the tokenizer the cache was made with"
+        )
+
+
+def _check_finite(rows: ShardRows, *, where: str) -> None:
     finite = np.isfinite(rows.tokens)
     if not finite.all():
         window = int(np.flatnonzero(~finite.all(axis=(1, 2)))[0])
@@ -119,7 +91,7 @@ def _check_rows(rows: DeltaRows, info: CacheInfo, *, where: str) -> None:
         )
 
 
-def _write_tar(path: Path, rows: DeltaRows, order: NDArray[np.intp], *, block_windows: int) -> None:
+def _write_tar(path: Path, rows: ShardRows, order: NDArray[np.intp], *, block_windows: int) -> None:
     # Imported here: webdataset imports torch.
     from webdataset import TarWriter
 
@@ -129,27 +101,17 @@ def _write_tar(path: Path, rows: DeltaRows, order: NDArray[np.intp], *, block_wi
     ):
         for block, start in enumerate(range(0, len(order), block_windows)):
             chosen = order[start : start + block_windows]
+            described = [rows.describe(window) for window in chosen]
             tar.write(
                 {
                     "__key__": f"{block:06d}",
                     "tokens.npy": npy_bytes(rows.tokens[chosen].astype("<f2", copy=False)),
                     "timestamps.npy": npy_bytes(rows.timestamps_s[chosen].astype("<f4")),
-                    "windows.json": _windows_json(rows, chosen),
+                    "windows.json": json.dumps(
+                        described, allow_nan=False, separators=(",", ":")
+                    ).encode(),
                 }
             )
-
-
-def _windows_json(rows: DeltaRows, chosen: NDArray[np.intp]) -> bytes:
-    windows = [
-        {
-            "clip": rows.keys[rows.clip[window]],
-            "frames": rows.frame_index[window].tolist(),
-            "crop": rows.crop[window].tolist(),
-            "flipped": bool(rows.flipped[window]),
-        }
-        for window in chosen
-    ]
-    return json.dumps(windows, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _statistics(tokens: NDArray[np.float16]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     label = load_label(targets[key], "/data/VSPW")      # uint8 (H, W) or float32 (H, W) metres
     first, second = windows_of_clips(cache)[key]        # its two crops
 
-Labels are never resized. Used to train heads and by evaluate/. FORMAT.md "Evaluation caches".
+Labels are never resized. FORMAT.md "Evaluation caches".
 """
 
 from dataclasses import dataclass
@@ -112,6 +112,14 @@ def windows_of_clips(cache: PatchShards) -> dict[str, list[int]]:
     for window in order.tolist():
         windows.setdefault(cache.keys[int(cache.clip_index[window])], []).append(window)
     return windows
+
+
+def last_frames(cache: PatchShards, num_frames: int | None = None) -> dict[str, int]:
+    """Clip key -> the highest frame index in its windows, of which the first `num_frames` count."""
+    last = np.zeros(len(cache.keys), dtype=np.int64)
+    frames = cache.frame_index(np.arange(cache.num_windows))[:, :num_frames]
+    np.maximum.at(last, cache.clip_index, frames.max(axis=1))
+    return dict(zip(cache.keys, last.tolist(), strict=True))
 
 
 def cut_of_crops(crops: NDArray[np.float32]) -> Cut:

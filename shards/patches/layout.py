@@ -10,12 +10,8 @@
       timestamps_s/, frame_index/, crop/, flipped/, clip/
                                 one chunk each: the numbers + crc32c
 
-Shared by the writer (`patch_writer`) and the reader (`zarr_map`, `patches`).
-
-The storage dtypes of patch tokens, and conversions from and to float32.
-
-NumPy has no bfloat16: its upper 16 bits of a float32 are stored as uint16. int8 needs scales
-beside it, see `int8`.
+And the storage dtypes of tokens, with conversions from and to float32. NumPy has no bfloat16: its
+upper 16 bits of a float32 are stored as uint16. int8 needs scales beside it, see `int8`.
 """
 
 from dataclasses import dataclass

@@ -6,14 +6,16 @@
 Windows are numbered through all shards in shard order. Any number of threads may read, and
 processes forked while a reader is open may go on reading with it.
 
-The tokens of one patch-token shard, frame by frame: as stored, or as the float32 they stand for.
+A `TokenReader` reads one shard frame by frame: as stored, or as the float32 values that stands for
+(int8 has scales beside its codes). File descriptors are the caller's, one set a thread.
 
-What the dtypes differ in is here: int8 has scales beside its codes. Used by `patches` and
-`contents`; file descriptors are the caller's, one set a thread.
+`read_table` gives all but the tokens: one row a window; `read_black` the tokens of a black frame.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,88 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..cache import BLACK, PATCHES, CacheInfo
-from ..errors import UsageError
-from ..opening import checked_out, checked_windows, open_finished
-from ..reader import CacheReader
-from ..records import Verify, shard_path
+from ..errors import CacheMismatch, DamagedShard, UsageError
+from ..npy import read_npy
+from ..reader import CacheReader, OpenedCache, checked_out, checked_windows, open_finished
+from ..records import DoneRecord, Verify, shard_path
+from ..schema import read_file
+from ..windows import WindowColumns
 from .int8 import check_channel_scale, dequantise, read_channel_scale
-from .layout import CHANNEL_SCALE_SPEC, STORED_DTYPES, TOKEN_SCALE_SPEC, from_stored
-from .table import WindowTable, check_attributes, logical_dtype, read_black, read_table
-from .zarr_arrays import FrameFile, ReadOnlyFile, read_array
+from .layout import (
+    CHANNEL_SCALE_SPEC,
+    STORED_DTYPES,
+    TOKEN_SCALE_SPEC,
+    WINDOW_ARRAYS,
+    array_shapes,
+    from_stored,
+)
+from .zarr_arrays import ADVICE, FrameFile, ReadOnlyFile, read_array, read_attributes
+
+MAX_BLACK_BYTES = 2**30
+"""Of black.npy: one frame in float32 (a guess)."""
+
+
+def logical_dtype(info: CacheInfo) -> str:
+    """How the tokens are stored, a key of STORED_DTYPES; CacheMismatch for another."""
+    storage = info.identity.get("storage")
+    dtype = storage.get("dtype") if isinstance(storage, dict) else None
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
+        raise CacheMismatch(
+            f"cache.json: identity.storage.dtype is {dtype!r}, this release reads "
+            f"{', '.join(STORED_DTYPES)}: update deltatok, or extract again"
+        )
+    return dtype
+
+
+def read_table(cache: OpenedCache) -> WindowColumns:
+    """The windows of all shards of a cache, in shard order."""
+    num_frames = cache.info.shape.num_frames
+    parts = [WindowColumns.empty(num_frames)]
+    for record in cache.records:
+        group = shard_path(cache.folder, record.shard, ".zarr")
+        check_attributes(group, record, cache.info)
+        parts.append(read_shard_table(group, record, num_frames))
+    table = WindowColumns.concatenate(parts)
+    return replace(table, clip=table.clip.astype(np.int64))
+
+
+def read_shard_table(group: Path, record: DoneRecord, num_frames: int) -> WindowColumns:
+    """The windows of one shard, as stored. Raises DamagedShard if an array is missing or broken."""
+    columns: dict[str, Any] = {
+        name: read_array(group, name, shape=shape, dtype=WINDOW_ARRAYS[name].dtype)
+        for name, shape in array_shapes(record.rows, num_frames).items()
+    }
+    clip = columns["clip"]
+    if not 0 <= clip.min() <= clip.max() < len(record.keys):
+        raise DamagedShard(
+            f"{group}: clip has an index outside of the {len(record.keys)} keys: {ADVICE}"
+        )
+    return WindowColumns(**columns, keys=record.keys)
+
+
+def check_attributes(group: Path, record: DoneRecord, info: CacheInfo) -> None:
+    """Raises CacheMismatch if the shard says that it belongs to another cache."""
+    attributes = read_attributes(group)
+    for name, wanted in (("fingerprint", info.fingerprint), ("keys", record.keys)):
+        if attributes.get(name) != wanted:
+            raise CacheMismatch(
+                f"{group}: its attribute {name} is not that of cache.json and the done-record: "
+                f"the shard belongs to another cache; {ADVICE}"
+            )
+
+
+def read_black(path: Path, info: CacheInfo, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """black.npy, float32 `shape`; DamagedShard if it is not that."""
+    advice = "extract again, it is written first"
+    data = read_file(path, max_bytes=MAX_BLACK_BYTES, advice=advice)
+    entry = info.files.get(path.name)
+    if entry is not None and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise DamagedShard(f"{path}: was changed since the cache was finished: {advice}")
+    tokens = read_npy(data, dtype=np.dtype("<f4"), num_axes=2, where=str(path))
+    if tokens.shape != shape:
+        raise DamagedShard(f"{path}: shape {tokens.shape}, cache.json says {shape}: {advice}")
+    return tokens
+
 
 OpenFiles = tuple[ReadOnlyFile, ...]
 """What `TokenReader.open` gives: the file of the tokens and, for int8, that of their scales."""
@@ -158,7 +234,7 @@ class PatchShards(CacheReader[np.float32]):
         self.dtype = logical_dtype(self.info)
         self._readers: dict[int, TokenReader] = {}
         self._thread = threading.local()
-        self._table: WindowTable | None = None
+        self._table: WindowColumns | None = None
         self._black: NDArray[np.float32] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -249,14 +325,7 @@ class PatchShards(CacheReader[np.float32]):
 
     def window(self, index: int) -> dict[str, Any]:
         """What is known of one window: clip (key), frames (T indices), crop, flipped."""
-        number = int(checked_windows([index], self.num_windows)[0])
-        table = self.table()
-        return {
-            "clip": self.keys[int(table.clip[number])],
-            "frames": table.frame_index[number].tolist(),
-            "crop": table.crop[number].tolist(),
-            "flipped": bool(table.flipped[number]),
-        }
+        return self.table().describe(int(checked_windows([index], self.num_windows)[0]))
 
     def load(self) -> NDArray[Any]:
         """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for the other dtypes.
@@ -266,7 +335,7 @@ class PatchShards(CacheReader[np.float32]):
         windows = np.arange(self.num_windows)
         return self.stored_tokens(windows) if self.dtype == "float16" else self.tokens(windows)
 
-    def table(self) -> WindowTable:
+    def table(self) -> WindowColumns:
         """Everything but the tokens, read for all windows on first use."""
         if self._table is None:
             self._table = read_table(self._cache)

@@ -1,17 +1,10 @@
 """Writes one patch-token shard: permute, check, convert, store whole, publish, promise.
-Same rows, same bytes.
 
-Values that a storage dtype cannot hold: found while a shard is encoded, counted, refused.
+    write_patch_shard    the rows of a shard -> shards/NNNNNN.zarr and its done-record
+    encode_tokens        patch tokens -> the bytes of their one Zarr shard file, and statistics
+    write_group          the Zarr v3 group around it, as `layout` draws it
 
-Tokens come as computed (float32, float16) or as already converted on the device: bfloat16 bits in
-uint16, int8 codes. T frames, N patches, D channels.
-
-Statistics of stored values, taken again while a shard is read, against its done-record.
-
-Sums in float64 over all tokens; the writer's are partly in float32, hence the tolerances. Called
-by `contents`.
-
-Patch tokens -> the bytes of their one Zarr shard file, and the statistics of what is stored.
+Same rows, same bytes. The file of the tokens (T frames, N patches, D channels):
 
     W * T chunks, in C order     N * D numbers of a frame, little-endian, then their crc32c (4)
     index                        W * T pairs (offset, bytes) of uint64, then its crc32c (4)
@@ -22,15 +15,12 @@ such file, uncompressed: N token scales a frame.
 This is the standard `sharding_indexed` layout, which zarr and tensorstore read. It is assembled
 here and not by zarr, whose encoder takes longer than all the rest together (256 frames of 256
 tokens x 768 channels, 2 cores: 0.41 s of 0.75 s; this: 0.05 s), and so that checks, conversion,
-statistics and checksums go over a window while it is in the processor's cache.
-
-Writes the Zarr v3 group of a patch-token shard, as `patch_layout` draws it.
-
-zarr writes the metadata and the small arrays; the bytes of the tokens come from `token_encoder`.
+statistics and checksums go over a window while it is in the processor's cache. zarr writes the
+metadata and the small arrays.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import BLACK, PATCHES, CacheInfo, read_cache_info
-from ..errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
-from ..files import partial_path, remove, write_bytes
+from ..errors import CacheMismatch, DeltatokError, UsageError
+from ..files import create_bytes, partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
-from ..records import DoneRecord, Quarantined, publish_shard, shard_path
-from ..schema import is_number
+from ..records import DoneRecord, commit_shard, shard_path
+from ..windows import ShardRows, WindowColumns
 from .int8 import MAX_NORMALISED, UNSTORABLE, dequantise, quantise, read_channel_scale
 from .layout import (
     BFLOAT16_MAX,
@@ -58,12 +48,20 @@ from .layout import (
     TOKEN_SCALE_SPEC,
     WINDOW_ARRAYS,
     ArraySpec,
-    array_shapes,
     from_stored,
     only_chunk,
     to_stored,
 )
 from .zarr_arrays import LEVEL, check_compression, compress
+
+CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
+MAX_THREADS = 4
+"""Windows converted at once; NumPy leaves the interpreter lock (a guess)."""
+
+
+FLOAT32_SQUARES_MAX = 2.0**48
+"""Sums of squares of larger values (bfloat16 and int8 have them) may overflow float32."""
 
 _LIMITS = {"float16": FLOAT16_MAX, "bfloat16": BFLOAT16_MAX}
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
@@ -74,133 +72,124 @@ _ADVICE = {
 }
 
 
-def is_storable(window: NDArray[Any], *, dtype: str) -> bool:
-    """Whether `dtype` holds every value of `window` (T, N, D); int8: of its codes."""
-    if window.dtype == np.uint16:
-        return not ((window & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any()
-    if window.dtype == np.int8:
-        return bool(window.min() != UNSTORABLE)
-    # A NaN makes a comparison false. As Python's floats: no limit is rounded to float16.
-    return -_LIMITS[dtype] <= float(window.min()) and float(window.max()) <= _LIMITS[dtype]
-
-
-def count(
-    window: NDArray[Any], dtype: str, channel_scale: NDArray[np.float32] | None
-) -> tuple[int, int]:
-    """How many values are not finite, and how many beyond the range of `dtype`.
-
-    What the device converted tells only part: float16 infinity is a value beyond its range (those
-    that were infinite before are NaN), an infinity in bfloat16 bits is not finite, and a code
-    UNSTORABLE is counted as beyond the range.
-    """
-    if window.dtype == np.uint16:
-        bad = (window & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT
-        return int(np.count_nonzero(bad)), 0
-    if window.dtype == np.int8:
-        return 0, int(np.count_nonzero(window == UNSTORABLE))
-    if window.dtype == np.float16 and dtype == "float16":
-        return int(np.count_nonzero(np.isnan(window))), int(np.count_nonzero(np.isinf(window)))
-    finite = np.isfinite(window)
-    with np.errstate(invalid="ignore", over="ignore"):
-        if channel_scale is None:
-            large = finite & (np.abs(window) > _LIMITS[dtype])
-        else:
-            large = finite & (np.abs(window / channel_scale) > MAX_NORMALISED)
-    return window.size - int(np.count_nonzero(finite)), int(np.count_nonzero(large))
-
-
-def refuse(
-    tokens: NDArray[Any],
+def write_patch_shard(
+    folder: Path | str,
+    shard: int,
+    rows: ShardRows,
     *,
     dtype: str,
-    clips: Sequence[str],
-    channel_scale: NDArray[np.float32] | None = None,
-) -> NoReturn:
-    """Raises DeltatokError with the counts of a whole shard (W, T, N, D), and the first clip.
+    seed: int,
+    compression: str = "none",
+) -> DoneRecord:
+    """Writes shards/NNNNNN.zarr and its done-record into the cache `folder`; gives the record.
 
-    `clips`: the clip of every window. Called when a window was found that is not storable.
+    The windows are stored in the order `window_order(W, seed=seed, shard=shard)`. Whatever an
+    earlier run left of this shard is replaced. Without windows only the done-record is written.
+    int8 takes the channel scales from channel_scale.npy.
+
+    Raises DeltatokError, naming the clip, for values that are not finite or do not fit the dtype;
+    CacheMismatch for rows of another shape or dtype than the cache's.
     """
-    counts = [count(window, dtype, channel_scale) for window in tokens]
-    touched = sorted({clip for clip, bad in zip(clips, counts, strict=True) if any(bad)})
-    if not touched:
-        raise DeltatokError("token scales of int8 codes that are not finite: quantise them again")
-    num_not_finite, num_large = (sum(column) for column in zip(*counts, strict=True))
-    others = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
-    range_of = f" (+-{_LIMITS[dtype]:g})" if dtype in _LIMITS else " with the scales of this cache"
-    raise DeltatokError(
-        f"clip {touched[0]!r}{others}: {num_not_finite} of the shard's {tokens.size} token values "
-        f"are not finite and {num_large} beyond the range of {dtype}{range_of}: {_ADVICE[dtype]}"
+    folder = Path(folder)
+    info = read_cache_info(folder, format=PATCHES)
+    check_compression(compression)
+    where, num_windows = f"{folder}: shard {shard:06d}", len(rows.tokens)
+    _check_tokens(rows, info, dtype=dtype, where=where)
+    rows.check_columns(num_windows=num_windows, num_frames=info.shape.num_frames, where=where)
+    partial = partial_path(shard_path(folder, shard, ".zarr"))
+    order = window_order(num_windows, seed=seed, shard=shard)
+    encoded: EncodedTokens | None = None
+    try:
+        if num_windows:
+            storage = TokenStorage(
+                dtype=dtype,
+                compression=compression,
+                channel_scale=read_channel_scale(folder, info) if dtype == "int8" else None,
+            )
+            clips = [rows.keys[clip] for clip in rows.clip]
+            try:
+                encoded = encode_tokens(
+                    rows.tokens, order, storage=storage, clips=clips, token_scale=rows.token_scale
+                )
+            except DeltatokError as error:
+                raise DeltatokError(f"shard {shard:06d}: {error}") from error
+            attributes = _attributes(info, list(rows.keys), shard=shard, dtype=dtype)
+            write_group(
+                partial,
+                encoded,
+                rows.take(order),
+                storage=storage,
+                shape=rows.tokens.shape,
+                attributes=attributes,
+            )
+    except BaseException:
+        remove(partial)
+        raise
+    record = DoneRecord(
+        shard=shard,
+        keys=list(rows.keys),
+        rows=num_windows,
+        files={},
+        statistics=encoded.statistics if encoded else {},
+        decoders=dict(rows.decoders),
+        quarantined=list(rows.quarantined),
     )
+    return commit_shard(folder, record, partial=partial, suffix=".zarr")
 
 
-_OF_STD = 1e-3
-"""Of a channel's standard deviation: what mean and deviation may differ by."""
-_OF_MAX = 1e-6
-"""And of the largest value, for channels that hardly vary."""
+def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
+    """Writes black.npy, float32 (N, D): the tokens of a black frame under this backbone; one that
+    another process has just written stays."""
+    folder = Path(folder)
+    shape = read_cache_info(folder, format=PATCHES).shape
+    if tokens.shape != (shape.num_tokens, shape.hidden_size) or not np.isfinite(tokens).all():
+        raise CacheMismatch(
+            f"{folder}: black-frame tokens of shape {tokens.shape}, wanted finite "
+            f"({shape.num_tokens}, {shape.hidden_size}): use the backbone and frame size "
+            "of the cache"
+        )
+    create_bytes(folder / BLACK, npy_bytes(tokens.astype("<f4")))
 
 
-class StoredStatistics:
-    """Of the values of one shard, D channels."""
-
-    def __init__(self, num_channels: int) -> None:
-        self._shift: NDArray[np.float64] | None = None
-        self._sums = np.zeros(num_channels)
-        self._squares = np.zeros(num_channels)
-        self._count = 0
-        self._abs_max = 0.0
-        self._beyond_float16 = 0
-
-    def add(self, values: NDArray[Any]) -> None:
-        """Takes tokens (..., D), finite."""
-        tokens = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        if self._shift is None:  # around the first mean: outlier channels keep their digits
-            self._shift = tokens.mean(axis=0)
-        magnitude = np.abs(tokens)
-        self._abs_max = max(self._abs_max, float(magnitude.max()))
-        self._beyond_float16 += int(np.count_nonzero(magnitude > FLOAT16_MAX))
-        tokens -= self._shift
-        self._sums += tokens.sum(axis=0)
-        self._squares += np.einsum("nd,nd->d", tokens, tokens)
-        self._count += len(tokens)
-
-    def check(self, said: Mapping[str, Any], *, where: str) -> None:
-        """Raises DamagedShard unless `said`, the `statistics` of the done-record, are these."""
-        if self._shift is None:
-            return
-        mean = self._sums / self._count
-        std = np.sqrt(np.maximum(self._squares / self._count - mean * mean, 0.0))
-        mean += self._shift
-        allowed = _OF_STD * std + _OF_MAX * self._abs_max
-        for name, got in (("channel_mean", mean), ("channel_std", std)):
-            values = said.get(name)
-            if not isinstance(values, list) or len(values) != len(got):
-                raise DamagedShard(f"{where}: statistics.{name} is no list of {len(got)} numbers")
-            if not all(map(is_number, values)):
-                raise DamagedShard(f"{where}: statistics.{name} has what is no number")
-            far = np.flatnonzero(~(np.abs(np.array(values, dtype=np.float64) - got) <= allowed))
-            if far.size:
-                channel = int(far[0])
-                raise DamagedShard(
-                    f"{where}: statistics.{name} says {values[channel]} of channel {channel}, the "
-                    f"shard's values give {got[channel]:.6g} ({far.size} channels differ)"
-                )
-        counted = {"abs_max": self._abs_max, "beyond_float16": self._beyond_float16}
-        for name, value in counted.items():
-            # Delta shards do not count values beyond float16: they are float16.
-            if said.get(name, 0 if name == "beyond_float16" else None) != value:
-                raise DamagedShard(
-                    f"{where}: statistics.{name} is {said.get(name)!r}, the values give {value!r}"
-                )
+def _check_tokens(rows: ShardRows, info: CacheInfo, *, dtype: str, where: str) -> None:
+    tokens, token_scale = rows.tokens, rows.token_scale
+    if dtype not in STORED_DTYPES:
+        raise UsageError(f"dtype {dtype!r}, wanted one of {', '.join(STORED_DTYPES)}")
+    stored = info.identity.get("storage", {}).get("dtype", dtype)
+    if dtype != stored:
+        raise CacheMismatch(f"{where}: dtype {dtype}, cache.json says {stored}: use that one")
+    shape = info.shape
+    wanted = (len(tokens), shape.num_frames, shape.num_tokens, shape.hidden_size)
+    dtypes = {np.dtype(np.float32), np.dtype(np.float16), STORED_DTYPES[dtype]}
+    if tokens.shape != wanted or tokens.dtype not in dtypes:
+        raise CacheMismatch(
+            f"{where}: tokens {tokens.dtype} {tokens.shape}, wanted "
+            f"{' or '.join(sorted(map(str, dtypes)))} {wanted} as in cache.json: use the backbone "
+            "and sampling the cache was made with"
+        )
+    if (token_scale is not None) != (tokens.dtype == np.int8):
+        raise CacheMismatch(f"{where}: token_scale goes with int8 codes, and only with them")
+    scale_shape = tokens.shape[:3]
+    if token_scale is not None and (
+        token_scale.shape != scale_shape or token_scale.dtype != np.float16
+    ):
+        raise CacheMismatch(
+            f"{where}: token_scale is {token_scale.dtype} {token_scale.shape}, wanted float16 "
+            f"{scale_shape}"
+        )
 
 
-CRC_BYTES = 4
-INDEX_ENTRY_BYTES = 16
-MAX_THREADS = 4
-"""Windows converted at once; NumPy leaves the interpreter lock (a guess)."""
-
-
-FLOAT32_SQUARES_MAX = 2.0**48
-"""Sums of squares of larger values (bfloat16 and int8 have them) may overflow float32."""
+def _attributes(info: CacheInfo, keys: list[str], *, shard: int, dtype: str) -> dict[str, Any]:
+    return {
+        "format": info.format,
+        "format_version": info.format_version,
+        "fingerprint": info.fingerprint,
+        "licence": info.licence,
+        "shard": shard,
+        "logical_dtype": dtype,
+        "grid": None if info.shape.grid is None else list(info.shape.grid),
+        "keys": keys,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,17 +389,76 @@ def _crc32c(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array([google_crc32c.value(data)], dtype="<u4").view(np.uint8)
 
 
+def is_storable(window: NDArray[Any], *, dtype: str) -> bool:
+    """Whether `dtype` holds every value of `window` (T, N, D); int8: of its codes."""
+    if window.dtype == np.uint16:
+        return not ((window & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any()
+    if window.dtype == np.int8:
+        return bool(window.min() != UNSTORABLE)
+    # A NaN makes a comparison false. As Python's floats: no limit is rounded to float16.
+    return -_LIMITS[dtype] <= float(window.min()) and float(window.max()) <= _LIMITS[dtype]
+
+
+def count(
+    window: NDArray[Any], dtype: str, channel_scale: NDArray[np.float32] | None
+) -> tuple[int, int]:
+    """How many values are not finite, and how many beyond the range of `dtype`.
+
+    What the device converted tells only part: float16 infinity is a value beyond its range (those
+    that were infinite before are NaN), an infinity in bfloat16 bits is not finite, and a code
+    UNSTORABLE is counted as beyond the range.
+    """
+    if window.dtype == np.uint16:
+        bad = (window & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT
+        return int(np.count_nonzero(bad)), 0
+    if window.dtype == np.int8:
+        return 0, int(np.count_nonzero(window == UNSTORABLE))
+    if window.dtype == np.float16 and dtype == "float16":
+        return int(np.count_nonzero(np.isnan(window))), int(np.count_nonzero(np.isinf(window)))
+    finite = np.isfinite(window)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if channel_scale is None:
+            large = finite & (np.abs(window) > _LIMITS[dtype])
+        else:
+            large = finite & (np.abs(window / channel_scale) > MAX_NORMALISED)
+    return window.size - int(np.count_nonzero(finite)), int(np.count_nonzero(large))
+
+
+def refuse(
+    tokens: NDArray[Any],
+    *,
+    dtype: str,
+    clips: Sequence[str],
+    channel_scale: NDArray[np.float32] | None = None,
+) -> NoReturn:
+    """Raises DeltatokError with the counts of a whole shard (W, T, N, D), and the first clip.
+
+    `clips`: the clip of every window. Called when a window was found that is not storable.
+    """
+    counts = [count(window, dtype, channel_scale) for window in tokens]
+    touched = sorted({clip for clip, bad in zip(clips, counts, strict=True) if any(bad)})
+    if not touched:
+        raise DeltatokError("token scales of int8 codes that are not finite: quantise them again")
+    num_not_finite, num_large = (sum(column) for column in zip(*counts, strict=True))
+    others = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
+    range_of = f" (+-{_LIMITS[dtype]:g})" if dtype in _LIMITS else " with the scales of this cache"
+    raise DeltatokError(
+        f"clip {touched[0]!r}{others}: {num_not_finite} of the shard's {tokens.size} token values "
+        f"are not finite and {num_large} beyond the range of {dtype}{range_of}: {_ADVICE[dtype]}"
+    )
+
+
 def write_group(
     path: Path,
     encoded: EncodedTokens,
-    columns: Mapping[str, NDArray[Any]],
+    windows: WindowColumns,
     *,
     storage: TokenStorage,
     shape: tuple[int, ...],
     attributes: dict[str, Any],
 ) -> None:
-    """Makes the folder `path`. `shape`: of the tokens, (W, T, N, D); `columns`: the arrays of
-    WINDOW_ARRAYS in the order of the file; `attributes`: of the group."""
+    """Makes the folder `path`. `shape`: of the tokens, (W, T, N, D); `windows`: in the
+    order of the file; `attributes`: of the group."""
     # Imported here: readers do without zarr, and it takes a third of a second.
     import zarr
 
@@ -438,7 +486,7 @@ def write_group(
         )
         _write_whole(group, "channel_scale", storage.channel_scale, CHANNEL_SCALE_SPEC)
     for name, spec in WINDOW_ARRAYS.items():
-        _write_whole(group, name, columns[name], spec)
+        _write_whole(group, name, getattr(windows, name), spec)
 
 
 def _write_sharded(
@@ -494,163 +542,3 @@ def _write_whole(group: Any, name: str, values: NDArray[Any], spec: ArraySpec) -
         config={"write_empty_chunks": True},
     )
     array[...] = values
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchRows:
-    """The W windows of one shard, in any order; T frames, N patches, D channels."""
-
-    tokens: NDArray[Any]
-    """float32 or float16 (W, T, N, D), finite; or as they are to be stored: uint16 bits for
-    bfloat16, int8 codes for int8 (see `int8`)."""
-    timestamps_s: NDArray[np.float32]
-    """float32 (W, T), seconds since the clip's first shown frame."""
-    frame_index: NDArray[np.int32]
-    """int32 (W, T), in presentation order."""
-    crop: NDArray[np.float32]
-    """float32 (W, 4): top, left, height, width in source pixels."""
-    flipped: NDArray[np.bool_]
-    """bool (W,)."""
-    clip: NDArray[np.int32]
-    """int32 (W,), index into keys."""
-    keys: list[str]
-    """The shard's clips that have windows."""
-    token_scale: NDArray[np.float16] | None = None
-    """float16 (W, T, N), with int8 codes only."""
-
-
-def write_patch_shard(
-    folder: Path | str,
-    shard: int,
-    rows: PatchRows,
-    *,
-    dtype: str,
-    seed: int,
-    compression: str = "none",
-    decoders: Mapping[str, str] | None = None,
-    quarantined: Sequence[Quarantined] = (),
-) -> DoneRecord:
-    """Writes shards/NNNNNN.zarr and its done-record into the cache `folder`; gives the record.
-
-    The windows are stored in the order `window_order(W, seed=seed, shard=shard)`. Whatever an
-    earlier run left of this shard is replaced. Without windows only the done-record is written.
-    int8 takes the channel scales from channel_scale.npy.
-
-    Raises DeltatokError, naming the clip, for values that are not finite or do not fit the dtype;
-    CacheMismatch for rows of another shape or dtype than the cache's.
-    """
-    folder = Path(folder)
-    info = read_cache_info(folder, format=PATCHES)
-    check_compression(compression)
-    _check_rows(rows, info, dtype=dtype, where=f"{folder}: shard {shard:06d}")
-    num_windows = len(rows.tokens)
-    partial = partial_path(shard_path(folder, shard, ".zarr"))
-    order = window_order(num_windows, seed=seed, shard=shard)
-    encoded: EncodedTokens | None = None
-    try:
-        if num_windows:
-            storage = TokenStorage(
-                dtype=dtype,
-                compression=compression,
-                channel_scale=read_channel_scale(folder, info) if dtype == "int8" else None,
-            )
-            encoded = _encode(rows, order, storage=storage, shard=shard)
-            columns = {name: getattr(rows, name)[order] for name in WINDOW_ARRAYS}
-            attributes = _attributes(info, rows, shard=shard, dtype=dtype)
-            write_group(
-                partial,
-                encoded,
-                columns,
-                storage=storage,
-                shape=rows.tokens.shape,
-                attributes=attributes,
-            )
-    except BaseException:
-        remove(partial)
-        raise
-    record = DoneRecord(
-        shard=shard,
-        keys=list(rows.keys),
-        rows=num_windows,
-        files={},
-        statistics=encoded.statistics if encoded else {},
-        decoders=dict(decoders or {}),
-        quarantined=list(quarantined),
-    )
-    return publish_shard(folder, record, partial=partial, suffix=".zarr")
-
-
-def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
-    """Writes black.npy, float32 (N, D): the tokens of a black frame under this backbone."""
-    folder = Path(folder)
-    shape = read_cache_info(folder, format=PATCHES).shape
-    if tokens.shape != (shape.num_tokens, shape.hidden_size) or not np.isfinite(tokens).all():
-        raise CacheMismatch(
-            f"{folder}: black-frame tokens of shape {tokens.shape}, wanted finite "
-            f"({shape.num_tokens}, {shape.hidden_size}): use the backbone and frame size "
-            "of the cache"
-        )
-    write_bytes(folder / BLACK, npy_bytes(tokens.astype("<f4")))
-
-
-def _check_rows(rows: PatchRows, info: CacheInfo, *, dtype: str, where: str) -> None:
-    if dtype not in STORED_DTYPES:
-        raise UsageError(f"dtype {dtype!r}, wanted one of {', '.join(STORED_DTYPES)}")
-    stored = info.identity.get("storage", {}).get("dtype", dtype)
-    if dtype != stored:
-        raise CacheMismatch(f"{where}: dtype {dtype}, cache.json says {stored}: use that one")
-    shape = info.shape
-    num_windows = len(rows.tokens)
-    wanted = (num_windows, shape.num_frames, shape.num_tokens, shape.hidden_size)
-    dtypes = {np.dtype(np.float32), np.dtype(np.float16), STORED_DTYPES[dtype]}
-    if rows.tokens.shape != wanted or rows.tokens.dtype not in dtypes:
-        raise CacheMismatch(
-            f"{where}: tokens {rows.tokens.dtype} {rows.tokens.shape}, wanted "
-            f"{' or '.join(sorted(map(str, dtypes)))} {wanted} as in cache.json: use the backbone "
-            "and sampling the cache was made with"
-        )
-    _check_token_scale(rows, where=where)
-    for name, array_shape in array_shapes(num_windows, shape.num_frames).items():
-        array: NDArray[Any] = getattr(rows, name)
-        spec = WINDOW_ARRAYS[name]
-        if array.shape != array_shape or array.dtype != spec.dtype:
-            raise CacheMismatch(
-                f"{where}: {name} is {array.dtype} {array.shape}, wanted {spec.dtype} {array_shape}"
-            )
-    if num_windows and not 0 <= rows.clip.min() <= rows.clip.max() < len(rows.keys):
-        raise CacheMismatch(f"{where}: clip has an index outside of the {len(rows.keys)} keys")
-
-
-def _attributes(info: CacheInfo, rows: PatchRows, *, shard: int, dtype: str) -> dict[str, Any]:
-    return {
-        "format": info.format,
-        "format_version": info.format_version,
-        "fingerprint": info.fingerprint,
-        "licence": info.licence,
-        "shard": shard,
-        "logical_dtype": dtype,
-        "grid": None if info.shape.grid is None else list(info.shape.grid),
-        "keys": list(rows.keys),
-    }
-
-
-def _check_token_scale(rows: PatchRows, *, where: str) -> None:
-    scale, shape = rows.token_scale, rows.tokens.shape[:3]
-    if (scale is not None) != (rows.tokens.dtype == np.int8):
-        raise CacheMismatch(f"{where}: token_scale goes with int8 codes, and only with them")
-    if scale is not None and (scale.shape != shape or scale.dtype != np.float16):
-        raise CacheMismatch(
-            f"{where}: token_scale is {scale.dtype} {scale.shape}, wanted float16 {shape}"
-        )
-
-
-def _encode(
-    rows: PatchRows, order: NDArray[np.intp], *, storage: TokenStorage, shard: int
-) -> EncodedTokens:
-    clips = [rows.keys[clip] for clip in rows.clip]
-    try:
-        return encode_tokens(
-            rows.tokens, order, storage=storage, clips=clips, token_scale=rows.token_scale
-        )
-    except DeltatokError as error:
-        raise DeltatokError(f"shard {shard:06d}: {error}") from error

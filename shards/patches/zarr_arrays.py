@@ -1,16 +1,14 @@
-"""Reads the arrays of a patch-token shard directly: metadata, small arrays, checksums.
+"""Reads the arrays of a patch-token shard directly: metadata, checksums, small arrays whole, the
+tokens frame by frame.
 
 Zarr's own reader gives the same numbers (a test holds the two together) at several times the
 cost a read, starts a thread that does not survive a fork, and takes a missing file for zeros.
-This one reads exactly the layout in `patch_layout`, checks each checksum, and refuses the rest.
-The tokens, many frames in one file, are read by `frame_file`.
+This one reads exactly what `layout` draws, checks each checksum, and refuses the rest. Of the
+tokens, many frames in one file, positions come from the file's index and bytes by preadv straight
+into the caller's array.
 
-zstd, as the codec of that name of Zarr v3: one frame a chunk that says its size.
-
-numcodecs is imported when the first chunk is compressed or decompressed: most caches are not.
-
-Reads a patch-token shard frame by frame: positions from its index, bytes by
-preadv straight into the caller's array. Used by `token_reader`.
+zstd is the codec of that name of Zarr v3: one zstd frame a chunk, which says its size. numcodecs is
+imported when the first chunk is compressed or decompressed: most caches are not.
 """
 
 import math

@@ -1,7 +1,7 @@
 """export_cache: windows of finished caches as a new one: a subset, a merger, other shards, another
 storage type.
 
-    export_cache(["cache/a", "cache/b"], "cache/train", selection=Selection(splits=("train",)))
+    export_cache(["cache/a", "cache/b"], "cache/train", selection=ClipSelection(splits=("train",)))
 
 Clips are taken whole, those in quarantine too, so that the new cache says what its videos did not
 give. With the storage type kept, every stored number is one that was there, so the identity and
@@ -13,7 +13,6 @@ are done stay, and the bytes are the same. One process.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,9 +24,9 @@ from numpy.typing import NDArray
 
 from ..cache import BLACK, PATCHES, CacheInfo, compare, finish_cache, open_cache, read_cache_info
 from ..deltas.reader import DeltaShards
-from ..deltas.writer import DeltaRows, write_delta_shard
+from ..deltas.writer import write_delta_shard
 from ..errors import CacheMismatch, DeltatokError, UsageError
-from ..files import remove_partials
+from ..files import check_free, remove_partials
 from ..patches.int8 import (
     SAMPLE_CLIPS,
     channel_scale_of,
@@ -37,11 +36,12 @@ from ..patches.int8 import (
 )
 from ..patches.layout import STORED_DTYPES
 from ..patches.reader import PatchShards
-from ..patches.writer import PatchRows, write_black, write_patch_shard
+from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
 from ..plan import PlanEntry, clips_by_shard, plan_order, read_plan, write_plan
 from ..reader import known_names
 from ..records import DoneRecord, read_all_done, read_done, write_quarantine
+from ..windows import ShardRows, WindowColumns
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ SPARE = 1.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class ClipSelection:
     """Which clips; None or empty: all."""
 
     clips: frozenset[str] | None = None
@@ -109,7 +109,7 @@ def export_cache(
     folders: Sequence[Path | str],
     out: Path | str,
     *,
-    selection: Selection | None = None,
+    selection: ClipSelection | None = None,
     clips_per_shard: int | None = None,
     windows_per_shard: int | None = None,
     dtype: str | None = None,
@@ -124,7 +124,7 @@ def export_cache(
     for damage in what is read; DeltatokError for values that the dtype cannot hold and where the
     disk has no room for all of it.
     """
-    out, selection = Path(out), selection or Selection()
+    out, selection = Path(out), selection or ClipSelection()
     check_compression(compression)
     if out.resolve() in [Path(folder).resolve() for folder in folders]:
         raise UsageError(f"{out}: is one of the caches to export: give a new folder")
@@ -185,7 +185,9 @@ def open_sources(folders: Sequence[Path | str]) -> list[SourceCache]:
     return [SourceCache(reader) for reader in readers]
 
 
-def select_clips(sources: Sequence[SourceCache], selection: Selection) -> dict[str, SourceCache]:
+def select_clips(
+    sources: Sequence[SourceCache], selection: ClipSelection
+) -> dict[str, SourceCache]:
     """Key -> the cache it is in, in the plan's order.
 
     Raises UsageError for a clip, label or split that no cache has, for a clip that is in two of
@@ -272,25 +274,32 @@ def _begin(out: Path, info: CacheInfo, plan: Sequence[PlanEntry]) -> None:
 def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compression: str) -> None:
     records = {key: source.records[key] for key, source in clips.items()}
     keys = [key for key, record in records.items() if key in record.keys]
-    rows = _gather({key: clips[key] for key in keys}, info, like=next(iter(clips.values())).reader)
-    common: dict[str, Any] = {
-        "seed": _draw_seed(info),
-        "decoders": {
-            key: records[key].decoders[key] for key in keys if key in records[key].decoders
-        },
-        "quarantined": [
+    like = next(iter(clips.values())).reader
+    tokens, token_scale = _gather_tokens({key: clips[key] for key in keys}, info, like=like)
+    parts = [WindowColumns.empty(info.shape.num_frames)]
+    for key in keys:
+        windows = clips[key].reader.table().take(clips[key].windows[key])
+        parts.append(replace(windows, clip=np.zeros(len(windows), np.int32), keys=[key]))
+    decoders = {key: records[key].decoders for key in keys}
+    rows = ShardRows(
+        **vars(WindowColumns.concatenate(parts)),
+        tokens=tokens,
+        token_scale=token_scale,
+        decoders={key: known[key] for key, known in decoders.items() if key in known},
+        quarantined=[
             lost
             for key, record in records.items()
             for lost in record.quarantined
             if lost.clip == key
         ],
-    }
+    )
+    seed = _draw_seed(info)
     try:
-        if isinstance(rows, DeltaRows):
-            write_delta_shard(out, shard, rows, **common)
-        else:
+        if info.format == PATCHES:
             dtype = info.identity["storage"]["dtype"]
-            write_patch_shard(out, shard, rows, dtype=dtype, compression=compression, **common)
+            write_patch_shard(out, shard, rows, dtype=dtype, seed=seed, compression=compression)
+        else:
+            write_delta_shard(out, shard, rows, seed=seed)
     except OSError as error:
         raise DeltatokError(
             f"{out}: shard {shard:06d} cannot be written ({error.strerror or error}): make room "
@@ -298,39 +307,30 @@ def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compressi
         ) from error
 
 
-def _gather(clips: Clips, info: CacheInfo, *, like: Reader) -> PatchRows | DeltaRows:
-    """The windows of each clip in turn. Patch tokens as they are stored where the new cache stores
-    them so, and as float16 or float32 values where it does not.
+def _gather_tokens(
+    clips: Clips, info: CacheInfo, *, like: Reader
+) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
+    """The tokens of the windows of each clip in turn, and of int8 codes their scales. Patch tokens
+    as they are stored where the new cache stores them so, else as float16 or float32 values.
 
     like: any reader, for the shapes where there are no clips.
     """
     picks = [(source.reader, source.windows[key]) for key, source in clips.items()]
     ends = np.cumsum([0, *(len(windows) for _, windows in picks)])
-    columns: dict[str, Any] = {
-        "keys": list(clips),
-        "clip": np.repeat(np.arange(len(picks), dtype=np.int32), np.diff(ends)),
-    }
-    for name in ("timestamps_s", "frame_index", "crop", "flipped"):
-        parts = [getattr(reader.table(), name)[windows] for reader, windows in picks]
-        columns[name] = np.concatenate([getattr(like.table(), name)[:0], *parts])
-    if not isinstance(like, PatchShards):
-        tokens = np.empty((ends[-1], *like.shape), dtype=np.float16)
-    elif like.dtype in ("float16", info.identity["storage"]["dtype"]):
-        tokens = np.empty((ends[-1], *like.shape), dtype=STORED_DTYPES[like.dtype])
-    else:
-        tokens = np.empty((ends[-1], *like.shape), dtype=np.float32)
+    dtype: np.dtype[Any] = np.dtype(np.float16)
+    if isinstance(like, PatchShards):
+        is_kept = like.dtype in ("float16", info.identity["storage"]["dtype"])
+        dtype = STORED_DTYPES[like.dtype] if is_kept else np.dtype(np.float32)
+    tokens = np.empty((ends[-1], *like.shape), dtype=dtype)
     scales = [np.empty((0, *like.shape[:2]), dtype=np.float16)]
     for (reader, windows), begin, end in zip(picks, ends[:-1], ends[1:], strict=True):
-        if isinstance(reader, PatchShards) and tokens.dtype != np.float32:
+        if isinstance(reader, PatchShards) and dtype != np.float32:
             reader.stored_tokens(windows, out=tokens[begin:end])
         else:
             reader.tokens(windows, out=tokens[begin:end])
-        if isinstance(reader, PatchShards) and tokens.dtype == np.int8:
+        if isinstance(reader, PatchShards) and dtype == np.int8:
             scales.append(reader.token_scale(windows))
-    if not isinstance(like, PatchShards):
-        return DeltaRows(tokens=tokens, **columns)
-    token_scale = np.concatenate(scales) if tokens.dtype == np.int8 else None
-    return PatchRows(tokens=tokens, token_scale=token_scale, **columns)
+    return tokens, np.concatenate(scales) if dtype == np.int8 else None
 
 
 def _identity(
@@ -382,18 +382,12 @@ def _check_room(
         if read_done(out, shard) is None
         for entry in entries
     )
-    needed = num_windows * values * dtype.itemsize * SPARE
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise DeltatokError(
-            f"{out}: the export takes {needed / 1e9:.3g} GB, there are {free / 1e9:.3g} GB left: "
-            "make room, take fewer clips, or give a folder on another disk"
-        )
+    needed_bytes = int(num_windows * values * dtype.itemsize * SPARE)
+    check_free(out, needed_bytes, what="the export")
 
 
 def _exported_from(
-    sources: Sequence[SourceCache], selection: Selection, clips: Clips
+    sources: Sequence[SourceCache], selection: ClipSelection, clips: Clips
 ) -> dict[str, Any]:
     """What cache.json says of where the windows come from; plain JSON values."""
     caches = []

@@ -4,12 +4,15 @@ Readers stop at the first thing that is wrong; this goes on, for `deltatok-shard
 
     shards      files against their done-records; with `deep` every value, time and crop
     folder      cache.json, black.npy, scales, plan, index, quarantine, and what belongs to nobody
+
+Statistics of stored values are taken again while a shard is read, and held against its done-record:
+sums in float64 over all tokens; the writer's are partly in float32, hence the tolerances.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -24,9 +27,14 @@ from ..errors import CacheMismatch, DamagedShard, DeltatokError
 from ..files import is_partial, sha256_file
 from ..index import INDEX, read_index, read_indexed
 from ..patches.int8 import UNSTORABLE, read_channel_scale
-from ..patches.reader import TokenReader
-from ..patches.table import check_attributes, logical_dtype, read_black, read_shard_table
-from ..patches.writer import StoredStatistics
+from ..patches.layout import FLOAT16_MAX
+from ..patches.reader import (
+    TokenReader,
+    check_attributes,
+    logical_dtype,
+    read_black,
+    read_shard_table,
+)
 from ..patches.zarr_arrays import read_attributes
 from ..plan import PLAN, PlanEntry, num_shards, read_plan
 from ..records import (
@@ -42,7 +50,67 @@ from ..records import (
     record_problems,
     shard_path,
 )
-from ..schema import read_file, read_json
+from ..schema import is_number, read_file, read_json
+
+_OF_STD = 1e-3
+"""Of a channel's standard deviation: what mean and deviation may differ by."""
+_OF_MAX = 1e-6
+"""And of the largest value, for channels that hardly vary."""
+
+
+class StoredStatistics:
+    """Of the values of one shard, D channels."""
+
+    def __init__(self, num_channels: int) -> None:
+        self._shift: NDArray[np.float64] | None = None
+        self._sums = np.zeros(num_channels)
+        self._squares = np.zeros(num_channels)
+        self._count = 0
+        self._abs_max = 0.0
+        self._beyond_float16 = 0
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Takes tokens (..., D), finite."""
+        tokens = values.reshape(-1, values.shape[-1]).astype(np.float64)
+        if self._shift is None:  # around the first mean: outlier channels keep their digits
+            self._shift = tokens.mean(axis=0)
+        magnitude = np.abs(tokens)
+        self._abs_max = max(self._abs_max, float(magnitude.max()))
+        self._beyond_float16 += int(np.count_nonzero(magnitude > FLOAT16_MAX))
+        tokens -= self._shift
+        self._sums += tokens.sum(axis=0)
+        self._squares += np.einsum("nd,nd->d", tokens, tokens)
+        self._count += len(tokens)
+
+    def check(self, said: Mapping[str, Any], *, where: str) -> None:
+        """Raises DamagedShard unless `said`, the `statistics` of the done-record, are these."""
+        if self._shift is None:
+            return
+        mean = self._sums / self._count
+        std = np.sqrt(np.maximum(self._squares / self._count - mean * mean, 0.0))
+        mean += self._shift
+        allowed = _OF_STD * std + _OF_MAX * self._abs_max
+        for name, got in (("channel_mean", mean), ("channel_std", std)):
+            values = said.get(name)
+            if not isinstance(values, list) or len(values) != len(got):
+                raise DamagedShard(f"{where}: statistics.{name} is no list of {len(got)} numbers")
+            if not all(map(is_number, values)):
+                raise DamagedShard(f"{where}: statistics.{name} has what is no number")
+            far = np.flatnonzero(~(np.abs(np.array(values, dtype=np.float64) - got) <= allowed))
+            if far.size:
+                channel = int(far[0])
+                raise DamagedShard(
+                    f"{where}: statistics.{name} says {values[channel]} of channel {channel}, the "
+                    f"shard's values give {got[channel]:.6g} ({far.size} channels differ)"
+                )
+        counted = {"abs_max": self._abs_max, "beyond_float16": self._beyond_float16}
+        for name, value in counted.items():
+            # Delta shards do not count values beyond float16: they are float16.
+            if said.get(name, 0 if name == "beyond_float16" else None) != value:
+                raise DamagedShard(
+                    f"{where}: statistics.{name} is {said.get(name)!r}, the values give {value!r}"
+                )
+
 
 KNOWN_NAMES = {
     "cache.json",
@@ -53,7 +121,6 @@ KNOWN_NAMES = {
     INDEX,
     NOTICE,
     "timings.jsonl",
-    "leases",
     "shards",
 }
 _FOR_PEOPLE = ("licen", "readme")
@@ -240,7 +307,7 @@ def _read_patches(
     check_attributes(group, record, info)
     _check_description(group, info, record)
     table = read_shard_table(group, record, info.shape.num_frames)
-    _check_windows(table["timestamps_s"], table["frame_index"], table["crop"], where=str(group))
+    _check_windows(table.timestamps_s, table.frame_index, table.crop, where=str(group))
     tokens = TokenReader(group, info, rows=record.rows)
     files, stored = tokens.open(), tokens.new_frames(1)
     values = np.empty(stored.shape, dtype=np.float32)

@@ -41,7 +41,7 @@ from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 
 NUM_CLASSES = 19
@@ -275,7 +275,7 @@ def write_models(root: Path, patches: dict[str, Any], width: int, layers: int) -
             use_bom=use_bom,
             layer_scale_init=0.5,
         )
-        world = DeltaWorld(config, generator=generator)
+        world = DeltaWorldNetwork(config, generator=generator)
         deltas = {"patches": patches, "tokenizer": tokens}
         world.save_pretrained(root / name, {"deltas": deltas})
     head = SegmentationHead(

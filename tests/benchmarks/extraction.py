@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import platform
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,12 +27,12 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.extract.sources.find import find_clips
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.pipeline.plan_probe import FORWARD_MIN_S, probe_forward
 
 BACKBONES = {
     "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "small": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3},
 }
+FORWARD_MIN_S = 3.0
 FORWARD_S = 600.0
 """At most so long the backbone alone is timed, each time: enough for two full batches anywhere."""
 
@@ -107,22 +108,24 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def _forward(backbone: Backbone, config: ExtractConfig, *, min_s: float) -> float:
     """Frames/s of the backbone alone, the rows copied back as float16."""
-    side = config.frame_size
-    shape = (config.num_frames, 3, side, side)
-    frames = torch.randint(0, 256, shape, dtype=torch.uint8).to(backbone.device)
     batch_frames = config.frames_per_batch(backbone.device.type)
-    batch_windows = max(1, batch_frames // config.num_frames)
-    probe = probe_forward(
-        backbone,
-        torch.Tensor.half,
-        [frames],
-        batch_windows=batch_windows,
-        budget_s=FORWARD_S,
-        min_s=min_s,
-    )
-    return probe.frames_per_s
+    num_frames = max(1, batch_frames // config.num_frames) * config.num_frames
+    shape = (num_frames, 3, config.frame_size, config.frame_size)
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8).to(backbone.device)
+
+    def seconds() -> float:
+        start_s = time.monotonic()
+        backbone.tokens(frames).half().cpu()  # which waits for the device
+        return time.monotonic() - start_s
+
+    seconds()  # the first batch of a shape allocates and chooses kernels
+    spent = [seconds()]
+    while sum(spent) < min_s and sum(spent) + spent[0] < FORWARD_S:
+        spent.append(seconds())
+    return num_frames * len(spent) / sum(spent)
 
 
 def _flop_per_frame(backbone: Backbone, frame_size: int) -> float:

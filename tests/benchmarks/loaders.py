@@ -28,9 +28,10 @@ import zarr
 from deltatok.pipeline.bench import BenchSettings, bench_deltas, bench_patches
 from deltatok.shards import CacheInfo, CacheShape, DeltaShards, PatchShards
 from deltatok.shards.cache import finish_cache, open_cache
-from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
-from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.deltas.writer import write_delta_shard
+from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.shards.windows import ShardRows
 from deltatok.train.data.order import StreamOrder, same_block_share
 from deltatok.train.data.stream import DeltaBlocks, windows_of_group
 
@@ -104,7 +105,7 @@ def make_deltas(folder: Path, num_windows: int, shard_windows: int) -> Path:
     for shard, key in enumerate(keys):
         count = min(shard_windows, num_windows - shard * shard_windows)
         times = np.tile(np.arange(NUM_FRAMES, dtype=np.float32) / 5, (count, 1))
-        rows = DeltaRows(
+        rows = ShardRows(
             tokens=np.roll(tokens, shard, axis=0)[:count].astype(np.float16),
             timestamps_s=times,
             frame_index=np.tile(np.arange(NUM_FRAMES, dtype=np.int32), (count, 1)),
@@ -136,7 +137,7 @@ def make_patches(folder: Path, side: int, gigabytes: float) -> Path:
     tokens_shape = (shard_windows, NUM_FRAMES, side * side, SIZE)
     tokens = rng.standard_normal(tokens_shape, dtype=np.float32).astype(np.float16)
     for shard, key in enumerate(keys):
-        rows = PatchRows(
+        rows = ShardRows(
             tokens=np.roll(tokens, shard, axis=0),
             timestamps_s=np.tile(np.arange(NUM_FRAMES, dtype=np.float32) / 5, (shard_windows, 1)),
             frame_index=np.tile(np.arange(NUM_FRAMES, dtype=np.int32), (shard_windows, 1)),

@@ -16,7 +16,7 @@ from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tin
 from deltatok.train.losses import smooth_l1
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 
 sys.path.append(str(Path(__file__).parents[1] / "train" / "selection"))
 from plain_best_of_many import plain_select
@@ -43,7 +43,7 @@ class OnTheFly:
         self._frame_size = frame_size
         generator = torch.Generator().manual_seed(0)
         self._tokenizer = DeltaTok(DeltaTokConfig(), generator=generator).to(device).eval()
-        self._world = DeltaWorld(DeltaWorldConfig(), generator=generator).to(device)
+        self._world = DeltaWorldNetwork(DeltaWorldConfig(), generator=generator).to(device)
         self._optimizer = torch.optim.AdamW(self._world.parameters(), lr=1e-4, fused=True)
 
     def seconds_per_window(self, windows: int) -> float:

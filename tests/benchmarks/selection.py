@@ -44,10 +44,10 @@ from torch import Tensor
 
 from deltatok.shards.deltas.reader import DeltaShards
 from deltatok.train.models.configs import DeltaWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.selection.folded import ProductsName
 from deltatok.train.selection.noise import CounterNoise, GivenNoise
-from deltatok.train.selection.search import ChunkLosses, Selection, default_chunks, select
+from deltatok.train.selection.search import ChunkLosses, Winners, default_chunks, select
 
 sys.path.append(str(Path(__file__).parents[1] / "train" / "selection"))
 from plain_best_of_many import plain_select
@@ -63,7 +63,7 @@ MEASURED_WINDOWS = 2
 class Problem(NamedTuple):
     """A model and windows to select for."""
 
-    world: DeltaWorld
+    world: DeltaWorldNetwork
     z: Tensor
     timestamps: Tensor
 
@@ -160,11 +160,11 @@ def seconds_of(run: Callable[[], Any], *, device: torch.device) -> float:
 
 def variants(
     device: torch.device, *, compiled: bool
-) -> dict[str, Callable[[Problem, int], Selection | None]]:
+) -> dict[str, Callable[[Problem, int], Winners | None]]:
     """Name -> run(problem, K)."""
     is_cuda = device.type == "cuda"
     full: ProductsName = "bfloat16" if is_cuda else "float32"
-    runs: dict[str, Callable[[Problem, int], Selection | None]] = {
+    runs: dict[str, Callable[[Problem, int], Winners | None]] = {
         "plain": partial(run_plain, autocast=is_cuda),
         "exact": partial(run_select, products=full),
         "bfloat16": partial(run_select, products="bfloat16"),
@@ -197,7 +197,7 @@ def run_select(
     *,
     products: ProductsName,
     chunk_losses: ChunkLosses | None = None,
-) -> Selection:
+) -> Winners:
     """One engineered variant."""
     return select(
         *problem,
@@ -208,7 +208,7 @@ def run_select(
     )
 
 
-def run_finalists(problem: Problem, count: int, *, products: ProductsName) -> Selection:
+def run_finalists(problem: Problem, count: int, *, products: ProductsName) -> Winners:
     """As the trainer's selection_finalists."""
     low = select(
         *problem, problem.noise, num_samples=count, num_finalists=FINALISTS, products=products
@@ -220,7 +220,7 @@ def run_finalists(problem: Problem, count: int, *, products: ProductsName) -> Se
 
 
 def quality(
-    problem: Problem, runs: dict[str, Callable[[Problem, int], Selection | None]], count: int
+    problem: Problem, runs: dict[str, Callable[[Problem, int], Winners | None]], count: int
 ) -> dict[str, dict[str, float]]:
     """Agreement and regret of every variant, by the plain form's float32 losses of the same noise;
     of plain, the regret that a blind pick would have on average."""
@@ -285,13 +285,13 @@ def make_problem(
     generator = torch.Generator().manual_seed(0)
     if world is None:
         config = DeltaWorldConfig(layer_scale_init=1.0, initializer_range=WIDE_STD)
-        model = DeltaWorld(config, generator=generator)
+        model = DeltaWorldNetwork(config, generator=generator)
         z = torch.randn(num_windows, NUM_FRAMES, config.hidden_size, generator=generator)
         times = torch.rand(num_windows, NUM_FRAMES, generator=generator).cumsum(1) / 3
     else:
         if deltas is None:
             raise SystemExit("--world: give the --deltas it was trained on, too")
-        model = DeltaWorld.from_pretrained(world)
+        model = DeltaWorldNetwork.from_pretrained(world)
         shards = DeltaShards(deltas, verify="size")
         picked = torch.randperm(shards.num_windows, generator=generator)[:num_windows].numpy()
         z = torch.from_numpy(shards.tokens(picked)).float()

@@ -7,15 +7,15 @@ from pathlib import Path
 from deltatok.shards import PatchShards
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.data.batches import Batch
-from deltatok.train.data.order import Share
+from deltatok.train.data.order import RankSlice
 from deltatok.train.data.residency import resolve_residency
-from deltatok.train.engine.checkpoints import make_model
+from deltatok.train.engine.checkpoints import initialise
 from deltatok.train.engine.devices import make_accelerator
 from deltatok.train.engine.loop import Trainer
-from deltatok.train.engine.run_folder import Run
+from deltatok.train.engine.run_folder import TrainingRun
 from deltatok.train.models.configs import DeltaTokConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.tokenizer import TokenizerStage
+from deltatok.train.tokenizer import TokenizerObjective
 from deltatok.train.world import train_world
 
 STEPS = 6
@@ -69,17 +69,17 @@ def tokenizer_rate(
         compile=compiled,
     )
     accelerator = make_accelerator(config.device, config.precision)
-    config = resolve_residency(config, shards.size_bytes, accelerator)
-    model, _ = make_model(DeltaTok, config.model, seed=0, start_from=None)
-    run = Run(command="tokenizer", config=config, data={}, fingerprints={})
-    stage = (InMemory if in_memory else TokenizerStage)(
-        model, shards, config, Share(rank=0, num_ranks=1), device=accelerator.device
+    config = resolve_residency(config, shards, accelerator)
+    model, _ = initialise(DeltaTok, config.model, seed=0, start_from=None)
+    run = TrainingRun(command="tokenizer", config=config, data={}, fingerprints={})
+    stage = (InMemory if in_memory else TokenizerObjective)(
+        model, shards, config, RankSlice(rank=0, num_ranks=1), device=accelerator.device
     )
     Trainer(stage, run, accelerator).train()
     return _last_line(out)["pairs_per_s"]
 
 
-class InMemory(TokenizerStage):
+class InMemory(TokenizerObjective):
     """The same stage with no reading: every step gets the first step's tensors."""
 
     _kept: Batch | None = None

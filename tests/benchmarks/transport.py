@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.decoding.pool import DecodedClip, DecodePool
-from deltatok.extract.sampling import SamplingPolicy
 from deltatok.extract.sources.clip import Clip
 
 WORKER = """
@@ -32,7 +31,7 @@ import sys
 import numpy as np
 from deltatok.extract.decoding.clip import DecodedFrames
 from deltatok.extract.decoding import worker
-from deltatok.extract.sampling import WindowDraw
+from deltatok.shards.sampling import WindowDraw
 
 num_frames, height, width = map(int, sys.argv[1:4])
 pixels = np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), np.uint8)
@@ -85,7 +84,7 @@ def main() -> None:
 def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple[float, float]:
     """Bytes/s (median) and CPU seconds a GB of this process, from the second clip on; every clip
     is copied to `space`."""
-    policy = SamplingPolicy.from_config(ExtractConfig(videos=("unused",), out="unused"))
+    policy = ExtractConfig(videos=("unused",), out="unused").sampling_policy()
     clips = [Clip(str(number), Path("unused"), 1) for number in range(num_clips + 1)]
     with DecodePool(policy, num_workers=1, timeout_s=60, worker_command=command) as pool:
         decoded = pool.decode(clips)

@@ -16,12 +16,13 @@ from deltatok.evaluate.report.paper_rows import PaperComparison
 from deltatok.evaluate.report.rows import ReportRow
 from deltatok.evaluate.report.write import Pictures, Report, report_page
 from deltatok.shards.cache import PATCHES, CacheInfo, CacheShape, finish_cache, open_cache
-from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.shards.windows import ShardRows
 from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 
 GRID = (2, 3)
@@ -126,7 +127,7 @@ def write_cache(folder: Path, *, policy: str, backbone: str) -> None:
         first = rng.normal(size=(len(clip), 1, num_tokens, HIDDEN_SIZE))
         drift = rng.normal(size=(len(clip), NUM_FRAMES, num_tokens, HIDDEN_SIZE)).cumsum(axis=1)
         index = np.stack([np.arange(NUM_FRAMES) * 6 + 3 * i for i in range(len(clip))])
-        rows = PatchRows(
+        rows = ShardRows(
             tokens=(first + 0.3 * drift).astype(np.float16),
             timestamps_s=((index + LATE) / 30).astype(np.float32),
             frame_index=index.astype(np.int32),
@@ -169,7 +170,7 @@ def write_models(root: Path, patches: dict[str, Any]) -> None:
             layer_scale_init=1.0,
             initializer_range=0.5,
         )
-        world = DeltaWorld(config, generator=generator)
+        world = DeltaWorldNetwork(config, generator=generator)
         world.save_pretrained(root / name, {"deltas": deltas})
     head = SegmentationHead(
         SegmentationHeadConfig(in_size=HIDDEN_SIZE, num_classes=NUM_CLASSES), generator=generator

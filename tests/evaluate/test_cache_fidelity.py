@@ -14,8 +14,9 @@ from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards import CacheInfo, CacheMismatch, PatchShards, UsageError
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.patches.int8 import channel_scale_of, scale_sha256, write_channel_scale
-from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.shards.windows import ShardRows
 
 Copy = Callable[..., str]
 
@@ -60,7 +61,7 @@ def copy(tiny: Any, tmp_path: Path) -> Copy:
         write_black(folder, source.black)
         if dtype == "int8":
             write_channel_scale(folder, scale)
-        write_patch_shard(folder, 0, PatchRows(**rows), dtype=dtype, seed=1)
+        write_patch_shard(folder, 0, ShardRows(**rows), dtype=dtype, seed=1)
         finish_cache(folder, {})
         return str(folder)
 

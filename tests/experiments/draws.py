@@ -22,9 +22,9 @@ from quickstart_runs import QuickstartRuns, report_values, save
 
 from deltatok.shards import DeltaShards
 from deltatok.train.config import WorldTrainConfig
-from deltatok.train.data.order import Share, split_windows
-from deltatok.train.models.deltaworld import DeltaWorld
-from deltatok.train.world import WorldStage
+from deltatok.train.data.order import RankSlice, split_windows
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
+from deltatok.train.world import DeltaWorldObjective
 
 VALIDATION_FRACTION = 0.05
 """Share of the clips that no run trains on: 17 of the quickstart's 320."""
@@ -115,11 +115,11 @@ def _validation(world: Path, cache: Path) -> dict[str, float]:
         validation_fraction=VALIDATION_FRACTION,
         validation_windows=VALIDATION_WINDOWS,
     )
-    stage = WorldStage(
-        DeltaWorld.from_pretrained(world),
+    stage = DeltaWorldObjective(
+        DeltaWorldNetwork.from_pretrained(world),
         DeltaShards(cache),
         config,
-        Share(rank=0, num_ranks=1),
+        RankSlice(rank=0, num_ranks=1),
         device=torch.device("cpu"),
     )
     with torch.no_grad():

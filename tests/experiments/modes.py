@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from deltatok.train import world as world_training
 from deltatok.train.losses import smooth_l1
-from deltatok.train.selection.selector import Windows
+from deltatok.train.selection.selector import NamedWindows
 
-WORLD_STAGE = world_training.WorldStage
+WORLD_STAGE = world_training.DeltaWorldObjective
 PLAIN = {
     "curves": None,
     "videos": None,
@@ -58,7 +58,7 @@ class SharedStage(WORLD_STAGE):  # type: ignore[misc, valid-type]
         timestamps = batch.tensors["timestamps"][samples]
         count = self.model.config.num_samples_train
         names = [("noise", step, int(number)) for number in batch.samples[samples]]
-        noise = self._selector.noise(Windows(z, timestamps, names))
+        noise = self.selector.noise(NamedWindows(z, timestamps, names))
         queries = noise.chunk(torch.tensor(0), count)
         target = z[:, 1:, None]
         with torch.no_grad():
@@ -115,7 +115,7 @@ def main() -> None:
         evaluate(world, name, first_noise, first_samples, candidates=candidates)
     for winners in arguments.winners:
         SharedStage.num_winners = winners
-        world_training.WorldStage = SharedStage  # type: ignore[misc]
+        world_training.DeltaWorldObjective = SharedStage  # type: ignore[misc]
         name = f"winners-{winners}"
         world = stages.run("world-model", name, {})
         evaluate(

@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -15,7 +14,6 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.extract.sampling import SamplingPolicy
 
 GOLDEN_BACKBONE = Path(__file__).parents[1] / "golden" / "backbone"  # without its weights
 FPS = 25
@@ -119,25 +117,3 @@ def digests() -> Callable[[Path], dict[str, str]]:
         }
 
     return digest
-
-
-@pytest.fixture(scope="session")
-def make_policy() -> Callable[..., SamplingPolicy]:
-    """The paper's policy with a few things changed."""
-
-    def make(**changes: Any) -> SamplingPolicy:
-        fields: dict[str, Any] = {
-            "policy": "windows",
-            "num_frames": 8,
-            "num_windows": 4,
-            "time_stride_range": (1 / 25, 1 / 3),
-            "crop_scale": (0.6, 1.0),
-            "crop_ratio": (3 / 4, 4 / 3),
-            "flip_probability": 0.5,
-            "fps": None,
-            "seed": 0,
-            "min_frames": 2,
-        }
-        return SamplingPolicy(**(fields | changes))
-
-    return make

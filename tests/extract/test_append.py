@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltatok.extract import common
+from deltatok.extract import run
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
@@ -113,7 +113,7 @@ def test_run_that_ended_before_the_plan_grew_is_finished_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "extend_plan", end)
+        patch.setattr(run, "extend_plan", end)
         run_extraction(appending, backbone=backbone)
     with pytest.raises(CacheMismatch, match="has not finished"):
         PatchShards(old)

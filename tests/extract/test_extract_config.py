@@ -3,7 +3,6 @@
 import pytest
 
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.sampling import SamplingPolicy
 from deltatok.shards.errors import UsageError
 
 
@@ -34,7 +33,7 @@ def test_config_refuses(changes: dict, words: str) -> None:
 
 
 def test_defaults_are_the_papers_windows() -> None:
-    policy = SamplingPolicy.from_config(ExtractConfig(videos=("clips",), out="cache"))
+    policy = ExtractConfig(videos=("clips",), out="cache").sampling_policy()
     assert policy.identity() == {
         "policy": "windows",
         "num_frames": 8,
@@ -50,7 +49,7 @@ def test_defaults_are_the_papers_windows() -> None:
 
 def test_uniform_identity_knows_the_rate_and_no_crop() -> None:
     config = ExtractConfig(videos=("clips",), out="cache", sampling="uniform", fps=5.0)
-    identity = SamplingPolicy.from_config(config).identity()
+    identity = config.sampling_policy().identity()
     assert identity == {
         "policy": "uniform",
         "num_frames": 8,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.features import WindowFeatures
-from deltatok.extract.writer import PatchShardWriter
+from deltatok.extract.shard_writer import PatchShardWriter
 
 T, S, N, D = 2, 32, 4, 64
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from torch import Tensor
 
-from deltatok.extract import leases
-from deltatok.extract.backbone import Backbone
+from deltatok.extract.backbone import Backbone, load_frozen_model
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.extract.stop import stop_on_signals
-from deltatok.extract.writer import PatchShardWriter
-from deltatok.shards import DeltatokError, Stopped, UsageError
+from deltatok.extract.shard_writer import PatchShardWriter
+from deltatok.shards import DeltatokError, Stopped, UsageError, plan
 from deltatok.shards import records as publishing
+from deltatok.shards.interrupts import StopRequest
 from deltatok.shards.records import done_shards
 
 ConfigMaker = Callable[..., ExtractConfig]
@@ -36,7 +36,6 @@ def goes_on(
     def check() -> None:
         out = Path(make_config().out)
         assert not list(out.rglob("*.partial-*"))
-        assert not (out / "leases").exists()
         run_extraction(make_config(), backbone=backbone)
         assert digests(out) == digests(finished)
 
@@ -90,19 +89,32 @@ def test_time_limit_stops_with_75(
 
 
 def test_time_limit_ends_what_only_waits() -> None:
-    with stop_on_signals(time_limit_s=0.01) as stop, pytest.raises(Stopped), stop.at_once():
+    with StopRequest(time_limit_s=0.01) as stop, pytest.raises(Stopped), stop.at_once():
         os.read(os.pipe()[0], 1)
 
 
+def test_a_stop_while_the_backbone_loads_is_no_broken_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is caught around the loading, as bad weights, must let a stop through."""
+
+    def load(*_: object, **__: object) -> None:
+        os.read(os.pipe()[0], 1)
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load)
+    with StopRequest(time_limit_s=0.01) as stop, pytest.raises(Stopped), stop.at_once():
+        load_frozen_model(tmp_path)
+
+
 def test_time_limit_that_is_not_reached_leaves_no_alarm() -> None:
-    with stop_on_signals(time_limit_s=1000):
+    with StopRequest(time_limit_s=1000):
         pass
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"min_free": "much"}, {"time_limit": "soon"}, {"time_limit": "0s"}, {"lease_timeout": "0"}],
+    [{"min_free": "much"}, {"time_limit": "soon"}, {"time_limit": "0s"}],
 )
 def test_limits_that_are_none_are_refused(make_config: ConfigMaker, change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(change))}: got"):
@@ -120,7 +132,7 @@ def test_folder_that_became_read_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(leases.Leases, "_create", _refuse)
+        patch.setattr(plan, "create_bytes", _refuse)
         with pytest.raises(DeltatokError, match=r"Read-only file system.*run again"):
             run_extraction(make_config(), backbone=backbone)
     goes_on()
@@ -137,6 +149,6 @@ def test_read_only_shard(
     config = replace(make_config(), max_quarantined=0.2)
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "publish", _refuse)
-        with pytest.raises(DeltatokError, match=r"Read-only file system.*finished shards stay"):
+        with pytest.raises(DeltatokError, match=r"Read-only file system.*what is finished stays"):
             run_extraction(config, backbone=backbone)
     goes_on()

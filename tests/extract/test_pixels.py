@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deltatok.extract.pixels import resize_bilinear, window_pixels
-from deltatok.extract.sampling import WindowDraw
+from deltatok.shards.sampling import WindowDraw
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from deltatok.extract import progress as progress_module
-from deltatok.extract.progress import LOG_EVERY_S, Progress, StageClock
+from deltatok.extract.progress import LOG_EVERY_S, Progress
+from deltatok.shards.stopwatch import Stopwatch
 
 
 @pytest.fixture
@@ -20,33 +21,30 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def stages(now: SimpleNamespace) -> StageClock:
-    clock = StageClock()
-    with clock.at("decode"):
-        now.s += 3
-    with clock.at("backbone"):
-        now.s += 1
-    return clock
+def stages() -> Stopwatch:
+    watch = Stopwatch()
+    watch.add("decode", 3.0)
+    watch.add("backbone", 1.0)
+    return watch
 
 
 def test_log_has_all_facts_where_there_is_no_terminal(
-    now: SimpleNamespace, stages: StageClock, caplog: pytest.LogCaptureFixture
+    now: SimpleNamespace, stages: Stopwatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with Progress(stages, num_clips=100, num_before=20) as progress:
+    with Progress(stages, num_clips=100, num_before=28) as progress:
         progress.add_written(300_000_000)
         progress.add_clip(num_frames=0)
-        progress.add_elsewhere(8)
         now.s += LOG_EVERY_S
         progress.add_clip(num_frames=60)
         assert caplog.messages == [
-            "extract: 30 of 100 clips, 03:30 left, 2.0 frames/s, 10.0 MB/s written, "
+            "extract: 30 of 100 clips, 17:30 left, 2.0 frames/s, 10.0 MB/s written, "
             "1 quarantined, slowest: decode 75 %"
         ]
 
 
 def test_log_comes_now_and_then_and_at_the_end(
-    now: SimpleNamespace, stages: StageClock, caplog: pytest.LogCaptureFixture
+    now: SimpleNamespace, stages: Stopwatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     with Progress(stages, num_clips=100, num_before=0) as progress:
@@ -59,7 +57,7 @@ def test_log_comes_now_and_then_and_at_the_end(
 
 def test_terminal_shows_one_line_with_all_facts(
     now: SimpleNamespace,
-    stages: StageClock,
+    stages: Stopwatch,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,19 +14,21 @@ from types import SimpleNamespace
 import pytest
 from torch import Tensor
 
-from deltatok.extract import common, sink
+from deltatok.extract import ledger
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
-from deltatok.extract.writer import PatchShardWriter, ShardRows
+from deltatok.extract.shard_writer import PatchShardWriter
 from deltatok.shards import (
     CacheMismatch,
     DamagedShard,
     DeltatokError,
     PatchShards,
     Stopped,
+    files,
 )
 from deltatok.shards.records import DoneRecord, done_shards
+from deltatok.shards.windows import ShardRows
 
 PROGRAM = Path(__file__).with_name("interrupted_run.py")
 
@@ -86,7 +88,7 @@ def test_run_that_ended_before_the_last_step_only_does_that(
 
     config = make_config()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "finish_cache", end)
+        patch.setattr(ledger, "finish_cache", end)
         run_extraction(config, backbone=backbone)
     assert run_extraction(config, backbone=backbone).shards_done_now == 0
     assert digests(Path(config.out)) == uninterrupted
@@ -140,7 +142,7 @@ def test_full_disk_stops_cleanly_and_goes_on(
     make_config: ConfigMaker, backbone: Backbone, uninterrupted: dict[str, str], digests: Digests
 ) -> None:
     config = make_config()
-    with pytest.raises(DeltatokError, match=r"No space left on device.*make room and run again"):
+    with pytest.raises(DeltatokError, match=r"No space left on device.*make room .*run again"):
         run_extraction(config, backbone=backbone, writer=_FailingWriter())
     assert done_shards(config.out) == [0]
     run_extraction(config, backbone=backbone)
@@ -151,8 +153,8 @@ def test_nearly_full_disk_is_seen_before_the_shard_is_written(
     make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(min_free="0")
-    monkeypatch.setattr(sink.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(DeltatokError, match=r"needs 0 MB, the disk has 0 MB left"):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DeltatokError, match=r"shard 00000\d takes .* GB, there are 1e-06 GB left"):
         run_extraction(config, backbone=backbone)
     assert not list((Path(config.out) / "shards").iterdir())
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract import making, tally
+from deltatok.extract import ledger, run
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.features import PixelStage
+from deltatok.extract.features import PixelPrefetcher
 from deltatok.extract.pixels import resize_bilinear
 from deltatok.extract.run import ExtractionSummary, clips_per_shard, run_extraction
 from deltatok.shards import PatchShards, TooManyQuarantined, read_cache_info
@@ -149,10 +149,10 @@ def test_pixels_made_ahead_change_no_byte(
 ) -> None:
     """As on a GPU: a thread makes them, five windows ahead, across the ends of shards."""
 
-    def make_stage(**options: Any) -> PixelStage:
-        return PixelStage(**(options | {"num_ahead": 5}))
+    def make_stage(**options: Any) -> PixelPrefetcher:
+        return PixelPrefetcher(**(options | {"num_ahead": 5}))
 
-    monkeypatch.setattr(making, "PixelStage", make_stage)
+    monkeypatch.setattr(run, "PixelPrefetcher", make_stage)
     config = make_config()
     run_extraction(config, backbone=backbone)
     assert digests(Path(config.out)) == digests(finished)
@@ -203,7 +203,7 @@ def test_all_clips_broken_leaves_a_sound_empty_cache(
 def test_a_large_run_stops_early_once_too_many_are_certain(
     make_config: Callable[..., ExtractConfig], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally, "EARLY_STOP_CLIPS", 1)
+    monkeypatch.setattr(ledger, "EARLY_STOP_CLIPS", 1)
     config = make_config(max_quarantined=0.05, frames_per_shard=1)
     with pytest.raises(TooManyQuarantined, match="stopped early"):
         run_extraction(config, backbone=backbone)

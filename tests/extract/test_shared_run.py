@@ -1,4 +1,4 @@
-"""Processes that extract into one folder share the work, whatever becomes of one of them."""
+"""Processes that extract into one folder make a part each, whatever becomes of one of them."""
 
 import json
 import os
@@ -10,33 +10,59 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deltatok.extract import backbone as devices
-from deltatok.extract import common
+from deltatok.extract import ledger
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.holder import Holder
-from deltatok.extract.leases import Leases
+from deltatok.extract.decoding import pool
+from deltatok.extract.decoding.pool import choose_num_workers
+from deltatok.extract.ledger import Part, close_cache
 from deltatok.extract.run import run_extraction
-from deltatok.extract.stop import stop_on_signals
-from deltatok.extract.work import SharedWork
-from deltatok.extract.writer import PatchShardWriter, ShardRows
-from deltatok.shards import Stopped
-from deltatok.shards.plan import clips_by_shard, read_plan
-from deltatok.shards.records import DoneRecord, read_done, write_done
+from deltatok.extract.shard_writer import PatchShardWriter
+from deltatok.shards import (
+    PatchShards,
+    Stopped,
+    TooManyQuarantined,
+    UsageError,
+    devices,
+    read_cache_info,
+)
+from deltatok.shards.files import partial_path
+from deltatok.shards.records import done_shards
 from deltatok.shards.tools.verify import verify_cache
 
 PROGRAM = Path(__file__).with_name("shared_run.py")
+LAUNCHER = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
 Digests = Callable[[Path], dict[str, str]]
 ConfigMaker = Callable[..., ExtractConfig]
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+def _run_shared(config: ExtractConfig, folder: Path, count: int) -> dict[str, Any]:
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    process = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder / "config.json"), str(count)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return {**json.loads(process.stdout), "said": process.stderr}
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_of_which_one_is_killed_make_the_same_cache(
     make_config: ConfigMaker,
     backbone: Backbone,
@@ -45,36 +71,124 @@ def test_processes_of_which_one_is_killed_make_the_same_cache(
     num_processes: int,
 ) -> None:
     config = make_config(frames_per_shard=12)  # six shards
-    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    process = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path / "config.json"), str(num_processes)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
-    assert result["ends"] == [-signal.SIGKILL] + [0] * (num_processes - 1), process.stderr
-    assert sorted(chain.from_iterable(result["made"])) == list(range(6))  # each one once
-    assert result["made"][0] == []
+    result = _run_shared(config, tmp_path, num_processes)
+    assert result["ends"] == [-signal.SIGKILL] + [0] * (num_processes - 1), result["said"]
+    others = sorted(chain.from_iterable(result["made"]))
+    assert others == [shard for shard in range(6) if shard % num_processes]  # each one once
+    assert not read_cache_info(config.out).complete
+    again = run_extraction(config, backbone=backbone)  # without ranks: all that is left
+    assert again.shards_done_now == 6 - len(others)
     assert verify_cache(config.out, deep=True).problems == []
     alone = replace(config, out=str(tmp_path / "alone"))
     run_extraction(alone, backbone=backbone)
     assert digests(Path(config.out)) == digests(Path(alone.out))
 
 
-def _leave(config: ExtractConfig, name: str, holder: dict[str, object]) -> Path:
-    path = Path(config.out) / "leases" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(holder))
-    return path
+def test_the_same_command_started_twice_does_no_harm(
+    make_config: ConfigMaker, finished: Path, digests: Digests, tmp_path: Path
+) -> None:
+    config = make_config()
+    result = _run_shared(config, tmp_path, -2)
+    assert result["ends"] == [0, 0], result["said"]
+    assert set(chain.from_iterable(result["made"])) == {0, 1, 2}
+    assert verify_cache(config.out, deep=True).problems == []
+    assert digests(Path(config.out)) == digests(finished)
 
 
-def _dead() -> dict[str, object]:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return Holder.of_this_process().to_json() | {"pid": process.pid}
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_ranks_make_their_parts_and_the_last_one_closes_the_cache(
+    make_config: ConfigMaker,
+    backbone: Backbone,
+    finished: Path,
+    digests: Digests,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    names: tuple[str, str],
+) -> None:
+    config = make_config()
+    monkeypatch.setenv(names[1], "2")
+    monkeypatch.setenv(names[0], "1")
+    with caplog.at_level("INFO"):
+        assert run_extraction(config, backbone=backbone).shards_done_now == 1
+    assert done_shards(config.out) == [1]
+    assert "1 of 3 shards are done" in caplog.text
+    assert "rank 0 of 2" in caplog.text
+    assert not read_cache_info(config.out).complete
+    monkeypatch.setenv(names[0], "0")
+    assert run_extraction(config, backbone=backbone).shards_done_now == 2
+    assert digests(Path(config.out)) == digests(finished)
+
+
+def test_who_is_not_the_last_leaves_the_share_in_quarantine_to_the_last(
+    make_config: ConfigMaker, backbone: Backbone
+) -> None:
+    """A launcher ends all its processes when one fails: the others would never finish."""
+    config = make_config(max_quarantined=0.0)
+    run_extraction(replace(config, shard_of="0/2"), backbone=backbone)
+    with pytest.raises(TooManyQuarantined):
+        run_extraction(replace(config, shard_of="1/2"), backbone=backbone)
+    assert len(PatchShards(config.out)) == 15
+
+
+@pytest.mark.parametrize(
+    ("shard_of", "environment", "wanted"),
+    [
+        (None, {}, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("1/2", {}, [1, 3, 5, 7]),
+        (None, {"RANK": "2", "WORLD_SIZE": "3"}, [2, 5]),
+        ("1/2", {"RANK": "1", "WORLD_SIZE": "2"}, [3, 7]),
+        (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, [1, 5]),
+        # torchrun, one a node, below srun
+        (
+            None,
+            {"RANK": "5", "WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+            [5],
+        ),
+        # srun, and a batch script, which srun did not start
+        (
+            None,
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "4",
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_ID": "0",
+            },
+            [0, 4],
+        ),
+        (
+            None,
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"},
+            [0, 1, 2, 3, 4, 5, 6, 7],
+        ),
+    ],
+)
+def test_part_of_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+    shard_of: str | None,
+    environment: dict[str, str],
+    wanted: list[int],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    part = Part.of_this_process(shard_of)
+    assert [shard for shard in range(8) if shard in part] == wanted
+
+
+@pytest.mark.parametrize("rank", ["2", "-1", "x"])
+def test_rank_that_is_none_is_refused_before_anything_is_written(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=f"RANK is '{rank}'"):
+        run_extraction(make_config())
+    assert not Path(make_config().out).exists()
+
+
+def test_what_is_left_is_said_with_who_makes_it() -> None:
+    text = Part(index=1, count=4, rank=0, num_ranks=2).elsewhere([0, 3, 4, 5])
+    assert "rank 1 of 2" in text
+    assert "--shard-of 0/4, 3/4" in text
 
 
 class _StoppingWriter(PatchShardWriter):
@@ -85,142 +199,82 @@ class _StoppingWriter(PatchShardWriter):
         return super().convert(tokens)
 
 
-@pytest.fixture
-def begun(make_config: ConfigMaker, backbone: Backbone) -> ExtractConfig:
-    """The config of a cache of which no shard is done."""
+def test_partials_of_another_machine_are_gone_from_a_finished_cache(
+    make_config: ConfigMaker, backbone: Backbone, finished: Path, digests: Digests
+) -> None:
     config = make_config()
     with pytest.raises(Stopped):
         run_extraction(config, backbone=backbone, writer=_StoppingWriter())
-    return config
-
-
-def test_stopped_run_leaves_no_lease(begun: ExtractConfig) -> None:
-    assert not (Path(begun.out) / "leases").exists()
-
-
-def test_leases_of_dead_processes_cost_nothing(
-    begun: ExtractConfig, backbone: Backbone, finished: Path, digests: Digests
-) -> None:
-    for name in ("000000.json", "000002.json", "000002.1.json", "cache.json"):
-        _leave(begun, name, _dead())
-    run_extraction(replace(begun, lease_timeout="1h"), backbone=backbone)
-    assert digests(Path(begun.out)) == digests(finished)
-
-
-def test_lease_of_a_silent_machine_is_taken_over(
-    begun: ExtractConfig, backbone: Backbone, finished: Path, digests: Digests
-) -> None:
-    _leave(begun, "000001.json", {"host": "h", "pid": 1, "machine": "other", "started": ""})
-    partial = Path(begun.out) / "shards" / "000001.zarr.partial-1-00000000"  # of that machine
-    partial.mkdir()
-    run_extraction(replace(begun, lease_timeout="0.2s"), backbone=backbone)
-    assert digests(Path(begun.out)) == digests(finished)
-    assert not partial.exists()
-
-
-def test_lease_left_after_the_last_shard_is_cleared(
-    finished: Path, make_config: ConfigMaker, backbone: Backbone, digests: Digests
-) -> None:
-    config = make_config()
-    wanted = digests(finished)
+    shards = Path(config.out) / "shards"
+    old, fresh = (shards / f"000001.zarr.partial-1-0000000{number}" for number in (0, 1))
+    for partial in (old, fresh):
+        partial.mkdir()
+    long_ago = old.stat().st_mtime - 2 * ledger.STALE_AFTER_S
+    os.utime(old, (long_ago, long_ago))
     run_extraction(config, backbone=backbone)
-    path = Path(config.out) / "cache.json"
-    path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
-    _leave(config, "000001.json", _dead())
-    run_extraction(replace(config, lease_timeout="1h"), backbone=backbone)
-    assert digests(Path(config.out)) == wanted
-
-
-class _SleepingWriter(PatchShardWriter):
-    """Sleeps so long over the first shard that another machine takes it over, which then dies."""
-
-    def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
-        own = folder / "leases" / "000000.json"
-        if own.exists():
-            own.with_name("000000.1.json").write_text("{}")
-            own.unlink()
-            raise OSError("what was being written is gone")
-        return super().write(folder, shard, rows)
-
-
-def test_run_that_lost_a_lease_lets_go_of_the_shard_and_goes_on(
-    make_config: ConfigMaker,
-    backbone: Backbone,
-    finished: Path,
-    digests: Digests,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    config = make_config(lease_timeout="0.2s")
-    summary = run_extraction(config, backbone=backbone, writer=_SleepingWriter())
-    assert "shard 000000: another process took it over" in caplog.text
-    assert summary.shards_done_now == 3
+    assert not old.exists()
+    fresh.rmdir()  # kept: somebody may be writing it
     assert digests(Path(config.out)) == digests(finished)
 
 
-class _WaitingFolder(common.CommonFolder):
-    """Stops where it would wait for others."""
-
-    def wait(self) -> None:
-        raise Stopped("waits")
-
-
-def test_cache_is_finished_only_after_those_who_still_write(
-    finished: Path, backbone: Backbone, tmp_path: Path
+def test_partials_of_living_processes_are_kept(
+    make_config: ConfigMaker, backbone: Backbone, finished: Path
 ) -> None:
-    """Another process tries shard 1 again, say, although it is done."""
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    with (
-        Leases(out, timeout_s=60) as others,
-        Leases(out, timeout_s=60) as mine,
-        stop_on_signals() as stop,
-    ):
-        folder = _WaitingFolder(out, mine, stop, poll_s=0)
-        lease = others.take("000001")
-        assert lease is not None
-        with pytest.raises(Stopped, match="waits"):
-            folder.finish(num_frames=4, changed=True)
-        lease.release()
-        folder.finish(num_frames=4, changed=True)
+    config = make_config()
+    with pytest.raises(Stopped):
+        run_extraction(config, backbone=backbone, writer=_StoppingWriter())
+    own = partial_path(Path(config.out) / "shards" / "000001.zarr")
+    living = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
+    living.mkdir()
+    run_extraction(config, backbone=backbone)
+    assert living.exists()
 
 
-def test_shard_tried_again_by_one_process_is_done_for_the_other(
-    finished: Path, tmp_path: Path
+def test_closing_a_cache_twice_changes_no_byte(
+    finished: Path, digests: Digests, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    pending = clips_by_shard(read_plan(out))
-    record = read_done(out, 0)
-    assert record is not None
-    with Leases(out, timeout_s=60) as mine, Leases(out, timeout_s=60) as theirs:
-        one, other = SharedWork(out, pending, mine), SharedWork(out, pending, theirs)
-        taken = one.take()
-        assert taken is not None
-        write_done(out, record)
-        one.give_back(taken, done=True)
-        second = other.take()
-        assert second is not None
-        assert (taken.shard, second.shard) == (0, 1)
-        assert other.done_elsewhere() == [0]
-        assert (one.left, other.left) == (2, 2)
+    for _ in range(2):
+        close_cache(out, num_frames=4, changed=True, part=Part())
+        assert digests(out) == digests(finished)
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID"])
 @pytest.mark.parametrize(("rank", "wanted"), [("0", "cuda:0"), ("5", "cuda:1"), ("", "cuda:0")])
 def test_each_rank_of_a_machine_has_its_own_gpu(
-    monkeypatch: pytest.MonkeyPatch, rank: str, wanted: str
+    monkeypatch: pytest.MonkeyPatch, name: str, rank: str, wanted: str
 ) -> None:
+    for other in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(other, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv(name, rank)
     assert devices.choose_device("auto") == torch.device(wanted)
 
 
 def test_ranks_of_a_machine_share_its_cores(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltatok.extract.decoding.pool.default_num_workers", lambda: 16)
+    monkeypatch.setattr("deltatok.extract.decoding.pool.num_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert devices.choose_num_workers(make_config(workers=None)) == 2
-    assert devices.choose_num_workers(make_config(workers=3)) == 3
-    assert os.environ["LOCAL_WORLD_SIZE"] == "8"
+    assert choose_num_workers(make_config(workers=None)) == 2
+    assert choose_num_workers(make_config(workers=3)) == 3
+
+
+def test_ranks_of_a_machine_share_its_cores_also_to_fit_the_scales_of_int8(
+    make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def make_pool(*_: object, num_workers: int, **__: object) -> None:
+        started.append(num_workers)
+        raise Stopped
+
+    monkeypatch.setattr("deltatok.extract.decoding.pool.num_cores", lambda: 16)
+    monkeypatch.setattr(pool.DecodePool, "__init__", make_pool)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(Stopped):
+        run_extraction(make_config(workers=None, dtype="int8"), backbone=backbone)
+    assert started == [2]

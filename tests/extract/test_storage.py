@@ -17,11 +17,15 @@ from deltatok.extract import int8_calibration as calibration
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.int8_calibration import fit_channel_scale
-from deltatok.extract.quantise import split_int8, to_bfloat16_bits, to_float16, to_int8
 from deltatok.extract.run import run_extraction
-from deltatok.extract.sampling import SamplingPolicy
+from deltatok.extract.shard_writer import (
+    PatchShardWriter,
+    split_int8,
+    to_bfloat16_bits,
+    to_float16,
+    to_int8,
+)
 from deltatok.extract.sources.find import find_clips
-from deltatok.extract.writer import PatchShardWriter
 from deltatok.shards import (
     CacheMismatch,
     DamagedShard,
@@ -125,7 +129,7 @@ def test_scales_do_not_depend_on_the_order_of_clips_or_the_number_of_workers(
     make_config: ConfigMaker, backbone: Backbone, int8_cache: Path
 ) -> None:
     config = make_config(dtype="int8", workers=2, num_windows=1)
-    policy = SamplingPolicy.from_config(config)
+    policy = config.sampling_policy()
     clips = find_clips(config.videos)[::-1]
     scale = fit_channel_scale(config, policy, backbone, clips)
     np.testing.assert_array_equal(scale, np.load(int8_cache / "channel_scale.npy"))

@@ -2,13 +2,15 @@
 
     python tests/faults/kill_extraction.py --kills 200 --videos PATH... --folder F [--json FILE]
 
-One to --processes processes work on a folder at once; a random one of them is killed and another
-one started, until the folder is finished; then the next folder, until there were --kills kills.
-Half of the kills come at a random moment, half as soon as something is seen that is being written:
-a partial shard, a partial record or list, a new lease, a shard whose record is not there yet.
+--processes processes work on a folder at once, each on its part, by its rank; a random one of them
+is killed and started again, until the folder is finished; then the next folder, until there were
+--kills kills. Every --alike-th folder is worked on by processes without ranks, as if somebody had
+started the same command several times. Half of the kills come at a random moment, half as soon as
+something is seen that is being written: a partial shard, a partial record or list, a shard whose
+record is not there yet.
 
 Every finished folder must hold the same bytes as the undisturbed one (timings.jsonl, which tells
-the clock, excepted), no lease, and no shard made twice. Prints figures as JSON; exits with 1 if a
+the clock, excepted), and with ranks no shard made twice. Prints figures as JSON; exits with 1 if a
 folder differs. Without --backbone and --videos a tiny random one and little clips are made.
 The processes are forked from this one, so that torch is imported only once.
 """
@@ -59,7 +61,6 @@ SIGHTS: dict[str, Callable[[Path], int]] = {
     "a partial record": lambda out: sum(".json.partial-" in n for n in names(out / "shards")),
     "a partial list": lambda out: sum(".partial-" in name for name in names(out)),
     "a shard without record": unpromised,
-    "a lease": lambda out: len(names(out / "leases")),
 }
 
 
@@ -81,6 +82,7 @@ class Figures:
     processes_that_ended_well: int = 0
     folders: int = 0
     folders_equal: int = 0
+    folders_without_ranks: int = 0
     shards_made_twice: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -92,17 +94,17 @@ class Driver:
         self.config, self.backbone = config, backbone
         self.folder: Path = arguments.folder
         self.max_kills: int = arguments.kills
-        self.max_processes: int = arguments.processes
+        self.num_processes: int = arguments.processes
+        self.alike: int = arguments.alike
         self.rng = random.Random(arguments.seed)
         self.whole_s = 0.0
         self.figures = Figures()
-        self.undisturbed_by_kills: set[int] = set()
-        """Processes that were started after the last kill."""
-        self.finished = False
-        """Whether one of these has ended well: whatever a killed one left is put right then."""
+        self.has_ranks = True
+        self.running: dict[int, int] = {}
+        """Process -> its rank."""
 
-    def start(self, out: Path) -> int:
-        """The number of a new process that extracts into `out`."""
+    def start(self, out: Path, rank: int = 0, num_ranks: int = 1) -> int:
+        """The number of a new process that extracts its part into `out`."""
         child = os.fork()
         if child:
             return child
@@ -113,6 +115,7 @@ class Driver:
             os.dup2(log, 2)
             signal.alarm(int(LIMIT_S))
             tqdm.set_lock(threading.RLock())  # a fork would share its lock with killed ones
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
             run_extraction(replace(self.config, out=str(out)), backbone=self.backbone)
             status = 0
         except (DeltatokError, Stopped) as error:
@@ -135,68 +138,65 @@ class Driver:
 
     def disturbed(self, out: Path) -> None:
         """A folder whose processes are killed until it is finished all the same."""
-        running: list[int] = []
-        self.finished = False
+        self.has_ranks = not self.alike or (self.figures.folders + 1) % self.alike != 0
+        num_ranks = self.num_processes if self.has_ranks else 1
+        wanted = set(range(self.num_processes))
         deadline_s = time.monotonic() + LIMIT_S
-        while time.monotonic() < deadline_s and not self.figures.problems:
-            if self.finished and not running:
-                return
-            wanted = self.rng.randint(1, self.max_processes)
-            while not self.finished and len(running) < wanted:
-                running.append(self.start(out))
-                self.undisturbed_by_kills.add(running[-1])
-            if self.finished or self.figures.kills >= self.max_kills:
-                self.wait(running, out, until=lambda: False)
-                continue
-            moment = self.watch(running, out)
-            if running:
-                self.kill(self.rng.choice(running), running, out, moment)
-        for child in running:  # out of time
+        while wanted and time.monotonic() < deadline_s and not self.figures.problems:
+            for rank in wanted.difference(self.running.values()):
+                self.running[self.start(out, rank % num_ranks, num_ranks)] = rank
+            moment = None
+            if self.figures.kills < self.max_kills:
+                moment = self.watch(out, wanted)
+            else:
+                self.wait(out, wanted, until=lambda: False)
+            if moment is not None and self.running:
+                self.kill(self.rng.choice([*self.running]), out, moment, wanted)
+        for child in self.running:  # out of time
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             self.figures.problems.append(f"{out.name}: not finished after {LIMIT_S:.0f} s")
+        self.running.clear()
 
-    def watch(self, running: list[int], out: Path) -> str:
+    def watch(self, out: Path, wanted: set[int]) -> str:
         """Returns at the next moment to kill somebody; gives what was seen, or "any"."""
         moment = self.rng.choice(["any"] * len(SIGHTS) + [*SIGHTS])
         end_s = time.monotonic() + self.rng.uniform(0, self.whole_s)
         if moment == "any":
-            self.wait(running, out, until=lambda: time.monotonic() >= end_s)
+            self.wait(out, wanted, until=lambda: time.monotonic() >= end_s)
             return moment
         sight, end_s = SIGHTS[moment], end_s + self.whole_s
         before = sight(out)
-        self.wait(running, out, until=lambda: sight(out) > before or time.monotonic() >= end_s)
+        self.wait(out, wanted, until=lambda: sight(out) > before or time.monotonic() >= end_s)
         return moment if sight(out) > before else "any"
 
-    def kill(self, child: int, running: list[int], out: Path, moment: str) -> None:
+    def kill(self, child: int, out: Path, moment: str, wanted: set[int]) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        running.remove(child)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-            self.note_end(child, status, out)
+            self.note_end(child, status, out, wanted)
             return
-        self.finished = False
-        self.undisturbed_by_kills.clear()
+        del self.running[child]
         self.figures.kills += 1
         self.figures.kills_by_moment[moment] += 1
         self.figures.shards_done_at_kills.append(len(done_shards(out)))
         ours = [n for n in names(out) + names(out / "shards") if f".partial-{child}-" in n]
         self.figures.kills_that_left_partials += bool(ours)
 
-    def wait(self, running: list[int], out: Path, *, until: Callable[[], bool]) -> None:
+    def wait(self, out: Path, wanted: set[int], *, until: Callable[[], bool]) -> None:
         """Returns when `until` says so, or when all processes have ended."""
-        while running and not until():
-            for child in list(running):
+        while self.running and not until():
+            for child in list(self.running):
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
-                    running.remove(child)
-                    self.note_end(child, status, out)
+                    self.note_end(child, status, out, wanted)
             time.sleep(0.0002)
 
-    def note_end(self, child: int, status: int, out: Path) -> None:
+    def note_end(self, child: int, status: int, out: Path, wanted: set[int]) -> None:
+        """One process less; `wanted`: ranks that have their part to make yet."""
         code = os.waitstatus_to_exitcode(status)
+        wanted.discard(self.running.pop(child))
         self.figures.processes_that_ended_well += code == 0
-        self.finished = self.finished or (code == 0 and child in self.undisturbed_by_kills)
         if code != 0:
             self.figures.problems.append(f"{out.name}: process {child} ended with {code}")
 
@@ -206,18 +206,22 @@ class Driver:
         self.figures.folders_equal += equal
         self.figures.problems += [] if equal else [f"{out.name}: differs from undisturbed"]
         self.figures.problems += map(str, verify_cache(out, deep=True).problems)
-        if (out / "leases").exists():
-            self.figures.problems.append(f"{out.name}: leases are left: {names(out / 'leases')}")
         lines = (out / "timings.jsonl").read_text().splitlines()
         made = Counter(json.loads(line)["shard"] for line in lines)
-        self.figures.shards_made_twice += sum(count - 1 for count in made.values())
+        twice = sum(count - 1 for count in made.values())
+        if self.has_ranks:
+            self.figures.shards_made_twice += twice
+            self.figures.problems += [f"{out.name}: {twice} shards made twice"] if twice else []
+        else:
+            self.figures.folders_without_ranks += 1
 
 
 def main() -> int:
     """Run the comparison; 0 if all folders are equal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=2, help="at most so many at once")
+    parser.add_argument("--processes", type=int, default=2, help="ranks of a folder")
+    parser.add_argument("--alike", type=int, default=3, help="0: all folders with ranks")
     parser.add_argument("--videos", nargs="+", default=None)
     parser.add_argument("--backbone", default=None)
     parser.add_argument("--frame-size", type=int, default=64)

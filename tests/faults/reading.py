@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-import deltatok.shards.opening
+import deltatok.shards.reader
 from deltatok.shards import DeltaShards, DeltatokError, PatchShards
 from deltatok.shards.records import DoneRecord, check_files
 from deltatok.shards.tools.verify import verify_cache
@@ -56,7 +56,7 @@ def read_all(
 ) -> dict[str, str]:
     """Everything a reader gives, as a digest for each column. `many` shards: opened by the index;
     `large` ones: not hashed before they are read, as if no sample had met the damage."""
-    opening: Any = deltatok.shards.opening
+    opening: Any = deltatok.shards.reader
     before = opening.EAGER_SHARDS, opening.check_files
     opening.EAGER_SHARDS = 0 if many else before[0]
     opening.check_files = _check_sizes if large else before[1]

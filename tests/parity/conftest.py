@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deltatok.train.models.configs import DeltaTokConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import (
     DepthHead,
@@ -241,7 +241,7 @@ def _build_model(
         )
         return DeltaTok(config)
     if case["class"] in ("DeltaWorld", "DINOWorld"):
-        cls = {"DeltaWorld": DeltaWorld, "DINOWorld": DINOWorld}[case["class"]]
+        cls = {"DeltaWorld": DeltaWorldNetwork, "DINOWorld": DINOWorld}[case["class"]]
         shared["initializer_range"] = case["initializer_range"]
         return cls(cls.config_class(hidden_size=case["backbone_hidden_size"], **shared, **model))
     if case["class"] == "SegHead":

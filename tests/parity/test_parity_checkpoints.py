@@ -9,7 +9,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from deltatok.train.engine.loop import parameter_groups, warmup_factor
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.official import CLASSES, guess_class, infer_config
 
@@ -75,7 +75,7 @@ def test_parameter_counts_file(parameter_counts_file, comparison):
     comparison.add_all(_numbers(components), _numbers(wanted["components"]), {})
     for name, counts in wanted["models"].items():
         model = _full_size(name)
-        frozen = backbone + (_count(tokenizer) if isinstance(model, DeltaWorld) else 0)
+        frozen = backbone + (_count(tokenizer) if isinstance(model, DeltaWorldNetwork) else 0)
         got = {
             "total_trainable": _count(model),
             "total_unique_including_frozen": _count(model) + frozen,
@@ -84,7 +84,7 @@ def test_parameter_counts_file(parameter_counts_file, comparison):
             got[f"child:{child}"] = {"trainable": _count(module), "all": _count(module)}
         # The released networks hold the frozen ones; ours do not. Rotary tables are no module here.
         got["child:backbone"] = {"trainable": 0, "all": backbone}
-        if isinstance(model, DeltaWorld):
+        if isinstance(model, DeltaWorldNetwork):
             got["child:tokenizer"] = {"trainable": 0, "all": frozen}
         if isinstance(model, DeltaTok):
             got["child:rope_embeddings"] = {"trainable": 0, "all": 0}
@@ -107,8 +107,8 @@ FULL_SIZE = {
         DeltaTokConfig(use_qk_norm=False, use_gated_attn=False, use_swiglu=False)
     ),
     "deltatok_frame": lambda: DeltaTok(DeltaTokConfig(use_delta=False)),
-    "deltaworld_default": lambda: DeltaWorld(DeltaWorldConfig()),
-    "deltaworld_disc": lambda: DeltaWorld(DeltaWorldConfig(use_bom=False)),
+    "deltaworld_default": lambda: DeltaWorldNetwork(DeltaWorldConfig()),
+    "deltaworld_disc": lambda: DeltaWorldNetwork(DeltaWorldConfig(use_bom=False)),
     "dinoworld_default": lambda: DINOWorld(DINOWorldConfig()),
     "dinoworld_bom": lambda: DINOWorld(DINOWorldConfig(use_bom=True)),
 }

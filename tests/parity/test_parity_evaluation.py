@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from deltatok.evaluate.forecast.scores import class_counts, confusion_matrix, squared_errors
 from deltatok.evaluate.forecast.sequences import values
 from deltatok.extract.pixels import resize_bilinear
-from deltatok.extract.sampling import middle_frame_indices, sample_frame_indices
 from deltatok.shards.evaluation.geometry import compute_resize_sizes, cut_of
 from deltatok.shards.evaluation.labels import (
     cityscapes_table,
@@ -19,6 +18,7 @@ from deltatok.shards.evaluation.labels import (
     kb_crop,
     vspw_table,
 )
+from deltatok.shards.sampling import middle_frame_indices, sample_frame_indices
 from deltatok.train.heads.crops import (
     cut_frames,
     cut_labels,

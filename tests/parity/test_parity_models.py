@@ -19,7 +19,7 @@ from deltatok.evaluate.forecast.rollout import (
 from deltatok.extract.backbone import Backbone
 from deltatok.train.losses import log_cosh, mse, smooth_l1
 from deltatok.train.models.deltatok import draw_rope_rescale
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.heads import feature_map
 from deltatok.train.models.rgb_head import RGBHead, sine_cosine_table
 from deltatok.train.models.rope import patch_rope
@@ -98,7 +98,7 @@ def test_deltatok_case(deltatok_case, build_model, comparison):
 def test_world_case(world_case, build_model, comparison):
     case = world_case
     world, backbone = _loaded(case, build_model), _backbone(case)
-    if isinstance(world, DeltaWorld):
+    if isinstance(world, DeltaWorldNetwork):
         tokenizer = _loaded(case.sibling(case.config["tokenizer_case"]), build_model)
         got = _deltaworld_outputs(case, world, backbone, tokenizer)
     else:

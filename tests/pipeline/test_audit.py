@@ -12,8 +12,9 @@ from deltatok.pipeline.audit import AuditConfig, audit_cache
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.shards import main as shards
 from deltatok.shards import CacheMismatch, PatchShards, UsageError
-from deltatok.shards.patches.writer import PatchRows, write_patch_shard
+from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import window_order
+from deltatok.shards.windows import ShardRows
 
 Fails = Callable[..., None]
 
@@ -48,6 +49,14 @@ def test_an_audit_of_what_was_extracted_finds_no_difference(
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["problems"] == []
     assert found["audit"]["largest_error"] < 1e-4
+
+
+def test_a_process_of_a_launcher_audits_all_it_is_asked_to(
+    tiny_inputs: Path, extracted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert audit_cache(config(tiny_inputs, extracted)).differing == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -130,7 +139,7 @@ def rewrite(cache: Path, out: Path, change: Callable[[dict[str, np.ndarray]], No
     }
     change(columns)
     made = np.argsort(window_order(len(windows), seed=0, shard=0))
-    rows = PatchRows(**{name: values[made] for name, values in columns.items()}, keys=reader.keys)
+    rows = ShardRows(**{name: values[made] for name, values in columns.items()}, keys=reader.keys)
     write_patch_shard(out, 0, rows, dtype="float16", seed=0)
     return out
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract.stop import StopRequest
 from deltatok.pipeline import fused
 from deltatok.pipeline.commands.extract import VideosConfig
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.fused import DeltaShardWriter
 from deltatok.shards import DeltaShards, DeltatokError, read_cache_info
+from deltatok.shards.interrupts import StopRequest
 from deltatok.shards.records import done_shards
 from deltatok.shards.tools.verify import verify_cache
 from deltatok.train.models.configs import DeltaTokConfig

@@ -173,6 +173,21 @@ def test_few_clips_stand_for_all(folder: Path, tmp_path: Path) -> None:
     assert plan.clock_hours >= plan.device_hours
 
 
+@pytest.mark.parametrize("changed", [{}, {"sampling": "uniform", "fps": 10.0, "num_frames": 4}])
+def test_windows_are_counted_where_one_clip_is_tried(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(cost_plan, "SAMPLE_CLIPS", 1)
+    monkeypatch.setattr(cost_plan, "SAMPLE_CLIPS_PER_WORKER", 1)
+    config = config_of(folder, tmp_path / "out", **changed)
+    plan = plan_extraction(config)
+    assert (plan.probed, plan.counted) == (1, 6)
+    assert list(plan.quarantined) == ["broken.mp4"]
+    assert plan.windows_error == 0
+    assert extract(words_of(config)) == 0
+    assert plan.windows == read_cache_info(tmp_path / "out").counts["windows"]
+
+
 def test_uniform_windows_are_expected_in_proportion_to_the_bytes_of_videos(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -213,16 +228,15 @@ def test_what_ends_a_plan_leaves_nothing(
 def test_a_signal_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
 ) -> None:
-    write = cost_plan._TimedWriter.write
+    convert = cost_plan._TimedWriter.convert
 
-    def asked(self: Any, out: Path, *rest: Any) -> Any:
-        assert out.is_relative_to(tmp_path)
+    def asked(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        assert list(tmp_path.rglob("*"))
         os.kill(os.getpid(), signal.SIGTERM)
-        return write(self, out, *rest)
+        return convert(self, tokens)
 
-    monkeypatch.setattr(cost_plan._TimedWriter, "write", asked)
-    words = [*words_of(config_of(folder, tmp_path / "out")), "--frames-per-shard", "24", "--plan"]
-    fails(extract, words, 75, "SIGTERM")
+    monkeypatch.setattr(cost_plan._TimedWriter, "convert", asked)
+    fails(extract, [*words_of(config_of(folder, tmp_path / "out")), "--plan"], 75, "SIGTERM")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape
 from deltatok.shards.cache import finish_cache, open_cache
-from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
+from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
-from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import (
     PlanEntry,
     clips_of_shard,
@@ -23,6 +23,7 @@ from deltatok.shards.plan import (
     write_plan,
 )
 from deltatok.shards.records import write_quarantine
+from deltatok.shards.windows import ShardRows
 
 NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
 NUM_TOKENS = GRID[0] * GRID[1]
@@ -44,7 +45,7 @@ class Little:
     info: CacheInfo
     plan: list[PlanEntry]
     rows: list[Any]
-    """Per shard, PatchRows or DeltaRows in the order they were written."""
+    """Per shard, in the order they were written: ShardRows."""
     expected: dict[str, np.ndarray]
     """The columns of `rows` for all windows, in the order of the reader's window numbers."""
 
@@ -109,18 +110,18 @@ def common_columns(num_windows: int, keys: list[str], rng: np.random.Generator) 
     }
 
 
-def patch_rows(num_windows: int, keys: list[str], seed: int) -> PatchRows:
+def patch_rows(num_windows: int, keys: list[str], seed: int) -> ShardRows:
     rng = np.random.default_rng(seed)
     tokens = rng.standard_normal((num_windows, NUM_FRAMES, NUM_TOKENS, HIDDEN_SIZE))
-    return PatchRows(tokens=tokens.astype(np.float32), **common_columns(num_windows, keys, rng))
+    return ShardRows(tokens=tokens.astype(np.float32), **common_columns(num_windows, keys, rng))
 
 
-def delta_rows(num_windows: int, keys: list[str], seed: int) -> DeltaRows:
+def delta_rows(num_windows: int, keys: list[str], seed: int) -> ShardRows:
     rng = np.random.default_rng(seed)
     tokens = rng.standard_normal((num_windows, NUM_FRAMES, HIDDEN_SIZE)).astype(np.float16)
     columns = common_columns(num_windows, keys, rng)
     columns["timestamps_s"] -= columns["timestamps_s"][:, :1].copy()
-    return DeltaRows(tokens=tokens, **columns)
+    return ShardRows(tokens=tokens, **columns)
 
 
 def make_patches(
@@ -195,7 +196,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def unsampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little files are hashed whole before a shard is read; of large ones only samples are, and
     the damage is met where the numbers are read. With this, little files are like large ones."""
-    monkeypatch.setattr("deltatok.shards.opening.check_files", lambda *_, **__: None)
+    monkeypatch.setattr("deltatok.shards.reader.check_files", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -46,9 +46,9 @@ def test_damage_is_found_by_verify_and_never_read_as_values(
     else:
         little.make_patches(folder, dtype=kind)
     if large:  # opened by the index; patch shards not hashed but read by their own checksums
-        monkeypatch.setattr("deltatok.shards.opening.EAGER_SHARDS", 0)
+        monkeypatch.setattr("deltatok.shards.reader.EAGER_SHARDS", 0)
         if kind != "delta":
-            monkeypatch.setattr("deltatok.shards.opening.check_files", lambda *_, **__: None)
+            monkeypatch.setattr("deltatok.shards.reader.check_files", lambda *_, **__: None)
     truth = values(folder, kind)
     rng = random.Random(f"{kind} {large}")
     files = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import deltatok.shards
-from deltatok.extract.sampling import SamplingPolicy, draw_windows
 from deltatok.shards import DeltaShards, PatchShards, read_cache_info
 from deltatok.shards.plan import read_plan, window_order
-from deltatok.shards.tools.export import Selection, export_cache
+from deltatok.shards.sampling import SamplingPolicy, draw_windows
+from deltatok.shards.tools.export import ClipSelection, export_cache
 
 FORMAT = (Path(deltatok.shards.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -43,7 +43,7 @@ def test_every_file_field_and_array_is_specified(little: Any, tmp_path: Path, ki
     source = getattr(little, f"make_{kind}")(tmp_path / "source").folder
     dtype = {"dtype": "int8"} if kind == "patches" else {}
     cache = tmp_path / "cache"
-    export_cache([source], cache, selection=Selection(limit=5), **dtype)
+    export_cache([source], cache, selection=ClipSelection(limit=5), **dtype)
     names = {path.name for path in cache.iterdir() if path.suffix != ""}
     for path in cache.rglob("*.json"):
         if path.name not in ("zarr.json",):

@@ -113,15 +113,8 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
 
 def test_done_record_comes_back(little: Any, patches: Any) -> None:
     quarantined = [Quarantined(clip="x", stage="decode", reason="no frames", attempts=2)]
-    written = write_patch_shard(
-        patches.folder,
-        1,
-        patches.rows[1],
-        dtype="float16",
-        seed=7,
-        decoders={"a": "pyav"},
-        quarantined=quarantined,
-    )
+    rows = replace(patches.rows[1], decoders={"a": "pyav"}, quarantined=quarantined)
+    written = write_patch_shard(patches.folder, 1, rows, dtype="float16", seed=7)
     assert read_done(patches.folder, 1) == written
     assert (written.quarantined, written.decoders) == (quarantined, {"a": "pyav"})
     assert read_done(patches.folder, 2) is None
@@ -131,14 +124,8 @@ def test_done_record_comes_back(little: Any, patches: Any) -> None:
 def test_quarantine_lists_the_entries_of_all_done_records_sorted(patches: Any) -> None:
     for shard, clip in ((0, "z"), (1, "a")):
         entry = Quarantined(clip=clip, stage="open", reason="é", attempts=2)
-        write_patch_shard(
-            patches.folder,
-            shard,
-            patches.rows[shard],
-            dtype="float16",
-            seed=7,
-            quarantined=[entry],
-        )
+        rows = replace(patches.rows[shard], quarantined=[entry])
+        write_patch_shard(patches.folder, shard, rows, dtype="float16", seed=7)
     write_quarantine(patches.folder)
     lines = (patches.folder / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["clip"] for line in lines] == ["a", "z"]

@@ -14,7 +14,7 @@ from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShard
 from deltatok.shards.cache import NOTICE, finish_cache
 from deltatok.shards.index import INDEX
 from deltatok.shards.patches.writer import write_patch_shard
-from deltatok.shards.samples import sample_sha256
+from deltatok.shards.records import sample_sha256
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 
@@ -24,7 +24,7 @@ TOKENS = "tokens/c/0/0/0/0"
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cache counts as large: opened by its index."""
-    monkeypatch.setattr("deltatok.shards.opening.EAGER_SHARDS", 0)
+    monkeypatch.setattr("deltatok.shards.reader.EAGER_SHARDS", 0)
 
 
 def equal_shards(little: Any, folder: Path, *, kind: str) -> Path:
@@ -56,7 +56,7 @@ def test_a_file_swapped_with_another_shards_is_refused_on_read(
     little: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opened_by: str
 ) -> None:
     if opened_by == "index":
-        monkeypatch.setattr("deltatok.shards.opening.EAGER_SHARDS", 0)
+        monkeypatch.setattr("deltatok.shards.reader.EAGER_SHARDS", 0)
     folder = equal_shards(little, tmp_path / "cache", kind="patches")
     shards = folder / "shards"
     if (shards / "000000.zarr" / name).stat().st_size != (
@@ -75,7 +75,7 @@ def test_a_large_file_swapped_is_told_by_its_sample(
     little: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltatok.shards.records.SAMPLED_ABOVE_BYTES", 256)
-    monkeypatch.setattr("deltatok.shards.samples.PIECE_BYTES", 16)
+    monkeypatch.setattr("deltatok.shards.records.PIECE_BYTES", 16)
     folder = equal_shards(little, tmp_path / "cache", kind="patches")
     record = json.loads((folder / "shards/000000.json").read_text())
     path = f"shards/000000.zarr/{TOKENS}"

@@ -11,11 +11,12 @@ import torch
 
 from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape
 from deltatok.shards.cache import finish_cache, open_cache
-from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
+from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
-from deltatok.shards.patches.writer import PatchRows, write_black, write_patch_shard
+from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
 from deltatok.shards.records import write_quarantine
+from deltatok.shards.windows import ShardRows
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 
@@ -106,7 +107,7 @@ def write_patches(folder: Path, cache: LittleCache) -> Path:
         count = len(tokens)
         first = np.tile(np.arange(cache.windows_per_clip) * cache.num_frames, len(clips))
         frames = (first[:, None] + np.arange(cache.num_frames)).astype(np.int32)
-        rows = PatchRows(
+        rows = ShardRows(
             tokens=tokens,
             timestamps_s=(frames * 0.2).astype(np.float32),
             frame_index=frames,
@@ -149,7 +150,7 @@ def write_deltas_cache(
     planned = keys or ["clip00.mp4"]  # a clip that gave no window
     write_plan(folder, [PlanEntry(key=k, source=k, size_bytes=1, shard=0) for k in planned])
     times = np.tile(np.arange(num_frames) * 0.2, (num_clips, 1)).astype(np.float32)
-    rows = DeltaRows(
+    rows = ShardRows(
         tokens=np.stack(tokens, axis=1).astype(np.float16),
         timestamps_s=times,
         frame_index=np.zeros((num_clips, num_frames), dtype=np.int32),

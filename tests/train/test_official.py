@@ -11,7 +11,7 @@ from deltatok.shards.errors import DeltatokError, UsageError
 from deltatok.train.engine.model_folder import read_provenance, weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import (
     DepthHead,
@@ -48,8 +48,8 @@ MODELS = {
         lambda: DeltaTok(DeltaTokConfig(intermediate_size=64, use_delta=False, **TOKENIZER)),
         {"use_delta": False},
     ),
-    "world": (lambda: DeltaWorld(DeltaWorldConfig(**PREDICTOR)), {}),
-    "discriminative": (lambda: DeltaWorld(DeltaWorldConfig(use_bom=False, **PREDICTOR)), {}),
+    "world": (lambda: DeltaWorldNetwork(DeltaWorldConfig(**PREDICTOR)), {}),
+    "discriminative": (lambda: DeltaWorldNetwork(DeltaWorldConfig(use_bom=False, **PREDICTOR)), {}),
     "dinoworld": (lambda: DINOWorld(DINOWorldConfig(**PREDICTOR)), {}),
     "segmentation": (
         lambda: SegmentationHead(SegmentationHeadConfig(in_size=4, num_classes=3)),

@@ -12,17 +12,17 @@ import torch
 from deltatok.shards import PatchShards, Stopped, UsageError
 from deltatok.shards.files import sha256_file
 from deltatok.train.config import DINOWorldTrainConfig
-from deltatok.train.data.order import Share
-from deltatok.train.dinoworld import DINOWorldStage, train_dinoworld
+from deltatok.train.data.order import RankSlice
+from deltatok.train.dinoworld import DINOWorldObjective, train_dinoworld
 from deltatok.train.engine import loop
-from deltatok.train.engine.checkpoints import make_model
+from deltatok.train.engine.checkpoints import initialise
 from deltatok.train.engine.logs import Meter
 from deltatok.train.engine.model_folder import read_provenance
 from deltatok.train.models.configs import DINOWorldConfig
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.selection import selector as selection
 from deltatok.train.selection.search import Chunks
-from deltatok.train.selection.selector import Windows
+from deltatok.train.selection.selector import NamedWindows
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -62,16 +62,18 @@ def dino_config(tmp_path: Path, patches: Path) -> Make:
     return make
 
 
-def stage_of(config: DINOWorldTrainConfig, share: Share | None = None) -> DINOWorldStage:
-    model, _ = make_model(DINOWorld, config.model, seed=config.seed, start_from=None)
+def objective_of(
+    config: DINOWorldTrainConfig, ranks: RankSlice | None = None
+) -> DINOWorldObjective:
+    model, _ = initialise(DINOWorld, config.model, seed=config.seed, start_from=None)
     shards = PatchShards(config.patches)
-    return DINOWorldStage(model, shards, config, share or Share(), device=CPU)
+    return DINOWorldObjective(model, shards, config, ranks or RankSlice(), device=CPU)
 
 
-def losses_of(stage: DINOWorldStage) -> torch.Tensor:
-    batch = stage.read(1)
+def losses_of(objective: DINOWorldObjective) -> torch.Tensor:
+    batch = objective.read(1)
     meter = Meter("windows", CPU)
-    return stage.losses(stage.model, batch, slice(None), step=1, meter=meter)[0]
+    return objective.losses(objective.model, batch, slice(None), step=1, meter=meter)[0]
 
 
 @pytest.mark.parametrize("use_bom", [True, False])
@@ -144,29 +146,29 @@ def test_portions_of_windows_and_samples_change_no_choice(
     dino_config: Make, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dino_config()
-    whole = losses_of(stage_of(config))
+    whole = losses_of(objective_of(config))
     monkeypatch.setattr(selection, "default_chunks", lambda *_, **__: chunks)
-    torch.testing.assert_close(losses_of(stage_of(config)), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(losses_of(objective_of(config)), whole, atol=1e-6, rtol=1e-5)
 
 
 def test_ranks_compute_the_windows_of_one_process(dino_config: Make) -> None:
     config = dino_config()
-    stages = [stage_of(config, Share(rank=rank, num_ranks=2)) for rank in range(2)]
-    parts = torch.cat([losses_of(stage) for stage in stages])
-    torch.testing.assert_close(parts, losses_of(stage_of(config)), atol=1e-6, rtol=1e-5)
-    numbers = [number for stage in stages for number in stage.read(1).samples]
+    objectives = [objective_of(config, RankSlice(rank=rank, num_ranks=2)) for rank in range(2)]
+    parts = torch.cat([losses_of(objective) for objective in objectives])
+    torch.testing.assert_close(parts, losses_of(objective_of(config)), atol=1e-6, rtol=1e-5)
+    numbers = [number for objective in objectives for number in objective.read(1).samples]
     assert numbers == list(range(6))  # each draws noise of its own
 
 
 def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Make) -> None:
-    stage = stage_of(dino_config())
-    batch = stage.read(1)
+    objective = objective_of(dino_config())
+    batch = objective.read(1)
     names = [("noise", 1, int(number)) for number in batch.samples]
     x, times = batch.tensors["x"].float(), batch.tensors["timestamps"]
-    found, _ = stage._selector.train(Windows(x, times, names), step=1, checks=False)
+    found, _ = objective.selector.train(NamedWindows(x, times, names), step=1, checks=False)
     assert found.best_losses.shape == (6, 3)
     assert torch.all(found.best_losses < found.mean_losses)
-    torch.testing.assert_close(losses_of(stage), found.best_losses.mean(1))
+    torch.testing.assert_close(losses_of(objective), found.best_losses.mean(1))
 
 
 def test_dino_world_config_refuses_no_memory_for_selection() -> None:
@@ -188,7 +190,7 @@ def test_dino_world_selects_in_bfloat16_and_tells_its_regret(
 
 def test_dino_world_has_no_float8(dino_config: Make) -> None:
     with pytest.raises(UsageError, match="float8: got DINO-world, wanted DeltaWorld"):
-        stage_of(dino_config(selection_dtype="float8"))
+        objective_of(dino_config(selection_dtype="float8"))
 
 
 def test_a_discriminative_model_selects_nothing(dino_config: Make, log_lines: Make) -> None:

@@ -15,10 +15,11 @@ import torch
 from deltatok.shards import CacheMismatch, DeltaShards, PatchShards
 from deltatok.shards.cache import finish_cache, reopen_cache
 from deltatok.shards.files import sha256_file
-from deltatok.shards.patches.writer import PatchRows, write_patch_shard
+from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import extend_plan, num_shards, read_plan
 from deltatok.shards.records import Quarantined, read_done
 from deltatok.shards.tools.verify import verify_cache
+from deltatok.shards.windows import ShardRows
 from deltatok.train import encode as tokenize
 from deltatok.train.config import TokenizeConfig
 from deltatok.train.encode import write_deltas
@@ -105,7 +106,7 @@ def append_clip(folder: Path) -> None:
     """A new clip with two windows, in a shard of its own."""
     source = PatchShards(folder)
     windows = np.arange(2)
-    rows = PatchRows(
+    rows = ShardRows(
         tokens=source.tokens(windows),
         timestamps_s=source.timestamps_s(windows),
         frame_index=source.frame_index(windows),
@@ -146,7 +147,7 @@ def lose_clip(folder: Path) -> None:
     source, record = PatchShards(folder), read_done(folder, 0)
     assert record is not None
     windows = np.flatnonzero(source.clip_index < len(record.keys) - 1)
-    rows = PatchRows(
+    rows = ShardRows(
         tokens=source.tokens(windows),
         timestamps_s=source.timestamps_s(windows),
         frame_index=source.frame_index(windows),
@@ -154,10 +155,10 @@ def lose_clip(folder: Path) -> None:
         flipped=source.flipped[windows],
         clip=source.clip_index[windows].astype(np.int32),
         keys=record.keys[:-1],
+        quarantined=[Quarantined(clip=record.keys[-1], stage="decode", reason="hung", attempts=2)],
     )
-    lost = Quarantined(clip=record.keys[-1], stage="decode", reason="hung", attempts=2)
     counts = reopen_cache(folder).counts
-    write_patch_shard(folder, 0, rows, dtype="float16", seed=0, quarantined=[lost])
+    write_patch_shard(folder, 0, rows, dtype="float16", seed=0)
     finish_cache(folder, counts)
 
 

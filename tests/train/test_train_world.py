@@ -11,34 +11,36 @@ import torch
 
 from deltatok.shards import CacheMismatch, DeltaShards, UsageError
 from deltatok.train.data.batches import Batch
-from deltatok.train.data.order import Share
-from deltatok.train.engine.checkpoints import make_model
+from deltatok.train.data.order import RankSlice
+from deltatok.train.engine.checkpoints import initialise
 from deltatok.train.engine.logs import Meter
 from deltatok.train.engine.model_folder import read_provenance, read_tensors
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.selection import selector as selection
-from deltatok.train.selection.search import Chunks, Selection
-from deltatok.train.selection.selector import Windows
-from deltatok.train.world import WorldStage, train_world
+from deltatok.train.selection.search import Chunks, Winners
+from deltatok.train.selection.selector import NamedWindows
+from deltatok.train.world import DeltaWorldObjective, train_world
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")
 
 
-def stage_of(config: Any, share: Share | None = None) -> WorldStage:
-    model, _ = make_model(DeltaWorld, config.model, seed=config.seed, start_from=None)
-    return WorldStage(model, DeltaShards(config.deltas), config, share or Share(), device=CPU)
+def objective_of(config: Any, ranks: RankSlice | None = None) -> DeltaWorldObjective:
+    model, _ = initialise(DeltaWorldNetwork, config.model, seed=config.seed, start_from=None)
+    return DeltaWorldObjective(
+        model, DeltaShards(config.deltas), config, ranks or RankSlice(), device=CPU
+    )
 
 
-def windows_of(batch: Batch, step: int) -> Windows:
+def windows_of(batch: Batch, step: int) -> NamedWindows:
     names = [("noise", step, int(number)) for number in batch.samples]
-    return Windows(batch.tensors["z"].float(), batch.tensors["timestamps"], names)
+    return NamedWindows(batch.tensors["z"].float(), batch.tensors["timestamps"], names)
 
 
-def selected(stage: WorldStage, step: int) -> Selection:
-    """What a step's selection gives for the stage's batch."""
-    batch = stage.read(step)
-    return stage._selector.train(windows_of(batch, step), step=step, checks=False)[0]
+def selected(objective: DeltaWorldObjective, step: int) -> Winners:
+    """What a step's selection gives for the objective's batch."""
+    batch = objective.read(step)
+    return objective.selector.train(windows_of(batch, step), step=step, checks=False)[0]
 
 
 @pytest.mark.parametrize("use_bom", [True, False])
@@ -64,11 +66,11 @@ def test_world_loss_falls_below_the_mean_tokens(
 
 
 def test_selection_takes_the_lowest_loss_and_the_step_trains_it(world_config: Make) -> None:
-    stage = stage_of(world_config())
-    batch = stage.read(3)
-    found = selected(stage, 3)
-    losses, extras = stage.losses(
-        stage.model, batch, slice(None), step=3, meter=Meter("windows", CPU)
+    objective = objective_of(world_config())
+    batch = objective.read(3)
+    found = selected(objective, 3)
+    losses, extras = objective.losses(
+        objective.model, batch, slice(None), step=3, meter=Meter("windows", CPU)
     )
     assert torch.allclose(losses, found.best_losses.mean(1), rtol=1e-4)
     mean = found.mean_losses.mean().item()
@@ -82,9 +84,9 @@ def test_chunks_change_no_choice(
     world_config: Make, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = world_config()
-    whole = selected(stage_of(config), 2)
+    whole = selected(objective_of(config), 2)
     monkeypatch.setattr(selection, "default_chunks", lambda *_, **__: chunks)
-    parts = selected(stage_of(config), 2)
+    parts = selected(objective_of(config), 2)
     assert torch.equal(whole.queries, parts.queries)
     torch.testing.assert_close(whole.best_losses, parts.best_losses)
     torch.testing.assert_close(whole.mean_losses, parts.mean_losses)
@@ -92,31 +94,31 @@ def test_chunks_change_no_choice(
 
 def test_ranks_draw_the_noise_of_one_process(world_config: Make) -> None:
     config = world_config()
-    whole = selected(stage_of(config), 2)
-    parts = [selected(stage_of(config, Share(rank=r, num_ranks=2)), 2) for r in range(2)]
+    whole = selected(objective_of(config), 2)
+    parts = [selected(objective_of(config, RankSlice(rank=r, num_ranks=2)), 2) for r in range(2)]
     assert torch.equal(whole.queries, torch.cat([part.queries for part in parts]))
 
 
 def test_noise_differs_between_steps_and_windows(world_config: Make) -> None:
-    stage = stage_of(world_config())
+    objective = objective_of(world_config())
     names: list[tuple[int | str, ...]] = [("noise", 0, 0), ("noise", 0, 1), ("noise", 1, 0)]
-    windows = Windows(torch.empty(3, 5, 8), torch.empty(3, 5), names)
-    noise = stage._selector.noise(windows).chunk(torch.tensor(0), 6)
+    windows = NamedWindows(torch.empty(3, 5, 8), torch.empty(3, 5), names)
+    noise = objective.selector.noise(windows).chunk(torch.tensor(0), 6)
     assert noise.shape == (3, 4, 6, 16)
     assert noise.std().item() == pytest.approx(0.02, rel=0.1)
     assert len({tuple(drawn.flatten().tolist()) for drawn in noise}) == 3
 
 
 def test_validation_noise_is_the_same_every_time(world_config: Make) -> None:
-    stage = stage_of(world_config())
+    objective = objective_of(world_config())
     with torch.no_grad():
-        assert stage.evaluate() == stage.evaluate()
+        assert objective.evaluate() == objective.evaluate()
 
 
 def test_world_folder_tells_its_story(world_config: Make, deltas: Path) -> None:
     config = world_config(steps=2)
     out = train_world(config)
-    assert DeltaWorld.from_pretrained(out).config == config.model
+    assert DeltaWorldNetwork.from_pretrained(out).config == config.model
     assert read_provenance(out)["deltas_fingerprint"] == DeltaShards(deltas).fingerprint
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...shards.errors import UsageError
-from .order import Indices, Share, uniforms
+from .order import Indices, RankSlice, uniforms
 from .residency import WindowSource
 from .stream import DEPTH
 
@@ -75,7 +75,7 @@ class Batch:
     """One rank's samples of one step. B samples; a stage names its tensors."""
 
     tensors: dict[str, Tensor]
-    """What the stage's forward needs. Axis 0 is not always B: pairs share frames."""
+    """What the stage's forward needs. Axis 0 is not always B: pairs ranks frames."""
     samples: Indices
     """int64 (B,): number of each sample in the global batch; what draws are made from."""
     windows: Indices
@@ -99,7 +99,7 @@ class TokenizerBatches:
     """Frame pairs out of whole windows of T frames. A sample is a pair.
 
     The global batch of P pairs takes ceil(P / (T - 1)) windows; each gives its T - 1 consecutive
-    pairs, the last one only as many as complete the batch. With wide_pair_fraction, that share of
+    pairs, the last one only as many as complete the batch. With wide_pair_fraction, that ranks of
     the pairs is replaced by a pair of the same window whose frames are two or more apart.
     """
 
@@ -111,12 +111,12 @@ class TokenizerBatches:
         num_frames: int,
         batch_size: int,
         seed: int,
-        share: Share,
+        ranks: RankSlice,
         wide_pair_fraction: float = 0.0,
     ) -> None:
         check_frames(num_frames, least=3 if wide_pair_fraction > 0 else 2)
         self._frames = frames
-        self._slice = share.of(batch_size)
+        self._slice = ranks.of(batch_size)
         self._batch_size = batch_size
         self._pairs_per_window = num_frames - 1
         self._seed = seed
@@ -159,10 +159,10 @@ class WorldBatches:
     """Whole windows of delta tokens. A sample is a window."""
 
     def __init__(
-        self, rows: WindowSource, windows: Indices, *, batch_size: int, seed: int, share: Share
+        self, rows: WindowSource, windows: Indices, *, batch_size: int, seed: int, ranks: RankSlice
     ) -> None:
         self._rows = rows
-        self._slice = share.of(batch_size)
+        self._slice = ranks.of(batch_size)
         self._batch_size = batch_size
         self.order = rows.order(windows, batch_size, seed)
 

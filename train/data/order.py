@@ -1,22 +1,18 @@
-"""Which windows a training step sees: pure functions of (seed, epoch, step, rank).
+"""Which windows a training step sees, and every random number of training.
 
     split_windows   clips -> training and validation windows, by a hash of the clip's key
     BatchOrder      step -> the windows of the global batch: one permutation an epoch, O(1) seek
-    Share           the slice of every global batch that one rank computes
+    StreamOrder     the same for `residency: stream`: whole blocks in seeded order, mixed in groups
+    RankSlice       the slice of every global batch that one rank computes
 
-Used by data.py and head.py.
-
-Every random number of training, as a pure function of the seed and of what it is drawn for.
-
-No generator lives from one step to the next, so that a resumed run draws what the uninterrupted one
-would have, and a rank draws what a single process would have drawn for the same samples. numpy's
-bit generators have a fixed stream; its distributions do not, so only raw bits are used.
-
-The order of `residency: stream`: whole blocks in seeded order, mixed within groups of blocks.
+All are pure functions of the seed and of what is asked for. No generator lives from one step to the
+next, so that a resumed run draws what the uninterrupted one would have, and a rank draws what a
+single process would have drawn for the same samples. numpy's bit generators have a fixed stream;
+its distributions do not, so only raw bits are used.
 
 A disk gives its full rate only to long reads. So a block (windows that follow one another in a
 file) is read whole, the blocks of an epoch come in a random order, as many as make a group are held
-at once, and the windows of a group are permuted among themselves. Used by data.py and stream.py.
+at once, and the windows of a group are permuted among themselves.
 """
 
 import functools
@@ -61,7 +57,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RankSlice:
     """Which slice of every global batch this process computes."""
 
     rank: int = 0
@@ -145,7 +141,7 @@ def check_enough(windows: Indices, per_batch: int) -> None:
         )
 
 
-def evenly(windows: Indices, count: int) -> Indices:
+def spread(windows: Indices, count: int) -> Indices:
     """At most `count` of `windows`, spread evenly over them."""
     if len(windows) <= count:
         return windows
@@ -166,7 +162,7 @@ def _unit_hash(key: str) -> float:
 
 @dataclass(frozen=True, eq=False)
 class StreamOrder:
-    """As order.BatchOrder: the windows of every step, a function of (seed, epoch, step)."""
+    """As BatchOrder: the windows of every step, a function of (seed, epoch, step)."""
 
     windows: Indices
     """int64 (W,), ascending: what there is."""

@@ -16,16 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
 from ...shards.deltas.reader import DeltaShards
 from ...shards.patches.reader import PatchShards
-from ...shards.reader import CacheReader
 from ..config import Residency, TrainConfig
 from ..engine.devices import Accelerator
 from .order import BatchOrder, Indices, StreamOrder
@@ -85,6 +84,7 @@ PAGE_CACHE_SHARE = 0.9
 AnyConfig = TypeVar("AnyConfig", bound=TrainConfig)
 
 Read = Callable[[Indices], tuple[Tensor, ...]]
+ReadInto = Callable[[Indices, Take], tuple[Tensor, ...]]
 
 
 class Order(Protocol):
@@ -103,7 +103,7 @@ class WindowSource:
     """The windows of a cache, w of them at a time, as K tensors (w, ...).
 
     `read` and `read_any` have a ring of buffers each: what they give is valid until `num_buffers`
-    (patch_source, delta_source) further batches are asked for.
+    (window_source) further batches are asked for.
     """
 
     read: Read
@@ -116,64 +116,48 @@ class WindowSource:
     """(windows, per_batch, seed) -> the order in which `read` is fast."""
 
 
-def patch_source(
-    shards: PatchShards,
+def window_source(
+    shards: PatchShards | DeltaShards,
     *,
     residency: Residency,
     device: torch.device = CPU,
     num_buffers: int = NUM_BUFFERS,
 ) -> WindowSource:
-    """K = 1: patch tokens (w, T, N, D), float16 as stored, float32 of other dtypes.
+    """Patch cache, K = 1: tokens (w, T, N, D), float16 as stored, float32 of other dtypes. Delta
+    cache, K = 2: tokens float16 (w, T, D) and timestamps float32 (w, T), seconds.
 
     device: where residency `device` keeps and gathers them. num_buffers: batches of one reader that
     are valid at once.
     """
+    place = choose_place(memory_bytes(shards), residency=residency, device=device)
+    if place in ("device", "memory"):
+        loaded = (shards.load(),) if isinstance(shards, PatchShards) else shards.load()
+        held = [*map(torch.from_numpy, loaded)]
+        return _held(held, device if place == "device" else CPU, num_buffers)
+    blocks: Blocks | None = None
+    if place == "stream":
+        blocks = PatchBlocks(shards) if isinstance(shards, PatchShards) else DeltaBlocks(shards)
+    return _source(partial(_read_files, shards), blocks, num_buffers)
+
+
+def _read_files(
+    shards: PatchShards | DeltaShards, windows: Indices, take: Take
+) -> tuple[Tensor, ...]:
+    shape = (len(windows), *shards.shape)
+    if isinstance(shards, DeltaShards):
+        out = take(shape, np.dtype(np.float16))
+        shards.tokens(windows, out=out.numpy())
+        return out, torch.from_numpy(shards.timestamps_s(windows))
     raw = shards.dtype == "float16"  # converted on the device
-
-    def from_files(windows: Indices, take: Take) -> tuple[Tensor, ...]:
-        shape = (len(windows), *shards.shape)
-        out = take(shape, np.dtype(np.float16 if raw else np.float32))
-        (shards.stored_tokens if raw else shards.tokens)(windows, out=out.numpy())
-        return (out,)
-
-    place = choose_place(shards.size_bytes, residency=residency, device=device)
-    if place in ("device", "memory"):
-        held = [torch.from_numpy(shards.load())]
-        return _held(held, device if place == "device" else CPU, num_buffers)
-    blocks = PatchBlocks(shards) if place == "stream" else None
-    return _source(from_files, blocks, num_buffers)
+    out = take(shape, np.dtype(np.float16 if raw else np.float32))
+    (shards.stored_tokens if raw else shards.tokens)(windows, out=out.numpy())
+    return (out,)
 
 
-def delta_source(
-    shards: DeltaShards,
-    *,
-    residency: Residency,
-    device: torch.device = CPU,
-    num_buffers: int = NUM_BUFFERS,
-) -> WindowSource:
-    """K = 2: delta tokens float16 (w, T, D) and timestamps float32 (w, T), seconds.
-
-    device: where residency `device` keeps and gathers them. num_buffers: batches of one reader that
-    are valid at once.
-    """
-    num_frames, size = shards.shape
-
-    def from_files(windows: Indices, take: Take) -> tuple[Tensor, ...]:
-        tokens = take((len(windows), num_frames, size), np.dtype(np.float16))
-        shards.tokens(windows, out=tokens.numpy())
-        return tokens, torch.from_numpy(shards.timestamps_s(windows))
-
-    size_bytes = delta_bytes(shards)
-    place = choose_place(size_bytes, residency=residency, device=device)
-    if place in ("device", "memory"):
-        held = [*map(torch.from_numpy, shards.load())]
-        return _held(held, device if place == "device" else CPU, num_buffers)
-    blocks = DeltaBlocks(shards) if place == "stream" else None
-    return _source(from_files, blocks, num_buffers)
-
-
-def delta_bytes(shards: DeltaShards) -> int:
-    """Of all tokens and timestamps in memory."""
+def memory_bytes(shards: PatchShards | DeltaShards) -> int:
+    """Of all tokens, and of delta tokens the timestamps, in memory."""
+    if isinstance(shards, PatchShards):
+        return shards.size_bytes
     num_frames, size = shards.shape
     return shards.num_windows * num_frames * (2 * size + 4)
 
@@ -187,21 +171,18 @@ def choose_place(size_bytes: int, *, residency: Residency, device: torch.device 
     return residency
 
 
-def resolve_residency(config: AnyConfig, size_bytes: int, accelerator: Accelerator) -> AnyConfig:
+def resolve_residency(
+    config: AnyConfig, shards: PatchShards | DeltaShards, accelerator: Accelerator
+) -> AnyConfig:
     """`config` with its residency decided, the same on every rank: where one must stream, all do,
     because the order of the batches depends on it."""
-    place = choose_place(size_bytes, residency=config.residency, device=accelerator.device)
+    place = choose_place(
+        memory_bytes(shards), residency=config.residency, device=accelerator.device
+    )
     streams = torch.tensor(float(place == "stream"), device=accelerator.device)
     if accelerator.reduce(streams, reduction="sum").item() > 0:
         place = "stream"
     return replace(config, residency=place)
-
-
-def order_data(config: TrainConfig, shards: CacheReader[Any]) -> dict[str, str]:
-    """What a run notes of the order of its batches: it cannot go on in another one, nor on the same
-    windows under other numbers."""
-    order = {"order": "blocks"} if config.residency == "stream" else {}
-    return {"windows": shards.arrangement, **order}
 
 
 def _first_that_fits(size_bytes: int, device: torch.device) -> tuple[Residency, str]:
@@ -226,22 +207,20 @@ def _held(arrays: list[Tensor], device: torch.device, num_buffers: int) -> Windo
     return _source(from_held, None, len(held) * num_buffers)  # a batch takes one for each
 
 
-def _source(
-    read: Callable[[Indices, Take], tuple[Tensor, ...]], blocks: Blocks | None, num_buffers: int
-) -> WindowSource:
-    """blocks: to be streamed, in an order of their own; None: read in any order."""
-    read_any = partial(read, take=BufferRing(num_buffers).take)
-    read_to_keep = partial(read, take=fresh)
-    if blocks is None:
-        in_order = partial(read, take=BufferRing(num_buffers).take)
-        return WindowSource(
-            read=in_order, read_any=read_any, read_to_keep=read_to_keep, order=BatchOrder
-        )
-    group_windows = windows_of_group(blocks)
-    rows = StreamRows(blocks, group_windows=group_windows)
+def _source(read: ReadInto, blocks: Blocks | None, num_buffers: int) -> WindowSource:
+    """blocks: to be streamed, in an order of their own; None: `read` is fast in any order."""
+    in_order: ReadInto = read
+    order: Callable[[Indices, int, int], Order] = BatchOrder
+    per_batch = 1
+    if blocks is not None:
+        group_windows = windows_of_group(blocks)
+        in_order = StreamRows(blocks, group_windows=group_windows)
+        order = partial(StreamOrder, block_starts=blocks.starts, group_windows=group_windows)
+        per_batch = len(blocks.buffers(0))
+    rings = BufferRing(per_batch * num_buffers), BufferRing(num_buffers)
     return WindowSource(
-        read=partial(rows, take=BufferRing(len(blocks.buffers(0)) * num_buffers).take),
-        read_any=read_any,
-        read_to_keep=read_to_keep,
-        order=partial(StreamOrder, block_starts=blocks.starts, group_windows=group_windows),
+        read=lambda windows: in_order(windows, rings[0].take),
+        read_any=lambda windows: read(windows, rings[1].take),
+        read_to_keep=lambda windows: read(windows, fresh),
+        order=order,
     )

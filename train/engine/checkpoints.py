@@ -25,15 +25,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import partial_path, publish, remove, sha256_file, write_json, writing
+from ...shards.files import disk_errors, partial_path, publish, remove, sha256_file, write_json
 from ...shards.schema import STORED, load, read_json
-from ..config import TrainConfig
+from ..config import DINOWorldTrainConfig, TokenizerTrainConfig, TrainConfig, WorldTrainConfig
 from ..data.order import generator
-from ..models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from .model_folder import (
     CONFIG,
     PROVENANCE,
@@ -43,6 +41,7 @@ from .model_folder import (
     config_json,
     load_weights,
     read_tensors,
+    save_tensors,
     weights_sha256,
 )
 
@@ -54,7 +53,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=Pretrained)
-SizedT = TypeVar("SizedT", DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig)
+SizedT = TypeVar("SizedT", TokenizerTrainConfig, WorldTrainConfig, DINOWorldTrainConfig)
 
 NOT_IN_THE_WEIGHTS = frozenset(
     {
@@ -103,13 +102,13 @@ def save_checkpoint(
     DeltatokError, with the older checkpoints untouched, if the disk refuses.
     """
     final = _path(folder, step)
-    with writing(final):
+    with disk_errors(final):
         if not final.exists():
             partial = partial_path(final)
             partial.mkdir()
             try:
-                save_file(_on_cpu(model.state_dict()), partial / MODEL)
-                save_file(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
+                save_tensors(_on_cpu(model.state_dict()), partial / MODEL)
+                save_tensors(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
                 write_json(partial / CONFIG, config_json(model))
                 write_json(partial / PROVENANCE, dict(provenance))
                 written = {
@@ -180,7 +179,7 @@ def write_best(folder: Path, best: Best | None) -> None:
     """OUT/best.json beside OUT/checkpoints, `folder`; none as long as nothing was evaluated."""
     if best is not None:
         name, file = f"{folder.name}/{_path(folder, best.step).name}", folder.parent / "best.json"
-        with writing(file):
+        with disk_errors(file):
             write_json(file, {**asdict(best), "model": name})
 
 
@@ -270,14 +269,15 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_size_of_cache(config: SizedT, hidden_size: int, *, cache: str) -> SizedT:
-    """The config with the cache's hidden_size; CacheMismatch if another one was set by hand."""
-    default = type(config)().hidden_size
-    if config.hidden_size not in (hidden_size, default):
+    """The config with a model of the cache's hidden_size; CacheMismatch if another one was set by
+    hand."""
+    asked, default = config.model.hidden_size, type(config.model)().hidden_size
+    if asked not in (hidden_size, default):
         raise CacheMismatch(
-            f"model.hidden_size is {config.hidden_size}, the tokens in {cache} have {hidden_size} "
+            f"model.hidden_size is {asked}, the tokens in {cache} have {hidden_size} "
             "channels: leave model.hidden_size away, or give another cache"
         )
-    return replace(config, hidden_size=hidden_size)
+    return replace(config, model=replace(config.model, hidden_size=hidden_size))
 
 
 def start_folder(config: TrainConfig) -> Path | None:
@@ -291,7 +291,7 @@ def start_folder(config: TrainConfig) -> Path | None:
     return _folder_with_optimizer(folder) if config.start_optimizer else folder
 
 
-def make_model(
+def initialise(
     model_class: type[ModelT], config: Any, *, seed: int, start_from: Path | None
 ) -> tuple[ModelT, str | None]:
     """The model, on the CPU, and the sha256 of the weights it starts from (None: fresh ones).

@@ -16,7 +16,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     broadcast_object_list,
 )
 
-from ...shards.devices import precision_name
+from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import DeltatokError, UsageError
 from ..config import Device, Precision
 
@@ -62,7 +62,7 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
     found: torch.device = state.device
     launched = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     if launched == 1 and state.num_processes == 1:  # no ranks that have to agree on one
-        found = _own_device(device)
+        found = choose_device(device, automatic=DEVICES)
     if device not in ("auto", found.type):
         raise UsageError(
             f"device {device}: this process can compute on {found.type} only; "
@@ -80,15 +80,6 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
             f"torchrun --nproc-per-node {launched} with --device cpu"
         )
     return Accelerator(found, precision_name(precision, found))
-
-
-def _own_device(device: Device) -> torch.device:
-    """Of a process that is alone."""
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda")
-    if device != "cpu" and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 def leave_group() -> None:

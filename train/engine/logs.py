@@ -1,5 +1,5 @@
 """What a run tells: log.jsonl (always), a progress line (on a terminal), a line of logging, and
-trackers.py if asked for.
+TensorBoard and W&B if asked for. All of it by the main rank.
 
     {"kind": "train", "step": 50, "loss": ..., "gradient_norm": ..., "learning_rate": ...,
      "pairs_per_s": ..., "tokens_per_s": ..., "tflop_per_s": ..., "loader_wait_share": ...,
@@ -7,11 +7,7 @@ trackers.py if asked for.
     {"kind": "validation", "step": 1000, "validation_loss": ..., ...}
 
 Everything but what a clock or the memory decides (those six) is the same in a run that was killed
-and gone on with. Rates are over all ranks, shares and memory the main one's. Used by loop.py, on
-the main rank.
-
-TensorBoard and W&B beside log.jsonl, if asked for, through accelerate's trackers. Used by
-loop.py on the main process.
+and gone on with. Rates are over all ranks, shares and memory the main one's.
 
     tensorboard   OUT/tensorboard: `tensorboard --logdir runs`; pip install deltatok[tensorboard]
     wandb         OUT/wandb, offline unless WANDB_MODE says otherwise; pip install deltatok[wandb]
@@ -39,8 +35,10 @@ from accelerate.tracking import (  # type: ignore[import-untyped]
 )
 from tqdm import tqdm
 
+from ...shards.cache import flatten
 from ...shards.errors import UsageError
-from ...shards.files import write_bytes, writing
+from ...shards.files import disk_errors, write_bytes
+from ...shards.stopwatch import Stopwatch
 
 # accelerate publishes no type information.
 
@@ -72,7 +70,8 @@ class Trackers:
             tracker = _make(name, folder, start=start)
             tracker.start()
             if start == 0:
-                tracker.store_init_configuration(flat(config))
+                settings = {name: _plain(value) for name, value in flatten(config).items()}
+                tracker.store_init_configuration(settings)
             self._trackers.append(tracker)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -95,19 +94,17 @@ def _make(name: str, folder: Path, *, start: int) -> GeneralTracker:
     return kind(PROJECT, dir=str(folder), name=folder.name, mode=mode)
 
 
-def flat(values: Mapping[str, Any], *, under: str = "") -> dict[str, str | int | float | bool]:
-    """Nested settings as dotted names; what is no number, word or truth value, as its text."""
-    found: dict[str, str | int | float | bool] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, under=f"{under}{name}.")
-        else:
-            plain = isinstance(value, str | int | float | bool)
-            found[f"{under}{name}"] = value if plain else str(value)
-    return found
+def _plain(value: Any) -> str | int | float | bool:
+    """What is no number, word or truth value, as its text: trackers take no other."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
 
 
 logger = logging.getLogger(__name__)
+
+
+def is_time(step: int, *, every: int, last: int) -> bool:
+    """Whether what happens every `every` steps happens after `step` steps, or at the `last`."""
+    return step % every == 0 or step == last
 
 
 class RunLog:
@@ -123,7 +120,7 @@ class RunLog:
             total=stop, initial=start, unit="step", dynamic_ncols=True, disable=not enabled or None
         )
         if enabled:
-            with writing(path):
+            with disk_errors(path):
                 _drop_after(path, start)
                 self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
 
@@ -151,7 +148,7 @@ class RunLog:
             return
         line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
         self._trackers.write(kind, step, values)
-        with writing(self._path):
+        with disk_errors(self._path):
             self._file.write((json.dumps(line) + "\n").encode())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._progress.disable:
@@ -162,7 +159,7 @@ class RunLog:
     def sync(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint promises it."""
         if self._enabled:
-            with writing(self._path):
+            with disk_errors(self._path):
                 os.fsync(self._file.fileno())
 
 
@@ -177,7 +174,7 @@ class Meter:
         self._on_cuda = device.type == "cuda"
         self._tokens_per_sample = tokens_per_sample
         self.flop_per_sample: float | None = None
-        """FLOPs of one sample of the steps at hand, where they were counted (flops.py)."""
+        """FLOPs of one sample of the steps at hand, where they were counted."""
         self.is_counting = False
         """Whether this meter belongs to a pass whose FLOPs are counted."""
         self._reset()
@@ -186,7 +183,7 @@ class Meter:
         self._started = time.perf_counter()
         self._samples = 0
         self._flop = 0.0
-        self._seconds: dict[str, float] = {}
+        self._watch = Stopwatch()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def count(self, samples: int) -> None:
@@ -194,12 +191,9 @@ class Meter:
         self._samples += samples
         self._flop += samples * (self.flop_per_sample or 0.0)
 
-    @contextlib.contextmanager
-    def waiting(self, name: str) -> Iterator[None]:
+    def waiting(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Counts what the host does inside as `name`."""
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        return self._watch.at(name)
 
     @contextlib.contextmanager
     def computing(self, name: str) -> Iterator[None]:
@@ -221,14 +215,14 @@ class Meter:
         seconds = time.perf_counter() - self._started
         for name, start, end in self._events:
             end.synchronize()
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+            self._watch.add(name, start.elapsed_time(end) / 1000)
         rate = self._samples / seconds
         values = {f"{self._unit}_per_s": rate}
         if self._tokens_per_sample is not None:
             values["tokens_per_s"] = rate * self._tokens_per_sample
         if self.flop_per_sample is not None:
             values["tflop_per_s"] = self._flop / seconds / 1e12
-        values |= {f"{name}_share": part / seconds for name, part in self._seconds.items()}
+        values |= {f"{name}_share": part / seconds for name, part in self._watch.seconds.items()}
         values["peak_memory_gb"] = peak_memory_bytes(self._device) / 1e9
         if samples_left is not None:
             values["eta_s"] = samples_left / rate if rate > 0 else float("inf")

@@ -1,10 +1,8 @@
 """Model folders: config.json, model.safetensors, provenance.json; saved and loaded strictly.
 
-    folder/config.json        {"class": "DeltaTok", every field of its config}; written last
-    folder/model.safetensors  the weights under the released parameter names
-    folder/provenance.json    what the weights were trained on
-
-Used by every model of models/ (through `Pretrained`), by the training loops and by official.py.
+folder/config.json        {"class": "DeltaTok", every field of its config}; written last
+folder/model.safetensors  the weights under the released parameter names
+folder/provenance.json    what the weights were trained on
 """
 
 import hashlib
@@ -37,7 +35,14 @@ class Pretrained(nn.Module):
     """A module that is built from one frozen config and lives in a model folder."""
 
     config_class: ClassVar[type[Any]]
+    saved_as: ClassVar[str]
+    """The class that config.json states; the name of the Python class, unless it says otherwise."""
     config: Any
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "saved_as" not in cls.__dict__:
+            cls.saved_as = cls.__name__
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
-        fields = _read_config(Path(folder), cls.__name__)
+        fields = _read_config(Path(folder), cls.saved_as)
         config = load(cls.config_class, fields, where=str(Path(folder) / CONFIG), how=MODEL)
         with torch.device("meta"):
             model = cls(config)
@@ -64,7 +69,7 @@ def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, A
     folder.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder / WEIGHTS)
     try:
-        save_file(
+        save_tensors(
             {name: t.detach().contiguous() for name, t in model.state_dict().items()}, partial
         )
         publish(partial, folder / WEIGHTS)
@@ -74,9 +79,17 @@ def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, A
     write_json(folder / CONFIG, config_json(model))
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a .safetensors file; OSError where the disk refuses."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # it wraps what the system said
+        raise OSError(str(error)) from error
+
+
 def config_json(model: Pretrained) -> dict[str, Any]:
     """What config.json says of a model."""
-    return {"class": type(model).__name__, **asdict(model.config)}
+    return {"class": model.saved_as, **asdict(model.config)}
 
 
 def read_class(folder: Path | str) -> str:

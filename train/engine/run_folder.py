@@ -1,18 +1,13 @@
 """The folder of a training run: who made it, what may go on in it, and whether it is finished.
 
-    OUT/train.json          command, merged config, identity of the data, versions; written first
-    OUT/log.jsonl           logs.py
-    OUT/run.lock            run_lock.py
-    OUT/checkpoints/        checkpoints.py
-    OUT/config.json, model.safetensors, provenance.json     the model, when training ends
-
-Used by tokenizer.py, world.py and head.py, through loop.py.
-
-One training run at a time writes into a folder. Used by the train_* functions.
+OUT/train.json          command, merged config, identity of the data, versions; written first
+OUT/log.jsonl           logs.py
+OUT/run.lock            held by the one process that trains into the folder
+OUT/checkpoints/        checkpoints.py
+OUT/config.json, model.safetensors, provenance.json     the model, when training ends
 """
 
 import fcntl
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,9 +18,10 @@ from typing import Any
 
 import torch
 
+from ...shards.cache import differences, plain
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import is_partial, remove_partials, write_json
-from ...shards.schema import STORED, load, read_json, shown
+from ...shards.schema import STORED, load, read_json
 from ..config import TrainConfig
 from .checkpoints import STATE, find_checkpoints
 from .devices import Accelerator, on_main
@@ -79,7 +75,7 @@ class _Description:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainingRun:
     """One run: the command, its merged config and what it trains on."""
 
     command: str
@@ -195,10 +191,10 @@ class Run:
             ("data", stored.data, mine["data"]),
             ("config", self._bound(stored.config), self._bound(mine["config"])),
         ):
-            if names := differences(got, wanted):
+            if found := differences(got, wanted):
                 named = "; ".join(
-                    f"{what_of} {name} is {_at(got, name)}, this run has {_at(wanted, name)}"
-                    for name in names
+                    f"{what_of} {name} is {theirs}, this run has {ours}"
+                    for name, theirs, ours in found
                 )
                 raise CacheMismatch(
                     f"{what}: {named}: go on with what the run began with, or begin a new stage: "
@@ -218,30 +214,3 @@ class Run:
                 f"{self.folder}: holds {strangers[0].name!r} but no {DESCRIPTION}, so it is no run "
                 "folder: set a new or empty folder as out"
             )
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON gives it back: tuples as lists."""
-    return json.loads(json.dumps(value))
-
-
-def differences(got: Any, wanted: Any, *, under: str = "") -> list[str]:
-    """Dotted names, sorted, of the fields that two JSON values differ in."""
-    if not (isinstance(got, dict) and isinstance(wanted, dict)):
-        return [] if got == wanted else [under]
-    found: list[str] = []
-    for name in sorted(got.keys() | wanted.keys()):
-        dotted = f"{under}.{name}" if under else str(name)
-        if name in got and name in wanted:
-            found += differences(got[name], wanted[name], under=dotted)
-        else:
-            found.append(dotted)
-    return found
-
-
-def _at(value: Any, name: str) -> str:
-    for part in name.split("."):
-        if part not in value:
-            return "missing"
-        value = value[part]
-    return shown(value)

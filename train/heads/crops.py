@@ -1,10 +1,10 @@
 """Cutting frames, labels and predictions into the two crops of an evaluation window, as released.
 
 Frames are cut into two squares at the two ends, which may overlap; labels are cut at the middle; a
-prediction is brought to the size of its half of the labels. Used to train heads and by evaluate/.
+prediction is brought to the size of its half of the labels.
 
 Letters: B batch, C classes or channels, H, W pixels. After a cut the batch holds all first (left or
-top) crops, then all second ones. Checked by tests/parity (08_eval).
+top) crops, then all second ones.
 """
 
 import torch

@@ -20,12 +20,13 @@ from ...shards.evaluation.targets import (
     Target,
     cut_of_crops,
     label_path,
+    last_frames,
     load_label,
     read_targets,
     windows_of_clips,
 )
 from ...shards.patches.reader import PatchShards
-from ..data.order import Indices, evenly
+from ..data.order import Indices, spread
 from .crops import cut_labels, upsample_half
 
 
@@ -67,10 +68,7 @@ class ClipFrameLabels:
         self._frame_index = shards.frame_index(np.arange(shards.num_windows))
         self._num_frames = self._frame_index.shape[1]
         self._keys = shards.keys
-        last = np.zeros(len(shards.keys), dtype=np.int64)
-        np.maximum.at(last, self._clip_index, self._frame_index.max(axis=1))
-        last_frames = dict(zip(shards.keys, last.tolist(), strict=True))
-        self._labels = ClipLabels(folder, last_frames=last_frames, num_classes=num_classes)
+        self._labels = ClipLabels(folder, last_frames=last_frames(shards), num_classes=num_classes)
         self._check_windows(shards)
 
     @property
@@ -223,7 +221,7 @@ class TargetLabels:
     def _check_some_label(self) -> None:
         windows = np.array(sorted(self._targets), dtype=np.int64)
         none = NO_DEPTH if self.kind == "depth" else IGNORE
-        for window in evenly(windows, LOOKED_AT).tolist():
+        for window in spread(windows, LOOKED_AT).tolist():
             if (self._label(self._targets[window]) != none).any():
                 return
         raise UsageError(

@@ -1,18 +1,16 @@
 """deltatok-train head: train_head(config), a linear segmentation or depth head on cached tokens.
 
 A step: patch tokens of labelled frames -> BatchNorm and 1x1 convolution -> logits or metres,
-enlarged bilinearly to the labels' size -> the task's loss over the labelled pixels (head_tasks.py).
-PAPER "Evaluation".
+enlarged bilinearly to the labels' size -> the task's loss over the labelled pixels. A task says
+what a head learns, classes or metres, and how well it does, one frame's pixels at a time. PAPER
+"Evaluation".
 
-What a head learns and how well it does: classes or metres, on one frame's pixels at a time.
-
-Letters: C classes, H, W pixels of the label. Used by head.py.
+Letters: C classes, H, W pixels of the label.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,13 +22,11 @@ from ...shards.evaluation.labels import IGNORE, NO_DEPTH
 from ...shards.patches.reader import PatchShards
 from ..config import HeadTrainConfig
 from ..data.batches import Batch
-from ..data.order import BatchOrder, Indices, Share, evenly, split_windows
-from ..data.residency import Read, patch_source
-from ..engine.checkpoints import make_model, start_folder
-from ..engine.devices import make_accelerator
+from ..data.order import BatchOrder, Indices, RankSlice, split_windows, spread
+from ..data.residency import Read, window_source
 from ..engine.logs import Meter
-from ..engine.loop import Trainer, check_finite
-from ..engine.run_folder import Run, locked
+from ..engine.loop import train_objective
+from ..engine.objective import Objective, check_validation_finite
 from ..models.heads import (
     DepthHead,
     DepthHeadConfig,
@@ -72,7 +68,7 @@ class Task(Protocol):
         """The metric of frames, from their sums and counts, (B,) each."""
 
 
-class Segmentation:
+class SegmentationTask:
     """Cross-entropy over the labelled pixels; the share of them that is right."""
 
     metric = "accuracy"
@@ -91,7 +87,7 @@ class Segmentation:
         return (sums / counts.clamp(min=1)).mean()
 
 
-class Depth:
+class DepthTask:
     """The root of Eigen's scale-invariant log error of a frame; the RMSE over all pixels.
 
     The paper does not name the loss of its depth head; this is the usual one for 256 linear bins.
@@ -133,23 +129,20 @@ def task_of(
                 f"num_classes {num_classes}: the labels are depth, which has no classes: leave it "
                 "out"
             )
-        return Depth(in_size=in_size, max_depth=max_depth)
+        return DepthTask(in_size=in_size, max_depth=max_depth)
     if max_depth is not None:
         raise UsageError(f"max_depth {max_depth}: the labels are classes, no depth: leave it out")
-    return Segmentation(in_size=in_size, num_classes=labels.num_classes)
+    return SegmentationTask(in_size=in_size, num_classes=labels.num_classes)
 
 
 EVALUATION_FRAMES_AT_ONCE = 8
 """Frames of an evaluation on the device at a time (a guess)."""
 
-logger = logging.getLogger(__name__)
-
 
 def train_head(config: HeadTrainConfig) -> Path:
-    """Train, or go on, or find it done; gives OUT, by then a model folder.
+    """train_objective for a head; gives OUT, by then a model folder.
 
-    Raises what Trainer.train does, UsageError for labels that do not fit the cache, CacheMismatch
-    for an OUT that another run or another cache made.
+    Raises UsageError for labels that do not fit the cache.
     """
     shards = PatchShards(config.patches)
     labels = open_labels(config, shards)
@@ -159,31 +152,15 @@ def train_head(config: HeadTrainConfig) -> Path:
         num_classes=config.num_classes,
         max_depth=config.max_depth,
     )
-    model, started_from = make_model(
-        task.head_class,
-        task.head_config,
-        seed=config.seed,
-        start_from=start_folder(config),
+    return train_objective(
+        "head",
+        config,
+        shards,
+        (task.head_class, task.head_config),
+        lambda model, config, ranks, device: HeadObjective(
+            model, shards, labels, task, config, ranks, device=device
+        ),
     )
-    run = Run(
-        command="head",
-        config=config,
-        data={
-            "patches": shards.info.identity,
-            "windows": shards.arrangement,
-            "start_from": started_from,
-        },
-        fingerprints={"patches": shards.info.fingerprint},
-    )
-    if run.is_finished():
-        logger.info("%s: already trained for %d steps", config.out, config.steps)
-        return run.folder
-    accelerator = make_accelerator(config.device, config.precision)
-    share = Share(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    stage = HeadStage(model, shards, labels, task, config, share, device=accelerator.device)
-    with locked(run.folder, accelerator):
-        Trainer(stage, run, accelerator).train()
-    return run.folder
 
 
 def open_labels(config: HeadTrainConfig, shards: PatchShards) -> LabelSource:
@@ -195,11 +172,13 @@ def open_labels(config: HeadTrainConfig, shards: PatchShards) -> LabelSource:
     return ClipFrameLabels(config.labels, shards, num_classes=config.num_classes)
 
 
-class HeadStage:
-    """What the loop trains: see stage.Stage. A sample is a frame, its number window * T + frame."""
+class HeadObjective(Objective):
+    """A sample is a frame, its number window * T + frame."""
 
     unit = "frames"
     best_by = "validation_loss"
+    model: SegmentationHead | DepthHead
+    _shards: PatchShards
 
     def __init__(
         self,
@@ -208,22 +187,21 @@ class HeadStage:
         labels: LabelSource,
         task: Task,
         config: HeadTrainConfig,
-        share: Share,
+        ranks: RankSlice,
         *,
         device: torch.device,
     ) -> None:
-        self.model: SegmentationHead | DepthHead = model
+        super().__init__(model, shards)
         self._labels = labels
         self._task = task
-        self._shards = shards
         self._device = device
         self._batch_size = config.batch_size
-        self._slice = share.of(config.batch_size)
-        self._source = patch_source(shards, residency=config.residency, device=device)
+        self._slice = ranks.of(config.batch_size)
+        self._source = window_source(shards, residency=config.residency, device=device)
         split = split_windows(*labels.videos, config.validation_fraction)
         samples = labels.samples(split.training)
         self._order = BatchOrder(samples, config.batch_size, config.seed)
-        frames = labels.samples(evenly(split.validation, config.validation_windows))
+        frames = labels.samples(spread(split.validation, config.validation_windows))
         size = EVALUATION_FRAMES_AT_ONCE
         self._validation = [frames[at : at + size] for at in range(0, len(frames), size)]
 
@@ -252,36 +230,18 @@ class HeadStage:
         losses, sums, counts = self._score(forward, batch, samples)
         return losses, {self._task.metric: self._task.summary(sums, counts)}
 
-    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
-        """A step has nothing to be checked."""
-
     def evaluate(self) -> dict[str, float]:
         scores = []
         for frames in self._validation:
             batch = self._read(self._source.read_to_keep, frames, np.arange(len(frames))).to(
                 self._device
             )
-            check_finite(batch.tensors["features"], batch.windows, clip_of=self.clip_of)
+            check_validation_finite(batch.tensors["features"], batch.windows, clip_of=self.clip_of)
             scores.append(self._score(self.model, batch, slice(None)))
         losses, sums, counts = (torch.cat(values) for values in zip(*scores, strict=True))
         return {
             "validation_loss": losses.mean().item(),
             f"validation_{self._task.metric}": self._task.summary(sums, counts).item(),
-        }
-
-    def judge(self, values: Mapping[str, float], *, step: int) -> None:
-        """A linear head has no way of being stuck."""
-
-    def work_at(self, step: int) -> int:
-        return 0
-
-    def clip_of(self, window: int) -> str:
-        return self._shards.keys[int(self._shards.clip_index[window])]
-
-    def provenance(self) -> dict[str, Any]:
-        return {
-            "patches": self._shards.info.identity,
-            "patches_fingerprint": self._shards.fingerprint,
         }
 
     def _read(self, read: Read, chosen: Indices, numbers: Indices) -> Batch:

@@ -1,6 +1,6 @@
 """The frozen configurations of the tokenizer and the two world models, and their checks.
 
-Read by the modules of this folder, written into every model folder as config.json.
+Written into every model folder as config.json.
 """
 
 from dataclasses import dataclass

@@ -12,13 +12,14 @@ from .configs import DeltaWorldConfig
 from .predictor import KeysValues, causal, extend, repeat_batch
 from .world import World, check_timestamps
 
-__all__ = ["DeltaWorld", "DeltaWorldConfig"]
+__all__ = ["DeltaWorldConfig", "DeltaWorldNetwork"]
 
 
-class DeltaWorld(World):
+class DeltaWorldNetwork(World):
     """One query a target position (and sample); its keys are the strictly earlier delta tokens."""
 
     config_class = DeltaWorldConfig
+    saved_as = "DeltaWorld"
     config: DeltaWorldConfig
 
     def forward(self, z: Tensor, timestamps: Tensor, queries: Tensor | None = None) -> Tensor:

@@ -1,5 +1,4 @@
-"""Linear task heads on frozen patch tokens: segmentation and depth. Trained by the head command,
-used by evaluate/.
+"""Linear task heads on frozen patch tokens: segmentation and depth.
 
 Letters: B batch, D channels of a patch token, h, w patches of a frame, C classes or depth bins.
 Feature maps are float (B, D, h, w), the patch tokens of one frame, row-major (`feature_map`).

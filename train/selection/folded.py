@@ -10,16 +10,15 @@ All queries of a position share its time and see its few keys. So, once a window
   into the values: a query meets A * K vectors of Dp channels (84 at 7 keys) instead of two
   Dp x Dp matrices. From about 5 candidates a position on, that is less work;
 - what is not visible gets a bias of -inf over (P, K); there is no mask over queries.
-What is left of a candidate's work is the MLP. Without gradient; best_of_many.py calls it.
+What is left of a candidate's work is the MLP. Without gradient, so linear layers may be of a low
+precision:
+
+    float32, bfloat16   weights in that dtype, products as torch makes them
+    float8              e4m3 weights with a scale an output channel, e4m3 inputs with a scale a row
+                        (taken from the row's largest value), float32 sums, bfloat16 results
 
 Letters: B windows, T frames, P = T - 1 target positions, K = P keys, S samples, A heads,
 E channels of a head, D channels of a token, Dp of a query.
-
-Linear layers of a low precision, for what needs no gradient. Used by folded.py.
-
-float32, bfloat16   weights in that dtype, products as torch makes them
-float8              e4m3 weights with a scale an output channel, e4m3 inputs with a scale a row
-                    (taken from the row's largest value), float32 sums, bfloat16 results
 """
 
 import math
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.blocks import PredictorBlock
-from ..models.deltaworld import DeltaWorld
+from ..models.deltaworld import DeltaWorldNetwork
 from ..models.predictor import causal
 from ..models.rope import AxisRope, axis_rope, rotate_axes
 
@@ -141,7 +140,7 @@ class Folded(NamedTuple):
     """(B, K * A, Dp): output projection, its bias and LayerScale inside; of all positions."""
 
 
-def weights_of(world: DeltaWorld, products: ProductsName) -> WorldWeights:
+def weights_of(world: DeltaWorldNetwork, products: ProductsName) -> WorldWeights:
     """The weights for `products` (float32: the model's own tensors, not copied). float8 is for
     the MLP's products; the few others are then bfloat16."""
     predictor = world.predictor

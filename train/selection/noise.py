@@ -1,7 +1,7 @@
 """The noise of best-of-many candidates: a pure function of (key of the window, position, sample).
 
 Nothing is stored: any chunk of candidates, or one winner by its index, is drawn again from its
-numbers alone, so neither ranks, portions nor chunks change it. Used by best_of_many.py.
+numbers alone, so neither ranks, portions nor chunks change it.
 
 A candidate's channels are a SplitMix64 stream (Steele, Lea, Flood 2014) that starts at a hash of
 key, position and sample; 48 bits of each 64-bit output make two normals (Box-Muller). The integers
@@ -48,7 +48,7 @@ class CounterNoise(NamedTuple):
     """Normal noise times `std`, float32, of any number of samples."""
 
     keys: Tensor
-    """int64 (B,): one 63-bit number a window (draws.seed_for), on the device that draws."""
+    """int64 (B,): one 63-bit number a window (order.seed_for), on the device that draws."""
     positions: int
     channels: int
     std: float

@@ -2,8 +2,7 @@
 
 Without gradient, some windows and a chunk of samples at a time, keeping only the lowest loss, its
 index and the sum: memory does not grow with S. The winners' noise is drawn again from their
-indices (noise.py), and the training step predicts from it once more, with gradient. Used by
-world.py and dinoworld.py.
+indices (noise.py), and the training step predicts from it once more, with gradient.
 
 Letters: B batch, P = T - 1 target positions, S samples, N patches, D channels of a token, Dp of a
 query. As in the paper: smooth-L1 (beta 0.1) to the true token, averaged over the token (or the
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SMOOTH_L1_BETA, smooth_l1
-from ..models.deltaworld import DeltaWorld
+from ..models.deltaworld import DeltaWorldNetwork
 from ..models.dinoworld import DINOWorld
 from .folded import Folded, ProductsName, WorldWeights, fold, predictions, project, weights_of
 from .noise import Noise
@@ -31,7 +30,7 @@ one core took 3.2 s of CPU time with 16 MB, 3.0 with 32, 2.9 with 64, 3.0 with 1
 read the weights less often, until the activations leave the caches); GPU: a guess."""
 
 
-class Selection(NamedTuple):
+class Winners(NamedTuple):
     """The winner of every position: the lowest loss, the first of equal ones."""
 
     indices: Tensor
@@ -59,7 +58,7 @@ Score = Callable[[Tensor, int], Tensor]
 
 @torch.no_grad()
 def select(
-    world: DeltaWorld,
+    world: DeltaWorldNetwork,
     z: Tensor,
     timestamps: Tensor,
     noise: Noise,
@@ -69,8 +68,8 @@ def select(
     products: ProductsName = "float32",
     chunks: Chunks | None = None,
     chunk_losses: "ChunkLosses | None" = None,
-) -> Selection:
-    """The best of num_samples candidates, predicted with `products` (models/products.py).
+) -> Winners:
+    """The best of num_samples candidates, predicted with `products` (folded.py).
 
     z (B, T, D), timestamps (B, T) seconds. chunks None: as many as activations of CPU_MEMORY_MB or
     GPU_MEMORY_MB allow. chunk_losses: a compiled one.
@@ -102,7 +101,7 @@ def select_patches(
     num_finalists: int = 1,
     products: ProductsName = "float32",
     chunks: Chunks | None = None,
-) -> Selection:
+) -> Winners:
     """`select` for DINO-world: one noise query for all patches of a frame; one choice a frame.
 
     x (B, T, N, D); the loss is averaged over the frame's patch tokens. With as many keys as
@@ -139,7 +138,7 @@ def select_patches(
 
 
 def default_chunks(
-    world: DeltaWorld | DINOWorld,
+    world: DeltaWorldNetwork | DINOWorld,
     tokens: Tensor,
     *,
     num_samples: int,
@@ -232,7 +231,7 @@ def _select(
     chunks: Chunks,
     num_samples: int,
     num_finalists: int,
-) -> Selection:
+) -> Winners:
     """scorer(windows): what scores their candidates; tokens (B, T, ...)."""
     count, positions = len(tokens), tokens.shape[1] - 1
     size = min(chunks.windows, count)
@@ -250,4 +249,4 @@ def _select(
         finalists[part], lowest, mean[part] = running_best(losses, keep=keep)
         best[part] = lowest[:, :, 0]
     indices = finalists[:, :, 0]
-    return Selection(indices, best, mean, noise.at(indices[..., None])[:, :, 0], finalists)
+    return Winners(indices, best, mean, noise.at(indices[..., None])[:, :, 0], finalists)

@@ -1,6 +1,4 @@
-"""A stage's best-of-many: its noise, its K, its precision and whether that one is good enough.
-
-Used by world.py and dinoworld.py.
+"""Best-of-many in training: its noise, its K, its precision and whether that one is good enough.
 
 Letters: B batch, P target positions, S samples, Dp channels of a query.
 """
@@ -14,20 +12,22 @@ from torch import Tensor
 from ...shards.devices import precision_name
 from ...shards.errors import DeltatokError, UsageError
 from ..config import DINOWorldTrainConfig, WorldTrainConfig
-from ..data.order import seed_for
+from ..data.batches import Batch
+from ..data.order import Indices, seed_for
 from ..engine.devices import check_compiler
-from ..engine.loop import is_time
-from ..models.deltaworld import DeltaWorld
+from ..engine.logs import Meter, is_time
+from ..engine.objective import Objective
+from ..models.deltaworld import DeltaWorldNetwork
 from ..models.dinoworld import DINOWorld
 from .folded import MULTIPLE, ProductsName
 from .noise import CounterNoise, GivenNoise, Noise
-from .search import ChunkLosses, Selection, default_chunks, select, select_patches
+from .search import ChunkLosses, Winners, default_chunks, select, select_patches
 
 Names = Sequence[tuple[int | str, ...]]
 """What each window's noise is drawn for."""
 
 
-class Windows(NamedTuple):
+class NamedWindows(NamedTuple):
     """What is selected for."""
 
     tokens: Tensor
@@ -36,18 +36,18 @@ class Windows(NamedTuple):
     """float32 (B, T), seconds."""
     names: Names
 
-    def first(self, count: int) -> "Windows":
+    def first(self, count: int) -> "NamedWindows":
         """The first `count` of them, or all."""
-        return Windows(self.tokens[:count], self.timestamps[:count], self.names[:count])
+        return NamedWindows(self.tokens[:count], self.timestamps[:count], self.names[:count])
 
 
 class Selector:
-    """Selections of a stage. Functions of the seed and the windows' names: neither ranks nor
+    """Selections of a run. Functions of the seed and the windows' names: neither ranks nor
     portions change a candidate."""
 
     def __init__(
         self,
-        model: DeltaWorld | DINOWorld,
+        model: DeltaWorldNetwork | DINOWorld,
         config: WorldTrainConfig | DINOWorldTrainConfig,
         *,
         device: torch.device,
@@ -68,7 +68,7 @@ class Selector:
             check_float8(model, device)
         self._chunk_losses = ChunkLosses()
         compiles = config.compile if config.compile_selection is None else config.compile_selection
-        if compiles and config.model.use_bom and isinstance(model, DeltaWorld):
+        if compiles and config.model.use_bom and isinstance(model, DeltaWorldNetwork):
             check_compiler(device)
             self._chunk_losses.compile(mode=config.compile_mode, dynamic=False)
 
@@ -77,8 +77,8 @@ class Selector:
         return self._config.num_samples_at(step, default=self._model.config.num_samples_train)
 
     def train(
-        self, windows: Windows, *, step: int, checks: bool
-    ) -> tuple[Selection, Mapping[str, Tensor]]:
+        self, windows: NamedWindows, *, step: int, checks: bool
+    ) -> tuple[Winners, Mapping[str, Tensor]]:
         """The winners of a training step, in selection_dtype; and scalars for the log.
 
         checks: whether a low precision may be measured, if a line is logged after this step.
@@ -112,7 +112,7 @@ class Selector:
                 "selection_max_regret, and run again to go on from the last checkpoint"
             )
 
-    def evaluate(self, windows: Windows) -> Selection:
+    def evaluate(self, windows: NamedWindows) -> Winners:
         """The best of num_samples_eval candidates, in the precision of training."""
         return self._select(
             windows,
@@ -121,7 +121,7 @@ class Selector:
             products=self._full,
         )
 
-    def noise(self, windows: Windows) -> CounterNoise:
+    def noise(self, windows: NamedWindows) -> CounterNoise:
         """The windows' candidates."""
         keys = [seed_for("candidates", self._config.seed, *name) for name in windows.names]
         return CounterNoise(
@@ -131,7 +131,7 @@ class Selector:
             std=self._model.config.initializer_range,
         )
 
-    def _decide(self, windows: Windows, found: Selection) -> Selection:
+    def _decide(self, windows: NamedWindows, found: Winners) -> Winners:
         """The best of the finalists, in the precision of training."""
         given = GivenNoise(self.noise(windows).at(found.finalists))
         decided = self._select(
@@ -144,7 +144,7 @@ class Selector:
         )
 
     def _measure(
-        self, windows: Windows, found: Selection, *, num_samples: int
+        self, windows: NamedWindows, found: Winners, *, num_samples: int
     ) -> dict[str, Tensor]:
         """How good the picks of the first windows are by float32."""
         few = windows.first(self._config.selection_check_windows)
@@ -158,14 +158,14 @@ class Selector:
 
     def _select(
         self,
-        windows: Windows,
+        windows: NamedWindows,
         noise: Noise,
         *,
         num_samples: int,
         products: ProductsName,
         num_finalists: int = 1,
         chunk_losses: ChunkLosses | None = None,
-    ) -> Selection:
+    ) -> Winners:
         model = self._model
         chunks = default_chunks(
             model,
@@ -174,7 +174,7 @@ class Selector:
             products=products,
             memory_mb=self._config.selection_memory_mb,
         )
-        if isinstance(model, DeltaWorld):
+        if isinstance(model, DeltaWorldNetwork):
             return select(
                 model,
                 windows.tokens,
@@ -187,7 +187,7 @@ class Selector:
                 chunk_losses=chunk_losses,
             )
         if self._grid is None:
-            raise AssertionError("DINO-world's stage gives a grid")
+            raise AssertionError("DINO-world's objective gives a grid")
         return select_patches(
             model,
             windows.tokens,
@@ -201,7 +201,53 @@ class Selector:
         )
 
 
-def check_float8(model: DeltaWorld | DINOWorld, device: torch.device) -> None:
+class WorldObjective(Objective):
+    """What both world models train: the next tokens from the best of K noise queries, or, without
+    use_bom, from learned ones. A sample is a window."""
+
+    unit = "windows"
+    best_by = "validation_best_loss"
+    model: DeltaWorldNetwork | DINOWorld
+    selector: Selector
+
+    def queries(
+        self,
+        batch: Batch,
+        samples: slice,
+        tokens: Tensor,
+        timestamps: Tensor,
+        *,
+        step: int,
+        meter: Meter,
+    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+        """The winners' noise for the batch's `samples`, whose tokens and timestamps these are, None
+        for the learned queries; and scalars for the log."""
+        if not self.model.config.use_bom:
+            return None, {}
+        names = [("noise", step, int(number)) for number in batch.samples[samples]]
+        with meter.computing("selection"):
+            found, extras = self.selector.train(
+                NamedWindows(tokens, timestamps, names), step=step, checks=not meter.is_counting
+            )
+        return found.queries, extras
+
+    def validation_losses(
+        self, tokens: Tensor, timestamps: Tensor, windows: Indices
+    ) -> tuple[Tensor, Tensor]:
+        """Of the best of num_samples_eval candidates, and the mean over them: the mean over these
+        windows; the same noise every time."""
+        names = [("validation noise", int(window)) for window in windows]
+        found = self.selector.evaluate(NamedWindows(tokens, timestamps, names))
+        return found.best_losses.mean(), found.mean_losses.mean()
+
+    def check(self, numbers: Mapping[str, float], *, step: int) -> None:
+        self.selector.check(numbers, step=step)
+
+    def work_at(self, step: int) -> int:
+        return self.selector.num_samples_at(step)
+
+
+def check_float8(model: DeltaWorldNetwork | DINOWorld, device: torch.device) -> None:
     """UsageError unless this model's MLPs can be computed in float8 on this device."""
     if isinstance(model, DINOWorld):
         raise UsageError(

@@ -16,7 +16,7 @@ from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.data.order import generator
 from deltatok.train.models.configs import DINOWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import SegmentationHead
 
@@ -46,8 +46,8 @@ class StraightLine:
         self.cache = PatchShards(tiny.path("patches"))
         self.black = torch.tensor(self.cache.black)[None]
         self.tokenizer = DeltaTok.from_pretrained(tiny.path("tokenizer"))
-        self.world = DeltaWorld.from_pretrained(tiny.path("world"))
-        self.discriminative = DeltaWorld.from_pretrained(tiny.path("discriminative"))
+        self.world = DeltaWorldNetwork.from_pretrained(tiny.path("world"))
+        self.discriminative = DeltaWorldNetwork.from_pretrained(tiny.path("discriminative"))
         self.head = SegmentationHead.from_pretrained(tiny.path("head"))
         self.labels = Path(tiny.path("labels"))
 
@@ -58,7 +58,7 @@ class StraightLine:
         return self.tokenizer.decode(z, before, grid=self.cache.grid)
 
     def roll(
-        self, world: DeltaWorld, queries: torch.Tensor, x: torch.Tensor, times: torch.Tensor
+        self, world: DeltaWorldNetwork, queries: torch.Tensor, x: torch.Tensor, times: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Last features (1, N, D) and delta tokens (H, D) of one sample; queries (H, 1, 1, Dp), x
         the context frames."""

@@ -19,7 +19,7 @@ from deltatok.evaluate.report.write import Report
 from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.data.order import generator
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.heads import DepthHead, DepthHeadConfig, SegmentationHead
 
 NUM_CONTEXT, TARGET, NUM_SAMPLES = 4, 6, 3
@@ -118,8 +118,8 @@ class Plain:
         self.cache = PatchShards(root / "patches")
         self.black = torch.tensor(self.cache.black)[None]
         self.tokenizer = DeltaTok.from_pretrained(root / "tokenizer")
-        self.world = DeltaWorld.from_pretrained(root / "world")
-        self.discriminative = DeltaWorld.from_pretrained(root / "discriminative")
+        self.world = DeltaWorldNetwork.from_pretrained(root / "world")
+        self.discriminative = DeltaWorldNetwork.from_pretrained(root / "discriminative")
         kind = SegmentationHead if case.kind == "segmentation" else DepthHead
         self.head: Any = kind.from_pretrained(root / "head")
         self.labels = root / "labels"
@@ -142,7 +142,7 @@ class Plain:
         }
 
     def roll(
-        self, world: DeltaWorld, queries: torch.Tensor, x: torch.Tensor, times: torch.Tensor
+        self, world: DeltaWorldNetwork, queries: torch.Tensor, x: torch.Tensor, times: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Features (N, D) after the last step, and the delta tokens (1, D) of every step."""
         frames = [self.black, *(frame[None] for frame in x)]

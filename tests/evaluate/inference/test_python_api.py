@@ -22,14 +22,14 @@ from deltatok.evaluate.report.panels import most_diverse
 from deltatok.evaluate.report.pictures import heat_tile
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.pixels import RESIZE_RULE, window_pixels
-from deltatok.extract.sampling import WindowDraw
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.shards.errors import CacheMismatch, DeltatokError, UsageError
+from deltatok.shards.sampling import WindowDraw
 from deltatok.train.data.order import generator
 from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld as WorldModel
+from deltatok.train.models.deltaworld import DeltaWorldNetwork as WorldModel
 from deltatok.train.models.heads import (
     DepthHead,
     DepthHeadConfig,

@@ -16,11 +16,11 @@ from PIL import Image
 from deltatok.extract.decoding import images
 from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
 from deltatok.extract.decoding.pool import DecodedClip, DecodePool
-from deltatok.extract.sampling import SamplingPolicy
 from deltatok.extract.sources.clip import Clip, FrameFolder, TarVideo, Unreadable
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import ClipError
 from deltatok.shards.records import Quarantined
+from deltatok.shards.sampling import SamplingPolicy
 
 Decode = Callable[..., DecodedFrames]
 SECONDS = ["0.00", "0.04", "0.08", "0.13", "0.16", "0.2", "0.24", "0.28", "0.32", "0.36"]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
-from deltatok.extract.sampling import SamplingPolicy
 from deltatok.shards.errors import ClipError
+from deltatok.shards.sampling import SamplingPolicy
 
 MakePolicy = Callable[..., SamplingPolicy]
 UNEVEN = [4 * i + (0, 1, 3, 1)[i % 4] for i in range(40)]

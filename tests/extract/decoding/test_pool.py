@@ -23,11 +23,11 @@ import pytest
 
 from deltatok.extract.decoding import pool as pool_module
 from deltatok.extract.decoding.pool import TICK_S, DecodedClip, DecodePool
-from deltatok.extract.sampling import SamplingPolicy
 from deltatok.extract.sources.clip import Clip
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import DeltatokError
 from deltatok.shards.records import Quarantined
+from deltatok.shards.sampling import SamplingPolicy
 
 TIMEOUT_S = 2.0
 
@@ -36,7 +36,7 @@ import ctypes, os, signal, sys
 import numpy as np
 from deltatok.extract.decoding.clip import DecodedFrames
 from deltatok.extract.decoding import worker
-from deltatok.extract.sampling import WindowDraw
+from deltatok.shards.sampling import WindowDraw
 from deltatok.shards.errors import ClipError
 
 def decode(request, starting):
@@ -352,6 +352,25 @@ def test_leaving_the_loop_early_kills_all_processes(
     _check_gone(pids())
 
 
+@pytest.mark.parametrize("how", ["-c", "stdin"])
+def test_pool_needs_no_main_module_of_its_user(videos: Any, tmp_path: Path, how: str) -> None:
+    """As in a notebook: nothing there that a decoding process could import."""
+    video = videos.write("main.mp4").rename(tmp_path / "main.mp4")
+    code = (
+        "from deltatok.extract.config import ExtractConfig\n"
+        "from deltatok.extract.decoding.pool import DecodedClip, DecodePool\n"
+        "from deltatok.extract.sources.find import find_clips\n"
+        f"clips = find_clips([{str(video)!r}])\n"
+        "policy = ExtractConfig(videos=('v',), out='o').sampling_policy()\n"
+        "with DecodePool(policy, num_workers=1, timeout_s=60) as pool:\n"
+        "    (clip,) = pool.decode(clips)\n"
+        "assert isinstance(clip, DecodedClip)\n"
+    )
+    command = [sys.executable, "-P", *(["-c", code] if how == "-c" else [])]
+    ended = subprocess.run(command, input=code, text=True, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel kills orphans only on Linux")
 def test_processes_die_with_a_killed_parent(
     tmp_path: Path, open_pool: Callable[..., DecodePool], pids: Callable[[], list[int]]
@@ -361,11 +380,11 @@ def test_processes_die_with_a_killed_parent(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from deltatok.extract.decoding.pool import DecodePool\n"
-        "from deltatok.extract.sampling import SamplingPolicy\n"
+        "from deltatok.shards.sampling import SamplingPolicy\n"
         "from deltatok.extract.sources.clip import Clip\n"
         "from deltatok.extract.config import ExtractConfig\n"
         "here = Path(sys.argv[1])\n"
-        "policy = SamplingPolicy.from_config(ExtractConfig(videos=('v',), out='o'))\n"
+        "policy = ExtractConfig(videos=('v',), out='o').sampling_policy()\n"
         "command = [sys.executable, '-P', str(here / 'worker.py')]\n"
         "clips = [Clip(key, here / key, 1) for key in ('a', 'hang always')]\n"
         "with DecodePool(policy, num_workers=1, timeout_s=600, worker_command=command) as pool:\n"

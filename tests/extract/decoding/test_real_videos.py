@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from deltatok.extract.decoding.pool import DecodedClip, DecodePool
-from deltatok.extract.sampling import SamplingPolicy
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.records import Quarantined
+from deltatok.shards.sampling import SamplingPolicy
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "videos"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real videos at {FOLDER}")

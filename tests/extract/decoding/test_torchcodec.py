@@ -15,10 +15,10 @@ import pytest
 
 from deltatok.extract.decoding.backends import decode_with_torchcodec
 from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
-from deltatok.extract.sampling import SamplingPolicy
 from deltatok.extract.sources.find import find_clips
 from deltatok.extract.sources.tars import FileSlice
 from deltatok.shards.errors import ClipError
+from deltatok.shards.sampling import SamplingPolicy
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "videos"
 
@@ -85,7 +85,7 @@ def test_video_inside_a_tar_is_read_in_place(
     videos: Any, make_policy: Callable[..., SamplingPolicy]
 ) -> None:
     from deltatok.extract.decoding.container import read_index
-    from deltatok.extract.sampling import draw_windows
+    from deltatok.shards.sampling import draw_windows
 
     path = videos.write("tc_inner.mp4", options={"g": "12"})
     outer = videos.folder / "outer.bin"

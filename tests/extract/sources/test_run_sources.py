@@ -13,14 +13,14 @@ from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.shards import PatchShards
-from deltatok.shards.patches.table import WindowTable
 from deltatok.shards.plan import read_plan
 from deltatok.shards.records import read_done
+from deltatok.shards.windows import WindowColumns
 
 MakeConfig = Callable[..., ExtractConfig]
 
 
-def _table(folder: Path) -> WindowTable:
+def _table(folder: Path) -> WindowColumns:
     return PatchShards(folder).table()
 
 
@@ -80,13 +80,13 @@ def test_slices_of_machines_without_a_common_folder_are_put_together(
     caplog.set_level("INFO")
     here, there = (make_config(shard_of=f"{i}/2", out=str(tmp_path / f"{i}")) for i in (0, 1))
     run_extraction(here, backbone=backbone)
-    assert "2 of 3 shards are made" in caplog.text
+    assert "2 of 3 shards are done" in caplog.text
     assert "copied into it and the command is run again" in caplog.text
     run_extraction(there, backbone=backbone)
     shutil.copytree(Path(there.out, "shards"), Path(here.out, "shards"), dirs_exist_ok=True)
     summary = run_extraction(here, backbone=backbone)
-    assert "(60 frames, " in summary.told()
-    assert "in 3 shards, none to make; 1 of 6 clips in quarantine" in summary.told()
+    assert "(60 frames, " in summary.summary_line()
+    assert "in 3 shards, none to make; 1 of 6 clips in quarantine" in summary.summary_line()
     assert digests(Path(here.out)) == digests(finished)
 
 

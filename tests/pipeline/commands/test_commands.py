@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltatok.pipeline.cli import load_name
+from deltatok.pipeline.cli import load_name, run_command
 from deltatok.pipeline.commands.evaluate import main as evaluate
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.pipeline import main as pipeline
@@ -196,6 +197,28 @@ def test_an_unknown_key_names_the_nearest(tiny_run: Path, tmp_path: Path, fails:
     fails(train, ["tokenizer", "--config", str(config)], 2, "bach_size", "batch_size")
 
 
+def test_a_config_with_a_lease_timeout_is_refused_by_its_name(tmp_path: Path, fails: Fails) -> None:
+    """Of before: processes shared the work by leases."""
+    (tmp_path / "old.yaml").write_text("videos: [clips]\nout: cache\nlease_timeout: 60s\n")
+    words = ["--config", str(tmp_path / "old.yaml")]
+    fails(extract, words, 2, "unknown key 'lease_timeout'; did you mean")
+
+
+def test_sigterm_ends_a_command_with_75_whatever_it_is_at(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:  # as libraries do around the import of another one
+            pytest.fail("taken for a package that does not work")
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(load) == 75
+    assert "SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_fewer_windows_than_the_batch(tiny_run: Path, tmp_path: Path, fails: Fails) -> None:
     words = ["world", "--deltas", str(tiny_run / "deltas"), "--out", str(tmp_path / "w")]
     fails(train, [*words, "--batch-size", "64", *_model("world")], 2, "64", "windows")
@@ -272,6 +295,10 @@ def test_the_nearest_subcommand_is_named(
         ("import deltatok.evaluate", {"deltatok.extract", "torch", "av", "matplotlib"}),
         ("from deltatok.pipeline.commands import shards", {"torch", "av", "matplotlib"}),
         ("from deltatok.pipeline.commands import pipeline", {"torch", "av", "matplotlib"}),
+        (
+            "import deltatok.evaluate.forecast.run",
+            {"decord", "deltatok.extract.backbone", "deltatok.extract.decoding.clip"},
+        ),
         ("from deltatok.train import tokenizer, world", {"deltatok.extract", "av", "matplotlib"}),
         (
             "from deltatok.pipeline.commands import extract; extract.main(['--help'])",

@@ -1,6 +1,7 @@
 """deltatok-shards verify as users run it: names, exit codes, JSON, repair and extraction after."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.shards import main as shards
+from deltatok.shards.files import partial_path
 
 Fails = Callable[..., None]
 
@@ -97,17 +99,17 @@ def test_a_whole_cache_says_how_deep_it_was_looked_at(
 
 
 def test_nothing_is_repaired_while_somebody_writes(cache: Path, fails: Fails) -> None:
-    from deltatok.extract.leases import Leases
-
     path = cache / "shards/000001.zarr/tokens/c/0/0/0/0"
     path.write_bytes(b"")
-    with Leases(cache, timeout_s=60.0) as leases:
-        assert leases.take("000000") is not None
-        fails(shards, ["verify", str(cache), "--repair"], 2, "a process is writing to it")
-        assert path.exists()
+    own = partial_path(cache / "shards/000002.zarr")
+    partial = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
+    partial.mkdir()
+    fails(shards, ["verify", str(cache), "--repair"], 2, f"{partial}: a process is writing to it")
+    assert path.exists()
+    partial.rename(own)  # of a process that ended
     assert shards(["verify", str(cache), "--repair"]) == 0
     assert not path.exists()
-    assert not (cache / "leases").exists()
+    assert not own.exists()
 
 
 def test_a_repair_that_cannot_write_says_so(cache: Path, fails: Fails) -> None:

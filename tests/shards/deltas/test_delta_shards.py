@@ -24,10 +24,11 @@ from deltatok.shards import (
     UsageError,
 )
 from deltatok.shards.cache import finish_cache, open_cache
-from deltatok.shards.deltas.writer import DeltaRows, write_delta_shard
+from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.files import sha256_file
 from deltatok.shards.plan import window_order
 from deltatok.shards.records import read_done
+from deltatok.shards.windows import ShardRows
 
 
 def plain_gather(folder: Path, windows: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +116,7 @@ def test_any_shape_comes_back(
     rng = np.random.default_rng(seed)
     tokens = rng.standard_normal((shards, windows, frames, channels)).astype(np.float16)
     for shard in range(shards):
-        rows = DeltaRows(
+        rows = ShardRows(
             tokens=tokens[shard],
             timestamps_s=rng.random((windows, frames)).astype(np.float32),
             frame_index=np.zeros((windows, frames), np.int32),

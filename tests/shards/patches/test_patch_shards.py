@@ -20,8 +20,9 @@ from deltatok.shards import (
 )
 from deltatok.shards.cache import open_cache
 from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
-from deltatok.shards.patches.writer import PatchRows, write_patch_shard
+from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import window_order
+from deltatok.shards.windows import ShardRows
 
 
 def test_float16_tokens_come_back_as_their_nearest_float16(patches: Any) -> None:
@@ -186,7 +187,7 @@ def test_any_shape_comes_back(
     open_cache(folder, CacheInfo(format="deltatok-patches", identity=identity, shape=shape))
     rng = np.random.default_rng(seed)
     tokens = rng.standard_normal((windows, frames, num_tokens, channels)).astype(np.float32)
-    rows = PatchRows(
+    rows = ShardRows(
         tokens=tokens * np.float32(10.0 ** rng.integers(-9, 4)),
         timestamps_s=rng.random((windows, frames)).astype(np.float32),
         frame_index=rng.integers(0, 9, (windows, frames)).astype(np.int32),

@@ -30,7 +30,7 @@ from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
 from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import plan_lines, read_plan, window_order
 from deltatok.shards.records import Quarantined, write_quarantine
-from deltatok.shards.tools.export import Selection, export_cache
+from deltatok.shards.tools.export import ClipSelection, export_cache
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 
@@ -114,10 +114,10 @@ def test_other_shards_hold_the_same_numbers_and_fingerprint(
 
 def test_a_subset_by_split_label_key_and_limit(source: Path, tmp_path: Path) -> None:
     taken = {
-        "split": (Selection(splits=("val",)), {4, 5}),
-        "label": (Selection(labels=("odd",)), {1, 3, 5}),
-        "both": (Selection(labels=("odd",), splits=("train",)), {1, 3}),
-        "clips": (Selection(clips=clip_names([0, 2])), {0, 2}),
+        "split": (ClipSelection(splits=("val",)), {4, 5}),
+        "label": (ClipSelection(labels=("odd",)), {1, 3, 5}),
+        "both": (ClipSelection(labels=("odd",), splits=("train",)), {1, 3}),
+        "clips": (ClipSelection(clips=clip_names([0, 2])), {0, 2}),
     }
     for name, (selection, numbers) in taken.items():
         export_cache([source], tmp_path / name, selection=selection)
@@ -126,7 +126,7 @@ def test_a_subset_by_split_label_key_and_limit(source: Path, tmp_path: Path) -> 
         assert set(out.keys) == clip_names(numbers)
         wanted = opened(source).select(clips=clip_names(numbers))
         assert len(out) == len(wanted)
-    info = export_cache([source], tmp_path / "limit", selection=Selection(limit=2))
+    info = export_cache([source], tmp_path / "limit", selection=ClipSelection(limit=2))
     first = [entry.key for entry in read_plan(source)][:2]  # it is in the order of the hashes
     assert opened(tmp_path / "limit").keys == first
     assert info.exported_from["limit"] == 2
@@ -135,7 +135,7 @@ def test_a_subset_by_split_label_key_and_limit(source: Path, tmp_path: Path) -> 
 
 
 def test_labels_splits_and_sources_go_with_the_clips(source: Path, tmp_path: Path) -> None:
-    export_cache([source], tmp_path / "out", selection=Selection(labels=("odd",)))
+    export_cache([source], tmp_path / "out", selection=ClipSelection(labels=("odd",)))
     old = {entry.key: entry for entry in read_plan(source)}
     for entry in read_plan(tmp_path / "out"):
         assert replace(entry, shard=0) == replace(old[entry.key], shard=0)
@@ -144,7 +144,7 @@ def test_labels_splits_and_sources_go_with_the_clips(source: Path, tmp_path: Pat
 def test_halves_merge_into_what_the_whole_exports_to(source: Path, tmp_path: Path) -> None:
     """Also in which shard and place each window is, whatever the order of the halves."""
     for name, numbers in (("a", [0, 3, 4]), ("b", [1, 2, 5])):
-        export_cache([source], tmp_path / name, selection=Selection(clips=clip_names(numbers)))
+        export_cache([source], tmp_path / name, selection=ClipSelection(clips=clip_names(numbers)))
     export_cache([source], tmp_path / "whole", clips_per_shard=2)
     export_cache([tmp_path / "b", tmp_path / "a"], tmp_path / "merged", clips_per_shard=2)
     assert assert_same_windows(tmp_path / "merged", source) == 11
@@ -209,7 +209,7 @@ def test_quarantined_clips_go_with_the_export(little: Any, tmp_path: Path) -> No
         told = [Quarantined(clip=key, stage="open", reason="cut", attempts=2) for key in lost]
         rows = {"patches": little.patch_rows, "deltas": little.delta_rows}[kind](0, [], seed=0)
         dtype = {"dtype": "float16"} if kind == "patches" else {}
-        write(source.folder, 1, rows, seed=7, quarantined=told, **dtype)
+        write(source.folder, 1, replace(rows, quarantined=told), seed=7, **dtype)
         write_quarantine(source.folder)
         finish_cache(source.folder, {})
         out = tmp_path / f"{kind}-out"
@@ -270,11 +270,11 @@ export_cache([sys.argv[1]], sys.argv[2], dtype="int8")
 
 def test_an_export_with_other_arguments_is_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_cache([source], out, selection=Selection(splits=("train",)), clips_per_shard=2)
+    export_cache([source], out, selection=ClipSelection(splits=("train",)), clips_per_shard=2)
     with pytest.raises(CacheMismatch, match="exported_from"):
-        export_cache([source], out, selection=Selection(splits=("val",)), clips_per_shard=2)
+        export_cache([source], out, selection=ClipSelection(splits=("val",)), clips_per_shard=2)
     with pytest.raises(CacheMismatch, match=r"shard of clip .* other shards are asked for"):
-        export_cache([source], out, selection=Selection(splits=("train",)), clips_per_shard=1)
+        export_cache([source], out, selection=ClipSelection(splits=("train",)), clips_per_shard=1)
 
 
 def test_caches_of_different_identity_are_refused_with_the_field(
@@ -308,20 +308,20 @@ REFUSED: list[tuple[Make, str]] = [
     (lambda s, o: export_cache([s], o, clips_per_shard=1, windows_per_shard=1), "give one of"),
     (lambda s, o: export_cache([s], o, compression="gzip"), "compression 'gzip'"),
     (
-        lambda s, o: export_cache([s], o, selection=Selection(clips=frozenset({"clip9.mp4"}))),
+        lambda s, o: export_cache([s], o, selection=ClipSelection(clips=frozenset({"clip9.mp4"}))),
         r"has no clip 'clip9\.mp4'",
     ),
     (
-        lambda s, o: export_cache([s], o, selection=Selection(splits=("test",))),
+        lambda s, o: export_cache([s], o, selection=ClipSelection(splits=("test",))),
         "has no split 'test'.*known splits: 'train', 'val'",
     ),
     (
         lambda s, o: export_cache(
-            [s], o, selection=Selection(splits=("val",), clips=clip_names([0]))
+            [s], o, selection=ClipSelection(splits=("val",), clips=clip_names([0]))
         ),
         "no clip has all that is asked for",
     ),
-    (lambda s, o: Selection(limit=0), "limit is 0"),
+    (lambda s, o: ClipSelection(limit=0), "limit is 0"),
 ]
 
 

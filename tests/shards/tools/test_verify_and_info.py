@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
     *keys, missing = patches.rows[0].keys
     entry = Quarantined(clip=missing, stage="decode", reason="no frames", attempts=2)
     rows = little.patch_rows(5, keys, seed=0)
-    write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7, quarantined=[entry])
+    rows = replace(rows, quarantined=[entry])
+    write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
     problems = verify_cache(patches.folder).problems  # nothing else is brought up to date yet
     assert len(problems) == 2
     assert "000000.json: is not the done-record that index.jsonl tells of" in problems[0].text

@@ -10,35 +10,35 @@ import torch
 
 from deltatok.shards import DeltaShards, PatchShards
 from deltatok.train.data.batches import Batch, Prefetcher, TokenizerBatches, WorldBatches
-from deltatok.train.data.order import Share
-from deltatok.train.data.residency import delta_source, patch_source
+from deltatok.train.data.order import RankSlice
+from deltatok.train.data.residency import window_source
 
 Reader = Callable[[int], Batch]
 Values = list[tuple[torch.Tensor, ...]]
 BATCH_SIZE = 4
 
 
-def world_reader(folder: Path, share: Share, residency: str) -> tuple[Reader, int]:
+def world_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Reader, int]:
     shards = DeltaShards(folder)
     batches = WorldBatches(
-        delta_source(shards, residency=residency),
+        window_source(shards, residency=residency),
         np.arange(len(shards)),
         batch_size=BATCH_SIZE,
         seed=5,
-        share=share,
+        ranks=ranks,
     )
     return batches.read, batches.order.steps_per_epoch
 
 
-def tokenizer_reader(folder: Path, share: Share, residency: str) -> tuple[Reader, int]:
+def tokenizer_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Reader, int]:
     shards = PatchShards(folder)
     batches = TokenizerBatches(
-        patch_source(shards, residency=residency),
+        window_source(shards, residency=residency),
         np.arange(len(shards)),
         num_frames=shards.shape[0],
         batch_size=BATCH_SIZE,
         seed=5,
-        share=share,
+        ranks=ranks,
         wide_pair_fraction=0.5,
     )
     return batches.read, batches.order.steps_per_epoch
@@ -52,11 +52,11 @@ def samples_of(batch: Batch) -> tuple[torch.Tensor, ...]:
     return frames[row, previous], frames[row, current]
 
 
-def run(make: Callable[[Share], Reader], ranks: int, stops: Sequence[int]) -> Values:
+def run(make: Callable[[RankSlice], Reader], ranks: int, stops: Sequence[int]) -> Values:
     """The global batches of a run from stops[0] to stops[-1], started anew at each stop between."""
     values: Values = []
     for start, stop in pairwise(stops):
-        readers = [make(Share(rank=rank, num_ranks=ranks)) for rank in range(ranks)]
+        readers = [make(RankSlice(rank=rank, num_ranks=ranks)) for rank in range(ranks)]
         parts: list[Values] = []
         for reader in readers:
             with Prefetcher(reader, start=start, stop=stop) as ahead:
@@ -74,17 +74,17 @@ def test_interruptions_at_every_step_leave_the_global_batches_as_they_were(
     readers: dict[tuple[int, int], Reader] = {}
     steps = 0
 
-    def make(share: Share) -> Reader:
+    def make(ranks: RankSlice) -> Reader:
         nonlocal steps
-        key = (share.rank, share.num_ranks)
+        key = (ranks.rank, ranks.num_ranks)
         if key not in readers:  # reading keeps no state; opening the files is what takes time
             build, folder = (
                 (world_reader, deltas) if kind == "world" else (tokenizer_reader, patches)
             )
-            readers[key], steps = build(folder, share, residency)
+            readers[key], steps = build(folder, ranks, residency)
         return readers[key]
 
-    make(Share())
+    make(RankSlice())
     last = min(2 * steps, 6)
     truth = run(make, 1, [0, last])
     assert len(truth) == last >= 4
@@ -103,7 +103,7 @@ def test_every_residency_gives_the_same_batches(patches: Path, deltas: Path, kin
     build, folder = (world_reader, deltas) if kind == "world" else (tokenizer_reader, patches)
     by_residency = []
     for residency in ("device", "memory", "map"):
-        reader, _ = build(folder, Share(), residency)
+        reader, _ = build(folder, RankSlice(), residency)
         by_residency.append([samples_of(reader(step)) for step in range(5)])
     for other in by_residency[1:]:
         for got, wanted in zip(other, by_residency[0], strict=True):

@@ -17,7 +17,7 @@ from deltatok.shards.tools.export import export_cache
 from deltatok.train.data import residency as sources
 from deltatok.train.data.batches import Prefetcher
 from deltatok.train.data.order import StreamOrder, same_block_share
-from deltatok.train.data.residency import choose_place, delta_source, patch_source
+from deltatok.train.data.residency import choose_place, window_source
 from deltatok.train.data.stream import (
     BufferRing,
     DeltaBlocks,
@@ -124,7 +124,7 @@ def test_a_batch_is_valid_until_so_many_further_ones_are_asked_for(
 ) -> None:
     shards = DeltaShards(deltas)
     for name in ("read", "read_any"):
-        read = getattr(delta_source(shards, residency=residency, num_buffers=3), name)
+        read = getattr(window_source(shards, residency=residency, num_buffers=3), name)
         held: deque[tuple[int, tuple[torch.Tensor, ...]]] = deque(maxlen=3)
         for step in range(20):
             held.append((step, read(np.arange(step, step + 4))))
@@ -139,7 +139,7 @@ def test_what_is_read_to_be_kept_is_never_written_over_nor_costs_a_batch(
     deltas: Path, residency: Any
 ) -> None:
     shards = DeltaShards(deltas)
-    source = delta_source(shards, residency=residency, num_buffers=2)
+    source = window_source(shards, residency=residency, num_buffers=2)
     batch = source.read(np.arange(4))
     kept = [source.read_to_keep(np.arange(step, step + 4)) for step in range(20)]
     assert np.array_equal(batch[0].numpy(), shards.tokens(np.arange(4)))
@@ -225,6 +225,6 @@ def test_a_run_goes_on_only_with_the_windows_under_the_same_numbers(
 
 def test_patch_source_streams_in_blocks_within_a_shard(patches: Path) -> None:
     shards = PatchShards(patches)
-    order = patch_source(shards, residency="stream").order(np.arange(len(shards)), 4, 0)
+    order = window_source(shards, residency="stream").order(np.arange(len(shards)), 4, 0)
     assert isinstance(order, StreamOrder)
     assert set(shards.shard_starts.tolist()) <= set(order.block_starts.tolist())

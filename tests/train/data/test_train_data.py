@@ -17,34 +17,34 @@ from deltatok.train.data.batches import (
 )
 from deltatok.train.data.order import (
     BatchOrder,
-    Share,
-    evenly,
+    RankSlice,
     permutation,
     seed_for,
     split_windows,
+    spread,
     uniforms,
 )
-from deltatok.train.data.residency import delta_source, patch_source
+from deltatok.train.data.residency import window_source
 from deltatok.train.engine.loop import is_time
 
-ONE = Share()
+ONE = RankSlice()
 
 
 def tokenizer_batches(
     shards: PatchShards,
     *,
     batch_size: int = 9,
-    share: Share = ONE,
+    ranks: RankSlice = ONE,
     wide: float = 0.0,
     residency: str = "map",
 ) -> TokenizerBatches:
     return TokenizerBatches(
-        patch_source(shards, residency=residency),
+        window_source(shards, residency=residency),
         np.arange(len(shards)),
         num_frames=shards.shape[0],
         batch_size=batch_size,
         seed=0,
-        share=share,
+        ranks=ranks,
         wide_pair_fraction=wide,
     )
 
@@ -87,7 +87,7 @@ def test_fewer_windows_than_a_batch_are_refused() -> None:
 
 def test_batch_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(UsageError, match="batch_size 9 on 2 processes: wanted a multiple of 2"):
-        Share(rank=0, num_ranks=2).of(9)
+        RankSlice(rank=0, num_ranks=2).of(9)
 
 
 def test_split_is_by_clip_and_keeps_a_clips_side_when_the_cache_grows() -> None:
@@ -114,8 +114,8 @@ def test_split_of_nothing_or_of_one_clip_keeps_all_for_training() -> None:
 
 
 def test_evenly_spreads_over_all_windows() -> None:
-    assert evenly(np.arange(10), 4).tolist() == [0, 3, 6, 9]
-    assert evenly(np.arange(3), 4).tolist() == [0, 1, 2]
+    assert spread(np.arange(10), 4).tolist() == [0, 3, 6, 9]
+    assert spread(np.arange(3), 4).tolist() == [0, 1, 2]
 
 
 def test_batch_holds_exactly_the_consecutive_pairs_of_its_windows(patches: Path) -> None:
@@ -137,9 +137,9 @@ def test_ranks_together_read_the_batch_of_one_process(patches: Path) -> None:
     shards = PatchShards(patches)
     whole = tokenizer_batches(shards, batch_size=8, wide=0.5).read(3)
     parts = [
-        tokenizer_batches(shards, batch_size=8, wide=0.5, share=Share(rank=rank, num_ranks=4)).read(
-            3
-        )
+        tokenizer_batches(
+            shards, batch_size=8, wide=0.5, ranks=RankSlice(rank=rank, num_ranks=4)
+        ).read(3)
         for rank in range(4)
     ]
     assert np.concatenate([part.windows for part in parts]).tolist() == whole.windows.tolist()
@@ -178,11 +178,11 @@ def test_world_memory_gives_the_same_batch_as_the_files(deltas: Path) -> None:
     shards = DeltaShards(deltas)
     batches = [
         WorldBatches(
-            delta_source(shards, residency=residency),
+            window_source(shards, residency=residency),
             np.arange(len(shards)),
             batch_size=8,
             seed=0,
-            share=Share(rank=1, num_ranks=2),
+            ranks=RankSlice(rank=1, num_ranks=2),
         ).read(4)
         for residency in ("map", "memory")
     ]
@@ -201,7 +201,7 @@ def test_auto_residency_follows_the_free_memory(
     )
     for free, loaded in ((2 * shards.size_bytes, 1), (2 * shards.size_bytes - 2, 1)):
         monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
-        patch_source(shards, residency="auto")
+        window_source(shards, residency="auto")
         assert len(loads) == loaded
 
 

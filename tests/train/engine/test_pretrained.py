@@ -12,7 +12,7 @@ from deltatok.shards.errors import DeltatokError, UsageError
 from deltatok.train.engine.model_folder import read_class, read_provenance, weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig
@@ -28,7 +28,7 @@ PREDICTOR = {
 }
 MODELS = {
     "tokenizer": lambda: DeltaTok(TOKENIZER),
-    "world": lambda: DeltaWorld(DeltaWorldConfig(rope_axis_sizes=(12,), **PREDICTOR)),
+    "world": lambda: DeltaWorldNetwork(DeltaWorldConfig(rope_axis_sizes=(12,), **PREDICTOR)),
     "dinoworld": lambda: DINOWorld(DINOWorldConfig(rope_axis_sizes=(4, 4, 4), **PREDICTOR)),
     "segmentation": lambda: SegmentationHead(SegmentationHeadConfig(in_size=4, num_classes=3)),
     "rgb": lambda: RGBHead(
@@ -119,7 +119,7 @@ def test_half_precision_weights_are_loaded_as_float32(folder):
 
 def test_another_class_is_refused(folder):
     with pytest.raises(UsageError, match="holds a DeltaTok, wanted a DeltaWorld"):
-        DeltaWorld.from_pretrained(folder)
+        DeltaWorldNetwork.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

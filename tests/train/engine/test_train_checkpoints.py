@@ -15,7 +15,7 @@ from deltatok.shards import CacheMismatch, DeltatokError, PatchShards, UsageErro
 from deltatok.train.engine import checkpoints, logs, loop
 from deltatok.train.engine.model_folder import read_provenance, read_tensors
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
+from deltatok.train.tokenizer import TokenizerObjective, train_tokenizer
 from deltatok.train.world import train_world
 
 Make = Callable[..., Any]
@@ -27,13 +27,13 @@ def steps_in(folder: Path | str) -> list[str]:
 
 def scripted_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
     """Evaluations after these steps give these validation losses."""
-    evaluate = TokenizerStage.evaluate
+    evaluate = TokenizerObjective.evaluate
     evaluations = iter(losses.values())
 
-    def scripted(self: TokenizerStage) -> dict[str, float]:
+    def scripted(self: TokenizerObjective) -> dict[str, float]:
         return {**evaluate(self), "validation_loss": next(evaluations)}
 
-    monkeypatch.setattr(TokenizerStage, "evaluate", scripted)
+    monkeypatch.setattr(TokenizerObjective, "evaluate", scripted)
 
 
 def test_the_best_checkpoint_outlives_newer_ones(
@@ -125,7 +125,7 @@ def test_disk_full_while_saving_costs_no_older_checkpoint(
     config = tokenizer_config(save_every=2, eval_every=100, keep_checkpoints=1)
     with monkeypatch.context() as patch:
         saving_is_limited(patch, after=2, size_bytes=size_bytes)
-        with pytest.raises(DeltatokError, match=r"step-00000004: could not be written .*make room"):
+        with pytest.raises(DeltatokError, match=r"step-00000004: cannot be written .*make room"):
             train_tokenizer(config)
     assert steps_in(config.out) == ["step-00000002"]
     out = train_tokenizer(config)
@@ -148,7 +148,7 @@ def test_disk_full_while_logging_says_what_to_do(
 
     monkeypatch.setattr(logs.RunLog, "write", full)
     config = tokenizer_config(save_every=1)
-    with pytest.raises(DeltatokError, match=r"log.jsonl: could not be written .*make room"):
+    with pytest.raises(DeltatokError, match=r"log.jsonl: cannot be written .*make room"):
         train_tokenizer(config)
     assert steps_in(config.out)[-1] == "step-00000003"
 
@@ -165,7 +165,7 @@ def test_disk_full_while_a_torn_log_is_mended_says_what_to_do(
     log = train_tokenizer(tokenizer_config(steps=2)) / "log.jsonl"
     log.write_bytes(log.read_bytes() + b'{"kind": "tr')
     monkeypatch.setattr(logs, "_drop_after", full)
-    with pytest.raises(DeltatokError, match=r"log.jsonl: could not be written .*make room"):
+    with pytest.raises(DeltatokError, match=r"log.jsonl: cannot be written .*make room"):
         train_tokenizer(tokenizer_config(steps=4))
 
 
@@ -178,7 +178,7 @@ def test_no_space_for_the_model_itself_leaves_the_last_checkpoint(
     config = tokenizer_config(steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(DeltaTok, "save_pretrained", full)
-        with pytest.raises(DeltatokError, match=r"run: could not be written .No space left"):
+        with pytest.raises(DeltatokError, match=r"run: cannot be written .No space left"):
             train_tokenizer(config)
     assert not (Path(config.out) / "config.json").exists()
     out = train_tokenizer(config)

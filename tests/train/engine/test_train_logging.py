@@ -14,7 +14,7 @@ from deltatok.shards.files import sha256_file
 from deltatok.train.engine import logs as trackers
 from deltatok.train.engine import loop
 from deltatok.train.engine.loop import flops_per_sample
-from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
+from deltatok.train.tokenizer import TokenizerObjective, train_tokenizer
 from deltatok.train.world import train_world
 
 Make = Callable[..., Any]
@@ -143,7 +143,7 @@ def test_trackers_are_ended_when_training_fails(
     def fail(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(TokenizerStage, "losses", fail)
+    monkeypatch.setattr(TokenizerObjective, "losses", fail)
     monkeypatch.setattr(loop, "flops_per_sample", lambda *arguments, **named: 1.0)
     with pytest.raises(RuntimeError, match="a bug"):
         train_tokenizer(tokenizer_config(trackers=("wandb",)))

@@ -15,7 +15,7 @@ from deltatok.train.data.order import generator
 from deltatok.train.engine.checkpoints import find_checkpoints
 from deltatok.train.engine.model_folder import read_provenance, read_tensors
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.tokenizer import TokenizerStage, train_tokenizer
+from deltatok.train.tokenizer import TokenizerObjective, train_tokenizer
 
 Make = Callable[..., Any]
 
@@ -115,15 +115,15 @@ def test_gradient_is_clipped(
 def test_loss_that_is_not_finite_stops_before_the_weights_change(
     tokenizer_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = TokenizerStage.losses
+    losses = TokenizerObjective.losses
 
-    def broken(self: TokenizerStage, *arguments: Any, step: int, **named: Any) -> Any:
+    def broken(self: TokenizerObjective, *arguments: Any, step: int, **named: Any) -> Any:
         values, extras = losses(self, *arguments, step=step, **named)
         if step == 4:
             values = values * torch.tensor([1.0] * 8 + [math.nan])
         return values, extras
 
-    monkeypatch.setattr(TokenizerStage, "losses", broken)
+    monkeypatch.setattr(TokenizerObjective, "losses", broken)
     config = tokenizer_config(save_every=1)
     with pytest.raises(DeltatokError, match=r"step 5: loss nan.*not changed.*window \d+ of clip"):
         train_tokenizer(config)
@@ -133,14 +133,14 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
 def test_gradient_that_is_not_finite_stops(
     tokenizer_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = TokenizerStage.losses
+    losses = TokenizerObjective.losses
 
-    def broken(self: TokenizerStage, *arguments: Any, **named: Any) -> Any:
+    def broken(self: TokenizerObjective, *arguments: Any, **named: Any) -> Any:
         values, extras = losses(self, *arguments, **named)
         values.register_hook(lambda gradient: gradient * math.inf)
         return values, extras
 
-    monkeypatch.setattr(TokenizerStage, "losses", broken)
+    monkeypatch.setattr(TokenizerObjective, "losses", broken)
     with pytest.raises(DeltatokError, match=r"gradient norm nan.*its own losses are finite"):
         train_tokenizer(tokenizer_config())
 

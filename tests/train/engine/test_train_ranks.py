@@ -75,7 +75,7 @@ for name, patched, attribute, broken in (
 
 # Ranks whose evaluations differ, as by rounding: the main one says which is the best.
 values = iter([0.5, 0.4, 0.6] if rank == 0 else [0.5, 0.6, 0.4])
-world.WorldStage.evaluate = lambda self: {"validation_best_loss": next(values)}
+world.DeltaWorldObjective.evaluate = lambda self: {"validation_best_loss": next(values)}
 changed = {"steps": 3, "eval_every": 1, "save_every": 9}
 train_world(dataclasses.replace(config, out=str(folder / "differing"), **changed))
 torch.distributed.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 from deltatok.shards import UsageError
 from deltatok.train.engine.model_folder import read_tensors
 from deltatok.train.models.deltatok import DeltaTok
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.tokenizer import train_tokenizer
 from deltatok.train.world import train_world
 
@@ -84,7 +84,7 @@ def test_model_folder_without_checkpoints_has_no_optimizer(
     world_config: Make, first_stage: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
-    DeltaWorld.from_pretrained(first_stage).save_pretrained(bare, {})
+    DeltaWorldNetwork.from_pretrained(first_stage).save_pretrained(bare, {})
     train_world(world_config(steps=1, start_from=str(bare)))
     with pytest.raises(UsageError, match=r"bare: no optimizer.safetensors and no checkpoints/"):
         train_world(world_config(start_from=str(bare), start_optimizer=True))
@@ -139,7 +139,7 @@ def test_world_trains_on_sixteen_frames(
     out = train_world(config)
     losses = [line["loss"] for line in log_lines(out, ["train"])]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    world = DeltaWorld.from_pretrained(out)
+    world = DeltaWorldNetwork.from_pretrained(out)
     forecast = world.rollout(
         torch.zeros(1, 15, 8),
         torch.arange(16)[None] * 0.2,

@@ -16,7 +16,7 @@ from deltatok.train.config import HeadTrainConfig
 from deltatok.train.engine.model_folder import read_provenance
 from deltatok.train.heads.crops import cut_labels, upsample_predictions
 from deltatok.train.heads.labels import TargetLabels
-from deltatok.train.heads.train import Depth, Segmentation, train_head
+from deltatok.train.heads.train import DepthTask, SegmentationTask, train_head
 from deltatok.train.models.heads import DepthHead, SegmentationHead, feature_map
 
 
@@ -249,7 +249,7 @@ def test_labels_without_a_labelled_pixel_are_refused(made, config):
 
 
 def test_depth_scores_count_valid_pixels_only():
-    task = Depth(in_size=8, max_depth=10.0)
+    task = DepthTask(in_size=8, max_depth=10.0)
     prediction = torch.tensor([[[2.0, 4.0, 7.0, 9.0]]])
     label = torch.tensor([[1.0, 8.0, 0.0, 11.0]])
     loss, squares, count = task.score(prediction, label)
@@ -261,12 +261,12 @@ def test_depth_scores_count_valid_pixels_only():
 
 
 @pytest.mark.parametrize(
-    "task", [Depth(in_size=8, max_depth=None), Segmentation(in_size=8, num_classes=3)]
+    "task", [DepthTask(in_size=8, max_depth=None), SegmentationTask(in_size=8, num_classes=3)]
 )
 def test_a_frame_without_labels_trains_nothing(task):
-    channels = 1 if isinstance(task, Depth) else 3
+    channels = 1 if isinstance(task, DepthTask) else 3
     prediction = torch.full((channels, 2, 2), 5.0, requires_grad=True)
-    label = torch.zeros(2, 2) if isinstance(task, Depth) else torch.full((2, 2), 255)
+    label = torch.zeros(2, 2) if isinstance(task, DepthTask) else torch.full((2, 2), 255)
     loss, _, count = task.score(prediction, label)
     loss.backward()
     assert count == 0

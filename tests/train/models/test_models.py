@@ -10,7 +10,7 @@ from deltatok.shards.errors import DeltatokError, UsageError
 from deltatok.train.models.blocks import LayerScale
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from deltatok.train.models.deltatok import DeltaTok, draw_rope_rescale
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.heads import (
     DepthHead,
     DepthHeadConfig,
@@ -59,8 +59,8 @@ def tokenizer() -> DeltaTok:
 
 
 @pytest.fixture
-def world() -> DeltaWorld:
-    return DeltaWorld(WORLD, generator=generator())
+def world() -> DeltaWorldNetwork:
+    return DeltaWorldNetwork(WORLD, generator=generator())
 
 
 # --- tokenizer ---
@@ -222,7 +222,7 @@ def test_fresh_weights_follow_the_paper():
 
 
 def test_fresh_weights_come_from_the_generator():
-    one, same, other = (DeltaWorld(WORLD, generator=generator(seed)) for seed in (1, 1, 2))
+    one, same, other = (DeltaWorldNetwork(WORLD, generator=generator(seed)) for seed in (1, 1, 2))
     assert all(map(torch.equal, one.state_dict().values(), same.state_dict().values()))
     assert not torch.equal(one.predictor.head.weight, other.predictor.head.weight)
 

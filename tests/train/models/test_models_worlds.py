@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deltatok.shards.errors import DeltatokError, UsageError
 from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 
 GRID = (2, 3)
@@ -45,8 +45,8 @@ def times(batch: int, frames: int) -> Tensor:
 
 
 @pytest.fixture
-def world() -> DeltaWorld:
-    return DeltaWorld(WORLD, generator=generator())
+def world() -> DeltaWorldNetwork:
+    return DeltaWorldNetwork(WORLD, generator=generator())
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_rollout_is_reproducible_from_a_generator(world):
 
 
 def test_discriminative_rollout_has_one_sample():
-    world = DeltaWorld(replace(WORLD, use_bom=False), generator=generator())
+    world = DeltaWorldNetwork(replace(WORLD, use_bom=False), generator=generator())
     got = world.rollout(normal(1, 2, 24), times(1, 3), horizon=1, num_samples=20)
     assert got.shape == (1, 1, 1, 24)
 
@@ -133,7 +133,7 @@ def test_generative_model_has_no_learned_query(world):
 
 
 def test_discriminative_model_refuses_noise():
-    world = DeltaWorld(replace(WORLD, use_bom=False), generator=generator())
+    world = DeltaWorldNetwork(replace(WORLD, use_bom=False), generator=generator())
     with pytest.raises(DeltatokError, match="leave noise away"):
         world.rollout(
             normal(1, 2, 24),

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from deltatok.train.losses import smooth_l1
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 
 
 def plain_select(
-    world: DeltaWorld, z: Tensor, timestamps: Tensor, noise: Tensor
+    world: DeltaWorldNetwork, z: Tensor, timestamps: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Indices int64 (B, P) of the best samples and all losses float32 (B, P, S), all at once.
 
@@ -26,7 +26,7 @@ def plain_select(
 
 @torch.no_grad()
 def plain_select_one_by_one(
-    world: DeltaWorld, z: Tensor, timestamps: Tensor, noise: Tensor
+    world: DeltaWorldNetwork, z: Tensor, timestamps: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same by one teacher-forced pass, the training step's own, a sample."""
     losses = []

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from deltatok.train.losses import smooth_l1
 from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.selection.folded import ProductsName, fold, predictions, project, weights_of
 from deltatok.train.selection.noise import CounterNoise, GivenNoise
 from deltatok.train.selection.search import (
     CPU_MEMORY_MB,
     Chunks,
-    Selection,
+    Winners,
     default_chunks,
     running_best,
     select,
@@ -55,10 +55,10 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def a_world(**changed: object) -> DeltaWorld:
+def a_world(**changed: object) -> DeltaWorldNetwork:
     config = DeltaWorldConfig(**{**SIZES, "rope_axis_sizes": (12,), **changed})
-    world = made(DeltaWorld(config, generator=torch.Generator().manual_seed(0)))
-    assert isinstance(world, DeltaWorld)
+    world = made(DeltaWorldNetwork(config, generator=torch.Generator().manual_seed(0)))
+    assert isinstance(world, DeltaWorldNetwork)
     return world
 
 
@@ -76,7 +76,7 @@ def chosen(noise: Tensor, indices: Tensor) -> Tensor:
     return noise.gather(2, index)[:, :, 0]
 
 
-def check_equal(found: Selection, losses: Tensor, *, atol: float = 1e-5) -> None:
+def check_equal(found: Winners, losses: Tensor, *, atol: float = 1e-5) -> None:
     """What was found is what the plain losses (B, P, S) say; argmin may differ in ties only."""
     lowest = losses.amin(dim=2)
     torch.testing.assert_close(found.best_losses, lowest, atol=atol, rtol=1e-5)
@@ -261,7 +261,7 @@ def test_chunks_keep_within_their_memory(batch, samples, memory, low):
 
 def test_the_released_size_is_chunked_for_the_cache():
     with torch.device("meta"):
-        world = DeltaWorld(DeltaWorldConfig())
+        world = DeltaWorldNetwork(DeltaWorldConfig())
     tokens = torch.empty(1024, 8, 768, device="meta")
     chunks = default_chunks(
         world, tokens, num_samples=256, products="float32", memory_mb=CPU_MEMORY_MB

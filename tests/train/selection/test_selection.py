@@ -12,12 +12,12 @@ from torch import nn
 from deltatok.shards import DeltaShards, DeltatokError, Stopped, UsageError
 from deltatok.shards.files import sha256_file
 from deltatok.train.config import DINOWorldTrainConfig, WorldTrainConfig
-from deltatok.train.data.order import Share
+from deltatok.train.data.order import RankSlice
 from deltatok.train.engine import loop
 from deltatok.train.engine.logs import Meter
 from deltatok.train.engine.loop import flops_per_sample
 from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.selection import selector as selection
 from deltatok.train.selection.folded import (
@@ -31,9 +31,9 @@ from deltatok.train.selection.folded import (
     weights_of,
 )
 from deltatok.train.selection.noise import CounterNoise
-from deltatok.train.selection.search import ChunkLosses, Selection, select
-from deltatok.train.selection.selector import Selector, Windows, check_float8
-from deltatok.train.world import WorldStage, train_world
+from deltatok.train.selection.search import ChunkLosses, Winners, select
+from deltatok.train.selection.selector import NamedWindows, Selector, check_float8
+from deltatok.train.world import DeltaWorldObjective, train_world
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def a_world(size: int = 64) -> DeltaWorld:
+def a_world(size: int = 64) -> DeltaWorldNetwork:
     config = DeltaWorldConfig(
         hidden_size=16,
         predictor_hidden_size=size,
@@ -54,20 +54,20 @@ def a_world(size: int = 64) -> DeltaWorld:
         rope_axis_sizes=(28,),
         **WIDE,
     )
-    return DeltaWorld(config, generator=torch.Generator().manual_seed(0)).eval()
+    return DeltaWorldNetwork(config, generator=torch.Generator().manual_seed(0)).eval()
 
 
-def windows(count: int = 6) -> Windows:
+def windows(count: int = 6) -> NamedWindows:
     times = draw(1, count, 5).abs().cumsum(1)
-    return Windows(draw(0, count, 5, 16), times, [("test", number) for number in range(count)])
+    return NamedWindows(draw(0, count, 5, 16), times, [("test", number) for number in range(count)])
 
 
-def selector(world: DeltaWorld, **changed: Any) -> Selector:
+def selector(world: DeltaWorldNetwork, **changed: Any) -> Selector:
     fields = {"deltas": "d", "out": "o", "log_every": 1, "model": world.config}
     return Selector(world, WorldTrainConfig(**{**fields, **changed}), device=CPU)
 
 
-def regret(picked: Selection, exact: Selection, world: DeltaWorld) -> float:
+def regret(picked: Winners, exact: Winners, world: DeltaWorldNetwork) -> float:
     """From teacher_forced, independently of what the trainer logs."""
     given = windows(len(picked.indices))
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_the_first_candidates_are_the_same_for_any_number_of_them() -> None:
 def test_a_run_follows_its_schedule(world_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def spying(*given: Any, **named: Any) -> Selection:
+    def spying(*given: Any, **named: Any) -> Winners:
         seen.append(named["num_samples"])
         return select(*given, **named)
 
@@ -354,8 +354,8 @@ def test_only_what_is_asked_for_is_compiled(
     ):
         compiled.clear()
         config = world_config(**fields)
-        model = DeltaWorld(config.model)
-        WorldStage(model, DeltaShards(config.deltas), config, Share(), device=CPU)
+        model = DeltaWorldNetwork(config.model)
+        DeltaWorldObjective(model, DeltaShards(config.deltas), config, RankSlice(), device=CPU)
         assert compiled == wanted
 
 
@@ -452,7 +452,7 @@ def test_every_validation_window_has_noise_of_its_own(
 ) -> None:
     drawn: list[list[int]] = []
 
-    def spying(*given: Any, **named: Any) -> Selection:
+    def spying(*given: Any, **named: Any) -> Winners:
         if named["num_samples"] == 4:  # num_samples_eval
             drawn.append(given[3].keys.tolist())
         return select(*given, **named)
@@ -476,9 +476,9 @@ def test_dinoworld_selects_in_its_selection_dtype_too() -> None:
         **WIDE,
     )
     world = DINOWorld(config, generator=torch.Generator().manual_seed(0)).eval()
-    given = Windows(draw(0, 2, 3, 4, 16), draw(1, 2, 3).abs().cumsum(1), [("a", 0), ("a", 1)])
+    given = NamedWindows(draw(0, 2, 3, 4, 16), draw(1, 2, 3).abs().cumsum(1), [("a", 0), ("a", 1)])
 
-    def found(**changed: Any) -> Selection:
+    def found(**changed: Any) -> Winners:
         fields = {"patches": "p", "out": "o", "model": config, **changed}
         stage = Selector(world, DINOWorldTrainConfig(**fields), device=CPU, grid=(2, 2))
         return stage.train(given, step=0, checks=False)[0]

@@ -1,4 +1,4 @@
-"""Selection on a GPU: the CPU's numbers, float8, a captured graph. Skipped where there is none."""
+"""Winners on a GPU: the CPU's numbers, float8, a captured graph. Skipped where there is none."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from deltatok.train.models.configs import DeltaWorldConfig
-from deltatok.train.models.deltaworld import DeltaWorld
+from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.selection.folded import fold, project, weights_of
 from deltatok.train.selection.noise import CounterNoise
-from deltatok.train.selection.search import ChunkLosses, Selection, select
+from deltatok.train.selection.search import ChunkLosses, Winners, select
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -28,14 +28,14 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def problem(device: str) -> tuple[DeltaWorld, Tensor, Tensor, CounterNoise]:
-    world = DeltaWorld(CONFIG, generator=torch.Generator().manual_seed(0)).to(device).eval()
+def problem(device: str) -> tuple[DeltaWorldNetwork, Tensor, Tensor, CounterNoise]:
+    world = DeltaWorldNetwork(CONFIG, generator=torch.Generator().manual_seed(0)).to(device).eval()
     noise = CounterNoise(torch.arange(16, device=device), 7, 128, 0.15)
     times = draw(1, 16, 8).abs().cumsum(1)
     return world, draw(0, 16, 8, 64).to(device), times.to(device), noise
 
 
-def selected(device: str, **fields: Any) -> Selection:
+def selected(device: str, **fields: Any) -> Winners:
     return select(*problem(device), num_samples=256, **fields)
 
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltatok.extract.sampling import (
+from deltatok.shards.errors import ClipError
+from deltatok.shards.sampling import (
     CROP_TRIES,
     SamplingPolicy,
     draw_windows,
@@ -20,7 +21,6 @@ from deltatok.extract.sampling import (
     sample_frame_indices,
     uniform_windows,
 )
-from deltatok.shards.errors import ClipError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "08_eval"
 SAMPLED = json.loads((GOLDEN / "sample_frame_indices.json").read_text())["sample_frame_indices"]

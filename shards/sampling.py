@@ -5,20 +5,17 @@ key, window) alone: never of the order of clips, the number of workers or the de
 numbers come from raw Philox output, which numpy promises not to change.
 
 T frames in a window, W windows of a clip, N frames of the clip.
-
-The square that an evaluation window shows of a resized frame. Part of sampling.WindowDraw.
 """
 
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..shards.errors import ClipError
-from .config import ExtractConfig
+from .errors import ClipError
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class WindowDraw:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPolicy:
-    """How windows are drawn; the fields are those of ExtractConfig."""
+    """How windows are drawn; the fields are those of an extraction."""
 
     policy: Literal["windows", "uniform"]
     num_frames: int
@@ -94,22 +91,6 @@ class SamplingPolicy:
     fps: float | None
     seed: int
     min_frames: int
-
-    @classmethod
-    def from_config(cls, config: ExtractConfig) -> Self:
-        """The sampling part of an extraction."""
-        return cls(
-            policy=config.sampling,
-            num_frames=config.num_frames,
-            num_windows=config.num_windows,
-            time_stride_range=config.time_stride_range,
-            crop_scale=config.crop_scale,
-            crop_ratio=config.crop_ratio,
-            flip_probability=config.flip_probability,
-            fps=config.fps,
-            seed=config.seed,
-            min_frames=config.min_frames,
-        )
 
     def identity(self) -> dict[str, Any]:
         """What of the policy decides a cache's content: `sampling` of the cache identity."""

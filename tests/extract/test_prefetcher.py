@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deltatok.extract.decoding.pool import DecodedClip, DecodedWindow
-from deltatok.extract.features import PixelStage, StagedClip
-from deltatok.extract.sampling import WindowDraw
+from deltatok.extract.features import PixelPrefetcher, PrefetchedClip
 from deltatok.shards.records import Quarantined
+from deltatok.shards.sampling import WindowDraw
 
 CPU = torch.device("cpu")
 S = 16
@@ -33,10 +33,10 @@ CLIPS: list[DecodedClip | Quarantined] = [
 
 def _all(num_ahead: int) -> tuple[list[str], list[torch.Tensor]]:
     keys, pixels = [], []
-    with PixelStage(frame_size=S, device=CPU, num_ahead=num_ahead) as stage:
-        for clip in stage.clips(iter(CLIPS)):
-            keys.append(clip.key if isinstance(clip, StagedClip) else clip.clip)
-            if isinstance(clip, StagedClip):
+    with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=num_ahead) as prefetcher:
+        for clip in prefetcher.clips(iter(CLIPS)):
+            keys.append(clip.key if isinstance(clip, PrefetchedClip) else clip.clip)
+            if isinstance(clip, PrefetchedClip):
                 pixels += [take() for take in clip.pixels]
     return keys, pixels
 
@@ -59,8 +59,8 @@ def test_no_more_clips_are_read_than_pixels_are_wanted(num_ahead: int, num_read:
             read.append(clip)
             yield clip
 
-    with PixelStage(frame_size=S, device=CPU, num_ahead=num_ahead) as stage:
-        next(stage.clips(source()))
+    with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=num_ahead) as prefetcher:
+        next(prefetcher.clips(source()))
         assert len(read) == num_read
 
 
@@ -75,23 +75,23 @@ def test_only_so_many_windows_are_made_ahead(monkeypatch: pytest.MonkeyPatch) ->
         return torch.zeros(1)
 
     monkeypatch.setattr("deltatok.extract.features.window_pixels", make)
-    with PixelStage(frame_size=S, device=CPU, num_ahead=2) as stage:
-        clip = next(stage.clips(iter([_clip("a", 50)])))
-        assert isinstance(clip, StagedClip)
+    with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=2) as prefetcher:
+        clip = next(prefetcher.clips(iter([_clip("a", 50)])))
+        assert isinstance(clip, PrefetchedClip)
         assert not third.wait(0.2)
         clip.pixels.popleft()()
         assert third.wait(10)
 
 
 def test_leaving_early_ends_the_thread() -> None:
-    with PixelStage(frame_size=S, device=CPU, num_ahead=1) as stage:
-        next(stage.clips(iter([_clip("a", 50)])))
+    with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=1) as prefetcher:
+        next(prefetcher.clips(iter([_clip("a", 50)])))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pixels")]
 
 
 def test_what_goes_wrong_ahead_is_raised_where_the_pixels_are_taken() -> None:
-    with PixelStage(frame_size=S, device=CPU, num_ahead=1) as stage:
-        clip = next(stage.clips(iter([_clip("a", 1, crop=100)])))
-        assert isinstance(clip, StagedClip)
+    with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=1) as prefetcher:
+        clip = next(prefetcher.clips(iter([_clip("a", 1, crop=100)])))
+        assert isinstance(clip, PrefetchedClip)
         with pytest.raises(ValueError, match="leaves the frame"):
             clip.pixels.popleft()()
