@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import yaml
 
-from ..extract.backbone import choose_device
 from ..extract.decoding.container import read_index
 from ..extract.sources.clip import Clip
 from ..extract.sources.find import find_clips
+from ..shards.devices import choose_device
 from ..shards.errors import ClipError, UsageError
 from ..shards.files import write_bytes
 from ..shards.plan import plan_order
@@ -103,7 +103,7 @@ class Size:
 
 
 def _released(kind: str, stages: Sequence[str]) -> tuple[Stage, ...]:
-    made = []
+    made: list[Stage] = []
     for number, stage in enumerate(stages):
         made.append(
             Stage(
@@ -300,8 +300,8 @@ def _storage(
     fit = int(num_train * room / one)
     raise UsageError(
         f"--out {out}: {room / 1e9:.1f} GB for patch tokens, one window of each of {num_train} "
-        f"clips takes {one / 1e9:.1f} GB even as int8: give --out on a larger disk, a smaller --size, or "
-        f"videos of {fit} clips at most"
+        f"clips takes {one / 1e9:.1f} GB even as int8: give --out on a larger disk, a smaller "
+        f"--size, or videos of {fit} clips at most"
     )
 
 

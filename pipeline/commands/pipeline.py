@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...shards.errors import DeltatokError
 from ...shards.files import write_json
 from ..cli import PACKAGE, Parser, apply_settings, example_help, run_command
 from ..stages import Pipeline, read_pipeline, run_pipeline, stages_to_run
@@ -44,6 +45,7 @@ def _parser() -> Parser:
         help="the whole pipeline on a built-in little world",
         **example_help("deltatok-pipeline quickstart --out runs/quickstart"),
     )
+    _add_own(kinds)
     _add_official(kinds)
     for kind in (run, plan):
         kind.add_argument("config", metavar="CONFIG", type=Path, help="a pipeline file (YAML)")
@@ -57,6 +59,48 @@ def _parser() -> Parser:
             help="any setting of a stage, as the stage's own command names it",
         )
     return parser
+
+
+def _add_own(kinds: "argparse._SubParsersAction[Parser]") -> None:
+    init = kinds.add_parser(
+        "init",
+        help="a pipeline file for your own videos, sized to this machine",
+        **example_help("deltatok-pipeline init --videos my_videos/ --size small"),
+    )
+    init.add_argument("--videos", nargs="+", required=True, help="as for deltatok-extract")
+    init.add_argument("--backbone", help="DINOv3: hub id or folder [ViT-B/16 of the hub]")
+    init.add_argument("--size", choices=("small", "base", "released"), help="[what fits]")
+    init.add_argument("--file", help="the pipeline file to write [mine.yaml]")
+    init.add_argument("--out", help="folder of all results [runs/ and the file's name]")
+    init.add_argument("--device", help="auto, cpu, cuda or cuda:N [auto]")
+    doctor = kinds.add_parser(
+        "doctor",
+        help="what this machine has: devices, decoders, disk, weights, extras",
+        **example_help("deltatok-pipeline doctor --out cache"),
+    )
+    doctor.add_argument("--out", type=Path, default=Path(), help="where caches will lie [.]")
+    doctor.add_argument("--offline", action="store_true", help="ask nothing over the network")
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from ..init import InitConfig, init_pipeline
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    del given["kind"]
+    file = init_pipeline(InitConfig(**given | {"videos": tuple(given["videos"])}))
+    print(f"wrote {file}; start it with: deltatok-pipeline run {file}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from ..doctor import examine
+
+    broken = []
+    for finding in examine(arguments.out, offline=arguments.offline):
+        print(f"{finding.state:<8} {finding.part:<18} {finding.text}", flush=True)
+        if finding.needed and finding.state != "ok":
+            broken.append(finding.part)
+    if broken:
+        raise DeltatokError(f"nothing works without {', '.join(broken)}: see above")
 
 
 def _add_official(kinds: "argparse._SubParsersAction[Parser]") -> None:
@@ -108,9 +152,14 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _run(words: list[str]) -> None:
     arguments = _parser().parse_args(words)
-    official = {"import-official": _import, "export-official": _export}
-    if arguments.kind in official:
-        official[arguments.kind](arguments)
+    others = {
+        "import-official": _import,
+        "export-official": _export,
+        "init": _init,
+        "doctor": _doctor,
+    }
+    if arguments.kind in others:
+        others[arguments.kind](arguments)
         return
     file = quickstart_file() if arguments.kind == "quickstart" else arguments.config
     pipeline = read_pipeline(file, out=arguments.out, settings=arguments.set)

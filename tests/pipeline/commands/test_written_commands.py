@@ -33,6 +33,7 @@ HELPS = [
     "evaluate cache-fidelity",
     *["shards", "shards info", "shards verify", "shards preview", "shards export", "shards bench"],
     *["pipeline", "pipeline run", "pipeline plan", "pipeline quickstart"],
+    *["pipeline init", "pipeline doctor"],
     *["pipeline import-official", "pipeline export-official"],
 ]
 WITHOUT_COMMANDS = {"architecture.md", "experiments.md", "measured.md"}
