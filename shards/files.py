@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DeltatokError
+from .errors import DeltatokError, UsageError
 
 PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
 
@@ -133,6 +133,18 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}): {advice} and run again; "
             "what is finished stays"
         ) from error
+
+
+def make_folder(folder: Path | str, *, flag: str = "") -> Path:
+    """A folder to write into, made where it is missing. UsageError, naming it and the `flag` that
+    gave it, where it cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder}: cannot be made ({error.strerror}); give another folder".lstrip()
+        ) from None
+    return Path(folder)
 
 
 def check_free(folder: Path, needed_bytes: int, *, what: str, min_free_bytes: int = 0) -> None:

@@ -31,9 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import IGNORE
@@ -44,7 +42,7 @@ from ...train.models.heads import SegmentationHead
 from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS
 from .config import ForecastConfig
 from .rollout import HorizonForecast, WindowBatch
-from .scores import segment
+from .scores import class_maps
 from .sequences import Score, SequenceScores
 
 _DTYPES = {
@@ -330,9 +328,12 @@ class ModeScorer:
         for position, index in enumerate(batch.indices):
             futures = self._futures(horizon, index)
             modes = find_modes(futures, threshold=self._config.mode_overlap)
+            size = (futures.classes.shape[1], futures.classes.shape[2])
             for name, features in rows.items():
                 tokens = features[position]
-                found = hits(modes, self._class_maps(tokens, modes))
+                found = hits(
+                    modes, class_maps(self._head, tokens, grid=self._cache.grid, size=size)
+                )
                 if name == SAMPLES_ROW:
                     draws = seed_for("true draws", self._config.seed, horizon, index)
                     self._calibration.setdefault(horizon, Calibration()).add(modes, found, draws)
@@ -358,14 +359,6 @@ class ModeScorer:
                 f"{self._head.config.num_classes - 1} (255 = counts nowhere)"
             )
         return futures
-
-    def _class_maps(self, tokens: Tensor, modes: Modes) -> NDArray[np.uint8]:
-        """Class maps uint8 (S, H, W), of the futures' size, of features (S, N, D)."""
-        height, width = modes.futures.classes.shape[1:]
-        with torch.autocast(tokens.device.type, enabled=False):
-            maps = segment(self._head, tokens.float(), grid=self._cache.grid, size=(height, width))
-        found: NDArray[np.uint8] = maps.to("cpu", torch.uint8).numpy()
-        return found
 
 
 def reliability(predicted: NDArray[np.float64], true: NDArray[np.float64]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from deltatok.evaluate.forecast.modes import KnownFutures, ModeScorer, write_futures
 from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.scores import segment
+from deltatok.evaluate.forecast.scores import class_maps
 from deltatok.evaluate.forecast.sequences import SequenceScores
 from deltatok.evaluate.report.rows import find_row, find_value
 from deltatok.evaluate.report.write import Report
@@ -34,10 +34,10 @@ def known(shared_evaluation: Any, tmp_path_factory: pytest.TempPathFactory) -> s
         frames = cache.frame_index([index])[0].tolist()
         tokens = torch.tensor(cache.tokens([index])[0])
         with torch.no_grad():
-            maps = segment(head, tokens[[6, 5]], grid=cache.grid, size=SIZE)
+            maps = class_maps(head, tokens[[6, 5]], grid=cache.grid, size=SIZE)
         found = KnownFutures(
             probability=np.array([0.6, 0.4]),
-            classes=maps.numpy().astype(np.uint8),
+            classes=maps,
             background=-1,
         )
         pairs = {(frames[3], frames[6]): found, (frames[5], frames[6]): found}
@@ -95,9 +95,7 @@ def test_every_sample_counts_at_its_last_step(shared_evaluation: Any, known: str
     forecast = HorizonForecast(
         truth=x[:, 4:],
         rows={"present": samples[:, 0], "mean": samples[:, 2]},
-        open_loop=x[:, 4:],
         samples=samples,
-        sample_losses=None,
     )
     batch = WindowBatch(indices=(0,), names=((0,),), x=x, times=torch.zeros(1, 7), z=x[..., 0])
     scores, sequence = SequenceScores(), cache.keys[int(cache.clip_index[0])]
