@@ -112,7 +112,13 @@ def load_parts(
 
     wanted = _object(deltas, "tokenizer").get("weights_sha256")
     if tokenizer is None:
-        tokenizer = find_tokenizer(world_folder, wanted, places)
+        tokenizer = find_part(
+            "tokenizer",
+            world_folder,
+            wanted,
+            [place for place in places if _class_of(place) == "DeltaTok"],
+            hash_weights=lambda place: weights_sha256(DeltaTok.from_pretrained(place)),
+        )
     loaded_tokenizer = DeltaTok.from_pretrained(tokenizer)
     world_name = f"the world model {world_folder}"
     if wanted is None:
@@ -123,7 +129,14 @@ def load_parts(
 
     wanted = _object(patches, "backbone").get("weights_sha256")
     if backbone is None:
-        backbone = find_backbone(world_folder, wanted, places, load_backbone)
+        backbone = find_part(
+            "backbone",
+            world_folder,
+            wanted,
+            [place for place in places if (place / "preprocessor_config.json").is_file()],
+            hash_weights=lambda place: load_backbone(str(place)).identity()["weights_sha256"],
+            hub_id=_recorded_hub_id(world_folder),
+        )
     loaded_backbone = load_backbone(str(backbone))
     if patches:
         check_same_features(
@@ -238,55 +251,34 @@ def nearby(folder: Path, world_folder: Path) -> list[Path]:
     return list(places.values())
 
 
-def find_tokenizer(world_folder: Path, wanted: str | None, places: Sequence[Path]) -> Path:
-    """The one of `places` that holds the tokenizer with the weights `wanted` (sha256).
-
-    Raises UsageError that names where was looked, if none does.
-    """
-    candidates = [place for place in places if _class_of(place) == "DeltaTok"]
-    for place in candidates:
-        if wanted is not None and weights_sha256(DeltaTok.from_pretrained(place)) == wanted:
-            return place
-    raise UsageError(_not_found("tokenizer", world_folder, wanted, candidates))
-
-
-def find_backbone(
+def find_part(
+    part: str,
     world_folder: Path,
     wanted: str | None,
-    places: Sequence[Path],
-    load_backbone: Callable[[str], Backbone],
+    candidates: Sequence[Path],
+    *,
+    hash_weights: Callable[[Path], str],
+    hub_id: str | None = None,
 ) -> str | Path:
-    """The one of `places` that holds the backbone with the weights `wanted` (sha256), or the hub
-    id that the world's delta cache names.
+    """The one of `candidates` that holds the weights `wanted` (sha256), else `hub_id`.
 
     Raises UsageError that names where was looked, if there is neither.
     """
-    candidates = [place for place in places if (place / "preprocessor_config.json").is_file()]
-    for place in candidates:
-        if wanted is not None:
-            try:
-                found = load_backbone(str(place)).identity()["weights_sha256"]
-            except UsageError as error:
-                logger.info("%s: no backbone that can be loaded: %s", place, error)
-                continue
-            if found == wanted:
+    for place in candidates if wanted is not None else ():
+        try:
+            if hash_weights(place) == wanted:
                 return place
-    hub_id = _recorded_hub_id(world_folder)
-    if hub_id is None:
-        raise UsageError(_not_found("backbone", world_folder, wanted, candidates))
-    return hub_id
-
-
-def _not_found(
-    part: str, world_folder: Path, wanted: str | None, candidates: Sequence[Path]
-) -> str:
+        except UsageError as error:
+            logger.info("%s: no %s that can be loaded: %s", place, part, error)
+    if hub_id is not None:
+        return hub_id
     if wanted is None:
-        return (
+        raise UsageError(
             f"{world_folder}: its provenance.json does not say which {part} it was trained with; "
             f"pass {part}="
         )
-    looked = ", ".join(str(place) for place in candidates) or "none there"
-    return (
+    looked = ", ".join(map(str, candidates)) or "none there"
+    raise UsageError(
         f"{world_folder}: its {part} (weights sha256 {wanted}) is not beside it (looked at: "
         f"{looked}); pass {part}="
     )
