@@ -48,7 +48,7 @@ from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
 from .scores import Scorer, check_labels, class_maps, with_intervals
 from .sequences import sequences_jsonl
-from .windows import UniformWindows, WindowArrangement, is_evaluation, open_windows
+from .windows import WindowArrangement, is_evaluation, open_windows
 
 if TYPE_CHECKING:
     from ...extract.sources.clip import Clip
@@ -317,9 +317,7 @@ def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
         return None
     if not isinstance(head, SegmentationHead):
         raise UsageError("--futures: known futures are class maps; give a segmentation --head")
-    if not isinstance(inputs.arrangement, UniformWindows):
-        raise UsageError("--futures: known futures are of whole frames; give a uniform cache")
-    return ModeScorer(inputs.config, inputs.cache, head)
+    return ModeScorer(inputs.config, inputs.cache, head, inputs.arrangement)
 
 
 def probe(inputs: ForecastInputs) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.evaluation.geometry import Cut
 from ...shards.evaluation.labels import IGNORE, NO_DEPTH
-from ...train.heads.crops import cut_labels, upsample_predictions
+from ...train.heads.crops import cut_labels, upsample_half, upsample_predictions
 from ...train.models.heads import DepthHead, SegmentationHead, feature_map
 from ...train.probes import participation_ratio
 from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS, ROW_NAMES, ReportRow
@@ -78,17 +78,29 @@ def read_maps(
     """Logits (B, C, *size) or metres (B, 1, *size) from features (B, N, D): of whole frames, or of
     the crops of frames at the size of their cut label. In float32 whatever the autocast: logits of
     bfloat16 tie often, and ties go to the first class."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        return upsample_predictions(head(feature_map(tokens.float(), grid=grid)), cut, size=size)
+    return upsample_predictions(_read(head, tokens, grid), cut, size=size)
 
 
 def class_maps(
-    head: SegmentationHead, tokens: Tensor, *, grid: tuple[int, int], size: tuple[int, int]
+    head: SegmentationHead,
+    tokens: Tensor,
+    *,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    crop: tuple[Cut, bool] = (WHOLE, False),
 ) -> NDArray[np.uint8]:
-    """Class maps uint8 (B, *size) of the features (B, N, D) of whole frames."""
-    logits = read_maps(head, tokens, grid=grid, size=size)
+    """Class maps uint8 (B, *size) of features (B, N, D) that show whole frames, or all the same
+    `crop`: how frames are cut, and whether it is the second one. size: of its half of a label."""
+    cut, second = crop
+    logits = upsample_half(_read(head, tokens, grid), cut, second=second, size=size)
     classes: NDArray[np.uint8] = logits.argmax(dim=1).to("cpu", torch.uint8).numpy()
     return classes
+
+
+def _read(head: Head, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    with torch.autocast(tokens.device.type, enabled=False):
+        maps: Tensor = head(feature_map(tokens.float(), grid=grid))
+    return maps
 
 
 def confusion_matrix(predictions: Tensor, label: Tensor, *, num_classes: int) -> Tensor:

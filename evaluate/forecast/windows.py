@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...shards.cache import CacheInfo
 from ...shards.errors import DamagedShard, UsageError
+from ...shards.evaluation.geometry import Cut
 from ...shards.evaluation.labels import IGNORE, NO_DEPTH, ClipLabels
 from ...shards.evaluation.targets import (
     Target,
@@ -59,6 +60,14 @@ class UniformWindows:
     def sequence(self, index: int) -> str:
         """What a window belongs to: windows of one sequence are alike, and resampled together."""
         return self._cache.keys[int(self._cache.clip_index[index])]
+
+    def crop(self, index: int) -> tuple[Cut, bool]:
+        """How the window's frames are cut, and whether it shows the second of their crops."""
+        return WHOLE, False
+
+    def future_names(self, index: int) -> list[str]:
+        """What the file of a window's known futures may be called, without its suffix."""
+        return [self.sequence(index)]
 
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         """The labels of the target frames of a batch; none without labels."""
@@ -147,6 +156,17 @@ class EvaluationWindows:
 
     def sequence(self, index: int) -> str:
         return self._targets[self._key(index)].sequence
+
+    def crop(self, index: int) -> tuple[Cut, bool]:
+        crops = self._crops[self._key(index)]
+        return cut_of_crops(self._cache.crop[crops]), crops.index(index) == 1
+
+    def future_names(self, index: int) -> list[str]:
+        """The target's key, its sequence's, and that of the video it is in, as an extraction of the
+        videos' folder names it."""
+        target = self._targets[self._key(index)]
+        video = [name.split("/", 1)[-1] for name in target.frames if len(target.frames) == 1]
+        return [target.key, target.sequence, *video]
 
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         if self._config.labels is None:

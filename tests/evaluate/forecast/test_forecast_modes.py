@@ -13,6 +13,7 @@ from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch
 from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.evaluate.forecast.scores import class_maps
 from deltatok.evaluate.forecast.sequences import SequenceScores
+from deltatok.evaluate.forecast.windows import UniformWindows
 from deltatok.evaluate.report.rows import find_row, find_value
 from deltatok.evaluate.report.write import Report
 from deltatok.shards.errors import UsageError
@@ -100,7 +101,8 @@ def test_every_sample_counts_at_its_last_step(shared_evaluation: Any, known: str
     batch = WindowBatch(indices=(0,), names=((0,),), x=x, times=torch.zeros(1, 7), z=x[..., 0])
     scores, sequence = SequenceScores(), cache.keys[int(cache.clip_index[0])]
     with torch.no_grad():
-        ModeScorer(config, cache, head).add("mid", forecast, batch, seed=0, scores=scores)
+        scorer = ModeScorer(config, cache, head, UniformWindows(config, cache, None))
+        scorer.add("mid", forecast, batch, seed=0, scores=scores)
     found = {score[1:]: part[0][sequence][0, 0] for score, part in scores.parts.items()}
     assert found["samples", "mode_recall"] == 1
     assert found["samples", "mode_precision"] == pytest.approx(2 / 3)
