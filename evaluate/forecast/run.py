@@ -43,6 +43,7 @@ from ..report.plots import Curve, plot_curves, read_curve
 from ..report.rows import HORIZONS, expected_order, table
 from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig
+from .diagnosis import diagnose, diagnosis_text
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
@@ -236,6 +237,7 @@ def run_forecast(config: ForecastConfig) -> Report:
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
         with watch.at("intervals"):
             rows = with_intervals(config, scorer.rows(), scorer.sequences)
+        diagnosis = diagnose(config, rows, probes)
         with watch.at("pictures"):
             pictures = draw_pictures(inputs, shown)
     cache, scored = inputs.cache, list(chain.from_iterable(inputs.batches()))
@@ -254,8 +256,11 @@ def run_forecast(config: ForecastConfig) -> Report:
         num_clips=len(set(cache.clip_index[scored].tolist())),
         step_s=inputs.step_s(scored),
         paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
+        diagnosis=diagnosis,
     )
     write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
+    for fault in diagnosis:
+        logger.warning("%s", diagnosis_text(fault))
     logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)
     return report
 

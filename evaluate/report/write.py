@@ -2,7 +2,7 @@
 
     OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
                        "provenance", "seconds", "config", "num_windows", "num_clips", "step_s",
-                       "paper"}
+                       "paper", "diagnosis"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves (templates/page.html.j2)
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as PNG files and the moving pictures as GIFs, to show elsewhere
@@ -11,7 +11,7 @@ report.json is written last: where it is, the report is whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ class Report:
     """Seconds of a step, the median over the windows."""
     paper: PaperComparison | None = None
     """Whether the paper's rows may stand beside these; None: it has none of this data set."""
+    diagnosis: list[dict[str, Any]] = field(default_factory=list)
+    """[{"cause", "measured", "next_step"}]: faults that the probes show, what to see to first
+    first; see forecast/diagnosis.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 
+from deltatok.evaluate.forecast.config import ForecastConfig
 from deltatok.evaluate.forecast.modes import KnownFutures, ModeScorer, write_futures
 from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch
 from deltatok.evaluate.forecast.run import run_forecast
@@ -216,3 +219,80 @@ def test_settings_of_no_use_are_refused(
 def test_report_json_is_strict_json(report: Report) -> None:
     text = (Path(report.config["out"]) / "report.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in report.json"))
+
+
+HALVES = {0: np.s_[:, :17], 1: np.s_[:, 17:]}
+"""Of class maps 20 x 34, what left and right crops are scored on."""
+
+
+def read_half(head: SegmentationHead, tokens: torch.Tensor, *, second: bool) -> NDArray[np.uint8]:
+    """What a head reads from one of two overlapping crops (N, D), for its half (20, 17)."""
+    with torch.no_grad():
+        logits = head(tokens.T.reshape(1, 32, 3, 3).float())
+    square = F.interpolate(logits, size=(20, 20), mode="bilinear", align_corners=False)
+    classes = square.argmax(dim=1)[0, :, 3:] if second else square.argmax(dim=1)[0, :, :17]
+    return classes.numpy().astype(np.uint8)
+
+
+@pytest.mark.parametrize("named_by", ["target", "sequence"])
+def test_crops_of_an_evaluation_cache_are_held_against_their_half_of_known_futures(
+    write_evaluation_cache: Any, make: Any, tmp_path: Path, named_by: str
+) -> None:
+    """Futures of whole frames: what the head reads from both crops' true targets (0.6), and from
+    the frame that `copy_last` shows at the short horizon (0.4)."""
+    write_evaluation_cache(tmp_path / "patches", tmp_path / "labels")
+    cache = PatchShards(tmp_path / "patches")
+    make.write_models(tmp_path, cache.info.identity)
+    head = SegmentationHead.from_pretrained(tmp_path / "head")
+    alike, files = [], {}
+    for first in range(0, len(cache), 2):
+        crops = cache.crop[[first, first + 1]]
+        assert crops[0, 1] < crops[1, 1]  # left, right
+        classes = np.empty((2, 20, 34), np.uint8)
+        for crop in (0, 1):
+            tokens = torch.tensor(cache.tokens([first + crop])[0])
+            for future, frame in enumerate((6, 5)):
+                half = read_half(head, tokens[frame], second=crop == 1)
+                classes[future][HALVES[crop]] = half
+            alike.append((classes[0][HALVES[crop]] == classes[1][HALVES[crop]]).all())
+        known = KnownFutures(probability=np.array([0.6, 0.4]), classes=classes, background=-1)
+        frames = cache.frame_index([first])[0].tolist()
+        pairs = {(frames[3], frames[6]): known, (frames[5], frames[6]): known}
+        key = cache.window(first)["clip"]
+        name = key if named_by == "target" else key.rsplit("/", 1)[0]
+        files.setdefault(name, {}).update(pairs)
+    for name, pairs in files.items():
+        write_futures(tmp_path / "futures", name, pairs, background=-1)
+    folders = ("patches", "labels", "tokenizer", "world", "discriminative", "head", "futures")
+    config = ForecastConfig(
+        **{folder: str(tmp_path / folder) for folder in folders},
+        out=str(tmp_path / "out"),
+        num_samples=3,
+        num_pictures=0,
+        mode_overlap=1.0,
+        device="cpu",
+    )
+    report, merged = run_forecast(config), float(np.mean(alike))
+    assert merged < 0.5
+    for row, probability in (("present", 0.6), ("copy_last", 0.4)):
+        assert value(report, "short", row, "mode_precision") == 1
+        recall = merged + (1 - merged) * 0.5
+        assert value(report, "short", row, "mode_recall") == pytest.approx(recall)
+        weighted = merged + (1 - merged) * probability
+        assert value(report, "short", row, "mode_recall_weighted") == pytest.approx(weighted)
+    assert value(report, "mid", "samples", "mode_precision") == 0  # of random models
+    lines = [json.loads(line) for line in (tmp_path / "out/sequences.jsonl").open()]
+    assert [line["sequence"] for line in lines] == ["a", "town/b"]
+    assert all("mode_recall" in line["scores"]["mid"]["samples"] for line in lines)
+
+
+def test_a_target_without_futures_is_named(
+    write_evaluation_cache: Any, make: Any, tmp_path: Path
+) -> None:
+    write_evaluation_cache(tmp_path / "patches", tmp_path / "labels")
+    make.write_models(tmp_path, PatchShards(tmp_path / "patches").info.identity)
+    (tmp_path / "futures").mkdir()
+    folders = ("patches", "labels", "tokenizer", "head", "futures", "out")
+    paths = {folder: str(tmp_path / folder) for folder in folders}
+    with pytest.raises(UsageError, match=r"clip a/000019: no futures"):
+        run_forecast(ForecastConfig(**paths, device="cpu"))
