@@ -63,17 +63,17 @@ def _tokenizer(config: ForecastConfig, probes: Mapping[str, Any]) -> list[dict[s
     )
     if copied < NO_BETTER:
         cause = "The tokenizer ignores its delta token: swapping it between windows changes nothing"
-        return [_fault(f"{cause}.", measured, f"Train the tokenizer again, {escape}; {again}")]
+        return [_fault(f"{cause}.", measured, f"Train it again, {escape}; {again}")]
     cause = "The tokenizer reconstructs no better than copying the last frame: it is untrained"
     if is_stuck:
         return [
             _fault(
                 f"{cause}, or its decoder ignores the delta token.",
                 measured,
-                f"Train the tokenizer for more --steps; if the ratios stay, {escape}; {again}",
+                f"Train it for more --steps; if the ratios stay, train it {escape}; {again}",
             )
         ]
-    return [_fault(f"{cause}.", measured, f"Train the tokenizer for more --steps; {again}")]
+    return [_fault(f"{cause}.", measured, f"Train it for more --steps; {again}")]
 
 
 def _world(

@@ -16,9 +16,10 @@ from deltatok.evaluate.report.write import Report
 from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.losses import smooth_l1
-from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
 from deltatok.train.models.deltaworld import DeltaWorldNetwork
+from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 
 SIGNS = np.array([1, -1, 1, -1, 1])
@@ -44,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, make: SimpleNamespace) -> Pa
     make.write_cache(root / "patches", policy="uniform", backbone="aaaa", tokens=drifting(SIGNS))
     tokenizer = train_tokenizer(PatchShards(root / "patches"))
     tokenizer.save_pretrained(root / "tokenizer", {"patches": patches})
-    train_world(PatchShards(root / "patches"), tokenizer).save_pretrained(
+    train_world(PatchShards(root / "patches"), tokenizer, steps=20).save_pretrained(
         root / "world", provenance(tokenizer, patches)
     )
     return root
@@ -55,11 +56,11 @@ def train_tokenizer(cache: PatchShards) -> DeltaTok:
     tokenizer = DeltaTok(config, generator=torch.Generator().manual_seed(0))
     x = torch.tensor(cache.tokens(range(len(cache)))).float()
     before, after = x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)
-    fit(tokenizer, 150, lambda: smooth_l1(tokenizer(before, after, grid=cache.grid), after).mean())
+    fit(tokenizer, 60, lambda: smooth_l1(tokenizer(before, after, grid=cache.grid), after).mean())
     return tokenizer
 
 
-def train_world(cache: PatchShards, tokenizer: DeltaTok) -> DeltaWorldNetwork:
+def train_world(cache: PatchShards, tokenizer: DeltaTok, *, steps: int) -> DeltaWorldNetwork:
     generator = torch.Generator().manual_seed(1)
     config = DeltaWorldConfig(
         hidden_size=32,
@@ -87,7 +88,7 @@ def train_world(cache: PatchShards, tokenizer: DeltaTok) -> DeltaWorldNetwork:
             losses.append(smooth_l1(world(z, t - t[:, :1], queries), z[:, 1:]).mean())
         return torch.stack(losses).sum()
 
-    fit(world, 150, loss)
+    fit(world, steps, loss)
     return world
 
 
@@ -191,12 +192,19 @@ def test_frames_that_do_not_move_are_named(
 
 
 def test_an_untrained_world_model_is_named_where_the_tokenizer_is_good(
-    shared_evaluation: Any, world: Path, tmp_path: Path
+    shared_evaluation: Any, make: Any, world: Path, tmp_path: Path
 ) -> None:
-    trained = DeltaWorldNetwork.from_pretrained(world / "world")
-    fresh = DeltaWorldNetwork(trained.config, generator=torch.Generator().manual_seed(5))
-    described = json.loads((world / "world" / "provenance.json").read_text())
-    fresh.save_pretrained(tmp_path / "world", described)
+    """A DINO-world, whose forecasts do not begin as copies."""
+    config = DINOWorldConfig(
+        hidden_size=32,
+        predictor_hidden_size=32,
+        predictor_num_hidden_layers=1,
+        predictor_num_heads=2,
+        rope_axis_sizes=(4, 4, 4),
+        use_bom=True,
+    )
+    fresh = DINOWorld(config, generator=torch.Generator().manual_seed(3))
+    fresh.save_pretrained(tmp_path / "world", {"patches": make.identity("uniform", "aaaa")})
     report = evaluate(shared_evaluation, world, tmp_path, world=str(tmp_path / "world"))
     (fault,) = report.diagnosis
     assert "best sample is no better than copying" in fault["cause"]
@@ -206,16 +214,16 @@ def test_an_untrained_world_model_is_named_where_the_tokenizer_is_good(
 def test_samples_that_are_all_alike_are_named_unless_asked_for(
     shared_evaluation: Any, world: Path, tmp_path: Path
 ) -> None:
-    model = DeltaWorldNetwork.from_pretrained(world / "world")
-    model.config = dataclasses.replace(model.config, initializer_range=1e-9)  # its noise, too
-    described = json.loads((world / "world" / "provenance.json").read_text())
-    model.save_pretrained(tmp_path / "world", described)
-    (fault,) = evaluate(
-        shared_evaluation, world, tmp_path / "a", world=str(tmp_path / "world")
-    ).diagnosis
+    cache, tokenizer = PatchShards(world / "patches"), DeltaTok.from_pretrained(world / "tokenizer")
+    model = train_world(cache, tokenizer, steps=0)
+    model.config = dataclasses.replace(model.config, initializer_range=1e-9)  # its noise
+    model.save_pretrained(tmp_path / "world", provenance(tokenizer, cache.info.identity))
+    folder = str(tmp_path / "world")
+    (fault,) = evaluate(shared_evaluation, world, tmp_path / "a", world=folder).diagnosis
     assert "ignores its noise" in fault["cause"]
     assert fault["measured"]["sample_spread"] < 0.01
-    assert evaluate(shared_evaluation, world, tmp_path / "b", noise_scale=0.0).diagnosis == []
+    silent = evaluate(shared_evaluation, world, tmp_path / "b", world=folder, noise_scale=0.0)
+    assert silent.diagnosis == []
 
 
 def test_a_head_that_reads_nothing_is_named(
