@@ -12,9 +12,8 @@ import pytest
 
 from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards
 from deltatok.shards.cache import NOTICE, finish_cache
-from deltatok.shards.index import INDEX
 from deltatok.shards.patches.writer import write_patch_shard
-from deltatok.shards.records import sample_sha256
+from deltatok.shards.records import INDEX, sample_sha256
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 

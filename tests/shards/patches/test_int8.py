@@ -223,20 +223,6 @@ def test_reader_needs_the_scales_of_the_shard_alone(int8: Any) -> None:
     assert "channel_scale.npy" in verify_cache(int8.folder, deep=True).problems[0].text
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"token_scale": np.ones((5, 3, 4), np.float16)},
-        {"tokens": np.zeros((5, 3, 4, 6), np.int8)},
-        {"tokens": np.zeros((5, 3, 4, 6), np.int8), "token_scale": np.ones((5, 3), np.float16)},
-    ],
-)
-def test_codes_go_with_their_scales(int8: Any, change: dict[str, Any]) -> None:
-    rows = replace(int8.rows[0], **change)
-    with pytest.raises(CacheMismatch, match="token_scale"):
-        write_patch_shard(int8.folder, 0, rows, dtype="int8", seed=7)
-
-
 def test_channel_scale_is_the_root_mean_square_with_a_floor() -> None:
     scale = channel_scale_of(np.array([1.0, 4.0, 9.0, 0.0, 1e-12]))
     np.testing.assert_allclose(scale, [1.0, 2.0, 3.0, 0.01, 0.01], rtol=1e-6)
