@@ -280,7 +280,7 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
         ) from error
     stored = read_cache_info(folder)
     compare(
-        _compared(stored), _compared(info), what_got=str(folder), what_wanted="the settings given"
+        compared(stored), compared(info), what_got=str(folder), what_wanted="the settings given"
     )
     return stored
 
@@ -362,7 +362,7 @@ def _is_same(path: Path, info: CacheInfo, wanted: bytes) -> bool:
     return sha256_file(path) in (known, hashlib.sha256(wanted).hexdigest())
 
 
-def _compared(info: CacheInfo) -> dict[str, Any]:
+def compared(info: CacheInfo) -> dict[str, Any]:
     """What two caches must have in common to be one."""
     return {
         "format": info.format,
@@ -397,7 +397,7 @@ def _write_notice(folder: Path) -> None:
 
 def _to_json(info: CacheInfo) -> dict[str, Any]:
     value = {
-        **_compared(info),
+        **compared(info),
         "identity": plain(info.identity),
         "fingerprint": info.fingerprint,
         "backbone": info.backbone,

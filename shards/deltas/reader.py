@@ -19,11 +19,12 @@ Members of an uncompressed tar are contiguous, so an array in one can be mapped 
 regular files with the names above are let through: no links, folders, extended headers, paths.
 """
 
+import itertools
 import math
 import re
 import resource
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -289,7 +290,9 @@ class DeltaShards(CacheReader[np.float16]):
         items = flat.view(f"V{self._row_bytes}")[:, 0]
         order = np.argsort(numbers)
         shards, windows = self._locate(numbers[order])
-        for shard, begin, end in _runs(shards):
+        edges = np.flatnonzero(np.diff(shards, prepend=-1, append=-1)).tolist()
+        for begin, end in itertools.pairwise(edges):
+            shard = int(shards[begin])
             layout = self._layout(shard)
             chosen = layout.offsets[windows[begin:end]] // layout.stride
             items[order[begin:end]] = self._mapped(shard)[chosen]
@@ -408,12 +411,3 @@ def _map_rows(layout: _Layout, *, row_bytes: int) -> NDArray[np.void]:
         buffer=mapped.data,
         strides=(layout.stride,),
     )
-
-
-def _runs(values: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-    """(value, begin, end) for every run of equal values in the sorted `values` (B,)."""
-    edges = np.flatnonzero(np.diff(values)) + 1
-    begins = [0, *edges.tolist()] if len(values) else []
-    ends = [*edges.tolist(), len(values)]
-    for begin, end in zip(begins, ends, strict=False):
-        yield int(values[begin]), begin, end

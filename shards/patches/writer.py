@@ -37,7 +37,7 @@ from ..npy import npy_bytes
 from ..plan import window_order
 from ..records import DoneRecord, commit_shard, shard_path
 from ..windows import ShardRows, WindowColumns
-from .int8 import MAX_NORMALISED, UNSTORABLE, dequantise, quantise, read_channel_scale
+from .int8 import UNSTORABLE, dequantise, quantise, read_channel_scale
 from .layout import (
     BFLOAT16_MAX,
     CHANNEL_SCALE_SPEC,
@@ -65,10 +65,10 @@ FLOAT32_SQUARES_MAX = 2.0**48
 
 _LIMITS = {"float16": FLOAT16_MAX, "bfloat16": BFLOAT16_MAX}
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
-_ADVICE = {
-    "float16": "run the backbone in float32, or store bfloat16",
-    "bfloat16": "run the backbone in float32",
-    "int8": "run the backbone in float32, or store bfloat16",
+_RANGES = {
+    "float16": f" (+-{FLOAT16_MAX:g})",
+    "bfloat16": f" (+-{BFLOAT16_MAX:g})",
+    "int8": " with the scales of this cache",
 }
 
 
@@ -102,12 +102,10 @@ def write_patch_shard(
     try:
         if num_windows:
             scale = read_channel_scale(folder, info) if dtype == "int8" else None
-            encoder = _Encoder(rows, dtype=dtype, compression=compression, channel_scale=scale)
-            try:
-                encoder.encode(order)
-            except _UnstorableError:
-                problem = _unstorable(rows, dtype=dtype, channel_scale=scale)
-                raise DeltatokError(f"shard {shard:06d}: {problem}") from None
+            encoder = _Encoder(
+                rows, dtype=dtype, compression=compression, channel_scale=scale, where=where
+            )
+            encoder.encode(order)
             statistics = encoder.statistics
             _write_group(partial, encoder, rows.take(order), _attributes(info, rows, shard, dtype))
     except BaseException:
@@ -167,10 +165,6 @@ def _attributes(info: CacheInfo, rows: ShardRows, shard: int, dtype: str) -> dic
     }
 
 
-class _UnstorableError(Exception):
-    """Raised in an encoding thread for a value that the dtype does not hold."""
-
-
 _Sums = tuple[NDArray[np.float64], NDArray[np.float64], float, int]
 """Of one window, over frames and patches: of the values and of their squares, float64 (D,), around
 the shift; the largest absolute value; how many float16 could not hold."""
@@ -197,8 +191,10 @@ class _Encoder:
         dtype: str,
         compression: str,
         channel_scale: NDArray[np.float32] | None,
+        where: str,
     ) -> None:
-        """channel_scale: float32 (D,), with int8 only."""
+        """channel_scale: float32 (D,), with int8 only. where: for messages."""
+        self._where, self._clips = where, [rows.keys[clip] for clip in rows.clip]
         self.dtype, self.compression, self.channel_scale = dtype, compression, channel_scale
         self._tokens, self._token_scale = rows.tokens, rows.token_scale
         self.shape: tuple[int, ...] = rows.tokens.shape
@@ -212,7 +208,7 @@ class _Encoder:
         self._shift = np.zeros(self.shape[3], dtype=np.float32)
 
     def encode(self, order: NDArray[np.intp]) -> None:
-        """Makes the file of the windows in this order; _UnstorableError where that cannot be."""
+        """Makes the file of the windows in this order."""
         # Sums around the mean of one frame: outlier channels keep their digits.
         first = np.empty(self.shape[2:], dtype=np.float32)
         self._decode(*self._store(int(order[0]), 0), out=first)
@@ -265,7 +261,11 @@ class _Encoder:
             tokens, scale = quantise(tokens, self.channel_scale)
         usable = scale is None or bool(np.isfinite(scale).all())
         if not usable or not is_storable(tokens, dtype=self.dtype):
-            raise _UnstorableError
+            raise DeltatokError(
+                f"{self._where}: clip {self._clips[window]!r}: token values that are not finite or "
+                f"beyond the range of {self.dtype}{_RANGES[self.dtype]}: run the backbone in "
+                f"float32{'' if self.dtype == 'bfloat16' else ', or store bfloat16'}"
+            )
         return np.ascontiguousarray(to_stored(tokens, self.dtype)), scale
 
     def _decode(
@@ -324,49 +324,6 @@ def is_storable(window: NDArray[Any], *, dtype: str) -> bool:
         return bool(window.min() != UNSTORABLE)
     # A NaN makes a comparison false. As Python's floats: no limit is rounded to float16.
     return -_LIMITS[dtype] <= float(window.min()) and float(window.max()) <= _LIMITS[dtype]
-
-
-def _count_unstorable(
-    window: NDArray[Any], dtype: str, channel_scale: NDArray[np.float32] | None
-) -> tuple[int, int]:
-    """How many values are not finite, and how many beyond the range of `dtype`.
-
-    What the device converted tells only part: float16 infinity is a value beyond its range (those
-    that were infinite before are NaN), an infinity in bfloat16 bits is not finite, and a code
-    UNSTORABLE is counted as beyond the range.
-    """
-    if window.dtype == np.uint16:
-        bad = (window & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT
-        return int(np.count_nonzero(bad)), 0
-    if window.dtype == np.int8:
-        return 0, int(np.count_nonzero(window == UNSTORABLE))
-    if window.dtype == np.float16 and dtype == "float16":
-        return int(np.count_nonzero(np.isnan(window))), int(np.count_nonzero(np.isinf(window)))
-    finite = np.isfinite(window)
-    limit = _LIMITS.get(dtype, MAX_NORMALISED)
-    with np.errstate(invalid="ignore", over="ignore"):
-        large = finite & (
-            np.abs(window if channel_scale is None else window / channel_scale) > limit
-        )
-    return window.size - int(np.count_nonzero(finite)), int(np.count_nonzero(large))
-
-
-def _unstorable(rows: ShardRows, *, dtype: str, channel_scale: NDArray[np.float32] | None) -> str:
-    """What of a shard's values the dtype does not hold: the first clip, the counts, what to do."""
-    counts = [_count_unstorable(window, dtype, channel_scale) for window in rows.tokens]
-    touched = sorted(
-        {rows.keys[clip] for clip, bad in zip(rows.clip, counts, strict=True) if any(bad)}
-    )
-    if not touched:
-        return "token scales of int8 codes that are not finite: quantise them again"
-    num_not_finite, num_large = (sum(column) for column in zip(*counts, strict=True))
-    others = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
-    range_of = f" (+-{_LIMITS[dtype]:g})" if dtype in _LIMITS else " with the scales of this cache"
-    return (
-        f"clip {touched[0]!r}{others}: {num_not_finite} of the shard's {rows.tokens.size} token "
-        f"values are not finite and {num_large} beyond the range of {dtype}{range_of}: "
-        f"{_ADVICE[dtype]}"
-    )
 
 
 def _write_group(

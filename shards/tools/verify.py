@@ -47,7 +47,7 @@ from ..records import (
     record_problems,
     shard_path,
 )
-from ..schema import is_number, read_file, read_json
+from ..schema import is_number, read_file, read_json, shown
 from ..windows import WindowColumns
 
 _OF_STD = 1e-3
@@ -81,25 +81,20 @@ class StoredStatistics:
         mean = self._sums / self._count
         std = np.sqrt(np.maximum(self._squares / self._count - mean * mean, 0.0))
         allowed = _OF_STD * std + _OF_MAX * self._abs_max
-        for name, got in (("channel_mean", mean), ("channel_std", std)):
-            values = said.get(name)
-            if not isinstance(values, list) or len(values) != len(got):
-                raise DamagedShard(f"{where}: statistics.{name} is no list of {len(got)} numbers")
-            if not all(map(is_number, values)):
-                raise DamagedShard(f"{where}: statistics.{name} has what is no number")
-            far = np.flatnonzero(~(np.abs(np.array(values, dtype=np.float64) - got) <= allowed))
-            if far.size:
-                channel = int(far[0])
-                raise DamagedShard(
-                    f"{where}: statistics.{name} says {values[channel]} of channel {channel}, the "
-                    f"shard's values give {got[channel]:.6g} ({far.size} channels differ)"
-                )
-        counted = {"abs_max": self._abs_max, "beyond_float16": self._beyond_float16}
-        for name, value in counted.items():
+        for name, got, tolerance in (
+            ("channel_mean", mean, allowed),
+            ("channel_std", std, allowed),
+            ("abs_max", self._abs_max, 0.0),
+            ("beyond_float16", self._beyond_float16, 0.0),
+        ):
             # Delta shards do not count values beyond float16: they are float16.
-            if said.get(name, 0 if name == "beyond_float16" else None) != value:
+            value = said.get(name, 0 if name == "beyond_float16" else None)
+            numbers = value if isinstance(value, list) else [value]
+            known = len(numbers) == np.size(got) and all(map(is_number, numbers))
+            if not known or (np.abs(np.array(numbers, np.float64) - got) > tolerance).any():
                 raise DamagedShard(
-                    f"{where}: statistics.{name} is {said.get(name)!r}, the values give {value!r}"
+                    f"{where}: statistics.{name} is {shown(value)}, the shard's values give "
+                    f"{shown(got)}"
                 )
 
 

@@ -159,7 +159,7 @@ def test_values_that_float16_could_not_hold_are_counted_where_they_are_stored(
 
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.1 * MAX_NORMALISED])
-def test_writer_refuses_and_counts_what_int8_cannot_hold(
+def test_writer_refuses_what_int8_cannot_hold(
     int8: Any, little: Any, value: float, quantised: bool
 ) -> None:
     rows = copy.deepcopy(int8.rows[0])
@@ -169,11 +169,8 @@ def test_writer_refuses_and_counts_what_int8_cannot_hold(
         codes, scale = quantise(rows.tokens, little.CHANNEL_SCALE)
         assert np.count_nonzero(codes == UNSTORABLE) == 2
         rows = replace(rows, tokens=codes, token_scale=scale)
-    with pytest.raises(DeltatokError, match=f"shard 000000: clip '{min(clips)}'") as caught:
+    with pytest.raises(DeltatokError, match=f"shard 000000: clip '({'|'.join(clips)})'"):
         write_patch_shard(int8.folder, 0, rows, dtype="int8", seed=7)
-    counted = (0, 2) if quantised or np.isfinite(value) else (2, 0)
-    words = f"{counted[0]} of the shard's 360 token values are not finite and {counted[1]} beyond"
-    assert words in str(caught.value)
     assert verify_cache(int8.folder, deep=True).problems == []
 
 
