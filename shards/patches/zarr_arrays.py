@@ -181,8 +181,8 @@ def _without_defaults(value: Any) -> Any:
         return [_without_defaults(item) for item in value]
     if isinstance(value, dict):
         plain = {key: _without_defaults(item) for key, item in value.items()}
-        defaults = ({}, {"endian": "little"}, {"separator": "/"})
-        if plain.get("name") == "zstd" or plain.get("configuration") in defaults:
+        is_default = plain.get("configuration") in ({}, {"endian": "little"}, {"separator": "/"})
+        if is_default or plain.get("name") == "zstd":
             plain.pop("configuration", None)
         return plain
     return value
