@@ -283,7 +283,7 @@ class _Encoder:
     def _put(self, number: int, numbers: NDArray[np.uint8]) -> None:
         """Stores the bytes of a frame, uint8 (n,), as chunk `number`."""
         if self._plain:
-            chunk = self._data[number * self._chunk_bytes : (number + 1) * self._chunk_bytes]
+            chunk = self.data[number * self._chunk_bytes : (number + 1) * self._chunk_bytes]
             chunk[:-CRC_BYTES] = numbers
             chunk[-CRC_BYTES:] = _crc32c(numbers)
         else:
