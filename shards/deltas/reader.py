@@ -115,8 +115,8 @@ def read_blocks(path: Path, *, num_frames: int, hidden_size: int) -> list[Block]
     """The blocks of a tar in order; DamagedShard unless all are whole and of these sizes."""
     samples: dict[int, dict[str, TarMember]] = {}
     for member in read_members(path):
-        number, _, part = member.name.partition(".")
-        samples.setdefault(int(number), {})[part] = member
+        block, _, part = member.name.partition(".")
+        samples.setdefault(int(block), {})[part] = member
     if list(samples) != list(range(len(samples))):
         raise damaged_shard(f"{path}: its blocks are not numbered from 0 on in order")
     file, blocks = ReadOnlyFile(path), []
