@@ -109,7 +109,8 @@ def test_a_large_cache_opens_by_its_index_alone(
         real = module.open
 
         def counting(path: Any, *rest: Any, real: Any = real, **named: Any) -> Any:
-            opened.append(path)
+            if not isinstance(path, int):  # a descriptor that was opened before
+                opened.append(path)
             return real(path, *rest, **named)
 
         monkeypatch.setattr(module, "open", counting)
