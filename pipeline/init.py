@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 
@@ -247,9 +247,7 @@ def _patch_bytes(
     return counts[0] * windows * sum(tokens) * token_bytes + counts[1] * tokens[-1] * 2 * width
 
 
-def _storage(
-    out: str, size: Size, counts: tuple[int, int], width: int
-) -> tuple[int, Literal["float16", "int8"]]:
+def _storage(out: str, size: Size, counts: tuple[int, int], width: int) -> tuple[int, str]:
     """Windows a clip and storage type for which there is room."""
     place = next(p for p in (Path(out), *Path(out).absolute().parents) if p.is_dir())
     room = DISK_SHARE * shutil.disk_usage(place).free
@@ -274,7 +272,8 @@ def _stages(
     lists: Mapping[str, Path],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(comment, stage) in the order they run."""
-    videos = {"videos": list(config.videos), "backbone": config.backbone, "device": config.device}
+    videos: dict[str, Any] = {"videos": list(config.videos), "backbone": config.backbone}
+    videos["device"] = config.device
     for pixels in size.frame_sizes:
         name = "patches" if pixels == size.frame_sizes[-1] else f"patches-{pixels}"
         settings = videos | {"out": f"${{out}}/{name}", "exclude": str(lists["val"])}
@@ -283,7 +282,7 @@ def _stages(
         yield comment, _stage(name, "deltatok-extract", settings | {"dtype": dtype})
     # A clip or a hundredth of them validates; a batch takes at most half of what is left.
     most = max(1, windows * (num_train - max(1, num_train // 100)) // 2 or windows)
-    trained = []
+    trained: list[str] = []
     for kind, files in (("tokenizer", size.tokenizers), ("world", size.worlds)):
         for number, file in enumerate(files, 1):
             settings = read_yaml(Path(f"configs/{kind}/{file}.yaml"))

@@ -47,7 +47,7 @@ def test_an_audit_of_what_was_extracted_finds_no_difference(
     words += ["--videos", str(tiny_inputs / "world/train")]
     words += ["--backbone", str(tiny_inputs / "backbone")]
     assert shards(words) == 0
-    assert "6 windows of 2 clips made again, 0 differ" in capsys.readouterr().out
+    assert "6 windows of 2 clips made again, 0 clips differ" in capsys.readouterr().out
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["problems"] == []
     assert found["audit"]["largest_error"] < 1e-4
