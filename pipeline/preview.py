@@ -236,7 +236,7 @@ def _draw_deltas(
     low, high = np.percentile(np.linalg.norm(fitted - mean, axis=-1), (1, 99))
     floor = FLOOR * float(high - low)
     tokens = reader.tokens(windows).astype(np.float32)
-    strips = []
+    strips: list[list[Strip]] = []
     for i, window in enumerate(windows):
         own = tokens[i, :MAX_COLUMNS]
         distances = np.linalg.norm(own - mean, axis=-1)
