@@ -13,7 +13,7 @@ import pytest
 from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.evaluate.report.rows import ReportRow, expected_order, table
 
-VOID = {"meta", "img", "source", "br", "wbr", "link"}
+VOID = {"meta", "img", "source", "br", "wbr", "link", "input"}
 
 
 class Page(HTMLParser):
