@@ -227,7 +227,7 @@ def forget(pipeline: Pipeline, names: Sequence[str]) -> list[Path]:
     for folder in gone:
         if out not in folder.resolve().parents:
             raise UsageError(f"--again: {folder} is not in {out}: remove it yourself")
-    if out.is_dir():
+    if gone and out.is_dir():
         write_json(out / "stages.json", state)
     there = [folder for folder in gone if folder.exists()]
     for folder in there:

@@ -251,7 +251,7 @@ def test_sigterm_ends_a_command_with_75_whatever_it_is_at(
     [
         ("train", ["world", "--deltas", "d", "--out", "o"]),
         ("extract", ["--videos", "v", "--out", "o"]),
-        ("evaluate", ["forecast", "--patches", "p", "--out", "o"]),
+        ("evaluate", ["forecast", "--patches", "p", "--tokenizer", "t", "--out", "o"]),
     ],
 )
 def test_sigterm_while_modules_load_ends_with_75(
@@ -263,17 +263,21 @@ def test_sigterm_while_modules_load_ends_with_75(
         "import sys, time\nprint('here', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
     )
     code = f"import sys; from deltatok.pipeline.commands.{module} import main; sys.exit(main())"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-P", "-c", code, *words],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline() == "here\n"
-    process.terminate()
-    said = process.communicate(timeout=30)[1]
+    ) as process:
+        assert process.stderr is not None
+        try:
+            first = process.stderr.readline()
+            process.terminate()
+            said = process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
+    assert first == "here\n"
     assert process.returncode == 75
     assert "SIGTERM" in said
 
