@@ -23,13 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.decoding.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.clip import DecodedClip
+from deltatok.extract.decoding.pool import DecodePool
 from deltatok.extract.sources.clip import Clip
 
 WORKER = """
 import sys
 import numpy as np
-from deltatok.extract.decoding.clip import DecodedFrames
+from deltatok.extract.decoding.clip import DecodedClip
 from deltatok.extract.decoding import worker
 from deltatok.shards.sampling import WindowDraw
 
@@ -39,7 +40,7 @@ frames = dict(enumerate(pixels))
 draw = WindowDraw(tuple(frames), tuple(map(float, frames)), (0, 0, height, width), False)
 
 def decode(request, starting):
-    return DecodedFrames("pyav", [draw], frames)
+    return DecodedClip(request.clip.key, "pyav", [draw], frames)
 
 worker.main(sys.argv[4:], decode=decode)
 """
@@ -93,7 +94,8 @@ def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple
         for clip in decoded:
             if not isinstance(clip, DecodedClip):
                 raise SystemExit(f"the decoding process failed: {clip.reason}")
-            space[...] = clip.windows[0].frames
+            for copy, frame in zip(space, clip.frames.values(), strict=True):
+                copy[...] = frame
             times_s.append(time.perf_counter())
         cpu_s_per_gb = (time.process_time() - cpu_s) / (num_clips * space.nbytes / 1e9)
         return space.nbytes / float(np.median(np.diff(times_s))), cpu_s_per_gb

@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,23 @@ import pytest
 from PIL import Image
 
 from deltatok.extract.decoding import images
-from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
-from deltatok.extract.decoding.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.clip import DecodedClip, decode_clip
+from deltatok.extract.decoding.pool import DecodePool
 from deltatok.extract.sources.clip import Clip, FrameFolder, TarVideo, Unreadable
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import ClipError
 from deltatok.shards.records import Quarantined
 from deltatok.shards.sampling import SamplingPolicy
 
-Decode = Callable[..., DecodedFrames]
+Decode = Callable[..., DecodedClip]
 SECONDS = ["0.00", "0.04", "0.08", "0.13", "0.16", "0.2", "0.24", "0.28", "0.32", "0.36"]
 
 
 @pytest.fixture
 def decode(make_policy: Callable[..., SamplingPolicy]) -> Decode:
-    def call(clip: Clip, **options: Any) -> DecodedFrames:
-        return decode_clip(
-            clip.path,
-            key="k",
-            policy=make_policy(time_stride_range=(0.02, 0.06), num_frames=4),
-            source=clip.source,
-            size_bytes=clip.size_bytes,
-            **options,
-        )
+    def call(clip: Clip, **options: Any) -> DecodedClip:
+        policy = make_policy(time_stride_range=(0.02, 0.06), num_frames=4)
+        return decode_clip(replace(clip, key="k"), policy=policy, **options)
 
     return call
 
@@ -70,7 +65,7 @@ def _zip(path: Path, images: dict[str, bytes], method: int = zipfile.ZIP_DEFLATE
     return clip
 
 
-def _same(one: DecodedFrames, other: DecodedFrames) -> bool:
+def _same(one: DecodedClip, other: DecodedClip) -> bool:
     return (
         one.windows == other.windows
         and one.frames.keys() == other.frames.keys()
