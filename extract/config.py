@@ -164,7 +164,7 @@ class ExtractConfig(RunConfig):
     videos: tuple[str, ...]
     """Videos: files, folders (searched recursively; also for folders of frames named
     *_<seconds>.jpg), lists (.txt, .csv, .jsonl, Kinetics' annotations), uncompressed .tar of
-    videos, .zip of such folders (also split)."""
+    videos, .zip of videos or of such folders (also split)."""
     root: str | None = None
     """Where the paths in lists start and Kinetics' names are looked up (a folder, .tar or .zip);
     none given: the list's own folder. No list reaches anything outside of it."""

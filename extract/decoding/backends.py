@@ -56,7 +56,7 @@ DECORD_TIME_TOLERANCE_S = 1e-4
 """decord's times are float32; its frames must be the packets we know, not equal to the bit."""
 
 DECORD_MAX_SLICE_BYTES = 256 * 2**20
-"""decord takes a video in a tar only whole, in memory, and copies it; a larger one is PyAV's."""
+"""decord takes a slice of a file only whole, in memory, and copies it; a larger one is PyAV's."""
 
 TORCHCODEC_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
 

@@ -20,6 +20,7 @@ from ...shards.errors import ClipError, UsageError
 from ...shards.sampling import WindowDraw, draw_windows
 from ..config import DecoderChoice
 from ..datasets.windows import EvaluationPolicy, Policy
+from ..sources.archive import ArchiveFile, FileSlice
 from ..sources.clip import (
     Clip,
     FrameFolder,
@@ -28,10 +29,10 @@ from ..sources.clip import (
     TarVideo,
     Unreadable,
     ZipFolder,
+    ZipVideo,
     file_stamp,
 )
-from ..sources.tars import FileSlice
-from ..sources.zips import BadZip, ZipImages, ZipParts
+from ..sources.zips import BadZip, ZipImages, opened_video
 from .backends import (
     FAST_DECODERS,
     DecoderName,
@@ -153,12 +154,19 @@ def opened_clip(clip: Clip) -> Iterator[VideoFile | FrameImages]:
     if isinstance(source, Unreadable):
         raise ClipError(source.reason, stage="open")
     try:
-        if isinstance(source, ZipFolder):
-            with ZipParts(path) as parts:
-                _check_stamp(path, parts.stamp, source.stamp)
-                images = ZipImages(parts, source)
-                _check_size(images.size_bytes, clip.size_bytes)
-                yield images
+        if isinstance(source, ZipFolder | ZipVideo):
+            with ArchiveFile(path) as archive:
+                _check_stamp(path, archive.stamp, source.stamp)
+                if isinstance(source, ZipVideo):
+                    with opened_video(path, archive, source) as video:
+                        _check_size(video.size, clip.size_bytes)
+                        yield video
+                else:
+                    images = ZipImages(archive, source)
+                    _check_size(images.size_bytes, clip.size_bytes)
+                    yield images
+            with ArchiveFile(path) as archive:
+                _check_stamp(path, archive.stamp, source.stamp)
         elif isinstance(source, FrameFolder) or (isinstance(source, TargetFrames) and source.names):
             names = source.names if isinstance(source, TargetFrames) else None
             folder = FolderImages(path, names)

@@ -87,8 +87,10 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
         try:
             decoded = decode(request, connection.send)
         except ClipError as error:
-            key, reason = request.clip.key, str(error)
-            connection.send(Quarantined(clip=key, stage=error.stage, reason=reason, attempts=1))
+            # A frame in a folder may have a name that no record can hold.
+            reason = str(error).encode(errors="backslashreplace").decode()
+            key, stage = request.clip.key, error.stage
+            connection.send(Quarantined(clip=key, stage=stage, reason=reason, attempts=1))
             continue
         used = [decoded.frames[index] for index in frames_used(decoded.windows)]
         _write_frames(used, memory_files[memory])

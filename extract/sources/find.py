@@ -4,7 +4,7 @@
     a folder                     videos, frame folders, archives  known by their path inside it
     .txt, .csv, .jsonl           what it names                    known by their path in the root
     .tar                         its videos                       known by their path in it
-    .zip, .zip.part000, ...      its frame folders                known by their path in it
+    .zip, .zip.part000, ...      its videos and frame folders     known by their path in it
 
 The key is what the plan, the shards and the seeds of the windows know a clip by. It never holds a
 path of the machine. An archive is like the folder it would unpack to, and gives the same keys.
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...shards.errors import UsageError
+from .archive import archive_of, find_parts
 from .clip import (
     VIDEO_SUFFIXES,
     WANTED_FRAMES,
@@ -30,7 +31,7 @@ from .clip import (
 )
 from .lists import LIST_SUFFIXES, find_in_list
 from .tars import find_in_tar
-from .zips import archive_of, find_in_zip, find_parts
+from .zips import find_in_zip
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
         found, prefix = _search_given(path, root=base)
         for clip in found:
             parts = (prefix if len(given) > 1 else "", clip.name)
-            key = _valid_unicode("/".join(filter(None, parts)) or path.resolve().name)
+            key = "/".join(filter(None, parts)) or path.resolve().name
             if key in clips:
                 raise UsageError(
                     f"{clip.path} and {clips[key].path}: both would be clip {key!r}: "
@@ -158,8 +159,8 @@ def _to_clip(key: str, found: ClipCandidate) -> Clip:
         path=found.path,
         size_bytes=stored_size(found.path, found.source) if size is None else size,
         source=found.source,
-        label=None if found.label is None else _valid_unicode(found.label),
-        split=None if found.split is None else _valid_unicode(found.split),
+        label=found.label,
+        split=found.split,
     )
 
 
@@ -178,11 +179,3 @@ def _check_missing(clips: dict[str, Clip]) -> None:
     if missing:
         first = missing[0].path
         logger.warning("%d of %d clips are not there, first %s", len(missing), len(clips), first)
-
-
-def _valid_unicode(name: str) -> str:
-    """`name` with every byte that is no UTF-8 written as backslash escapes."""
-    try:
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError as error:
-        raise UsageError(f"the name {name!r} is no valid text: rename it") from error

@@ -15,9 +15,9 @@ import pytest
 
 from deltatok.extract.decoding.backends import decode_fast
 from deltatok.extract.decoding.clip import DecodedClip, decode_clip
+from deltatok.extract.sources.archive import FileSlice
 from deltatok.extract.sources.clip import Clip
 from deltatok.extract.sources.find import find_clips
-from deltatok.extract.sources.tars import FileSlice
 from deltatok.shards.errors import ClipError
 from deltatok.shards.sampling import SamplingPolicy
 

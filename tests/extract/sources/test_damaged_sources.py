@@ -10,8 +10,8 @@ import pytest
 
 from deltatok.extract.decoding.clip import opened_clip
 from deltatok.extract.decoding.container import VideoFile
+from deltatok.extract.sources.archive import FileSlice
 from deltatok.extract.sources.find import find_clips
-from deltatok.extract.sources.tars import FileSlice
 from deltatok.shards.errors import ClipError, UsageError
 
 Write = Callable[..., Path]
