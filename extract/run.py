@@ -105,13 +105,6 @@ class RunContext:
         """Frames in one pass through the backbone, about."""
         return self.config.frames_per_batch(self.backbone.device.type)
 
-    @property
-    def windows_ahead(self) -> int:
-        """Windows whose pixels are made ahead of the backbone: a batch. None on the CPU."""
-        if self.backbone.device.type == "cpu":
-            return 0
-        return max(1, self.batch_frames // self.config.num_frames)
-
 
 def run_extraction(
     config: ExtractConfig,
@@ -197,6 +190,9 @@ def make_shards(
         black = backbone.black_tokens(config.frame_size)
         run.writer.begin(run.out, black.to(backbone.device))
     num_left = sum(map(len, shards.values()))
+    # A batch; on the CPU, where the same cores would make pixels and tokens, nothing.
+    on_cpu = backbone.device.type == "cpu"
+    num_ahead = 0 if on_cpu else max(1, run.batch_frames // config.num_frames)
     features = WindowFeatures(backbone, run.writer, config)
 
     def note_done(record: DoneRecord) -> None:
@@ -211,9 +207,7 @@ def make_shards(
         ) as sink,
         DecodePool.from_config(config, run.policy) as pool,
         PixelPrefetcher(
-            frame_size=config.frame_size,
-            device=backbone.device,
-            num_ahead=run.windows_ahead,
+            frame_size=config.frame_size, device=backbone.device, num_ahead=num_ahead
         ) as prefetcher,
     ):
         decoded = prefetcher.clips(pool.decode(chain.from_iterable(shards.values())))

@@ -35,15 +35,10 @@ NUM_FRAMES = {"val": 7, "train": 1}
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "split_file": ("vspw", "kitti"),
     "every": ("vspw", "sequences"),
-    "name": ("sequences",),
-    "images": ("sequences",),
-    "labels": ("sequences",),
-    "kind": ("sequences",),
-    "fps": ("sequences",),
-    "stride_s": ("sequences",),
-    "ignore": ("sequences",),
-    "binary": ("sequences",),
-    "steps_per_m": ("sequences",),
+    **dict.fromkeys(
+        ("name", "images", "labels", "kind", "fps", "stride_s", "ignore", "binary", "steps_per_m"),
+        ("sequences",),
+    ),
 }
 """The data sets that read an option; to all others it would mean nothing."""
 

@@ -21,25 +21,12 @@ logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset(
     [
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
+        *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+        *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
     ]
 )
-"""What counts as a video in a folder or a tar, in any case. A file that is named itself is always
-taken."""
+"""What counts as a video in a folder or an archive, in any case. A file that is named itself is
+always taken."""
 
 
 FRAME_NAME = re.compile(
@@ -156,7 +143,7 @@ class SampleMetadata:
     def __init__(self, path: Path) -> None:
         """path: of the archive."""
         self._path = path
-        self._fields: dict[str, dict[str, str]] = {}
+        self._fields: dict[str, dict[str, Any]] = {}
         self._bad: list[str] = []
 
     def read(self, name: str, content: bytes) -> None:
