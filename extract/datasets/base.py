@@ -177,7 +177,7 @@ def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
 
 
 @contextmanager
-def _image_header(root: Path, name: str, *, formats: Sequence[str]) -> Iterator[Image.Image]:
+def _image_header(root: Path, name: str, *, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     try:
         with Image.open(root / name, formats=formats) as image:
             yield image

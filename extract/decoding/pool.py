@@ -328,6 +328,7 @@ class _Worker:
         if isinstance(answer, Quarantined):
             self._release(memory)
             return answer
+        clip: DecodedClip
         clip, height, width = answer
         used = frames_used(clip.windows)
         pixels = memory.read(len(used) * height * width * 3)

@@ -28,8 +28,8 @@ from ...shards.records import Quarantined
 from ..config import DecoderChoice
 from ..datasets.windows import Policy
 from ..sources.clip import Clip
-from .backends import frames_used
-from .clip import DecodedClip, DecoderName, decode_clip
+from .backends import DecoderName, frames_used
+from .clip import DecodedClip, decode_clip
 from .container import UInt8
 
 PR_SET_PDEATHSIG = 1
