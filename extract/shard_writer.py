@@ -9,8 +9,8 @@ what cannot be stored is marked there, and refused with its clip when the shard 
 W windows of a shard, B windows of a batch, T frames, N patches, D channels.
 """
 
+import contextlib
 import ctypes
-import functools
 import logging
 import os
 from collections import deque
@@ -252,18 +252,8 @@ def give_back_freed() -> None:
     glibc keeps what threads free in pieces between what is still used, so that the memory of an
     extraction, whose shards are of many sizes, would creep up over thousands of clips.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
-        return None
-    return trim
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def to_float16(tokens: Tensor) -> Tensor:

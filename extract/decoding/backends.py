@@ -22,7 +22,7 @@ Whatever a fast decoder stumbles over, PyAV reads instead.
 import io
 import warnings
 from collections.abc import Callable, Iterable, Set
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +93,9 @@ def decode_with_pyav(
             window can be drawn.
     """
     height, width = index.first_frame.shape[:2]
-    wanted = _expected_frames(index, draw)
+    wanted: Set[int] = set()
+    with suppress(ClipError):  # a guess, checked below: that every packet shows one frame
+        wanted = frames_used(draw(index.times_s, height, width))
     for _ in range(2):
         times_s, kept = _decode_all(video, wanted, slots_s=index.slots_s, threads=threads)
         windows = draw(times_s, height, width)
@@ -101,16 +103,6 @@ def decode_with_pyav(
         if wanted <= kept.keys():
             return windows, {frame: kept[frame] for frame in wanted}
     raise ClipError("shows other frames each time it is decoded", stage="decode")
-
-
-def _expected_frames(index: FileIndex, draw: Draw) -> Set[int]:
-    """The frames that will be needed if every packet shows one frame; a guess, checked later."""
-    height, width = index.first_frame.shape[:2]
-    try:
-        windows = draw(index.times_s, height, width)
-    except ClipError:
-        return set()
-    return frames_used(windows)
 
 
 def _decode_all(

@@ -53,7 +53,8 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
             get the same key, or an archive or list that is damaged or leads out of its folder.
     """
     clips: dict[str, Clip] = {}
-    given = list(dict.fromkeys(_archive_or_self(Path(path).absolute()) for path in paths))
+    absolute = [Path(path).absolute() for path in paths]
+    given = list(dict.fromkeys(archive_of(path) or path for path in absolute))
     base = None if root is None else Path(os.path.normpath(Path(root).absolute()))
     if base is not None and not exists(base) and not find_parts(base):
         raise UsageError(f"{root}: no such folder: check --root")
@@ -67,7 +68,15 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
                     f"{clip.path} and {clips[key].path}: both would be clip {key!r}: "
                     "rename one, or give one folder that holds both"
                 )
-            clips[key] = _to_clip(key, clip)
+            size = clip.size_bytes
+            clips[key] = Clip(
+                key=key,
+                path=clip.path,
+                size_bytes=stored_size(clip.path, clip.source) if size is None else size,
+                source=clip.source,
+                label=clip.label,
+                split=clip.split,
+            )
     if not clips:
         searched = ", ".join(map(str, paths))
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
@@ -145,23 +154,6 @@ def _search_archive(
         yield replace(clip, name=f"{name}/{clip.name}" if clip.name else name)
     if empty:
         logger.warning("%s: holds no clips; left out", archive)
-
-
-def _archive_or_self(path: Path) -> Path:
-    """The archive that `path` is a part of; `path` itself if it is none."""
-    return archive_of(path) or path
-
-
-def _to_clip(key: str, found: ClipCandidate) -> Clip:
-    size = found.size_bytes
-    return Clip(
-        key=key,
-        path=found.path,
-        size_bytes=stored_size(found.path, found.source) if size is None else size,
-        source=found.source,
-        label=found.label,
-        split=found.split,
-    )
 
 
 def _check_missing(clips: dict[str, Clip]) -> None:
