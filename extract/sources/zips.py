@@ -28,6 +28,7 @@ from .clip import (
     FRAME_NAME,
     VIDEO_SUFFIXES,
     ClipCandidate,
+    ClipSource,
     SampleMetadata,
     Unreadable,
     ZipFolder,
@@ -333,17 +334,14 @@ def find_in_zip(path: Path) -> Iterator[ClipCandidate]:
     except BadZip as error:
         raise UsageError(f"{path}: {error}: get it again, and all parts of it") from error
     overlapping = {entry: _overlaps(entry, other) for entry, other in _overlapping(videos)}
-    yield from metadata.add_to(
-        ClipCandidate(
-            _without_dots(entry_name(entry.name)),
-            path,
-            Unreadable(overlapping[entry])
-            if entry in overlapping
-            else ZipVideo((entry.record_offset, entry.record_bytes), stamp),
-            size_bytes=entry.size_bytes,
-        )
-        for entry in videos
-    )
+    clips = []
+    for entry in videos:
+        name = _without_dots(entry_name(entry.name))
+        source: ClipSource = ZipVideo((entry.record_offset, entry.record_bytes), stamp)
+        if entry in overlapping:
+            source = Unreadable(overlapping[entry])
+        clips.append(ClipCandidate(name, path, source, size_bytes=entry.size_bytes))
+    yield from metadata.add_to(clips)
     for raw in sorted(folders):
         folder, name = folders[raw], entry_name(raw)
         if not folder.has_seconds:
