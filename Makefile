@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-all lint clean
 
 setup: $(VENV)/.done
 
@@ -18,7 +18,10 @@ quickstart: setup
 	$(BIN)/deltatok-pipeline quickstart
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

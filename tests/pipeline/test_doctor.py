@@ -34,9 +34,8 @@ def test_every_part_is_named_and_the_decoders_decode(tmp_path: Path) -> None:
 def test_a_broken_decoder_is_found_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, words: str
 ) -> None:
-    monkeypatch.setitem(doctor.PROGRAMS, "decord", program)
+    monkeypatch.setattr(doctor, "PROGRAMS", {"decord": program})
     monkeypatch.setattr(doctor, "DECODER_TIMEOUT_S", 20.0 if "sleep" not in program else 0.5)
-    monkeypatch.setitem(doctor.PROGRAMS, "PyAV", "print(8)")
     decord = {f.part: f for f in doctor._decoders()}["decord"]
     assert decord.state == "broken"
     assert words in decord.text
@@ -46,7 +45,7 @@ def test_a_broken_decoder_is_found_and_named(
 def test_without_what_everything_needs_the_exit_code_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(doctor.PROGRAMS, "PyAV", "raise SystemExit('broken')")
+    monkeypatch.setattr(doctor, "PROGRAMS", {"PyAV": "raise SystemExit('broken')"})
     assert main(["doctor", "--offline", "--out", str(tmp_path)]) == 1
     assert "PyAV" in capsys.readouterr().err
 

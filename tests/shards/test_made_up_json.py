@@ -20,7 +20,6 @@ from deltatok.shards import (
     PatchShards,
     UsageError,
 )
-from deltatok.shards.files import sha256_file
 from deltatok.shards.plan import read_plan
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
@@ -91,16 +90,6 @@ def read_everything(folder: Path, reader: type[PatchShards] | type[DeltaShards])
         opened.window(0)
 
 
-def reseal(folder: Path) -> None:
-    """Makes the done-record of shard 0 agree with its files again."""
-    path = folder / "shards/000000.json"
-    record = json.loads(path.read_text())
-    for name in record["files"]:
-        file = folder / name
-        record["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-    path.write_text(json.dumps(record))
-
-
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -116,7 +105,8 @@ def reseal(folder: Path) -> None:
 def test_made_up_json_gives_data_or_our_errors(
     request: pytest.FixtureRequest, kind: str, name: str
 ) -> None:
-    folder = request.getfixturevalue(kind).folder
+    cache = request.getfixturevalue(kind)
+    folder = cache.folder
     path = folder / name
     value = json.loads(path.read_text())
     for key in ("backbone", "preprocessing", "statistics", "software", "decoders"):
@@ -129,7 +119,7 @@ def test_made_up_json_gives_data_or_our_errors(
     for variant in variants(value):
         path.write_text(json.dumps(variant))
         if ".zarr" in name:
-            reseal(folder)
+            cache.reseal()
         try:
             read_everything(folder, PatchShards if kind == "patches" else DeltaShards)
         except OURS:
