@@ -452,4 +452,4 @@ def _draw_differences(
         axes.set(xlabel=f"{METRIC_TITLES[metric]} - that of {names[0]}", title=horizon)
     for i, name in enumerate(names[1:]):
         figure.axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
-    legend_below(figure, ink, columns=3)
+    legend_below(figure, columns=3)

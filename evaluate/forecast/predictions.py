@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
-from ...extract.sources.clip import VIDEO_SUFFIXES
+from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, stored_size
 from ...shards.errors import ClipError, UsageError
 from ...shards.evaluation.geometry import compute_resize_sizes, square_corners
 from ...shards.evaluation.targets import windows_of_clips
@@ -243,7 +243,8 @@ def _read_images(folder: Path) -> Frames:
 
 def _read_video(path: Path) -> Frames:
     try:
-        return decode_frames(path, lambda times_s: list(range(len(times_s))))[0]
+        clip = Clip(path.name, path, stored_size(path, None))
+        return decode_frames(clip, lambda times_s: list(range(len(times_s))))[0]
     except ClipError as error:
         raise UsageError(f"{path}: cannot be decoded: {error}") from error
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from ..report.panels import (
     depth_panel,
     feature_panel,
     keep_features,
+    most_uncertain_first,
     rgb_panel,
 )
 from ..report.paper_rows import compare_with_paper
@@ -47,7 +48,7 @@ from .diagnosis import diagnose, diagnosis_text
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
-from .scores import Scorer, check_labels, class_maps, with_intervals
+from .scores import Scorer, check_labels, with_intervals
 from .sequences import sequences_jsonl
 from .windows import WindowArrangement, is_evaluation, open_windows
 
@@ -349,23 +350,16 @@ def probe(inputs: ForecastInputs) -> dict[str, float | None]:
 
 def draw_pictures(inputs: ForecastInputs, shown: Sequence[ShownWindow]) -> Pictures:
     """Panels of the windows that were kept, and the training curves."""
-    head, rgb_head, config = inputs.models.head, inputs.models.rgb_head, inputs.config
+    head, rgb_head = inputs.models.head, inputs.models.rgb_head
     classes, depth, rgb = [], [], []
+    shown = most_uncertain_first(shown)
     if isinstance(head, SegmentationHead):
-
-        def segment(tokens: Any, size: tuple[int, int]) -> Any:
-            x = torch.from_numpy(tokens)[None].to(inputs.device)
-            return class_maps(head, x, grid=inputs.cache.grid, size=size)[0]
-
-        num_classes, names = head.config.num_classes, config.class_names
-        classes = [
-            class_panel(window, segment, num_classes=num_classes, class_names=names)
-            for window in shown
-        ]
+        names = inputs.config.class_names
+        classes = [class_panel(window, head, class_names=names) for window in shown]
     if isinstance(head, DepthHead):
-        depth = [depth_panel(window, head, inputs.device) for window in shown]
+        depth = [depth_panel(window, head) for window in shown]
     if rgb_head is not None:
-        rgb = [rgb_panel(window, rgb_head, inputs.device) for window in shown]
+        rgb = [rgb_panel(window, rgb_head) for window in shown]
     features = [feature_panel(window) for window in shown]
     return Pictures(
         moving=moving_panels((rgb, classes, depth, features), [w.times_s for w in shown]),

@@ -18,7 +18,7 @@ from ...shards.errors import ClipError, DeltatokError, UsageError
 from ...shards.sampling import WindowDraw
 
 if TYPE_CHECKING:
-    from ...extract.sources.clip import ClipSource
+    from ...extract.sources.clip import Clip
 
 Frames = NDArray[np.uint8] | Tensor
 Video = Frames | str | Path
@@ -129,11 +129,8 @@ def _look_at_file(path: Path, glance: Glance) -> Footage:
         num_seen = len(seen)
         return [*seen, *after]
 
-    clip = clips[0]
     try:
-        frames, times = decode_frames(
-            clip.path, choose, source=clip.source, size_bytes=clip.size_bytes
-        )
+        frames, times = decode_frames(clips[0], choose)
     except ClipError as error:
         if refused is not None:
             raise refused from None
@@ -142,11 +139,7 @@ def _look_at_file(path: Path, glance: Glance) -> Footage:
 
 
 def decode_frames(
-    path: Path,
-    choose: Callable[[NDArray[np.float64]], list[int]],
-    *,
-    source: "ClipSource | None" = None,
-    size_bytes: int | None = None,
+    clip: "Clip", choose: Callable[[NDArray[np.float64]], list[int]]
 ) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
     """The frames (C, H, W, 3) of a clip that `choose` takes by the times of all, and their times.
     ClipError for a clip that cannot be decoded."""
@@ -163,7 +156,7 @@ def decode_frames(
             )
         ]
 
-    decoded = decode_drawn(path, draw=draw, source=source, size_bytes=size_bytes, decoder="pyav")
+    decoded = decode_drawn(clip, draw=draw, decoder="pyav")
     window = decoded.windows[0]
     return np.stack([decoded.frames[row] for row in window.frame_index]), window.timestamps_s
 
