@@ -23,7 +23,7 @@ from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
 from ..shards.patches.reader import PatchShards
 from ..train.config import Residency
-from ..train.data.batches import Prefetcher, TokenizerBatches, WorldBatches
+from ..train.data.batches import Prefetcher, TokenizerBatches, WindowBatches
 from ..train.data.order import BatchOrder, Indices, RankSlice
 from ..train.data.residency import choose_place, fits_in_memory, window_source
 from ..train.data.stream import buffers_needed
@@ -157,7 +157,8 @@ def bench_deltas(folder: Path, settings: BenchSettings) -> dict[str, Any]:
     num_buffers = buffers_needed(max(settings.workers, default=1))
     with ExitStack() as stack:
         for residency in settings.residencies:
-            batches = WorldBatches(
+            batches = WindowBatches(
+                shards,
                 window_source(shards, residency=residency, num_buffers=num_buffers),
                 windows,
                 batch_size=settings.batch_size,

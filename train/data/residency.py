@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -87,17 +87,6 @@ Read = Callable[[Indices], tuple[Tensor, ...]]
 ReadInto = Callable[[Indices, Take], tuple[Tensor, ...]]
 
 
-class Order(Protocol):
-    """Which windows a step sees: BatchOrder or StreamOrder."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
-
-    def at(self, step: int) -> Indices:
-        """Windows of the global batch of a step (from 0), int64 (per_batch,)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class WindowSource:
     """The windows of a cache, w of them at a time, as K tensors (w, ...).
@@ -112,7 +101,7 @@ class WindowSource:
     """For windows anywhere."""
     read_to_keep: Read
     """For windows anywhere, into memory of their own."""
-    order: Callable[[Indices, int, int], Order]
+    order: Callable[[Indices, int, int], BatchOrder]
     """(windows, per_batch, seed) -> the order in which `read` is fast."""
 
 
@@ -210,7 +199,7 @@ def _held(arrays: list[Tensor], device: torch.device, num_buffers: int) -> Windo
 def _source(read: ReadInto, blocks: Blocks | None, num_buffers: int) -> WindowSource:
     """blocks: to be streamed, in an order of their own; None: `read` is fast in any order."""
     in_order: ReadInto = read
-    order: Callable[[Indices, int, int], Order] = BatchOrder
+    order: Callable[[Indices, int, int], BatchOrder] = BatchOrder
     per_batch = 1
     if blocks is not None:
         group_windows = windows_of_group(blocks)

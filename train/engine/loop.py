@@ -41,9 +41,9 @@ from .checkpoints import (
     write_best,
 )
 from .devices import Accelerator, check_compiler, from_main, make_accelerator, on_main
-from .logs import Meter, RunLog, Trackers, check_trackers, is_time
+from .logs import Meter, RunLog, check_trackers, is_time, open_trackers
 from .model_folder import Pretrained
-from .objective import Objective, data_name, nan_report
+from .objective import Objective, data_name
 from .run_folder import TrainingRun, locked
 
 
@@ -115,6 +115,7 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 ModelT = TypeVar("ModelT", bound=Pretrained)
+ShardsT = TypeVar("ShardsT", PatchShards, DeltaShards)
 
 
 class Update(NamedTuple):
@@ -136,7 +137,7 @@ class Trainer:
             objective.unit, accelerator.device, tokens_per_sample=objective.tokens_per_sample
         )
         self.best: Best | None = None
-        if not objective.can_evaluate:
+        if not len(objective.validation):
             logger.warning(
                 "no validation windows: nothing is evaluated and no best checkpoint kept; for "
                 "that, set validation_fraction above 0, or extract more clips"
@@ -187,7 +188,7 @@ class Trainer:
         config, objective, last = self.config, self.objective, self.config.steps
         with (
             Prefetcher(self._read, start=self.start, stop=last) as batches,
-            self._open_log() as log,
+            contextlib.closing(self._open_log()) as log,
             StopRequest() as stop,
         ):
             for step in range(self.start, last):
@@ -213,7 +214,7 @@ class Trainer:
                     values = {**numbers, **speed}
                     on_main(self.accelerator, partial(log.write, "train", done, values))
                 found_best = False
-                if is_time(done, every=config.eval_every, last=last) and objective.can_evaluate:
+                if is_time(done, every=config.eval_every, last=last) and len(objective.validation):
                     values = self._evaluate()
                     on_main(self.accelerator, partial(log.write, "validation", done, values))
                     objective.judge(values, step=done)
@@ -226,15 +227,15 @@ class Trainer:
         on_main(self.accelerator, self._finish)
 
     def _open_log(self) -> RunLog:
-        is_main = self.accelerator.is_main_process
-        trackers = Trackers(
+        run, is_main = self.run, self.accelerator.is_main_process
+        trackers = open_trackers(
             self.config.trackers if is_main else (),
-            folder=self.run.folder,
-            config=self.run.describe()["config"],
+            folder=run.folder,
+            config=run.describe()["config"],
             start=self.start,
         )
         return RunLog(
-            self.run.log_file,
+            run.log_file,
             start=self.start,
             stop=self.config.steps,
             enabled=is_main,
@@ -306,7 +307,7 @@ class Trainer:
             raise DeltatokError(
                 f"step {step + 1}: loss {update.loss}, gradient norm {update.gradient_norm}; the "
                 f"weights were not changed. In the batch of rank {rank} "
-                f"{nan_report(losses, batch, clip_of=self.objective.clip_of)}. Check these clips, "
+                f"{self.objective.nan_report(losses, batch)}. Check these clips, "
                 "or set a lower lr, a longer warm-up or precision float32; run again to go on "
                 "from the last checkpoint"
             )
@@ -357,11 +358,12 @@ class Trainer:
 
     def _position(self, step: int) -> dict[str, int]:
         """Where the loader is after `step` steps, for people: the step alone decides it."""
-        epoch, batch = divmod(step, self.objective.steps_per_epoch)
+        per_epoch = self.objective.order.steps_per_epoch
+        epoch, batch = divmod(step, per_epoch)
         return {
             "epoch": epoch,
             "batch": batch,
-            "batches_per_epoch": self.objective.steps_per_epoch,
+            "batches_per_epoch": per_epoch,
             "ranks": self.accelerator.num_processes,
         }
 
@@ -375,9 +377,9 @@ class Trainer:
 def train_objective(
     command: str,
     config: ConfigT,
-    shards: PatchShards | DeltaShards,
+    shards: ShardsT,
     fresh: tuple[type[ModelT], Any],
-    make: Callable[[ModelT, ConfigT, RankSlice, torch.device], Objective],
+    make: Callable[[ModelT, ShardsT, ConfigT, RankSlice, torch.device], Objective],
 ) -> Path:
     """Train, or go on, or find it done; gives OUT, by then a model folder.
 
@@ -406,7 +408,7 @@ def train_objective(
         logger.info("%s: already trained for %d steps", config.out, config.steps)
         return run.folder
     ranks = RankSlice(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    objective = make(model, config, ranks, accelerator.device)
+    objective = make(model, shards, config, ranks, accelerator.device)
     with locked(run.folder, accelerator):
         Trainer(objective, run, accelerator).train()
     return run.folder
