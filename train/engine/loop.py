@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +47,9 @@ from .objective import Objective, data_name
 from .run_folder import TrainingRun, locked
 
 
-class ParameterGroup(TypedDict):
-    """One group as torch.optim takes it, with the names of its parameters."""
-
-    params: list[nn.Parameter]
-    names: list[str]
-    weight_decay: float
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
-    """The decayed and the other trainable parameters, each in the module's order.
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The decayed and the other trainable parameters, each in the module's order, as groups of
+    torch.optim, with the names of their parameters.
 
     Decayed are the weights of linear and convolution layers only; embeddings, norms, layer scales
     and biases are not.
@@ -65,7 +58,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGro
     for path, part in model.named_modules():
         if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             decayed.add(f"{path}.weight" if path else "weight")
-    groups: list[ParameterGroup] = [
+    groups: list[dict[str, Any]] = [
         {"params": [], "names": [], "weight_decay": weight_decay},
         {"params": [], "names": [], "weight_decay": 0.0},
     ]
@@ -163,7 +156,7 @@ class Trainer:
             logger.info("going on after step %d, from %s", self.start, folder)
         groups = parameter_groups(objective.model, self.config.weight_decay)
         optimizer = torch.optim.AdamW(
-            [dict(group) for group in groups],
+            groups,
             lr=self.config.lr,
             fused=accelerator.device.type in ("cpu", "cuda"),  # one kernel, not one a parameter
         )
@@ -286,11 +279,9 @@ class Trainer:
         return torch.cat(losses), extras
 
     def _clip(self) -> Tensor:
-        norm: Tensor | None = self.accelerator.clip_grad_norm_(
+        norm: Tensor = self.accelerator.clip_grad_norm_(
             self.objective.model.parameters(), self.config.clip_grad_norm or math.inf
         )
-        if norm is None:
-            raise AssertionError("only DeepSpeed gives no gradient norm; devices.py refuses it")
         return norm.detach()
 
     def _agree(self, losses: Tensor, norm: Tensor, stop_requested: bool) -> Update:

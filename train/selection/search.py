@@ -220,8 +220,6 @@ def running_best(chunks: Iterable[Tensor], *, keep: int = 1) -> tuple[Tensor, Te
             indices = torch.cat([indices, index + start], dim=2).gather(2, order)
             total = total + losses.sum(dim=2)
         start += losses.shape[2]
-    if start == 0:
-        raise ValueError("no candidates to choose from: ask for at least one sample")
     return indices, best, total / start
 
 
