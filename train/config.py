@@ -20,11 +20,13 @@ from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig, c
 
 
 def check_choices(config: object) -> None:
-    """UsageError for the first field that is none of its Literal's values."""
+    """UsageError for the first field that is none of its Literal's values, or holds one that is."""
     for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            wanted = ", ".join(get_args(hint))
-            raise UsageError(f"{name} {getattr(config, name)!r}: wanted one of {wanted}")
+        value = getattr(config, name, None)
+        hint, values = (get_args(hint)[0], value) if isinstance(value, tuple) else (hint, (value,))
+        for got in values if get_origin(hint) is Literal else ():
+            if got not in get_args(hint):
+                raise UsageError(f"{name} {got!r}: wanted one of {', '.join(get_args(hint))}")
 
 
 def check_positive(**values: float | None) -> None:
