@@ -25,9 +25,9 @@ from ..shards.plan import (
     clips_by_shard,
     extend_plan,
     make_plan,
-    mend_plan,
-    needs_mending,
+    mended_plan,
     read_plan,
+    replace_plan,
     write_plan,
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
@@ -295,9 +295,9 @@ def _follow_plan(run: RunContext, clips: Sequence[Clip]) -> Plan:
         plan = extend_plan(out, clips, clips_per_shard=num_clips, seed=config.seed)
         return clips_by_shard(plan)
     made = make_plan(clips, clips_per_shard=num_clips, seed=config.seed)
-    if config.retry_quarantined and needs_mending(out, made):
+    if config.retry_quarantined and (mended := mended_plan(out, made)) is not None:
         reopen(out)
-        mend_plan(out, made)
+        replace_plan(out, mended)
     return clips_by_shard(write_plan(out, made))
 
 
