@@ -16,15 +16,13 @@ from ...shards.errors import UsageError
 from ...shards.patches.reader import PatchShards
 from ...train.engine.model_folder import (
     Pretrained,
-    read_class,
-    read_provenance,
-    weights_sha256,
-)
-from ...train.engine.provenance import (
     check_features,
     check_made_by,
     check_trained_on,
+    read_class,
+    read_provenance,
     warn_unchecked,
+    weights_sha256,
 )
 from ...train.models.deltatok import DeltaTok
 from ...train.models.deltaworld import DeltaWorldNetwork

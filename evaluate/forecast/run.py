@@ -49,7 +49,6 @@ from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
 from .scores import Scorer, check_labels, with_intervals
-from .sequences import sequences_jsonl
 from .windows import WindowArrangement, is_evaluation, open_windows
 
 if TYPE_CHECKING:
@@ -259,7 +258,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
         diagnosis=diagnosis,
     )
-    write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
+    write_report(out, report, pictures, scorer.sequences)
     for fault in diagnosis:
         logger.warning("%s", diagnosis_text(fault))
     logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)

@@ -215,7 +215,8 @@ def read_classes(
     score."""
     width, height = tile_size(aspect)
     with torch.no_grad():
-        return class_maps(head, tokens[None], grid=grid, size=(height, width))[0]
+        found: ClassMap = class_maps(head, tokens[None], grid=grid, size=(height, width))[0]
+    return found
 
 
 def _forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:
