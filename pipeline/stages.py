@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from ..shards.errors import DeltatokError, UsageError
-from ..shards.files import write_bytes, write_json
+from ..shards.files import local_path, read_text, write_bytes, write_json
 from ..shards.schema import load
 from .cli import Command, apply_settings, read_yaml, run_table
 from .commands import evaluate, extract, train
@@ -184,7 +184,7 @@ def run_pipeline(pipeline: Pipeline) -> dict[str, float]:
 def read_state(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     """Stage name -> {digest, seconds} of the finished stages ({} where nothing ran)."""
     try:
-        loaded = json.loads((Path(pipeline.out) / "stages.json").read_text(encoding="utf-8"))
+        loaded = json.loads(read_text(Path(pipeline.out) / "stages.json"))
     except (OSError, json.JSONDecodeError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
@@ -193,6 +193,7 @@ def read_state(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
 def _fill(value: Any, out: str) -> Any:
     """`value` with ${out} replaced in every string."""
     if isinstance(value, str):
+        local_path(value)  # before any stage runs
         return value.replace("${out}", out)
     if isinstance(value, Mapping):
         return {key: _fill(item, out) for key, item in value.items()}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import DamagedShard, DeltatokError, UsageError
-from .files import open_regular
+from .files import local_path, open_regular
 
 MAX_JSON_BYTES = 32 * 2**20
 """No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
@@ -271,6 +271,10 @@ def _convert_typed(value: Any, wanted: Any, *, name: str, how: Strictness) -> An
     if wanted is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if wanted is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            local_path(str(value))  # most texts are paths, and no other looks like an address
+        except UsageError as error:
+            raise how.error(f"{name}: {error}") from None
         return str(value)
     if wanted in (int, float) and not isinstance(value, bool):
         try:

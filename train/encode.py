@@ -43,8 +43,8 @@ from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
 from ..shards.records import (
     DoneRecord,
     append_timing,
-    read_all_done,
-    read_done,
+    iterate_clips,
+    read_clips,
     shard_path,
     write_quarantine,
 )
@@ -111,7 +111,7 @@ class FramePicks:
 def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
-    for record in read_all_done(folder):
+    for record, _ in iterate_clips(folder):
         yield ShardPart(record, window, key)
         if record.rows:
             window += record.rows
@@ -278,7 +278,7 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     ):
         for part in mine:
             shard = part.record.shard
-            if read_done(out, shard) is None:
+            if read_clips(out, shard) is None:
                 if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
@@ -313,7 +313,7 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
 def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     """Has delta shards made again whose patch shard was made again since, with clips that were in
     quarantine before."""
-    made = {part.record.shard: read_done(out, part.record.shard) for part in work}
+    made = {part.record.shard: read_clips(out, part.record.shard) for part in work}
     outdated = [
         part.record.shard
         for part in work

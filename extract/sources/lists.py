@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...shards.errors import UsageError
+from ...shards.files import local_path, read_text
 from .clip import ClipCandidate, exists, raise_unreadable, without_suffix
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,10 @@ def _resolve_in_root(where: str, text: str, *, root: Path, real_root: Path) -> P
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         text = ""
+    try:
+        local_path(text)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     if not text or "\0" in text:
         raise UsageError(f"{where}: got the path {text!r}, wanted that of a video: correct it")
     file = Path(os.path.normpath(root / text))
@@ -164,7 +169,7 @@ def _trimmed_name(row: Mapping[str, Any], *, where: str) -> str:
 def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, fields) of every line that is not empty."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = read_text(path, encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise_unreadable(error)
     suffix = path.suffix.lower()

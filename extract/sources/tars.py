@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...shards.errors import UsageError
+from ...shards.files import open_regular
 from .clip import (
     VIDEO_SUFFIXES,
     ClipCandidate,
@@ -58,7 +59,7 @@ class SliceReader(io.RawIOBase):
     """A seekable file that begins and ends with the slice."""
 
     def __init__(self, part: FileSlice) -> None:
-        self._descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = open_regular(part.path)
         self._part = part
         self._position = 0
 

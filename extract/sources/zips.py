@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ...shards.errors import ClipError, DeltatokError, UsageError
+from ...shards.files import open_regular
 from .clip import (
     FRAME_NAME,
     VIDEO_SUFFIXES,
@@ -111,7 +112,7 @@ class ZipParts:
         changed_ns = 0
         try:
             for path in paths:
-                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._descriptors.append(open_regular(path))
                 status = os.fstat(self._descriptors[-1])
                 self._starts.append(self._starts[-1] + status.st_size)
                 changed_ns = max(changed_ns, status.st_mtime_ns)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...shards.errors import DeltatokError
-from ...shards.files import write_json
+from ...shards.files import local_path, write_json
 from ..cli import PACKAGE, Parser, apply_settings, example_help, run_command
 from ..stages import Pipeline, read_pipeline, run_pipeline, stages_to_run
 
@@ -152,6 +152,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _run(words: list[str]) -> None:
     arguments = _parser().parse_args(words)
+    for value in vars(arguments).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path):
+                local_path(text)
     others = {
         "import-official": _import,
         "export-official": _export,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...shards.errors import DeltatokError, UsageError
-from ...shards.files import partial_path, publish, write_json
+from ...shards.files import local_path, partial_path, publish, write_json
 from ...shards.schema import Strictness, load
 
 MODEL = Strictness(
@@ -55,7 +55,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
-        fields = _read_config(Path(folder), cls.saved_as)
+        fields = _read_config(local_path(folder), cls.saved_as)
         config = load(cls.config_class, fields, where=str(Path(folder) / CONFIG), how=MODEL)
         with torch.device("meta"):
             model = cls(config)
@@ -65,7 +65,7 @@ class Pretrained(nn.Module):
 
 def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, Any]) -> None:
     """Write weights, provenance and, last, config.json; each under a partial name first."""
-    folder = Path(folder)
+    folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder / WEIGHTS)
     try:
