@@ -27,7 +27,7 @@ from .files import (
     write_bytes,
     write_json,
 )
-from .plan import PLAN, num_shards, read_plan
+from .plan import PLAN, count_planned
 from .records import INDEX, StoredFile, index_line, iterate_clips
 from .schema import ADVICE, STORED, is_number, load, read_json, shown
 
@@ -315,7 +315,7 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
         index += index_line(entry)
         done.append(entry.shard)
         num_windows += entry.rows
-    wanted = num_shards(read_plan(folder)) if (folder / PLAN).is_file() else len(done)
+    wanted = count_planned(folder) if (folder / PLAN).is_file() else len(done)
     if done != list(range(wanted)):
         raise CacheMismatch(
             f"{folder}: {len(done)} shards are done, wanted the {wanted} of the plan: "

@@ -8,6 +8,7 @@ only then moved onto its final name. `ReadOnlyFile` reads parts of a shard's fil
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,7 +183,7 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedReader:
     """The same as a file object."""
     return os.fdopen(open_regular(path), "rb")
 

@@ -66,13 +66,7 @@ def parse_json(data: bytes, *, where: str) -> Any:
     try:
         if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
             raise ValueError(f"more than {MAX_CONTAINERS} lists and objects")
-        value = json.loads(
-            data.decode(),
-            parse_constant=_refuse_constant,
-            parse_int=_integer,
-            parse_float=_finite,
-            object_pairs_hook=_object,
-        )
+        value = _DECODER.decode(data.decode())
         _check_depth(value)
         if _SURROGATE.search(data):  # half a character; whole ones may be written in two halves
             json.dumps(value, ensure_ascii=False).encode()
@@ -104,6 +98,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice[:80]!r} twice in one object")
     return value
+
+
+_DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant,
+    parse_int=_integer,
+    parse_float=_finite,
+    object_pairs_hook=_object,
+)
 
 
 def _check_depth(value: Any) -> None:

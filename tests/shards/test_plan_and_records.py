@@ -13,6 +13,7 @@ from deltatok.shards.cache import finish_cache
 from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import (
     clips_by_shard,
+    count_planned,
     make_plan,
     num_shards,
     read_plan,
@@ -33,12 +34,14 @@ def clips(little: Any, count: int) -> list[Any]:
     return [little.Clip(f"clip{index}.mp4", Path(f"/v/{index}"), index) for index in range(count)]
 
 
-def test_plan_does_not_depend_on_the_order_clips_are_found_in(little: Any) -> None:
+def test_plan_does_not_depend_on_the_order_clips_are_found_in(little: Any, tmp_path: Path) -> None:
     found = clips(little, 50)
     plan = make_plan(found, clips_per_shard=8, seed=3)
     assert make_plan(found[::-1], clips_per_shard=8, seed=3) == plan
     assert make_plan(found, clips_per_shard=8, seed=4) != plan
     assert num_shards(plan) == 7
+    assert write_plan(tmp_path, plan) == plan
+    assert count_planned(tmp_path) == 7
     assert [len(clips_by_shard(plan)[shard]) for shard in range(7)] == [8] * 6 + [2]
     assert {entry.key for entry in plan} == {clip.key for clip in found}
     assert [entry.key for entry in plan[:4]] != sorted(entry.key for entry in plan)[:4]
