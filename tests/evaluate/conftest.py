@@ -1,7 +1,7 @@
 """A tiny evaluation: a uniform patch cache, models and labels, all made by code in kilobytes."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,15 +61,6 @@ class TinyEvaluation:
             "device": "cpu",
         }
         return ForecastConfig(**settings | changes)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products are faster on one thread, most of all where several suites share two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

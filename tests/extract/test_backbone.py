@@ -46,6 +46,7 @@ def test_bfloat16_stays_near_float32(backbone: Backbone, folder: Path) -> None:
     assert 0 < (rounded - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a CPU takes a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_compiled_equals_plain_but_for_rounding(backbone: Backbone, folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -141,18 +139,13 @@ def test_killed_int8_run_goes_on_to_the_same_bytes(
     backbone: Backbone,
     int8_cache: Path,
     digests: Digests,
+    run_program: Callable[..., Any],
     tmp_path: Path,
     moment: str,
 ) -> None:
     config = make_config(dtype="int8", out=str(tmp_path / "killed"))
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    process = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path / "config.json"), moment],
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
+    process = run_program(PROGRAM, tmp_path / "config.json", moment)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert (Path(config.out) / "channel_scale.npy").exists() == (moment != "scales")
     run_extraction(config, backbone=backbone)

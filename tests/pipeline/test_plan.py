@@ -137,8 +137,9 @@ def test_plan_of_encoding_patch_shards_is_what_is_then_written(
     )
     plan = plan_encoding(config)
     few = plan_encoding(config, num_clips=2)
-    assert not (tmp_path / "out").exists()
     words = ["--patches", config.patches, "--tokenizer", config.tokenizer, "--out", config.out]
+    assert extract([*words, "--device", "cpu", "--plan"]) == 0
+    assert not (tmp_path / "out").exists()
     assert extract([*words, "--device", "cpu"]) == 0
     num_bytes, _ = written(tmp_path / "out")
     counts = read_cache_info(config.out).counts

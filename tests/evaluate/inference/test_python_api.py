@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -444,18 +442,3 @@ def test_the_most_different_samples_are_spread_out() -> None:
     samples = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 0.0], [0.0, -7.0], [0.1, 0.0]])
     assert most_diverse(samples, 3) == [1, 3, 2]
     assert most_diverse(torch.ones(4, 2), 3) == [0]
-
-
-def test_importing_evaluate_imports_no_torch() -> None:
-    code = "import sys, deltatok.evaluate; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("module", ["inference.model", "forecast.run"])
-def test_decoders_are_loaded_where_a_file_is_decoded_only(module: str) -> None:
-    program = (
-        f"import sys, deltatok.evaluate.{module}\n"
-        "loaded = [name for name in sys.modules if name.startswith('deltatok.extract.decoding')]\n"
-        "assert not loaded and 'av' not in sys.modules, loaded"
-    )
-    subprocess.run([sys.executable, "-P", "-c", program], check=True)

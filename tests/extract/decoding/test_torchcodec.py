@@ -100,6 +100,7 @@ def test_video_inside_a_tar_is_read_in_place(
     assert {videos.number(rgb) for rgb in frames.values()} == set(frames)
 
 
+@pytest.mark.slow
 @needs_torchcodec
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real videos at {FOLDER}")
 def test_real_files_give_the_frames_shown(decode: Any) -> None:

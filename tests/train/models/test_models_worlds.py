@@ -176,3 +176,18 @@ def test_dino_rollout_steps_equal_teacher_forcing_on_its_own_frames(dino_world):
 def test_world_config_refuses_impossible_sizes(values):
     with pytest.raises(UsageError):
         replace(WORLD, **values)
+
+
+def test_fresh_weights_come_from_the_generator():
+    one, same, other = (DeltaWorldNetwork(WORLD, generator=generator(seed)) for seed in (1, 1, 2))
+    assert all(map(torch.equal, one.state_dict().values(), same.state_dict().values()))
+    assert not torch.equal(one.predictor.head.weight, other.predictor.head.weight)
+
+
+def test_bfloat16_autocast_stays_near_float32(world):
+    z, queries = normal(2, 4, 24), normal(2, 3, 32, seed=3)
+    with torch.no_grad():
+        exact = world(z, times(2, 4), queries)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = world(z, times(2, 4), queries)
+    assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
