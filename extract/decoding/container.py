@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from ...shards.errors import ClipError
 from ...shards.files import open_file
-from ..sources.tars import FileSlice
+from ..sources.archive import FileSlice
 
 VideoFile = Path | FileSlice
-"""A file, or a video inside a tar."""
+"""A file, or a video inside an archive."""
 
 UInt8 = NDArray[np.uint8]
 Float64 = NDArray[np.float64]
@@ -47,7 +47,7 @@ PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "webm_dash_manifest"})
 """FFmpeg's formats that are lists of other files: what a clip shows must lie in the clip."""
 
 SLICE_BUFFER_BYTES = 2**18
-"""Read at once from a video in a tar: every read goes through Python (a guess)."""
+"""Read at once from a video in an archive: every read goes through Python (a guess)."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,14 @@ from typing import Any
 
 from ...shards.errors import UsageError
 from ...shards.files import local_path, read_text
-from .clip import ClipCandidate, exists, raise_unreadable, without_suffix
+from .clip import (
+    ClipCandidate,
+    exists,
+    is_plain_name,
+    raise_unreadable,
+    shown_name,
+    without_suffix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +85,19 @@ def _resolve_in_root(where: str, text: str, *, root: Path, real_root: Path) -> P
     """The file of that path, as written and behind all links inside of the root: a list from
     elsewhere reads nothing but the videos."""
     try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        text = ""
-    try:
         local_path(text)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    if not text or "\0" in text:
-        raise UsageError(f"{where}: got the path {text!r}, wanted that of a video: correct it")
+    if not text or not is_plain_name(text):
+        raise UsageError(
+            f"{where}: got the path {shown_name(text)}, wanted that of a video, valid UTF-8: "
+            "correct it, or rename the file"
+        )
+    if PurePosixPath(text).suffix.lower() in LIST_SUFFIXES:
+        raise UsageError(
+            f"{where}: {text} is a list itself, and lists cannot be nested: give both lists, or "
+            "name its videos here"
+        )
     file = Path(os.path.normpath(root / text))
     real = Path(os.path.realpath(file))  # unlike Path.resolve it takes a loop of links
     if not file.is_relative_to(root) or not real.is_relative_to(real_root):
