@@ -1,6 +1,7 @@
 """Whatever stands in a cache's JSON files, readers give data or one of our errors.
 
-Every value in every file is replaced by, in turn, every kind of wrong value.
+Every value in every file is replaced by, in turn, every kind of wrong value (one half of the kinds
+in the tests marked slow).
 """
 
 import copy
@@ -69,11 +70,11 @@ def without(value: Any, path: tuple[Any, ...]) -> Any:
     return result
 
 
-def variants(value: Any) -> Iterator[Any]:
+def variants(value: Any, kinds: list[Any]) -> Iterator[Any]:
     for path in places(value):
         if path:
             yield without(value, path)
-        for wrong in WRONG:
+        for wrong in kinds:
             yield replaced(value, path, wrong)
 
 
@@ -102,8 +103,9 @@ def read_everything(folder: Path, reader: type[PatchShards] | type[DeltaShards])
         ("deltas", "shards/000000.json"),
     ],
 )
+@pytest.mark.parametrize("kinds", [WRONG[::2], pytest.param(WRONG[1::2], marks=pytest.mark.slow)])
 def test_made_up_json_gives_data_or_our_errors(
-    request: pytest.FixtureRequest, kind: str, name: str
+    request: pytest.FixtureRequest, kind: str, name: str, kinds: list[Any]
 ) -> None:
     cache = request.getfixturevalue(kind)
     folder = cache.folder
@@ -116,7 +118,7 @@ def test_made_up_json_gives_data_or_our_errors(
     if "files" in value:
         value["files"] = dict(list(value["files"].items())[:3])
     refused = 0
-    for variant in variants(value):
+    for variant in variants(value, kinds):
         path.write_text(json.dumps(variant))
         if ".zarr" in name:
             cache.reseal()
@@ -133,7 +135,7 @@ def test_made_up_json_gives_data_or_our_errors(
 def test_a_made_up_plan_gives_a_plan_or_our_errors(patches: Any) -> None:
     path = patches.folder / "plan.jsonl"
     value = [json.loads(line) for line in path.read_text().splitlines()]
-    for variant in variants(value[:2]):
+    for variant in variants(value[:2], WRONG):
         lines = variant if isinstance(variant, list) else [variant]
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         with suppress(*OURS):

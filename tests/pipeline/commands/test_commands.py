@@ -360,7 +360,12 @@ def test_the_nearest_subcommand_is_named(
         ("from deltatok.pipeline.commands import pipeline", {"torch", "av", "matplotlib"}),
         (
             "import deltatok.evaluate.forecast.run",
-            {"decord", "deltatok.extract.backbone", "deltatok.extract.decoding.clip"},
+            {"av", "decord", "deltatok.extract.backbone", "deltatok.extract.decoding"},
+        ),
+        pytest.param(
+            "import deltatok.evaluate.inference.model",
+            {"av", "decord", "deltatok.extract.decoding"},
+            marks=pytest.mark.slow,
         ),
         ("from deltatok.train import tokenizer, world", {"deltatok.extract", "av", "matplotlib"}),
         (
