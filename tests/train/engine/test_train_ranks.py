@@ -33,6 +33,7 @@ from deltatok.train.engine import loop
 from deltatok.train import world
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.models.configs import DeltaWorldConfig
+from deltatok.train.selection.selector import Selector
 from deltatok.train.world import train_world
 def config_of(fields):
     fields["model"]["rope_axis_sizes"] = tuple(fields["model"]["rope_axis_sizes"])
@@ -54,7 +55,7 @@ def full(*given, **named):
 
 endings = {}
 for name, patched, attribute, broken in (
-    ("regret", world.Selector, "_measure", measured),
+    ("regret", Selector, "_measure", measured),
     ("disk", loop, "save_checkpoint", full),
     ("held", None, "", None),
 ):
