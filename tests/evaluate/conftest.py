@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.sequences import SequenceScores
 from deltatok.evaluate.report.paper_rows import PaperComparison
 from deltatok.evaluate.report.rows import ReportRow
 from deltatok.evaluate.report.write import Pictures, Report, report_page
@@ -221,6 +222,6 @@ def small_page() -> Callable[..., str]:
             diagnosis=list(diagnosis),
             paper=paper,
         )
-        return report_page(report, pictures or Pictures())
+        return report_page(report, pictures or Pictures(), SequenceScores())
 
     return make
