@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ..shards.cache import flatten
 from ..shards.errors import CacheMismatch, UsageError
-from ..shards.files import make_folder, write_bytes, write_json
+from ..shards.files import make_folder, read_text, write_bytes, write_json
 from .forecast.intervals import Estimate, Resamples
 from .forecast.sequences import Score, SequenceScores, read_sequences
 from .report.html import render_page, value_text
@@ -272,7 +272,7 @@ def _names(config: CompareConfig) -> list[str]:
 def _read_run(folder: str, name: str) -> ComparedReport:
     path = Path(folder) / "report.json"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path}: cannot be read ({error}); give a folder that deltatok-evaluate forecast made"

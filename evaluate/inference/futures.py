@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shards.errors import UsageError
-from ...shards.files import make_folder, write_bytes
+from ...shards.files import local_path, make_folder, write_bytes
 from ...train.models.heads import feature_map
 from ..forecast.rollout import decode_rollout
 from ..report.animation import draw_moments, gif_bytes, write_mp4
@@ -131,11 +131,11 @@ class Futures:
             strips.append(Strip(label="spread", alt="spread of the samples", tiles=_spread(self)))
         columns = tuple(map(_seconds, (*self.seen_s, *self.times_s)))
         panel = Panel(title="", columns=columns, strips=tuple(strips))
-        return _write(Path(path), png_bytes(panel_image(panel)))
+        return _write(local_path(path), png_bytes(panel_image(panel)))
 
     def save_mp4(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
         """The same as a video, samples side by side, in real time; ends in .gif: a GIF."""
-        path = Path(path)
+        path = local_path(path)
         kind = path.suffix.lower()
         if kind not in (".mp4", ".gif"):
             raise UsageError(f"{path}: wanted a name that ends in .mp4 or .gif")
