@@ -30,7 +30,9 @@ def numbers(value: Any) -> list[float]:
 def test_a_report_has_the_cpus_numbers(cuda: PretendedDevice, tiny: Any, tmp_path: Path) -> None:
     found = {}
     for device in ("cpu", "cuda"):
-        config = tiny.config(device=device, autocast="float32", out=str(tmp_path / device))
+        config = tiny.config(
+            device=device, autocast="float32", num_samples=2, out=str(tmp_path / device)
+        )
         run_forecast(config)
         found[device] = json.loads((tmp_path / device / "report.json").read_text())["rows"]
     assert numbers(found["cuda"]) == pytest.approx(numbers(found["cpu"]), rel=1e-4, abs=1e-5)
@@ -38,7 +40,7 @@ def test_a_report_has_the_cpus_numbers(cuda: PretendedDevice, tiny: Any, tmp_pat
 
 
 def test_bfloat16_and_pictures_are_made(cuda: PretendedDevice, tiny: Any) -> None:
-    run_forecast(tiny.config(device="cuda", autocast="bfloat16", num_pictures=2))
+    run_forecast(tiny.config(device="cuda", autocast="bfloat16", num_samples=2, num_pictures=1))
 
 
 def test_the_python_api_gives_the_cpus_futures(

@@ -1,5 +1,6 @@
 """Extraction on the pretended device: the CPU's bytes, no race, host waits where it must."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.pipeline.commands.extract import VideosConfig
 from deltatok.pipeline.fused import run_fused
-from deltatok.shards import DeltaShards, PatchShards
+from deltatok.shards import DeltaShards
 from deltatok.train.models.configs import DeltaTokConfig
 from deltatok.train.models.deltatok import DeltaTok
 
@@ -37,11 +38,17 @@ def test_a_cache_is_the_cpus_byte_for_byte(
     assert made["cuda"] == made["cpu"]
 
 
-def test_the_loop_waits_for_nothing_but_the_rows(cuda: PretendedDevice, make_config: Make) -> None:
-    run_extraction(make_config(device="cuda", autocast="bfloat16"))
-    assert PatchShards(make_config().out).num_windows == 15
-    print(cuda.counts.table())
-    assert not cuda.counts.waits_in("extract/pixels.py")
+def test_batches_are_made_without_waiting(cuda: PretendedDevice, make_config: Make) -> None:
+    """But for the rows, which a thread of their own waits for, waits are those of beginning."""
+    counts = []
+    for limit in (2, 6):
+        cuda.counts.clear()
+        out = make_config().out + str(limit)
+        run_extraction(make_config(device="cuda", autocast="bfloat16", limit=limit, out=out))
+        counts.append(Counter(cuda.counts.waits))
+    more = counts[1] - counts[0]
+    assert {why for why, _ in more} <= {"event", "event, with work behind it"}
+    assert {line.partition(":")[0] for _, line in more} == {"extract/features.py"}
 
 
 def test_the_fused_mode_writes_the_cpus_delta_tokens(

@@ -64,8 +64,8 @@ def test_world(launched_by_srun: None, second_gpu: PretendedDevice, world_config
     train_world(world_config(device="auto", steps=2))
 
 
-def test_evaluation(launched: None, second_gpu: PretendedDevice, tiny: Any) -> None:
-    run_forecast(tiny.config(device="cuda", num_samples=2))
+def test_evaluation(launched_by_srun: None, second_gpu: PretendedDevice, tiny: Any) -> None:
+    run_forecast(tiny.config(device="cuda", num_samples=1))
 
 
 def test_python_api(

@@ -7,13 +7,13 @@ autocast every operator comes to `dispatch`, which runs it on the CPU tensors in
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .clocks import HOST, Block
 from .counts import source_line
@@ -193,28 +193,29 @@ _NAMES_THAT_WAIT = (
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run one operator, on the pretended device if it is for that."""
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    tensors = [t for t in _leaves((args, *kwargs.values())) if isinstance(t, Tensor)]
     there = [t for t in tensors if isinstance(t, CudaTensor)]
     index = there[0].index if there else _wanted_index(kwargs)
     if index is None:
         out = func(*args, **_without_pin(kwargs))
         _note_host(func, args, kwargs, out)
         return out
-    if func not in _COPIES:
+    if there and func not in _COPIES:
         _refuse_mixed(func, tensors, index)
     line, device = source_line(), running()
-    inner_args, inner_kwargs = tree_map(_unwrap, (args, _without_pin(kwargs)))
-    if "device" in inner_kwargs:
+    inner_args = _unwrapped(args)
+    inner_kwargs = {name: _unwrapped(v) for name, v in _without_pin(kwargs).items()}
+    if _wanted_index(kwargs) is not None:
         inner_kwargs["device"] = _CPU
     to = _target(func, args, kwargs, index)
     with device.clocks.lock:
         out = _kernel(func)(*inner_args, **inner_kwargs)
         _note(func, args, kwargs, inner_args, inner_kwargs, out, index, line)
-    if to is None:  # it came to the CPU
+    if to is None:
         return args[0] if func is aten.copy_.default else out
     if not isinstance(out, Tensor | tuple | list):
         return out
-    wrapped = tree_map_only(Tensor, lambda t: CudaTensor(t, to), out)
+    wrapped = _wrapped(out, to)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
 
 
@@ -226,16 +227,31 @@ def _wanted_index(kwargs: Mapping[str, Any]) -> int | None:
 
 
 def _target(func: Any, args: Any, kwargs: Mapping[str, Any], index: int) -> int | None:
-    """The device of the result; None: the CPU."""
+    """The device of the result; None: none that is pretended."""
     if func is aten.copy_.default:
         return args[0].index if isinstance(args[0], CudaTensor) else None
-    if func is aten._to_copy.default and kwargs.get("device") is not None:
-        return _wanted_index(kwargs)
-    return index
+    return index if kwargs.get("device") is None else _wanted_index(kwargs)
 
 
-def _unwrap(x: Any) -> Any:
-    return x.inner if isinstance(x, CudaTensor) else x
+def _leaves(values: Any) -> Iterator[Any]:
+    """What is in lists and tuples, which operators take and give."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _unwrapped(x: Any) -> Any:
+    if isinstance(x, CudaTensor):
+        return x.inner
+    return type(x)(map(_unwrapped, x)) if type(x) in (list, tuple) else x
+
+
+def _wrapped(x: Any, index: int) -> Any:
+    if isinstance(x, list | tuple):
+        return type(x)(_wrapped(item, index) for item in x)
+    return CudaTensor(x, index) if isinstance(x, Tensor) else x
 
 
 def _without_pin(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,17 +274,25 @@ def _refuse_mixed(func: Any, tensors: list[Tensor], index: int) -> None:
         raise MixedDevices(f"{func} on cuda:{index} met {found} at {source_line()}")
 
 
+@lru_cache(maxsize=4096)
+def _arguments(func: Any) -> list[tuple[str, bool]]:
+    """Name of each argument, and whether it is written to."""
+    return [
+        (a.name, a.alias_info is not None and a.alias_info.is_write) for a in func._schema.arguments
+    ]
+
+
 def _touched(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[tuple[Tensor, bool]]:
     """The CPU tensors of a call, and whether it writes them."""
-    for place, argument in enumerate(func._schema.arguments):
-        value = args[place] if place < len(args) else kwargs.get(argument.name)
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
-        for t in tree_flatten(value)[0]:
+    for place, (name, is_written) in enumerate(_arguments(func)):
+        value = args[place] if place < len(args) else kwargs.get(name)
+        for t in _leaves((value,)):
             is_plain = type(t) is Tensor or type(t) is torch.nn.Parameter
             if is_plain and t.layout == torch.strided and t.device.type == "cpu":
                 yield t, is_written
 
 
+@lru_cache(maxsize=4096)
 def _is_view(func: Any) -> bool:
     returned = func._schema.returns
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
@@ -312,7 +336,7 @@ def _note(
     def block_of(t: Tensor) -> Block:
         return clocks.block(t.untyped_storage())
 
-    made = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    made = [t for t in _leaves((out,)) if isinstance(t, Tensor)]
     if func in _ALLOCATIONS:
         for t in made:
             block_of(t).home = stream
@@ -335,7 +359,7 @@ def _note(
     why = _why_it_waits(func, args)
     if is_copy:
         why = _note_copy(func, args, kwargs, out, to_host, line)
-    for t in tree_flatten(args)[0] if func in _INDEXING else ():
+    for t in _leaves(args) if func in _INDEXING else ():
         if isinstance(t, Tensor) and not isinstance(t, CudaTensor) and t.dim():
             device.counts.copies["index to device, pageable", line] += 1
             why = "index on the CPU"
@@ -357,11 +381,11 @@ def _note_copy(
     in_place = func is aten.copy_.default
     asks = bool(kwargs.get("non_blocking") or (in_place and len(args) > 2 and args[2]))
     if to_host:
-        end = device.clocks.block(_unwrap(args[0] if in_place else out).untyped_storage())
+        end = device.clocks.block(_unwrapped(args[0] if in_place else out).untyped_storage())
         # torch takes pinned memory itself for what comes to the host without waiting.
         end.is_pinned = end.is_pinned or (asks and not in_place)
     else:
-        end = device.clocks.block(_unwrap(args[1] if in_place else args[0]).untyped_storage())
+        end = device.clocks.block(_unwrapped(args[1] if in_place else args[0]).untyped_storage())
     way = "to host" if to_host else "to device"
     waits = not (asks and end.is_pinned)
     kind = f"{way}{'' if end.is_pinned else ', pageable'}{', waits' if waits else ''}"
