@@ -22,8 +22,14 @@ from ...extract.pixels import RESIZE_RULE
 from ...shards.cache import compare, read_cache_info
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import write_json
-from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
-from ...train.engine.provenance import SAME_PREPROCESSING, check_made_by, warn_unchecked
+from ...train.engine.model_folder import (
+    SAME_PREPROCESSING,
+    check_made_by,
+    read_class,
+    read_provenance,
+    warn_unchecked,
+    weights_sha256,
+)
 from ...train.models.deltatok import DeltaTok
 from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.heads import DepthHead, SegmentationHead

@@ -37,7 +37,6 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def backbone(backbone_folder: Path) -> Backbone:
     """The model of `backbone_folder`, loaded."""
-    torch.set_num_threads(1)  # tiny products gain nothing from threads
     return Backbone.load(str(backbone_folder))
 
 
@@ -102,6 +101,16 @@ def finished(
     """The cache that `make_config()` makes, made in one go; not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "out"
     run_extraction(_config(clips, backbone_folder, out, {}), backbone=backbone)
+    return out
+
+
+@pytest.fixture(scope="session")
+def finished_int8(
+    tmp_path_factory: pytest.TempPathFactory, clips: Path, backbone_folder: Path, backbone: Backbone
+) -> Path:
+    """The cache of `finished`, stored as int8; not to be changed."""
+    out = tmp_path_factory.mktemp("finished-int8") / "out"
+    run_extraction(_config(clips, backbone_folder, out, {"dtype": "int8"}), backbone=backbone)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The networks: what their parts promise beyond the golden numbers."""
+"""Tokenizer, rotary positions and heads: what they promise beyond the golden numbers."""
 
 from dataclasses import replace
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltatok.shards.errors import DeltatokError, UsageError
+from deltatok.shards.errors import UsageError
 from deltatok.train.models.blocks import LayerScale
-from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
+from deltatok.train.models.configs import DeltaTokConfig
 from deltatok.train.models.deltatok import DeltaTok, draw_rope_rescale
-from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.heads import (
     DepthHead,
     DepthHeadConfig,
@@ -30,15 +29,6 @@ TOKENIZER = DeltaTokConfig(
     layer_scale_init=0.5,
     initializer_range=0.2,
 )
-WORLD = DeltaWorldConfig(
-    hidden_size=24,
-    predictor_hidden_size=32,
-    predictor_num_hidden_layers=2,
-    predictor_num_heads=2,
-    rope_axis_sizes=(12,),
-    layer_scale_init=0.5,
-    initializer_range=0.2,
-)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -49,18 +39,9 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
 
 
-def times(batch: int, frames: int) -> Tensor:
-    return torch.rand(batch, frames, generator=generator(2)).cumsum(1)
-
-
 @pytest.fixture
 def tokenizer() -> DeltaTok:
     return DeltaTok(TOKENIZER, generator=generator())
-
-
-@pytest.fixture
-def world() -> DeltaWorldNetwork:
-    return DeltaWorldNetwork(WORLD, generator=generator())
 
 
 # --- tokenizer ---
@@ -114,12 +95,6 @@ def test_reconstruction_is_closed_loop(tokenizer):
     first = tokenizer(start, x[:, 0], grid=GRID)
     torch.testing.assert_close(got[:, 0], first)
     torch.testing.assert_close(got[:, 1], tokenizer(first, x[:, 1], grid=GRID))
-
-
-def test_tokens_off_the_grid_are_refused(tokenizer):
-    x = normal(1, 5, 32)
-    with pytest.raises(DeltatokError, match=r"5 patch tokens.*grid \(2, 3\) has 6"):
-        tokenizer.encode(x, x, grid=GRID)
 
 
 def test_rescale_changes_positions_only_when_given(tokenizer):
@@ -221,12 +196,6 @@ def test_fresh_weights_follow_the_paper():
             assert torch.all(part.bias == 0)
 
 
-def test_fresh_weights_come_from_the_generator():
-    one, same, other = (DeltaWorldNetwork(WORLD, generator=generator(seed)) for seed in (1, 1, 2))
-    assert all(map(torch.equal, one.state_dict().values(), same.state_dict().values()))
-    assert not torch.equal(one.predictor.head.weight, other.predictor.head.weight)
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -240,12 +209,10 @@ def test_tokenizer_config_refuses_impossible_sizes(values):
         replace(TOKENIZER, **values)
 
 
-def test_bfloat16_autocast_stays_near_float32(tokenizer, world):
-    x, z = normal(2, 6, 32), normal(2, 4, 24)
-    queries = normal(2, 3, 32, seed=3)
+def test_bfloat16_autocast_stays_near_float32(tokenizer):
+    x = normal(2, 6, 32)
     with torch.no_grad():
-        exact = tokenizer(x, x + 1, grid=GRID), world(z, times(2, 4), queries)
+        exact = tokenizer(x, x + 1, grid=GRID)
         with torch.autocast("cpu", torch.bfloat16):
-            rough = tokenizer(x, x + 1, grid=GRID), world(z, times(2, 4), queries)
-    for got, wanted in zip(rough, exact, strict=True):
-        assert (got.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+            rough = tokenizer(x, x + 1, grid=GRID)
+    assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
