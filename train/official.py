@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..shards.errors import DeltatokError, UsageError
-from ..shards.files import partial_path, publish, sha256_file
+from ..shards.files import partial_path, publish, read_text, sha256_file
 from ..shards.schema import load
 from .engine.model_folder import Pretrained, compare_tensors, load_weights, read_class, read_tensors
 from .models.deltatok import DeltaTok
@@ -81,7 +81,7 @@ def rgb_constants(backbone_folder: Path | str) -> dict[str, Any]:
     tensors = read_tensors(folder / "model.safetensors")
     try:
         weight, bias = tensors["norm.weight"], tensors["norm.bias"]
-        preprocessor = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        preprocessor = json.loads(read_text(folder / "preprocessor_config.json"))
         mean, std = preprocessor["image_mean"], preprocessor["image_std"]
     except (KeyError, OSError, ValueError) as error:
         raise UsageError(

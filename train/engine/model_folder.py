@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...shards.cache import CacheInfo, compare
 from ...shards.errors import DeltatokError, UsageError
-from ...shards.files import partial_path, publish, write_json
+from ...shards.files import local_path, partial_path, publish, write_json
 from ...shards.schema import Strictness, load
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: Path | str, provenance: Mapping[str, Any]) -> None:
         """Write the model folder, config.json last; each file under a partial name first. Existing
         files of a model are replaced, others left alone."""
-        folder = Path(folder)
+        folder = local_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         partial = partial_path(folder / WEIGHTS)
         try:
@@ -70,7 +70,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
-        folder = Path(folder)
+        folder = local_path(folder)
         got, fields = read_class(folder), _read_json(folder / CONFIG)
         if got != cls.saved_as:
             raise UsageError(
