@@ -32,6 +32,8 @@ TrainConfigs = Callable[..., TrainConfig]
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
+    if torch.version.cuda is not None:
+        pytest.skip("needs a torch without CUDA")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -146,7 +146,8 @@ def allow_autograd() -> None:
     There is nothing to switch: the CPU's guard, which does nothing, serves. The table of guards is
     an exported symbol of libc10.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    file = next((Path(torch.__file__).parent / "lib").glob("libc10.*"))  # .so, .dylib
+    library = ctypes.CDLL(str(file))
     name = "_ZN3c104impl26device_guard_impl_registryE"
     guards = (ctypes.c_void_p * 16).in_dll(library, name)
     guards[9] = guards[0]  # c10::DeviceType: CPU is 0, XLA is 9
