@@ -19,6 +19,7 @@ from .data.batches import Batch, TokenizerBatches
 from .data.order import RankSlice, generator
 from .encode import write_deltas
 from .engine.checkpoints import with_size_of_cache
+from .engine.devices import to_device
 from .engine.logs import Meter
 from .engine.loop import train_objective
 from .engine.objective import Objective
@@ -121,7 +122,7 @@ class TokenizerObjective(Objective):
             x_prev,
             x_cur,
             grid=self._shards.grid,
-            rescale=None if rescale is None else rescale.to(x_prev.device),
+            rescale=None if rescale is None else to_device(rescale, x_prev.device),
         )
         return LOSSES[self._config.loss](prediction, x_cur).flatten(1).mean(1), {}
 

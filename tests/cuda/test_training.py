@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from pretended import PretendedDevice
+from pretended.clocks import EARLIER_EVENT
 from safetensors.torch import load_file
 
+from deltatok.shards import DeltatokError, Stopped
+from deltatok.shards.interrupts import StopRequest
 from deltatok.train.dinoworld import train_dinoworld
 from deltatok.train.engine.loop import Trainer
 from deltatok.train.heads.train import train_head
 from deltatok.train.tokenizer import train_tokenizer
-from deltatok.train.world import train_world
+from deltatok.train.world import DeltaWorldObjective, train_world
 
 TRAINERS: dict[str, Callable[[Any], Path]] = {
     "tokenizer": train_tokenizer,
@@ -110,12 +113,12 @@ COUNTED = 2 * LOG_EVERY
 
 
 @pytest.fixture
-def waits_a_step(
+def waits_in_intervals(
     cuda: PretendedDevice, trains: Trains, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], dict[tuple[str, str], float]]:
-    """waits_a_step(trainer): why and where the host waits in two log intervals of training, but for
-    the first steps, evaluations and checkpoints."""
-    found: dict[tuple[str, str], float] = {}
+) -> Callable[[str], dict[tuple[str, str], int]]:
+    """waits_in_intervals(trainer): how often the host waits, why and where, in two log intervals;
+    neither in the first steps, nor for evaluations and checkpoints."""
+    found: dict[tuple[str, str], int] = {}
     fetch, calls = Trainer._fetch, itertools.count()
 
     def counted(self: Trainer, batches: Any) -> Any:
@@ -123,10 +126,10 @@ def waits_a_step(
         if call == FIRST:
             cuda.counts.clear()
         if call == FIRST + COUNTED:
-            found.update({key: count / COUNTED for key, count in cuda.counts.waits.items()})
+            found.update(cuda.counts.waits)
         return fetch(self, batches)
 
-    def count(trainer: str) -> dict[tuple[str, str], float]:
+    def count(trainer: str) -> dict[tuple[str, str], int]:
         monkeypatch.setattr(Trainer, "_fetch", counted)
         never = {"eval_every": 1000, "save_every": 1000, "validation_fraction": 0.0}
         trains(trainer, "cuda", steps=FIRST + COUNTED + 1, log_every=LOG_EVERY, **never)
@@ -135,12 +138,62 @@ def waits_a_step(
     return count
 
 
-WAITS = {"tokenizer": 6, "world": 8, "dinoworld": 8, "head": 7}
-
-
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_steps_do_not_wait(
-    waits_a_step: Callable[[str], dict[tuple[str, str], float]], trainer: str
+    waits_in_intervals: Callable[[str], dict[tuple[str, str], int]], trainer: str
 ) -> None:
-    found = waits_a_step(trainer)
-    assert sum(found.values()) <= WAITS[trainer], found
+    """One wait a log interval. Others are for the step before, while the device has work; and for
+    the clock of the selection, read where a line is logged."""
+    found = waits_in_intervals(trainer)
+    behind = sum(count for (why, _), count in found.items() if why == EARLIER_EVENT)
+    assert behind <= COUNTED + COUNTED // LOG_EVERY, found
+    assert sum(found.values()) - behind <= COUNTED // LOG_EVERY, found
+
+
+BAD_STEP = 3
+
+
+@pytest.fixture
+def one_bad_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of one step is not a number."""
+    losses = DeltaWorldObjective.losses
+
+    def changed(self: Any, forward: Any, batch: Any, samples: Any, **known: Any) -> Any:
+        values, extras = losses(self, forward, batch, samples, **known)
+        is_bad = known["step"] == BAD_STEP - 1 and not known["meter"].is_counting
+        return values * (float("nan") if is_bad else 1.0), extras
+
+    monkeypatch.setattr(DeltaWorldObjective, "losses", changed)
+
+
+@pytest.mark.parametrize("log_every", [1, 100])  # read at once, and a step late
+def test_a_step_that_is_not_finite_changes_no_weights(
+    cuda: PretendedDevice,
+    one_bad_step: None,
+    trains: Trains,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_every: int,
+) -> None:
+    trainers: list[Trainer] = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: trainers.append(self) or train(self))
+    known = {"log_every": log_every, "eval_every": 100, "save_every": 100}
+    before = trains("world", "cuda", **known, steps=BAD_STEP - 1, out=str(tmp_path / "before"))
+    with pytest.raises(DeltatokError, match=f"step {BAD_STEP}: loss nan.*were not changed"):
+        trains("world", "cuda", **known, steps=10)
+    for name, values in trainers[-1].objective.model.state_dict().items():
+        assert torch.equal(values.cpu(), before[name]), name
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
+    cuda: PretendedDevice, trains: Trains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"log_every": 100, "eval_every": 100, "save_every": 100, "steps": 6}
+    whole = trains("world", "cuda", **known, out=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "asked", property(lambda self: True))
+        with pytest.raises(Stopped, match="after step 2 of 6"):  # asked in the first
+            trains("world", "cuda", **known)
+    resumed = trains("world", "cuda", **known)
+    assert all(torch.equal(values, whole[name]) for name, values in resumed.items())

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...shards.deltas.reader import DeltaShards
 from ...shards.patches.reader import PatchShards
 from ..config import Residency, TrainConfig
-from ..engine.devices import Accelerator
+from ..engine.devices import Accelerator, to_device
 from .order import BatchOrder, Indices, StreamOrder
 from .stream import (
     NUM_BUFFERS,
@@ -183,7 +183,7 @@ def _held(arrays: list[Tensor], device: torch.device) -> WindowSource:
     held = [array.to(device) for array in arrays]
 
     def from_held(windows: Indices, take: Take) -> tuple[Tensor, ...]:
-        chosen = torch.from_numpy(windows).to(device)
+        chosen = to_device(torch.from_numpy(windows), device)
         if device.type != "cpu":
             return tuple(tensor[chosen] for tensor in held)
         return tuple(gather(tensor, chosen, take) for tensor in held)

@@ -15,6 +15,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedType,
     broadcast_object_list,
 )
+from torch import Tensor
 
 from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import DeltatokError, UsageError
@@ -29,6 +30,7 @@ __all__ = [
     "leave_group",
     "make_accelerator",
     "on_main",
+    "to_device",
 ]
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -82,6 +84,12 @@ def make_accelerator(device: Device, precision: Precision) -> Accelerator:
     return Accelerator(found, precision_name(precision, found))
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`; from pinned memory to cuda, where a copy else waits for all that
+    the device has yet to do."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def leave_group() -> None:
     """End this process's part in a group of CPU processes, if it is in one.
 
@@ -98,6 +106,9 @@ def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
     Where it fails all fail, so that none waits for one that is gone: the main process with its own
     error, the others with a DeltatokError of the same exit code.
     """
+    if accelerator.num_processes == 1:
+        action()
+        return
     error: DeltatokError | None = None
     if accelerator.is_main_process:
         try:

@@ -197,8 +197,9 @@ class Meter:
         tflop_per_s (10^12 FLOPs a second) where they are known; the peak memory so far; and
         seconds to go at this rate, if it is said how many samples are left."""
         seconds = time.perf_counter() - self._started
+        if self._events:
+            self._events[-1][2].synchronize()  # and so are those before it
         for name, start, end in self._events:
-            end.synchronize()
             self._watch.add(name, start.elapsed_time(end) / 1000)
         rate = self._samples / seconds
         values = {f"{self._unit}_per_s": rate}

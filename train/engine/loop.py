@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -118,6 +119,34 @@ class Update(NamedTuple):
     gradient_norm: float
     stopping: bool
     """Some rank was asked to stop."""
+    extras: dict[str, float]
+
+
+class SentStep(NamedTuple):
+    """A step whose numbers are on their way from the device; `read` waits for them."""
+
+    step: int
+    batch: Batch
+    """Without its tensors: to name its windows."""
+    losses: Tensor
+    """(B,), on the device."""
+    names: list[str]
+    """Of the extras."""
+    numbers: Tensor
+    """float32 (3 + extras,), on the CPU: loss, whether to stop, the extras, gradient norm."""
+    copied: torch.cuda.Event | None
+
+    def read(self) -> Update:
+        """The numbers."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, stopping, *extras, norm = self.numbers.tolist()
+        named = dict(zip(self.names, extras, strict=True))
+        return Update(loss=loss, gradient_norm=norm, stopping=stopping > 0, extras=named)
+
+
+NOTHING_KNOWN = Update(loss=math.nan, gradient_norm=math.nan, stopping=False, extras={})
+"""Of the first step, whose numbers may be read at the second."""
 
 
 class Trainer:
@@ -169,6 +198,7 @@ class Trainer:
         elif self.config.start_optimizer and (source := start_folder(self.config)) is not None:
             load_optimizer(source, model=objective.model, optimizer=optimizer)
         self.raw_optimizer = optimizer
+        self._unread: SentStep | None = None
         objective.model.train()
 
     def train(self) -> None:
@@ -191,12 +221,22 @@ class Trainer:
                 learning_rate = self._set_learning_rate(step)
                 losses, extras = self._forward_backward(batch, step)
                 norm = self._clip()
-                update = self._agree(losses, norm, stop.asked)
-                self._check_finite(update, losses, batch, step)
                 done = step + 1
                 is_logged = is_time(done, every=config.log_every, last=last)
+                is_due = is_time(done, every=config.save_every, last=last)
+                has_evaluation = len(objective.validation) > 0
+                has_evaluation &= is_time(done, every=config.eval_every, last=last)
+                sent = self._send(
+                    step, batch, losses, norm, stop.asked, extras if is_logged else {}
+                )
+                update = self._read_numbers(sent, now=is_logged or is_due or has_evaluation)
                 if is_logged:
-                    numbers = self._numbers(update, learning_rate, extras)
+                    numbers = {
+                        "loss": update.loss,
+                        "gradient_norm": update.gradient_norm,
+                        "learning_rate": learning_rate,
+                        **update.extras,
+                    }
                     objective.check(numbers, step=done)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -207,12 +247,11 @@ class Trainer:
                     values = {**numbers, **speed}
                     on_main(self.accelerator, partial(log.write, "train", done, values))
                 found_best = False
-                if is_time(done, every=config.eval_every, last=last) and len(objective.validation):
+                if has_evaluation:
                     values = self._evaluate()
                     on_main(self.accelerator, partial(log.write, "validation", done, values))
                     objective.judge(values, step=done)
                     found_best = self._is_best(values, step=done)
-                is_due = is_time(done, every=config.save_every, last=last)
                 if is_due or found_best or update.stopping:
                     on_main(self.accelerator, partial(self._save, done, log))
                 if update.stopping and done < last:
@@ -284,39 +323,61 @@ class Trainer:
         )
         return norm.detach()
 
-    def _agree(self, losses: Tensor, norm: Tensor, stop_requested: bool) -> Update:
-        """The step's numbers over all ranks, read from the device at once."""
-        stop = torch.tensor(float(stop_requested), device=losses.device)
-        mine = torch.stack([losses.mean(), stop])
-        # Gradients, and so their norm, are already the mean over the ranks.
-        loss, stopping = self.accelerator.reduce(mine, reduction="mean").tolist()
-        return Update(loss=loss, gradient_norm=norm.item(), stopping=stopping > 0)
+    def _send(
+        self,
+        step: int,
+        batch: Batch,
+        losses: Tensor,
+        norm: Tensor,
+        stop_requested: bool,
+        extras: Mapping[str, Tensor],
+    ) -> SentStep:
+        """The step's numbers over all ranks, asked for from the device.
 
-    def _check_finite(self, update: Update, losses: Tensor, batch: Batch, step: int) -> None:
+        On cuda the update is told to leave the weights as they are where they are not finite: the
+        host may know that only after it.
+        """
+        device, names = losses.device, sorted(extras)
+        stop = torch.full((), float(stop_requested), device=device)
+        mine = torch.stack([losses.mean(), stop, *(extras[name].float() for name in names)])
+        # Gradients, and so their norm, are already the mean over the ranks.
+        mean = self.accelerator.reduce(mine, reduction="mean")
+        numbers = torch.cat([mean, norm.reshape(1)])
+        copied = None
+        if device.type == "cuda":
+            is_bad = ~(numbers[0] + numbers[-1]).isfinite()
+            self.raw_optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+        numbers = numbers.to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            copied = torch.cuda.current_stream(device).record_event()
+        return SentStep(step, replace(batch, tensors={}), losses, names, numbers, copied)
+
+    def _read_numbers(self, sent: SentStep, *, now: bool) -> Update:
+        """The newest numbers that are known, once they are known to be finite.
+
+        On cuda, unless `now`, those of the step before: the device has work meanwhile.
+        """
+        update = NOTHING_KNOWN
+        if self._unread is not None:
+            update = self._check_finite(self._unread)
+        self._unread = sent
+        if now or update.stopping or sent.copied is None:
+            update = self._check_finite(sent)
+            self._unread = None
+        return update
+
+    def _check_finite(self, sent: SentStep) -> Update:
+        update = sent.read()
         if not (math.isfinite(update.loss) and math.isfinite(update.gradient_norm)):
             rank = self.accelerator.process_index
             raise DeltatokError(
-                f"step {step + 1}: loss {update.loss}, gradient norm {update.gradient_norm}; the "
-                f"weights were not changed. In the batch of rank {rank} "
-                f"{self.objective.nan_report(losses, batch)}. Check these clips, "
+                f"step {sent.step + 1}: loss {update.loss}, gradient norm {update.gradient_norm}; "
+                f"the weights were not changed. In the batch of rank {rank} "
+                f"{self.objective.nan_report(sent.losses, sent.batch)}. Check these clips, "
                 "or set a lower lr, a longer warm-up or precision float32; run again to go on "
                 "from the last checkpoint"
             )
-
-    def _numbers(
-        self, update: Update, learning_rate: float, extras: Mapping[str, Tensor]
-    ) -> dict[str, float]:
-        names = sorted(extras)
-        values: list[float] = []
-        if names:
-            mine = torch.stack([extras[name].float() for name in names])
-            values = self.accelerator.reduce(mine, reduction="mean").tolist()
-        return {
-            "loss": update.loss,
-            "gradient_norm": update.gradient_norm,
-            "learning_rate": learning_rate,
-            **dict(zip(names, values, strict=True)),
-        }
+        return update
 
     def _evaluate(self) -> dict[str, float]:
         self.objective.model.eval()

@@ -25,6 +25,7 @@ from ..config import HeadTrainConfig
 from ..data.batches import Batch
 from ..data.order import BatchOrder, Indices, RankSlice
 from ..data.residency import Read
+from ..engine.devices import to_device
 from ..engine.logs import Meter
 from ..engine.loop import train_objective
 from ..engine.objective import Objective
@@ -207,9 +208,10 @@ class HeadObjective(Objective):
         windows, frames = np.divmod(chosen, self._shards.shape[0])
         unique, rows = np.unique(windows, return_inverse=True)
         (tokens,) = read(unique)
+        place = (to_device(torch.from_numpy(index), tokens.device) for index in (rows, frames))
         return Batch(
             tensors={
-                "features": tokens[torch.from_numpy(rows), torch.from_numpy(frames)],
+                "features": tokens[tuple(place)],
                 "labels": torch.from_numpy(self._labels.read(windows, frames)),
             },
             samples=numbers,

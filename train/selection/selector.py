@@ -17,7 +17,7 @@ from ...shards.patches.reader import PatchShards
 from ..config import DINOWorldTrainConfig, WorldTrainConfig
 from ..data.batches import Batch, WindowBatches, check_frames
 from ..data.order import Indices, RankSlice, seed_for
-from ..engine.devices import check_compiler
+from ..engine.devices import check_compiler, to_device
 from ..engine.logs import Meter, is_time
 from ..engine.objective import Objective
 from ..losses import smooth_l1
@@ -129,7 +129,7 @@ class Selector:
         """The windows' candidates."""
         keys = [seed_for("candidates", self._config.seed, *name) for name in windows.names]
         return CounterNoise(
-            keys=torch.tensor(keys, dtype=torch.int64).to(self._device),
+            keys=to_device(torch.tensor(keys, dtype=torch.int64), self._device),
             positions=windows.tokens.shape[1] - 1,
             channels=self._model.config.predictor_hidden_size,
             std=self._model.config.initializer_range,
