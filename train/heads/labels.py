@@ -7,7 +7,7 @@ half of the label. Labels are never resized.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,8 +90,6 @@ class ClipFrameLabels:
                 "from the videos that the labels belong to"
             )
 
-
-LabelT = TypeVar("LabelT", bound=np.generic[Any])
 
 CLASSES = {"vspw": 124, "cityscapes": 19, "binary": 2}
 """Of the label rules that fix their number."""
@@ -225,7 +223,7 @@ class TargetLabels:
 LabelSource = ClipFrameLabels | TargetLabels
 
 
-def filled_up(labels: Sequence[NDArray[LabelT]], value: float) -> NDArray[LabelT]:
+def filled_up(labels: Sequence[NDArray[Any]], value: float) -> NDArray[Any]:
     """One array (B, H, W) of labels (h, w), `value` below and to the right of smaller ones."""
     largest = np.array([label.shape for label in labels]).max(0)
     filled = np.full((len(labels), *largest), value, dtype=labels[0].dtype)

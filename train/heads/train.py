@@ -9,6 +9,7 @@ Letters: C classes, H, W pixels of the label.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -78,8 +79,9 @@ class DepthTask:
     head_class = DepthHead
 
     def __init__(self, *, in_size: int, max_depth: float | None) -> None:
-        given = {} if max_depth is None else {"max_depth": max_depth}
-        self.head_config = DepthHeadConfig(in_size=in_size, **given)
+        self.head_config = DepthHeadConfig(in_size=in_size)
+        if max_depth is not None:
+            self.head_config = replace(self.head_config, max_depth=max_depth)
 
     def score(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As SegmentationTask's."""

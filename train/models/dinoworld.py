@@ -94,7 +94,9 @@ class DINOWorld(World):
     ) -> Tensor:
         """Forecasts (B, S, H, N, D) from x_context (B, C, N, D); timestamps (B, C + H) of context
         and targets. noise (H, B, S, 1, Dp), generator: see World._rollout."""
-        positions = grid_positions(timestamps, grid).unflatten(1, (timestamps.shape[1], -1))
+        positions = grid_positions(timestamps, grid).reshape(
+            *timestamps.shape, grid[0] * grid[1], 3
+        )
         return self._rollout(
             x_context.flatten(1, 2),
             positions,

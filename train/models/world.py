@@ -135,7 +135,8 @@ class World(Pretrained):
                 ]
             query = queries[len(steps)].flatten(0, 1).expand(-1, positions.shape[2], -1)
             steps.append(self.predictor(query, positions[:, now], memory))
-        return torch.stack(steps, dim=1).unflatten(0, (batch, samples))
+        forecasts = torch.stack(steps, dim=1)
+        return forecasts.reshape(batch, samples, *forecasts.shape[1:])
 
 
 def causal(

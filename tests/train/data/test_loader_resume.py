@@ -46,7 +46,7 @@ def tokenizer_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Re
 
 
 def samples_of(batch: Batch) -> tuple[torch.Tensor, ...]:
-    if "z" in batch.tensors:  # in buffers that later batches are read into
+    if "tokens" in batch.tensors:  # in buffers that later batches are read into
         return batch.tensors["tokens"].clone(), batch.tensors["timestamps"].clone()
     row, previous, current = batch.tensors["pairs"].T
     frames = batch.tensors["frames"].float()

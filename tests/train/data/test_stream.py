@@ -1,6 +1,7 @@
 """Streaming: whole blocks in a random order; the same windows as read directly, mixed well."""
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from deltatok.shards.errors import CacheMismatch
 from deltatok.shards.tools.export import export_cache
 from deltatok.train.data import residency as sources
 from deltatok.train.data.batches import Prefetcher
-from deltatok.train.data.order import StreamOrder, same_block_share
+from deltatok.train.data.order import StreamOrder
 from deltatok.train.data.residency import choose_place, window_source
 from deltatok.train.data.stream import (
     BufferRing,
@@ -26,6 +27,9 @@ from deltatok.train.data.stream import (
     buffers_needed,
 )
 from deltatok.train.world import train_world
+
+sys.path.append(str(Path(__file__).parent))
+from shuffling import same_block_share
 
 
 def order_of(num_windows: int, block: int, **changes: Any) -> StreamOrder:

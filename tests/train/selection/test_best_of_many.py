@@ -231,12 +231,6 @@ def test_memory_of_the_losses_does_not_grow_with_the_samples():
     assert torch.all(running_best(chunks())[0] == 3996)
 
 
-def test_no_samples_are_refused():
-    z, times, noise = problem(8, 1)
-    with pytest.raises(ValueError, match="at least one sample"):
-        select(WORLD, z, times, GivenNoise(noise), num_samples=0, chunks=Chunks(1, 1))
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     batch=st.integers(1, 300),
