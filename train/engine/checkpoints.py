@@ -11,7 +11,8 @@
 
 Written as a whole folder under a partial name, flushed, then renamed: what has the name is whole.
 Kept are the newest (two, unless keep_checkpoints says otherwise) and the best. Which is the best
-stands in every state.json; best.json repeats the newest one's. No random state is in there, since nothing in training has any (data/order.py).
+stands in every state.json; best.json repeats the newest one's. No random state is in there, since
+nothing in training has any (data/order.py).
 
 A checkpoint of an earlier version, without checksums, is read all the same: names, shapes and
 dtypes of its tensors are checked, a changed value in it is not found.
@@ -29,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import disk_errors, publish, remove, write_json
+from ...shards.files import disk_errors, partial_path, publish, remove, write_json
 from ...shards.schema import STORED, load, read_json
 from ..config import DINOWorldTrainConfig, TokenizerTrainConfig, TrainConfig, WorldTrainConfig
 from ..data.order import generator
