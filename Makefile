@@ -3,22 +3,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint clean
+# A command, and a dot every two seconds as long as it runs.
+dots = $(1) & pid=$$!; while kill -0 $$pid 2> /dev/null; do printf .; sleep 2; done; echo; wait $$pid
+
+.PHONY: setup quickstart test test-all lint clean
 
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"got Python {v[0]}.{v[1]}, wanted 3.11 to 3.13: make PYTHON=python3.12 ..." if not (3, 11) <= v <= (3, 13) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt "setuptools>=77" wheel torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "set-up, once, a few minutes: a virtual environment in $(VENV)"
+	@$(call dots,$(PYTHON) -m venv $(VENV))
+	@echo "set-up: torch"
+	@$(call dots,$(BIN)/pip install --quiet --constraint constraints.txt "setuptools>=77" wheel torch)
+	@echo "set-up: everything else"
+	@$(call dots,$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]')
+	@touch $@
 
 quickstart: setup
 	$(BIN)/deltatok-pipeline quickstart
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

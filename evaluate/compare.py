@@ -478,7 +478,7 @@ def _draw_differences(
         axes.set(xlabel=f"{METRIC_TITLES[metric]} - that of {names[0]}", title=horizon)
     for i, name in enumerate(names[1:]):
         figure.axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
-    legend_below(figure, ink, columns=3)
+    legend_below(figure, columns=3)
 
 
 def _curve_plot(found: Comparison) -> Plot:
@@ -506,4 +506,4 @@ def _draw_curves(
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("feature loss")
-    legend_below(figure, ink, columns=3)
+    legend_below(figure, columns=3)

@@ -36,23 +36,10 @@ _PREPROCESSOR = "preprocessor_config.json"
 Autocast = Literal["float32", "bfloat16"]
 
 _CONFIG_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "patch_size",
-    "num_channels",
-    "num_register_tokens",
-    "hidden_act",
-    "layer_norm_eps",
-    "rope_theta",
-    "use_gated_mlp",
-    "query_bias",
-    "key_bias",
-    "value_bias",
-    "proj_bias",
-    "mlp_bias",
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "patch_size", "num_channels", "num_register_tokens", "hidden_act"),
+    *("layer_norm_eps", "rope_theta", "use_gated_mlp", "query_bias", "key_bias", "value_bias"),
+    *("proj_bias", "mlp_bias"),
 )
 """What of a config decides the output: named one by one, because a whole config changes with the
 version of transformers that wrote it."""
@@ -238,21 +225,17 @@ def find_folder(name: str) -> Path:
         raise UsageError(f"backbone {name}: no such folder: pass a folder with {_FILES[0]}")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
-    except HFValidationError as error:
-        raise UsageError(
-            f"backbone {name}: neither a folder nor a hub id (owner/name): {error}"
-        ) from error
     except GatedRepoError as error:
         raise UsageError(
             f"backbone {name}: its licence has not been accepted by this account: open "
             f"https://huggingface.co/{name}, accept it and log in (hf auth login), or pass a "
             "local folder that holds the weights"
         ) from error
-    except OSError as error:
+    except (HFValidationError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"backbone {name}: not a folder, and not found on the hub ({reason}): check the name "
-            "and the network, or pass a local folder that holds the weights"
+            f"backbone {name}: neither a folder nor found on the hub ({reason}): check the name "
+            "(owner/name) and the network, or pass a local folder that holds the weights"
         ) from error
 
 

@@ -10,39 +10,30 @@ opened. Durations and sizes are as people write them: `90s`, `30m`, `1h30m`; `50
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ..shards.errors import UsageError
 from ..shards.sampling import SamplingPolicy
 
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-_BYTES: dict[str, int] = {"b": 1, "": 1} | {
-    f"{letter}{suffix}": int(base**power)
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_BYTES = {"": 1.0, "b": 1.0} | {
+    f"{letter}{suffix}": float(base**power)
     for suffix, base in (("b", 1000), ("ib", 1024))
     for power, letter in enumerate("kmgtp", start=1)
 }
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])\s*")
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-def parse_duration_s(text: str, *, name: str) -> float:
-    """Seconds of a duration; a number alone is seconds. UsageError, naming `name`, otherwise."""
-    number = re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", text.strip())
-    if number:
-        return float(text)
-    parts = _DURATION.findall(text)
-    if not parts or _DURATION.sub("", text).strip():
-        raise UsageError(f"{name}: got {text!r}, wanted a duration such as 90s, 30m or 1h30m")
-    return sum(float(count) * _SECONDS[unit] for count, unit in parts)
-
-
-def parse_size_bytes(text: str, *, name: str) -> int:
-    """Bytes of a size; a number alone is bytes. UsageError, naming `name`, otherwise."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match or match[2].lower() not in _BYTES:
-        raise UsageError(f"{name}: got {text!r}, wanted a size such as 500MB, 10GB or 1.5TiB")
-    return round(float(match[1]) * _BYTES[match[2].lower()])
+def _parse_amount(text: str, units: Mapping[str, float], *, name: str, wanted: str) -> float:
+    """The sum of amounts with `units`, or a number alone; UsageError, naming `name`, otherwise."""
+    parts = [(float(number), unit.lower()) for number, unit in _AMOUNT.findall(text)]
+    used = {unit for _, unit in parts}
+    known = used <= units.keys() and ("" not in used or len(parts) == 1)
+    if not parts or not known or _AMOUNT.sub("", text).strip():
+        raise UsageError(f"{name}: got {text!r}, wanted {wanted}")
+    return sum(number * units[unit] for number, unit in parts)
 
 
 BATCH_FRAMES = {"cpu": 32, "cuda": 64}
@@ -108,23 +99,21 @@ class RunConfig:
 
     @property
     def min_free_bytes(self) -> int:
-        return parse_size_bytes(self.min_free, name="min_free")
+        wanted = "a size such as 500MB, 10GB or 1.5TiB"
+        return round(_parse_amount(self.min_free, _BYTES, name="min_free", wanted=wanted))
 
     @property
     def time_limit_s(self) -> float | None:
         if self.time_limit is None:
             return None
-        return parse_duration_s(self.time_limit, name="time_limit")
+        wanted = "a duration such as 90s, 30m or 1h30m"
+        return _parse_amount(self.time_limit, _SECONDS, name="time_limit", wanted=wanted)
 
     def __post_init__(self) -> None:
         if not self.out:
             raise UsageError("out: empty, wanted the folder to write the cache to")
-        for name in ("frame_size", "frames_per_shard"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        batch = self.batch_frames
-        check("batch_frames", batch, batch is None or batch >= 1, "1 or more")
-        check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
-        check("limit", self.limit, self.limit is None or self.limit >= 1, "1 or more")
+        for name in ("frame_size", "frames_per_shard", "batch_frames", "workers", "limit"):
+            check_count(name, getattr(self, name))
         parse_shard_of(self.shard_of)
         check("seed", self.seed, 0 <= self.seed < 2**63, "0..2**63-1")
         check("max_quarantined", self.max_quarantined, 0 <= self.max_quarantined <= 1, "0..1")
@@ -132,13 +121,6 @@ class RunConfig:
         check("min_free", self.min_free, self.min_free_bytes >= 0, "a size")
         limit_s = self.time_limit_s
         check("time_limit", self.time_limit, limit_s is None or limit_s > 0, "more than 0 s")
-        for name, allowed in (
-            ("dtype", ("float16", "bfloat16", "int8")),
-            ("compression", ("none", "zstd")),
-            ("autocast", ("auto", "float32", "bfloat16")),
-        ):
-            value = getattr(self, name)
-            check(name, value, value in allowed, f"one of {', '.join(allowed)}")
 
 
 def parse_shard_of(text: str | None) -> tuple[int, int]:
@@ -156,6 +138,11 @@ def check(name: str, value: object, valid: bool, wanted: str) -> None:
     """Raises UsageError that names the field unless `valid`."""
     if not valid:
         raise UsageError(f"{name}: got {value!r}, wanted {wanted}: change it and run again")
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raises UsageError that names the field for a number below 1."""
+    check(name, value, value is None or value >= 1, "1 or more")
 
 
 def positive(value: float) -> bool:
@@ -177,7 +164,7 @@ class ExtractConfig(RunConfig):
     videos: tuple[str, ...]
     """Videos: files, folders (searched recursively; also for folders of frames named
     *_<seconds>.jpg), lists (.txt, .csv, .jsonl, Kinetics' annotations), uncompressed .tar of
-    videos, .zip of such folders (also split)."""
+    videos, .zip of videos or of such folders (also split)."""
     root: str | None = None
     """Where the paths in lists start and Kinetics' names are looked up (a folder, .tar or .zip);
     none given: the list's own folder. No list reaches anything outside of it."""
@@ -239,7 +226,7 @@ class ExtractConfig(RunConfig):
             raise UsageError("videos: none given, wanted at least one file, folder or .txt list")
         super().__post_init__()
         for name in ("num_windows", "num_frames", "min_frames", "decode_threads"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+            check_count(name, getattr(self, name))
         flip = self.flip_probability
         check("flip_probability", flip, 0 <= flip <= 1, "0..1")
         for name in ("time_stride_range", "crop_scale", "crop_ratio"):
@@ -247,12 +234,6 @@ class ExtractConfig(RunConfig):
             valid = positive(low) and positive(high) and low <= high
             check(name, (low, high), valid, "two positive numbers, the smaller first")
         check("crop_scale", self.crop_scale, self.crop_scale[1] <= 1, "at most 1")
-        for name, allowed in (
-            ("sampling", ("windows", "uniform")),
-            ("decoder", get_args(DecoderChoice)),
-        ):
-            value = getattr(self, name)
-            check(name, value, value in allowed, f"one of {', '.join(allowed)}")
         if self.sampling == "uniform":
             rate = self.fps is not None and positive(self.fps)
             check("fps", self.fps, rate, "frames a second, above 0, with sampling uniform")

@@ -14,8 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -26,7 +25,8 @@ from torch import Tensor
 from ..shards.records import Quarantined
 from ..shards.sampling import WindowDraw
 from .backbone import Backbone
-from .decoding.pool import DecodedClip, DecodedWindow
+from .config import ExtractConfig
+from .decoding.clip import DecodedClip
 from .pixels import window_pixels
 from .shard_writer import Converter
 
@@ -38,17 +38,6 @@ Rows = Callable[[], NDArray[Any]]
 
 Pixels = Callable[[], Tensor]
 """Gives a window's pixels, uint8 (T, 3, S, S) on the device; to be called once."""
-
-
-@dataclass(frozen=True)
-class PrefetchedClip:
-    """A clip whose pixels are being made."""
-
-    key: str
-    decoder: str
-    draws: list[WindowDraw]
-    pixels: deque[Pixels]
-    """One for every draw, to be taken in order."""
 
 
 class PixelPrefetcher:
@@ -68,12 +57,7 @@ class PixelPrefetcher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._room.release()  # the thread may be waiting for it
@@ -81,28 +65,27 @@ class PixelPrefetcher:
 
     def clips(
         self, decoded: Iterator[DecodedClip | Quarantined]
-    ) -> Iterator[PrefetchedClip | Quarantined]:
-        """The clips of `decoded`, in order, read ahead as far as pixels are to be made."""
-        ahead: deque[PrefetchedClip | Quarantined] = deque()
+    ) -> Iterator[tuple[DecodedClip | Quarantined, deque[Pixels]]]:
+        """The clips of `decoded`, in order, read ahead as far as pixels are to be made; with each
+        the pixels of its windows instead of its frames."""
+        ahead: deque[tuple[DecodedClip | Quarantined, deque[Pixels]]] = deque()
         num_after_first = 0
         for clip in decoded:
-            prefetched = clip if isinstance(clip, Quarantined) else self._prefetch(clip)
-            num_after_first += _num_windows(prefetched) if ahead else 0
-            ahead.append(prefetched)
+            pixels: deque[Pixels] = deque()
+            if isinstance(clip, DecodedClip):
+                pixels.extend(self._begin(clip, window) for window in clip.windows)
+                clip = replace(clip, frames={})  # they go when their pixels are made
+            num_after_first += len(pixels) if ahead else 0
+            ahead.append((clip, pixels))
             while ahead and num_after_first >= self._num_ahead:
                 yield ahead.popleft()
-                num_after_first -= _num_windows(ahead[0]) if ahead else 0
+                num_after_first -= len(ahead[0][1]) if ahead else 0
         yield from ahead
 
-    def _prefetch(self, clip: DecodedClip) -> PrefetchedClip:
-        draws = [window.draw for window in clip.windows]
-        pixels = deque(self._begin(window) for window in clip.windows)
-        return PrefetchedClip(clip.key, clip.decoder, draws, pixels)
-
-    def _begin(self, window: DecodedWindow) -> Pixels:
+    def _begin(self, clip: DecodedClip, window: WindowDraw) -> Pixels:
         if self._thread is None:
-            return lambda: self._make(window)
-        future = self._thread.submit(self._make_ahead, window)
+            return lambda: self._make(clip, window)
+        future = self._thread.submit(self._make_ahead, clip, window)
 
         def take() -> Tensor:
             pixels, copied = future.result()
@@ -115,42 +98,32 @@ class PixelPrefetcher:
 
         return take
 
-    def _make_ahead(self, window: DecodedWindow) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _make_ahead(
+        self, clip: DecodedClip, window: WindowDraw
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
         self._room.acquire()
         if self._stream is None:
-            return self._make(window), None
+            return self._make(clip, window), None
         with torch.cuda.stream(self._stream):
-            return self._make(window), self._stream.record_event()
+            return self._make(clip, window), self._stream.record_event()
 
-    def _make(self, window: DecodedWindow) -> Tensor:
+    def _make(self, clip: DecodedClip, window: WindowDraw) -> Tensor:
         return window_pixels(
-            window.frames, window.draw, frame_size=self._frame_size, device=self._device
+            clip.frames_of(window), window, frame_size=self._frame_size, device=self._device
         )
-
-
-def _num_windows(clip: PrefetchedClip | Quarantined) -> int:
-    return 0 if isinstance(clip, Quarantined) else len(clip.pixels)
 
 
 class WindowFeatures:
     """Collects the windows of one shard after the other. T frames, S pixels a side."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        writer: Converter,
-        *,
-        num_frames: int,
-        frame_size: int,
-        batch_frames: int,
-    ) -> None:
-        """batch_frames: about how many frames go through the backbone at once; a batch holds
-        whole windows, at least one."""
+    def __init__(self, backbone: Backbone, writer: Converter, config: ExtractConfig) -> None:
+        """A batch holds whole windows, at least one; about `config.frames_per_batch` frames."""
         self._backbone = backbone
         self._writer = writer
-        self._num_frames = num_frames
-        batch_windows = max(1, batch_frames // num_frames)
-        shape = (batch_windows, num_frames, 3, frame_size, frame_size)
+        self._num_frames, size = config.num_frames, config.frame_size
+        batch_frames = config.frames_per_batch(backbone.device.type)
+        batch_windows = max(1, batch_frames // self._num_frames)
+        shape = (batch_windows, self._num_frames, 3, size, size)
         self._batch = torch.zeros(shape, dtype=torch.uint8, device=backbone.device)
         self._filled = 0
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="rows")

@@ -61,7 +61,13 @@ def patch_writer(
     if scale is None:
         scale = fit_channel_scale(config, policy, backbone, clips)
         if not (out / "cache.json").is_file():
-            scale = _agree(out, scale)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                scale = agree_on_channel_scale(out, scale)
+            except OSError as error:
+                raise UsageError(
+                    f"{out}: cannot be written ({error.strerror or error}): give another folder"
+                ) from error
         else:  # it names the hash: others began meanwhile, or somebody deleted the scales
             stored = stored_channel_scale(out, hidden_size=backbone.hidden_size)
             scale = scale if stored is None else stored
@@ -74,22 +80,9 @@ def stored_channel_scale(folder: Path, *, hidden_size: int) -> NDArray[np.float3
     if not (folder / CHANNEL_SCALE).is_file():
         return None
     if not (folder / "cache.json").is_file():
-        return (
-            None
-            if _is_something_else(folder)
-            else read_agreed_scale(folder, hidden_size=hidden_size)
-        )
+        other = _is_something_else(folder)
+        return None if other else read_agreed_scale(folder, hidden_size=hidden_size)
     return read_channel_scale(folder, read_cache_info(folder, format=PATCHES))
-
-
-def _agree(out: Path, fitted: NDArray[np.float32]) -> NDArray[np.float32]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        return agree_on_channel_scale(out, fitted)
-    except OSError as error:
-        raise UsageError(
-            f"{out}: cannot be written ({error.strerror or error}): give another folder"
-        ) from error
 
 
 def fit_channel_scale(
@@ -103,13 +96,7 @@ def fit_channel_scale(
     sample = sorted(clips, key=lambda clip: sample_order(config.seed, clip.key))[:MAX_TRIED]
     wanted = min(SAMPLE_CLIPS, len(sample))
     _LOGGER.info("int8: fitting the channel scales on one window of each of %d clips", wanted)
-    features = WindowFeatures(
-        backbone,
-        _MeanSquares(),
-        num_frames=config.num_frames,
-        frame_size=config.frame_size,
-        batch_frames=config.frames_per_batch(backbone.device.type),
-    )
+    features = WindowFeatures(backbone, _MeanSquares(), config)
     keys: list[str] = []
     refused: list[Quarantined] = []
     with DecodePool.from_config(config, one_window_a_clip(policy)) as pool:
@@ -117,11 +104,9 @@ def fit_channel_scale(
             if isinstance(clip, Quarantined):
                 refused.append(clip)
                 continue
-            window = clip.windows[len(clip.windows) // 2]
-            pixels = window_pixels(
-                window.frames, window.draw, frame_size=config.frame_size, device=backbone.device
-            )
-            features.add(pixels)
+            window, size = clip.windows[len(clip.windows) // 2], config.frame_size
+            frames = clip.frames_of(window)
+            features.add(window_pixels(frames, window, frame_size=size, device=backbone.device))
             keys.append(clip.key)
             if len(keys) == wanted:
                 break

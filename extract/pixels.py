@@ -11,6 +11,7 @@ axes exactly is a special case there: the mean of four pixels. Only integer tens
 used here, so that the result is the same on any device.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -27,33 +28,38 @@ _WEIGHT_BITS = 11
 
 
 def window_pixels(
-    frames: NDArray[np.uint8], draw: WindowDraw, *, frame_size: int, device: torch.device
+    frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    draw: WindowDraw,
+    *,
+    frame_size: int,
+    device: torch.device,
 ) -> Tensor:
     """The window as uint8 (T, 3, frame_size, frame_size) on `device`, RGB, 0-255.
 
-    frames: uint8 (T, H, W, 3), RGB, at the video's own size. draw: crop in pixels of these frames.
+    frames: T of uint8 (H, W, 3), RGB, at the video's own size. draw: its crop in their pixels.
     Raises ValueError if the crop leaves the frame.
     """
     top, left, height, width = draw.crop
     bottom, right = top + height, left + width
-    if top < 0 or left < 0 or bottom > frames.shape[1] or right > frames.shape[2]:
+    rows, columns, _ = frames[0].shape
+    if top < 0 or left < 0 or bottom > rows or right > columns:
         raise ValueError(
             f"crop of rows {top}-{bottom} and columns {left}-{right} leaves the frame of "
-            f"{frames.shape[1]}x{frames.shape[2]} pixels: it was drawn for other frames"
+            f"{rows}x{columns} pixels: it was drawn for other frames"
         )
     # A copy: decoded frames lie in a read-only buffer, and only the crop should travel. Only from
     # pinned memory does it travel without waiting for the backbone; torch keeps that for reuse.
     shape = (len(frames), height, width, 3)
     cropped = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    cropped.numpy()[...] = frames[:, top:bottom, left:right]
+    for copy, frame in zip(cropped.numpy(), frames, strict=True):
+        copy[...] = frame[top:bottom, left:right]
     planes = cropped.to(device, non_blocking=True).permute(0, 3, 1, 2)
     square = draw.square
     if square is None:
         pixels = resize_bilinear(planes, (frame_size, frame_size))
     else:  # cut after the resize, as the release does: at the cut, pixels know their neighbours
-        rows = slice(square.top, square.top + frame_size)
-        columns = slice(square.left, square.left + frame_size)
-        pixels = resize_bilinear(planes, (square.height, square.width))[..., rows, columns]
+        resized = resize_bilinear(planes, (square.height, square.width))
+        pixels = resized[..., square.top :, square.left :][..., :frame_size, :frame_size]
     return pixels.flip(-1) if draw.flipped else pixels
 
 

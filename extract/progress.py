@@ -8,7 +8,6 @@ that all others wait for, the slowest.
 
 import logging
 import time
-from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
@@ -44,12 +43,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._line.set_postfix_str(self._facts(), refresh=False)
         self._line.close()
         if self._logs:

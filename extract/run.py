@@ -9,9 +9,9 @@
 
 import logging
 import time
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ from ..shards.plan import (
     clips_by_shard,
     extend_plan,
     make_plan,
-    mend_plan,
-    needs_mending,
+    mended_plan,
     read_plan,
+    replace_plan,
     write_plan,
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
@@ -105,22 +105,6 @@ class RunContext:
         """Frames in one pass through the backbone, about."""
         return self.config.frames_per_batch(self.backbone.device.type)
 
-    @property
-    def windows_ahead(self) -> int:
-        """Windows whose pixels are made ahead of the backbone: a batch. None on the CPU."""
-        if self.backbone.device.type == "cpu":
-            return 0
-        return max(1, self.batch_frames // self.config.num_frames)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard to make."""
-
-    number: int
-    clips: Sequence[Clip]
-    """In plan order."""
-
 
 def run_extraction(
     config: ExtractConfig,
@@ -168,8 +152,13 @@ def run_extraction(
             ledger, shards = _begin(run, clips, part)
         if shards:
             num_mine = sum(len(ledger.plan[shard]) for shard in ledger.plan if shard in part)
-            with _out_of_memory(run):
+            try:
                 make_shards(run, shards, ledger, num_clips=num_mine)
+            except torch.OutOfMemoryError as error:
+                raise DeltatokError(
+                    f"the backbone ran out of memory with batches of {run.batch_frames} frames of "
+                    f"{config.frame_size} pixels: lower batch_frames and run again"
+                ) from error
         with disk_errors(run.out):
             ledger = close_cache(
                 run.out, num_frames=config.num_frames, changed=bool(shards), part=part
@@ -187,9 +176,10 @@ def run_extraction(
 
 
 def make_shards(
-    run: RunContext, shards: Sequence[Shard], ledger: Ledger, *, num_clips: int
+    run: RunContext, shards: Mapping[int, Sequence[Clip]], ledger: Ledger, *, num_clips: int
 ) -> None:
-    """Makes `shards` one after the other; a stop abandons the one at hand.
+    """Makes `shards`, number -> clips in plan order, one after the other; a stop abandons the one
+    at hand.
 
     Clips are decoded, and on a GPU cropped and resized, ahead of this loop, in order, also over a
     shard's end; finished shards are written behind it. num_clips: of this process's part, for the
@@ -199,19 +189,16 @@ def make_shards(
     with disk_errors(run.out):
         black = backbone.black_tokens(config.frame_size)
         run.writer.begin(run.out, black.to(backbone.device))
-    num_left = sum(len(shard.clips) for shard in shards)
-    features = WindowFeatures(
-        backbone,
-        run.writer,
-        num_frames=config.num_frames,
-        frame_size=config.frame_size,
-        batch_frames=run.batch_frames,
-    )
+    num_left = sum(map(len, shards.values()))
+    # A batch; on the CPU, where the same cores would make pixels and tokens, nothing.
+    on_cpu = backbone.device.type == "cpu"
+    num_ahead = 0 if on_cpu else max(1, run.batch_frames // config.num_frames)
+    features = WindowFeatures(backbone, run.writer, config)
 
     def note_done(record: DoneRecord) -> None:
         ledger.add(record)
-        progress.add_written(sum(file["bytes"] for file in record.files.values()))
-        _note_done(run, record, ledger)
+        progress.add_written(ledger.size_bytes[record.shard])
+        _tell_done(run, record, ledger)
 
     with (
         Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress,
@@ -220,35 +207,33 @@ def make_shards(
         ) as sink,
         DecodePool.from_config(config, run.policy) as pool,
         PixelPrefetcher(
-            frame_size=config.frame_size,
-            device=backbone.device,
-            num_ahead=run.windows_ahead,
+            frame_size=config.frame_size, device=backbone.device, num_ahead=num_ahead
         ) as prefetcher,
     ):
-        decoded = prefetcher.clips(pool.decode(clip for shard in shards for clip in shard.clips))
-        for shard in shards:
-            sink.check_free(shard.number)
+        decoded = prefetcher.clips(pool.decode(chain.from_iterable(shards.values())))
+        for shard, clips in shards.items():
+            sink.check_free(shard)
             windows = ShardWindows(config.num_frames)
-            for _ in shard.clips:
+            for _ in clips:
                 with watch.at("decode"), run.stop.at_once():
-                    clip = next(decoded)
+                    clip, pixels = next(decoded)
                 if isinstance(clip, Quarantined):
                     _LOGGER.warning("quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason)
                     windows.quarantined.append(clip)
                     progress.add_clip(num_frames=0)
                     continue
-                windows.add(clip.key, clip.decoder, clip.draws)
-                while clip.pixels:
+                windows.add(clip)
+                while pixels:
                     run.stop.check()
                     with watch.at("pixels"):
-                        pixels = clip.pixels.popleft()()  # and its decoded frames are let go of
+                        window = pixels.popleft()()  # and its decoded frames are let go of
                     with watch.at("backbone"):
-                        features.add(pixels)
-                progress.add_clip(num_frames=len(clip.draws) * config.num_frames)
+                        features.add(window)
+                progress.add_clip(num_frames=len(clip.windows) * config.num_frames)
             with watch.at("backbone"):
                 values = features.finish_later()
             with watch.at("write"):
-                sink.put(shard.number, windows, values)
+                sink.put(shard, windows, values)
         with watch.at("write"):
             sink.finish()
 
@@ -259,8 +244,10 @@ def clips_per_shard(config: ExtractConfig) -> int:
     return max(1, config.frames_per_shard // (windows * config.num_frames))
 
 
-def _begin(run: RunContext, clips: Sequence[Clip], part: Part) -> tuple[Ledger, list[Shard]]:
-    """What is done, and the shards that this process is to make."""
+def _begin(
+    run: RunContext, clips: Sequence[Clip], part: Part
+) -> tuple[Ledger, dict[int, list[Clip]]]:
+    """What is done, and the shards that this process is to make, number -> clips in plan order."""
     config, out = run.config, run.out
     remove_partials(out)
     remove_partials(out / "shards")
@@ -276,7 +263,7 @@ def _begin(run: RunContext, clips: Sequence[Clip], part: Part) -> tuple[Ledger, 
         reopen(out)
     for shard in again.intersection(to_make):
         ledger.take_back(shard)
-    return ledger, [Shard(shard, [by_key[entry.key] for entry in plan[shard]]) for shard in to_make]
+    return ledger, {shard: [by_key[entry.key] for entry in plan[shard]] for shard in to_make}
 
 
 def _follow_plan(run: RunContext, clips: Sequence[Clip]) -> Plan:
@@ -295,9 +282,9 @@ def _follow_plan(run: RunContext, clips: Sequence[Clip]) -> Plan:
         plan = extend_plan(out, clips, clips_per_shard=num_clips, seed=config.seed)
         return clips_by_shard(plan)
     made = make_plan(clips, clips_per_shard=num_clips, seed=config.seed)
-    if config.retry_quarantined and needs_mending(out, made):
+    if config.retry_quarantined and (mended := mended_plan(out, made)) is not None:
         reopen(out)
-        mend_plan(out, made)
+        replace_plan(out, mended)
     return clips_by_shard(write_plan(out, made))
 
 
@@ -312,19 +299,7 @@ def _check_sources(folder: Path, plan: Plan, shards: Sequence[int], known: Conta
         )
 
 
-@contextmanager
-def _out_of_memory(run: RunContext) -> Iterator[None]:
-    """A device that runs out of memory within becomes a DeltatokError that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeltatokError(
-            f"the backbone ran out of memory with batches of {run.batch_frames} frames of "
-            f"{run.config.frame_size} pixels: lower batch_frames and run again"
-        ) from error
-
-
-def _note_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
+def _tell_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
     """Tells the files for people, and the log, of a shard that is written."""
     with disk_errors(run.out):
         seconds = {stage: round(spent_s, 3) for stage, spent_s in run.watch.seconds.items()}

@@ -9,8 +9,8 @@ what cannot be stored is marked there, and refused with its clip when the shard 
 W windows of a shard, B windows of a batch, T frames, N patches, D channels.
 """
 
+import contextlib
 import ctypes
-import functools
 import logging
 import os
 from collections import deque
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..shards.cache import CHANNEL_SCALE, CacheInfo
-from ..shards.errors import DeltatokError, UsageError
+from ..shards.errors import DeltatokError
 from ..shards.files import check_free, disk_errors
 from ..shards.patches.int8 import (
     MAX_CODE,
@@ -42,6 +41,7 @@ from ..shards.patches.writer import write_black, write_patch_shard
 from ..shards.records import DoneRecord, Quarantined
 from ..shards.sampling import WindowDraw
 from ..shards.windows import ShardRows
+from .decoding.clip import DecodedClip
 
 SCALE_BYTES = 2
 """A float16 token scale, behind its token's codes."""
@@ -65,11 +65,11 @@ class ShardWindows:
     """Clip that has windows -> the decoder that read it."""
     quarantined: list[Quarantined] = field(default_factory=list)
 
-    def add(self, key: str, decoder: str, draws: list[WindowDraw]) -> None:
+    def add(self, clip: DecodedClip) -> None:
         """The windows of the next clip."""
-        self.clips += [len(self.decoders)] * len(draws)
-        self.decoders[key] = decoder
-        self.draws += draws
+        self.clips += [len(self.decoders)] * len(clip.windows)
+        self.decoders[clip.key] = clip.decoder
+        self.draws += clip.windows
 
     def to_rows(self, tokens: NDArray[Any]) -> ShardRows:
         """With their features (W, ...), as `ShardWriter.convert` made them."""
@@ -143,7 +143,8 @@ class PatchShardWriter:
 
     def begin(self, folder: Path, black_tokens: Tensor) -> None:
         if self.dtype == "int8" and not (folder / CHANNEL_SCALE).exists():
-            write_channel_scale(folder, self._scale())
+            assert self.channel_scale is not None  # cache.json names its hash
+            write_channel_scale(folder, self.channel_scale)
         if not (folder / "black.npy").exists():
             write_black(folder, black_tokens.cpu().numpy())
 
@@ -154,14 +155,7 @@ class PatchShardWriter:
             return to_float16(tokens)
         if self.dtype == "bfloat16":
             return to_bfloat16_bits(tokens)
-        return to_int8(tokens, torch.tensor(self._scale(), device=tokens.device))
-
-    def _scale(self) -> NDArray[np.float32]:
-        if self.channel_scale is None:
-            raise UsageError(
-                "dtype int8 without channel scales: fit them first (int8_calibration.py)"
-            )
-        return self.channel_scale
+        return to_int8(tokens, torch.tensor(self.channel_scale, device=tokens.device))
 
     def write(self, folder: Path, shard: int, rows: ShardRows) -> DoneRecord:
         if self.dtype == "int8":
@@ -203,12 +197,7 @@ class ShardWriterThread:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         try:
             self.finish()
         except DeltatokError as problem:
@@ -263,18 +252,8 @@ def give_back_freed() -> None:
     glibc keeps what threads free in pieces between what is still used, so that the memory of an
     extraction, whose shards are of many sizes, would creep up over thousands of clips.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
-        return None
-    return trim
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def to_float16(tokens: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ import yaml
 from ..shards.errors import DeltatokError, Stopped, UsageError
 from ..shards.interrupts import StopRequest
 from ..shards.schema import load
+from .alive import SignOfLife
 
 Config = TypeVar("Config")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -185,8 +186,10 @@ class Command:
 
     def __call__(self, prog: str, words: Sequence[str]) -> None:
         """Parses the words, runs the command, and prints what came of it."""
-        config = self.parse(prog, words)
-        result = load_name(self.run)(config)
+        with SignOfLife("starting"):
+            config = self.parse(prog, words)
+            run = load_name(self.run)
+        result = run(config)
         if isinstance(result, str):
             print(result)
         if self.done:

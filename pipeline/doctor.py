@@ -1,6 +1,6 @@
 """What a machine has for this package: one line a part, with what to do where it is missing.
 
-Decoders are not only looked for: each decodes a clip that is made for the purpose.
+torch and the decoders are not only looked for: each is tried, in a process of its own.
 """
 
 import importlib.metadata
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 State = Literal["ok", "missing", "broken"]
 CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4")
 """Video codecs of Kinetics, of web video and of old data sets."""
@@ -26,7 +24,7 @@ EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 BACKBONE = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 SHARED_MEMORY_BYTES = 1 << 30
 """Frames go from decoders to the backbone through /dev/shm; containers often give it 64 MB."""
-HUB_TIMEOUT_S = 5.0
+HUB_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +63,44 @@ def _python() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    import torch
-
-    cuda = "no CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
-    yield Finding(part="torch", state="ok", text=f"{torch.__version__} ({cuda})")
-    if not torch.cuda.is_available():
+    found, why = _try_out(TORCH, "")
+    if found is None:
+        text = f"{_version('torch')}: {why}; install it again, as https://pytorch.org says"
+        yield Finding(part="torch", state="broken", text=text, needed=True)
+        return
+    version, cuda, *devices = found.splitlines()
+    yield Finding(part="torch", state="ok", text=f"{version} ({cuda})")
+    if not devices:
         yield Finding(
             part="GPU",
             state="missing",
             text="none that torch can use: everything runs on the CPU, which is for small trials; "
             "with an NVIDIA GPU, install a CUDA build of torch (https://pytorch.org)",
         )
-    for number in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(number)
-        size = f"{device.total_memory / 1e9:.0f} GB"
-        kind = f"compute capability {device.major}.{device.minor}"
-        yield Finding(part=f"GPU {number}", state="ok", text=f"{device.name}, {size}, {kind}")
+    for number, device in enumerate(devices):
+        yield Finding(part=f"GPU {number}", state="ok", text=device)
 
 
+TORCH = """
+import torch
+print(torch.__version__)
+print("no CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}")
+for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    device = torch.cuda.get_device_properties(number)
+    kind = f"compute capability {device.major}.{device.minor}"
+    print(f"{device.name}, {device.total_memory / 1e9:.0f} GB, {kind}")
+"""
+CLIP = """
+import sys, av, numpy
+print(*(name for name in av.codecs_available))
+with av.open(sys.argv[1], "w") as out:
+    stream = out.add_stream("h264", rate=8, width=64, height=64, pix_fmt="yuv420p")
+    for _ in range(8):
+        frame = av.VideoFrame.from_ndarray(numpy.zeros((64, 64, 3), numpy.uint8))
+        out.mux(stream.encode(frame))
+    out.mux(stream.encode())
+"""
+"""Writes a clip of NUM_FRAMES frames and prints all codecs."""
 PROGRAMS = {
     "PyAV": "import sys, av; print(sum(1 for _ in av.open(sys.argv[1]).decode(video=0)))",
     "decord": "import sys, decord; print(sum(1 for _ in decord.VideoReader(sys.argv[1])))",
@@ -90,59 +108,62 @@ PROGRAMS = {
         "import sys, torchcodec.decoders as d; v = d.VideoDecoder(sys.argv[1]); print(len(v[:]))"
     ),
 }
-"""Decodes the file that is given and prints its number of frames. In a process of its own, because
-a decoder that does not fit the machine may end the process or hang."""
+"""Decodes the file that is given and prints its number of frames."""
 NUM_FRAMES = 8
-DECODER_TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0
 
 
 def _decoders() -> Iterator[Finding]:
-    import av
-
-    there = [name for name in CODECS if name in av.codecs_available]
-    codecs = f"{', '.join(there)}"
-    if len(there) < len(CODECS):
-        codecs += f"; not {', '.join(sorted(set(CODECS) - set(there)))}"
-    yield Finding(part="codecs", state="ok", text=codecs)
     with tempfile.TemporaryDirectory() as folder:
-        clip = Path(folder) / "clip.mp4"
-        frames = np.zeros((NUM_FRAMES, 64, 64, 3), np.uint8)
-        with av.open(str(clip), "w") as out:
-            stream = out.add_stream("h264", rate=8, width=64, height=64, pix_fmt="yuv420p")
-            for frame in frames:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
-            out.mux(stream.encode())
+        clip = f"{folder}/clip.mp4"
+        found, why = _try_out(CLIP, clip)
+        if found is None:
+            text = f"{_version('av')}: {why}; pip install --force-reinstall av"
+            yield Finding(part="PyAV", state="broken", text=text, needed=True)
+            return  # without it there is no clip to try the others on
+        there = [name for name in CODECS if name in found.split()]
+        missing = sorted(set(CODECS) - set(there))
+        codecs = ", ".join(there) + (f"; not {', '.join(missing)}" if missing else "")
+        yield Finding(part="codecs", state="ok", text=codecs)
         for name, program in PROGRAMS.items():
             yield _decoder(name, program, clip)
 
 
-def _decoder(name: str, program: str, clip: Path) -> Finding:
-    module = "av" if name == "PyAV" else name
-    needed = name == "PyAV"
+def _decoder(name: str, program: str, clip: str) -> Finding:
+    module, needed = ("av", True) if name == "PyAV" else (name, False)
     if importlib.util.find_spec(module) is None:
         advice = f"pip install {'deltatok[torchcodec]' if name == 'torchcodec' else module}"
-        instead = "; PyAV decodes everything without it, slower" if not needed else ""
-        return Finding(part=name, state="missing", text=advice + instead, needed=needed)
-    version = _version(module)
-    command = [sys.executable, "-P", "-c", program, str(clip)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=DECODER_TIMEOUT_S, text=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        why = f"did not decode {NUM_FRAMES} frames within {DECODER_TIMEOUT_S:.0f} s"
-    else:
-        if done.returncode == 0 and done.stdout.split()[-1:] == [str(NUM_FRAMES)]:
-            text = f"{version}, decodes H.264"
-            return Finding(part=name, state="ok", text=text, needed=needed)
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        why = lines[-1][:200] if lines else f"gave {done.stdout.strip()[:40]!r}"
-        if done.returncode < 0:
-            why = f"ended with {signal.Signals(-done.returncode).name}"
-        if "libtorchcodec" in done.stderr:
-            why = "FFmpeg's shared libraries are not installed (Debian: apt-get install ffmpeg)"
+        instead = "; PyAV decodes everything without it, slower"
+        return Finding(part=name, state="missing", text=advice + instead)
+    found, why = _try_out(program, clip)
+    if found is not None and found.split()[-1:] == [str(NUM_FRAMES)]:
+        text = f"{_version(module)}, decodes H.264"
+        return Finding(part=name, state="ok", text=text, needed=needed)
+    why = why if found is None else f"gave {found.strip()[:40]!r}"
     instead = "" if needed else "; give --decoder pyav, or install another version"
-    return Finding(part=name, state="broken", text=f"{version}: {why}{instead}", needed=needed)
+    text = f"{_version(module)}: {why}{instead}"
+    return Finding(part=name, state="broken", text=text, needed=needed)
+
+
+def _try_out(
+    program: str, argument: str, *, timeout_s: float | None = None
+) -> tuple[str | None, str]:
+    """What a program prints, in a process of its own, because what does not fit the machine may end
+    the process or hang; None and why if it fails."""
+    command = [sys.executable, "-P", "-c", program, argument]
+    limit_s = timeout_s or TIMEOUT_S
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=limit_s, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"did not end within {limit_s:.3g} s"
+    if done.returncode == 0:
+        return done.stdout, ""
+    if "libtorchcodec" in done.stderr:
+        return None, "FFmpeg's shared libraries are not installed (Debian: apt-get install ffmpeg)"
+    if done.returncode < 0:
+        return None, f"ended with {signal.Signals(-done.returncode).name}"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return None, lines[-1][:200] if lines else f"ended with exit code {done.returncode}"
 
 
 def _space(folder: Path) -> Iterator[Finding]:
@@ -167,9 +188,20 @@ def _space(folder: Path) -> Iterator[Finding]:
         )
 
 
+HUB = """
+import sys
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError
+try:
+    HfApi().auth_check(sys.argv[1])
+    print("open")
+except GatedRepoError:
+    print("gated")
+"""
+
+
 def _weights(*, offline: bool) -> Finding:
-    from huggingface_hub import HfApi, get_token, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    from huggingface_hub import get_token, try_to_load_from_cache
 
     own = "or give --backbone a local folder"
     licence = f"accept the licence at https://huggingface.co/{BACKBONE} and `hf auth login`, {own}"
@@ -179,19 +211,14 @@ def _weights(*, offline: bool) -> Finding:
         return Finding(part="DINOv3", state="missing", text=f"no token of the hub: {licence}")
     if offline:
         return Finding(part="DINOv3", state="missing", text=f"not in the local hub cache; {own}")
-    try:
-        HfApi().model_info(BACKBONE, timeout=HUB_TIMEOUT_S, files_metadata=False)
-        HfApi().auth_check(BACKBONE)
-    except GatedRepoError:
-        return Finding(
-            part="DINOv3", state="missing", text=f"this account has no access: {licence}"
-        )
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        why = str(error).splitlines()[0][:120]
-        return Finding(
-            part="DINOv3", state="missing", text=f"the hub does not answer ({why}); {own}"
-        )
-    return Finding(part="DINOv3", state="ok", text=f"this account may download {BACKBONE}")
+    found, why = _try_out(HUB, BACKBONE, timeout_s=HUB_TIMEOUT_S)
+    if found is None:
+        text = f"the hub gives no answer ({why[:120]}): check the network, {own}"
+    elif "gated" in found:
+        text = f"this account has no access: {licence}"
+    else:
+        return Finding(part="DINOv3", state="ok", text=f"this account may download {BACKBONE}")
+    return Finding(part="DINOv3", state="missing", text=text)
 
 
 def _extras() -> Iterator[Finding]:

@@ -12,12 +12,13 @@ the file's comments:
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 
@@ -43,102 +44,53 @@ VAL_SHARE, MAX_VAL = 0.1, 200
 PROBED = 8
 WIDTHS = {"vits16": 384, "vitb16": 768, "vitl16": 1024, "vith16plus": 1280, "vit7b16": 4096}
 """Hidden size by the name of DINOv3's models on the hub."""
-SMALL_TOKENIZER = {
-    "steps": 2000,
-    "batch_size": 32,
-    "lr": 1.0e-3,
-    "warmup_steps": 100,
-    "eval_every": 200,
-    "save_every": 200,
-    "model": {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 12,
-        "intermediate_size": 1024,
-        "layer_scale_init": 0.1,
-    },
-}
-SMALL_WORLD = {
-    "steps": 3000,
-    "batch_size": 64,
-    "lr": 5.0e-4,
-    "warmup_steps": 100,
-    "eval_every": 300,
-    "save_every": 300,
-    "model": {
-        "predictor_hidden_size": 256,
-        "predictor_num_hidden_layers": 4,
-        "predictor_num_heads": 4,
-        "rope_axis_sizes": [60],
-        "rope_unrotated_size": 4,
-        "num_samples_train": 16,
-        "layer_scale_init": 0.1,
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A training stage of a size."""
-
-    name: str
-    settings: str | Mapping[str, Any]
-    """The settings themselves, or a file of configs/ that has them."""
-    start_from: str | None = None
-    """The stage whose model it goes on with."""
-    patches: str = "patches"
-    """The extraction it reads; of world models, that its delta tokens come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """What `--size` stands for."""
 
-    gpu_bytes: float
+    gpu_gb: float
     """Memory of the GPU that it takes; 0: a CPU will do."""
+    memory_gb: float
+    """Main memory that it takes (a guess)."""
     frame_sizes: tuple[int, ...]
     """Pixels, an extraction each; the last is evaluated."""
-    tokenizers: tuple[Stage, ...]
-    worlds: tuple[Stage, ...]
+    tokenizers: tuple[str, ...]
+    """Files of configs/tokenizer, each trained on from the one before."""
+    worlds: tuple[str, ...]
+    """Likewise of configs/world."""
     note: str
-
-
-def _released(kind: str, stages: Sequence[str]) -> tuple[Stage, ...]:
-    made: list[Stage] = []
-    for number, stage in enumerate(stages):
-        made.append(
-            Stage(
-                name=f"{kind}-{number + 1}" if number < len(stages) - 1 else kind,
-                settings=f"configs/{kind}/{stage}.yaml",
-                start_from=made[-1].name if made else None,
-                patches="patches-256" if stage.endswith("256") else "patches",
-            )
-        )
-    return tuple(made)
 
 
 SIZES: dict[SizeName, Size] = {
     "small": Size(
-        gpu_bytes=0,
+        gpu_gb=0,
+        memory_gb=3,
         frame_sizes=(128,),
-        tokenizers=(Stage(name="tokenizer", settings=SMALL_TOKENIZER),),
-        worlds=(Stage(name="world", settings=SMALL_WORLD),),
+        tokenizers=("first-look",),
+        worlds=("first-look",),
         note="a first look: 128 px, small models; hours on a CPU, minutes on a GPU",
     ),
     "base": Size(
-        gpu_bytes=20e9,
+        gpu_gb=20,
+        memory_gb=12,
         frame_sizes=(256,),
-        tokenizers=(Stage(name="tokenizer", settings="configs/tokenizer/one-24gb-256.yaml"),),
-        worlds=(Stage(name="world", settings="configs/world/one-24gb.yaml"),),
+        tokenizers=("one-24gb-256",),
+        worlds=("one-24gb",),
         note="models of the released size, 256 px, a shorter schedule; about a day on 24 GB",
     ),
     "released": Size(
-        gpu_bytes=75e9,
+        gpu_gb=75,
+        memory_gb=24,
         frame_sizes=(256, 512),
-        tokenizers=_released(
-            "tokenizer",
-            ("released-256", "released-512", "released-512-cooldown-1", "released-512-cooldown-2"),
+        tokenizers=(
+            "released-256",
+            "released-512",
+            "released-512-cooldown-1",
+            "released-512-cooldown-2",
         ),
-        worlds=_released("world", ("released", "released-cooldown")),
+        worlds=("released", "released-cooldown"),
         note="the released schedule, 256 and 512 px; hundreds of hours of an H200",
     ),
 }
@@ -155,7 +107,7 @@ class InitConfig:
     backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     """DINOv3: hub id or local folder."""
     size: SizeName | None = None
-    """small | base | released; by default the largest of small and base that the machine holds."""
+    """By default the larger of small and base that the machine holds."""
     out: str | None = None
     """Folder of all results [runs/ and the file's name]."""
     device: str = "auto"
@@ -166,7 +118,7 @@ def init_pipeline(config: InitConfig) -> Path:
     """Write the file and its two lists; give the file's path.
 
     Raises UsageError: no videos, none that can be read, the file is there already, or a machine
-    that is too small: the message says what would fit.
+    that is too small: the message says what is missing and what would fit.
     """
     file = Path(config.file)
     lists = {part: file.with_suffix(f".{part}.txt") for part in ("train", "val")}
@@ -174,51 +126,43 @@ def init_pipeline(config: InitConfig) -> Path:
         if path.exists():
             raise UsageError(f"{path}: is there already: give another --file, or move it away")
     clips = find_clips(config.videos)
-    shape = _probe(clips)
-    order = plan_order([clip.key for clip in clips], seed=0)
-    num_val = min(MAX_VAL, max(1, round(VAL_SHARE * len(order))))
-    parts = {"val": order[:num_val], "train": order[num_val:]}
-    if not parts["train"]:
+    if len(clips) < 2:
         raise UsageError(
             f"{' '.join(config.videos)}: one clip, wanted at least two: one to train on, one to "
             "validate with"
         )
-    out = config.out or f"runs/{file.stem}"
-    memory = _gpu_bytes(config.device)
-    name = config.size or ("base" if memory >= SIZES["base"].gpu_bytes else "small")
-    size = SIZES[name]
-    if memory < size.gpu_bytes:
-        fits = [other for other, it in SIZES.items() if it.gpu_bytes <= memory]
-        have = f"the GPU has {memory / 1e9:.0f} GB" if memory else "there is no GPU"
-        raise UsageError(
-            f"--size {name}: wants a GPU of {size.gpu_bytes / 1e9:.0f} GB, {have}: "
-            f"--size {fits[-1]} fits"
-        )
-    width = backbone_width(config.backbone)
-    windows, dtype = _storage(
-        out, size, num_train=len(parts["train"]), num_val=num_val, width=width
-    )
-    stages = _stages(config, out, size, windows=windows, dtype=dtype, width=width, lists=lists)
+    shape = _probe(clips)
+    order = plan_order([clip.key for clip in clips], seed=0)
+    num_val = min(MAX_VAL, max(1, round(VAL_SHARE * len(order))))
+    parts = {"val": order[:num_val], "train": order[num_val:]}
+    counts = (len(order) - num_val, num_val)
+    out, width = config.out or f"runs/{file.stem}", backbone_width(config.backbone)
+    name = _size_that_fits(config)
+    windows, dtype = _storage(out, SIZES[name], counts, width)
+    patch_gb = _patch_bytes(SIZES[name], counts, windows, dtype, width) / 1e9
     head = [
         f"Made by: deltatok-pipeline init --videos {' '.join(config.videos)}",
         f"Start it with: deltatok-pipeline run {file}    (again after any stop: it goes on)",
         "",
-        f"size {name}: {size.note}.",
-        f"clips: {len(parts['train'])} train, {num_val} validate "
-        f"({lists['train'].name}, {lists['val'].name}); {shape}.",
+        f"size {name}: {SIZES[name].note}.",
+        f"clips: {counts[0]} train, {num_val} validate ({lists['train'].name}, "
+        f"{lists['val'].name}); {shape}.",
         f"storage: {windows} windows a clip of {NUM_FRAMES} frames as {dtype}: about "
-        f"{_patch_bytes(size, len(parts['train']), num_val, windows, dtype, width) / 1e9:,.1f} GB "
-        f"of patch tokens below {out}.",
+        f"{patch_gb:,.1f} GB of patch tokens below {out}.",
         "what it will take, before it runs: add --plan to a stage's own command, or look at",
         f"`deltatok-pipeline plan {file}`.",
     ]
-    text = "".join(f"# {line}".rstrip() + "\n" for line in head)
-    text += f"out: {out}\nstages:\n"
-    text += "\n".join(_block(comment, stage) for comment, stage in stages)
+    text = "".join(f"# {line}".rstrip() + "\n" for line in head) + f"out: {out}\nstages:\n"
+    for comment, stage in _stages(config, SIZES[name], windows, dtype, width, counts[0], lists):
+        first, *rest = yaml.safe_dump(
+            stage, sort_keys=False, allow_unicode=True, width=1000
+        ).splitlines()
+        text += "\n".join([f"  # {comment}", f"  - {first}", *(f"    {line}" for line in rest)])
+        text += "\n\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     for part, path in lists.items():
         write_bytes(path, "".join(f"{key}\n" for key in sorted(parts[part])).encode())
-    write_bytes(file, text.encode())
+    write_bytes(file, text.rstrip("\n").encode() + b"\n")
     return file
 
 
@@ -227,10 +171,9 @@ def backbone_width(backbone: str) -> int:
     file = Path(backbone) / "config.json"
     if file.is_file():
         try:
-            width = json.loads(file.read_text(encoding="utf-8"))["hidden_size"]
+            return int(json.loads(file.read_text(encoding="utf-8"))["hidden_size"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UsageError(f"--backbone {backbone}: config.json has no hidden_size") from error
-        return int(width)
     for name, width in WIDTHS.items():
         if f"-{name}-" in f"{backbone}-":
             return width
@@ -238,6 +181,32 @@ def backbone_width(backbone: str) -> int:
         f"--backbone {backbone}: is no folder with a config.json, and not the id of a DINOv3 model "
         f"with patches of {PATCH} pixels (…-{'-, -'.join(WIDTHS)}-…)"
     )
+
+
+def _size_that_fits(config: InitConfig) -> SizeName:
+    """The size asked for, or the largest but the released one; UsageError if it does not fit."""
+    gpu_gb, memory_gb = _gpu_bytes(config.device) / 1e9, psutil.virtual_memory().total / 1e9
+    lacking: dict[SizeName, str] = {}
+    for name, size in SIZES.items():
+        lacks = []
+        if size.memory_gb > memory_gb:
+            lacks.append(f"{size.memory_gb} GB of main memory, there are {memory_gb:.1f}")
+        if size.gpu_gb > gpu_gb:
+            there = f"this one has {gpu_gb:.0f} GB" if gpu_gb else "there is none"
+            lacks.append(f"a GPU of {size.gpu_gb:.0f} GB, {there}")
+        if lacks:
+            lacking[name] = " and ".join(lacks)
+    fits: list[SizeName] = [name for name in SIZES if name not in lacking]
+    if not fits:
+        raise UsageError(
+            f"this machine is too small for any size: --size small wants {lacking['small']}: "
+            "run it on a larger machine"
+        )
+    if config.size in lacking:
+        raise UsageError(
+            f"--size {config.size}: wants {lacking[config.size]}: --size {fits[-1]} fits"
+        )
+    return config.size or ("base" if "base" in fits else "small")
 
 
 def _gpu_bytes(device: str) -> float:
@@ -268,137 +237,115 @@ def _probe(clips: Sequence[Clip]) -> str:
     return f"about {np.median(seconds):.1f} s long, {np.median(heights):.0f} pixels high{bad}"
 
 
-def _frame_bytes(frame_size: int, dtype: str, width: int) -> float:
-    tokens = (frame_size // PATCH) ** 2
-    return tokens * (width + 2 if dtype == "int8" else 2 * width)
-
-
 def _patch_bytes(
-    size: Size, num_train: int, num_val: int, windows: int, dtype: str, width: int
+    size: Size, counts: tuple[int, int], windows: int, dtype: str, width: int
 ) -> float:
-    train = sum(
-        num_train * windows * NUM_FRAMES * _frame_bytes(pixels, dtype, width)
-        for pixels in size.frame_sizes
-    )
-    val = num_val * NUM_FRAMES * _frame_bytes(size.frame_sizes[-1], "float16", width)
-    return train + val  # of the validation about one window a clip: its length is not known
+    """Of the patch tokens of all extractions; counts: clips that train and that validate."""
+    token_bytes = width + 2 if dtype == "int8" else 2 * width
+    tokens = [NUM_FRAMES * (pixels // PATCH) ** 2 for pixels in size.frame_sizes]
+    # Of the validation about one window a clip: its length is not known.
+    return counts[0] * windows * sum(tokens) * token_bytes + counts[1] * tokens[-1] * 2 * width
 
 
-def _storage(
-    out: str, size: Size, *, num_train: int, num_val: int, width: int
-) -> tuple[int, Literal["float16", "int8"]]:
+def _storage(out: str, size: Size, counts: tuple[int, int], width: int) -> tuple[int, str]:
     """Windows a clip and storage type for which there is room."""
-    place = Path(out).absolute()
-    while not place.exists():
-        place = place.parent
+    place = next(p for p in (Path(out), *Path(out).absolute().parents) if p.is_dir())
     room = DISK_SHARE * shutil.disk_usage(place).free
-    for dtype in ("float16", "int8"):
-        one = _patch_bytes(size, num_train, num_val, 1, dtype, width)
-        least = 4 if dtype == "float16" else 1
+    for dtype, least in (("float16", 4), ("int8", 1)):
+        one = _patch_bytes(size, counts, 1, dtype, width)
         if one * least <= room:
             return min(MAX_WINDOWS, int(room / one)), dtype
-    fit = int(num_train * room / one)
     raise UsageError(
-        f"--out {out}: {room / 1e9:.1f} GB for patch tokens, one window of each of {num_train} "
+        f"--out {out}: {room / 1e9:.1f} GB for patch tokens, one window of each of {counts[0]} "
         f"clips takes {one / 1e9:.1f} GB even as int8: give --out on a larger disk, a smaller "
-        f"--size, or videos of {fit} clips at most"
+        f"--size, or videos of {int(counts[0] * room / one)} clips at most"
     )
 
 
 def _stages(
     config: InitConfig,
-    out: str,
     size: Size,
-    *,
     windows: int,
     dtype: str,
     width: int,
+    num_train: int,
     lists: Mapping[str, Path],
-) -> list[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(comment, stage) in the order they run."""
-    stages: list[tuple[str, dict[str, Any]]] = []
-
-    def add(name: str, command: str, comment: str, settings: Mapping[str, Any]) -> None:
-        stages.append((comment, {"name": name, "command": command, "settings": dict(settings)}))
-
-    videos = {"videos": list(config.videos), "backbone": config.backbone, "device": config.device}
+    videos: dict[str, Any] = {"videos": list(config.videos), "backbone": config.backbone}
+    videos["device"] = config.device
     for pixels in size.frame_sizes:
-        last = pixels == size.frame_sizes[-1]
-        name = "patches" if last else f"patches-{pixels}"
-        add(
-            name,
+        name = "patches" if pixels == size.frame_sizes[-1] else f"patches-{pixels}"
+        settings = videos | {"out": f"${{out}}/{name}", "exclude": str(lists["val"])}
+        settings |= {"frame_size": pixels, "num_windows": windows, "num_frames": NUM_FRAMES}
+        comment = f"the frozen backbone, once: {windows} windows of each training clip"
+        yield comment, _stage(name, "deltatok-extract", settings | {"dtype": dtype})
+    # A clip or a hundredth of them validates; a batch takes at most half of what is left.
+    most = max(1, windows * (num_train - max(1, num_train // 100)) // 2 or windows)
+    trained: list[str] = []
+    for kind, files in (("tokenizer", size.tokenizers), ("world", size.worlds)):
+        for number, file in enumerate(files, 1):
+            settings = read_yaml(Path(f"configs/{kind}/{file}.yaml"))
+            at_most = most * (NUM_FRAMES - 1) if kind == "tokenizer" else most
+            settings["batch_size"] = min(settings["batch_size"], at_most)
+            settings["device"] = config.device
+            if number > 1:
+                settings["start_from"] = trained[-1]
+            is_last = number == len(files)
+            trained.append(f"${{out}}/{kind}" if is_last else f"${{out}}/{kind}-{number}")
+            settings["out"] = trained[-1]
+            if kind == "world":
+                comment = "what may come next: trained on delta tokens alone"
+                settings["deltas"] = "${out}/deltas"
+            else:
+                comment = "one delta token a frame"
+                first = len(size.frame_sizes) > 1 and file.endswith(f"-{size.frame_sizes[0]}")
+                settings["patches"] = "${out}/patches" + f"-{size.frame_sizes[0]}" * first
+                if is_last:
+                    comment += "; writes the delta tokens of all windows when it ends"
+                    settings["deltas"] = "${out}/deltas"
+                if width % 64 == 0:  # 64 channels a head, as released
+                    settings["model"]["num_attention_heads"] = width // 64
+            name = Path(settings["out"]).name
+            yield comment, _stage(name, f"deltatok-train {kind}", settings)
+    yield (
+        "evaluation: whole frames of the validation clips at a fixed rate",
+        _stage(
+            "val-patches",
             "deltatok-extract",
-            f"the frozen backbone, once: {windows} windows of each training clip",
             videos
             | {
-                "out": f"${{out}}/{name}",
-                "exclude": str(lists["val"]),
-                "frame_size": pixels,
-                "num_windows": windows,
-                "num_frames": NUM_FRAMES,
-                "dtype": dtype,
+                "out": "${out}/val-patches",
+                "exclude": str(lists["train"]),
+                "frame_size": size.frame_sizes[-1],
+                "sampling": "uniform",
+                "fps": 5,
+                "num_frames": 7,
             },
-        )
-    for stage in size.tokenizers:
-        last = stage is size.tokenizers[-1]
-        paths = {"patches": f"${{out}}/{stage.patches}", "out": f"${{out}}/{stage.name}"}
-        comment = "one delta token a frame"
-        if last:
-            paths["deltas"] = "${out}/deltas"
-            comment += "; writes the delta tokens of all windows when it ends"
-        add(stage.name, "deltatok-train tokenizer", comment, _training(config, stage, paths, width))
-    for stage in size.worlds:
-        paths = {"deltas": "${out}/deltas", "out": f"${{out}}/{stage.name}"}
-        comment = "what may come next: trained on delta tokens alone"
-        add(stage.name, "deltatok-train world", comment, _training(config, stage, paths, width))
-    add(
-        "val-patches",
-        "deltatok-extract",
-        "evaluation: whole frames of the validation clips at a fixed rate",
-        videos
-        | {
-            "out": "${out}/val-patches",
-            "exclude": str(lists["train"]),
-            "frame_size": size.frame_sizes[-1],
-            "sampling": "uniform",
-            "fps": 5,
-            "num_frames": 7,
-        },
+        ),
     )
-    add(
-        "report",
-        "deltatok-evaluate forecast",
+    yield (
         "forecasts beside the truth: ${out}/report/report.html",
-        {
-            "patches": "${out}/val-patches",
-            "tokenizer": f"${{out}}/{size.tokenizers[-1].name}",
-            "world": f"${{out}}/{size.worlds[-1].name}",
-            "dataset": "mine",
-            "videos": list(config.videos),
-            "curves": [f"${{out}}/{stage.name}" for stage in (*size.tokenizers, *size.worlds)],
-            "device": config.device,
-            "out": "${out}/report",
-        },
+        _stage(
+            "report",
+            "deltatok-evaluate forecast",
+            {
+                "patches": "${out}/val-patches",
+                "tokenizer": "${out}/tokenizer",
+                "world": "${out}/world",
+                "dataset": "mine",
+                "videos": list(config.videos),
+                "curves": trained,
+                "device": config.device,
+                "out": "${out}/report",
+            },
+        ),
     )
-    return stages
 
 
-def _training(
-    config: InitConfig, stage: Stage, paths: Mapping[str, str], width: int
-) -> dict[str, Any]:
-    given = stage.settings
-    settings = dict(read_yaml(Path(given)) if isinstance(given, str) else given)
-    model = dict(settings.get("model", {}))
-    if heads := model.get("num_attention_heads"):  # 64 channels a head, as released
-        model["num_attention_heads"] = width // 64 if width % 64 == 0 else heads
-    if stage.start_from is not None:
-        settings["start_from"] = f"${{out}}/{stage.start_from}"
-    return {**paths, "device": config.device, **settings, "model": model}
-
-
-def _block(comment: str, stage: Mapping[str, Any]) -> str:
-    """A stage as an item of the file's list, under its comment."""
-    text = yaml.safe_dump(dict(stage), sort_keys=False, allow_unicode=True, width=1000)
-    first, *rest = text.splitlines()
-    lines = [f"  # {comment}", f"  - {first}", *(f"    {line}" for line in rest)]
-    return "\n".join(lines) + "\n"
+def _stage(name: str, command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the paths first, to be found by people."""
+    paths = {
+        key: settings[key] for key in ("videos", "patches", "deltas", "out") if key in settings
+    }
+    return {"name": name, "command": command, "settings": paths | dict(settings)}

@@ -10,15 +10,17 @@ A pipeline file:
         settings: {videos: [clips/], out: "${out}/patches"}    the command's own config
 
 Each stage's settings are written to OUT/stages/NAME.yaml and handed to the command as --config, so
-that any stage can be repeated by hand. OUT/stages.json remembers what is done: a stage is skipped
-when its settings are unchanged and no earlier stage had to run.
+that any stage can be repeated by hand. OUT/stages.json remembers which are done. A stage is skipped
+where it is done, its folders are there and nothing that it reads was made anew. One that was run
+with other settings, or whose files an earlier version wrote, is refused before anything runs: its
+folders would be mixed or refused in the middle.
 """
 
-import hashlib
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +28,11 @@ from typing import Any
 
 import yaml
 
-from ..shards.errors import DeltatokError, UsageError
+from ..shards.cache import differences
+from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.files import write_bytes, write_json
 from ..shards.schema import load
+from .alive import SignOfLife
 from .cli import Command, apply_settings, read_yaml, run_table
 from .commands import evaluate, extract, train
 
@@ -62,6 +66,19 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{f"deltatok-train {kind}": _begin(train.main, kind) for kind in train.COMMANDS},
     **{kind: _begin(partial(run_table, "stage", LITTLE_WORLD), kind) for kind in LITTLE_WORLD},
 }
+VERSION = 1
+"""Of what the stages write; to be raised when a folder of the version before cannot be gone on
+with."""
+REPLACES = "deltatok-evaluate"
+"""Commands that write their results anew each time."""
+MAY_CHANGE = frozenset(
+    {
+        *("device", "workers", "residency", "micro_batch_size", "compile", "compile_mode"),
+        *("log_every", "eval_every", "save_every", "keep_checkpoints", "trackers"),
+        *("decode_timeout_s", "max_quarantined", "min_free", "retry_quarantined", "time_limit"),
+    }
+)
+"""Settings of which no result depends."""
 log = logging.getLogger(__name__)
 
 
@@ -96,10 +113,15 @@ class Stage:
             raise UsageError(f"stage {self.name}: settings must be `key: value` pairs")
 
     @property
-    def digest(self) -> str:
-        """sha256 of what the stage does: equal settings, equal digest."""
-        text = json.dumps([self.command, self.settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def outputs(self) -> list[Path]:
+        """The folders that it writes."""
+        keys = ("out", "deltas") if self.command == "deltatok-train tokenizer" else ("out",)
+        return [Path(self.settings[key]) for key in keys if key in self.settings]
+
+    def reads_any(self, folders: Sequence[Path]) -> bool:
+        """Whether one of its settings names one of these folders, or something in it."""
+        named = [Path(text) for text in _texts(self.settings)]
+        return any(path.is_relative_to(folder) for path in named for folder in folders)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +132,8 @@ class Pipeline:
     """Folder of all results."""
     stages: tuple[Stage, ...]
     """In the order they run."""
+    gigabytes: float = 0.0
+    """Of disk that all of it takes, about."""
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
@@ -135,54 +159,136 @@ def read_pipeline(file: Path, *, out: str | None, settings: Sequence[str]) -> Pi
         if not dot or name not in by_name:
             raise UsageError(f"--set {setting}: wanted STAGE.KEY=VALUE, stages: {sorted(by_name)}")
         apply_settings(by_name[name], [rest])
-    values["stages"] = [_fill(stage, str(values["out"])) for stage in stages]
+    values["stages"] = [_replaced(stage, "${out}", str(values["out"])) for stage in stages]
     return load(Pipeline, values, where=str(file))
 
 
 def stages_to_run(pipeline: Pipeline) -> list[Stage]:
-    """The stages that are not done: from the first one whose settings changed or never ran."""
-    done = read_state(pipeline)
-    for i, stage in enumerate(pipeline.stages):
-        if done.get(stage.name, {}).get("digest") != stage.digest:
-            return list(pipeline.stages[i:])
-    return []
+    """Those that are not done, and those that read what one of them makes."""
+    state, todo = read_state(pipeline), []
+    made: list[Path] = []
+    for stage in pipeline.stages:
+        is_done = "seconds" in state.get(stage.name, {}) and all(map(Path.exists, stage.outputs))
+        if not is_done or stage.reads_any(made) or differences_of(pipeline, stage):
+            todo.append(stage)
+            made += stage.outputs
+    return todo
 
 
-def run_pipeline(pipeline: Pipeline) -> dict[str, float]:
+def differences_of(pipeline: Pipeline, stage: Stage) -> list[str]:
+    """What is not as it was when the folders of the stage were begun, like "steps: 100, was 50";
+    settings that change no result do not count."""
+    entry = read_state(pipeline).get(stage.name)
+    if entry is None or not any(map(Path.exists, stage.outputs)):
+        return []
+    if (version := entry.get("version", 0)) != VERSION:
+        return [f"its files are of version {version} of the stages, this is {VERSION}"]
+    return [
+        f"{name}: {now}, was {then}"
+        for name, now, then in differences(_recorded(pipeline, stage), entry["settings"])
+        if name.partition(".")[0] not in MAY_CHANGE
+    ]
+
+
+def _recorded(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
+    """The settings as stages.json has them: the same wherever the pipeline's folder lies."""
+    settings: dict[str, Any] = _replaced(stage.settings, pipeline.out, "${out}")
+    return settings
+
+
+def check_folders(pipeline: Pipeline, again: str) -> None:
+    """Raises CacheMismatch, naming the stage and what differs, where a stage was run with other
+    settings or by another version; again: the command that makes stages anew, without their
+    names."""
+    for stage in pipeline.stages:
+        found = differences_of(pipeline, stage)
+        if found and not stage.command.startswith(REPLACES):
+            raise CacheMismatch(
+                f"{pipeline.out}: stage {stage.name} was run otherwise ({'; '.join(found[:5])}): "
+                "give another --out, the settings it was run with, or make it and all that is made "
+                f"of it again: {again} {stage.name}"
+            )
+
+
+def forget(pipeline: Pipeline, names: Sequence[str]) -> list[Path]:
+    """Removes the folders of these stages, and of all that read them; gives the folders.
+
+    Raises UsageError for an unknown stage and for a folder that does not lie in the pipeline's.
+    """
+    known, out = [stage.name for stage in pipeline.stages], Path(pipeline.out).resolve()
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--again {name}: wanted one of {', '.join(known)}")
+    state, gone = read_state(pipeline), list[Path]()
+    for stage in pipeline.stages:
+        if stage.name in names or stage.reads_any(gone):
+            gone += stage.outputs
+            state.pop(stage.name, None)
+    for folder in gone:
+        if out not in folder.resolve().parents:
+            raise UsageError(f"--again: {folder} is not in {out}: remove it yourself")
+    if gone and out.is_dir():
+        write_json(out / "stages.json", state)
+    there = [folder for folder in gone if folder.exists()]
+    for folder in there:
+        shutil.rmtree(folder)
+    return there
+
+
+def run_pipeline(pipeline: Pipeline, *, life: SignOfLife | None = None) -> dict[str, float]:
     """Run what is not done; give seconds per stage (from the run that did it).
 
     Raises:
         StageFailed: a command ended with another exit code than 0; run again to go on.
     """
-    out, state = Path(pipeline.out), read_state(pipeline)
-    todo = stages_to_run(pipeline)
-    for stage in pipeline.stages:
-        if stage not in todo:
-            log.info("[done] %s", stage.name)
+    out, state, todo = Path(pipeline.out), read_state(pipeline), stages_to_run(pipeline)
     began, expected = time.monotonic(), sum(stage.seconds for stage in todo)
-    for i, stage in enumerate(todo):
-        number = len(pipeline.stages) - len(todo) + i + 1
-        log.info("[%d/%d] %s: %s", number, len(pipeline.stages), stage.name, stage.command)
+    pace, done_s = 1.0, 0.0
+    for number, stage in enumerate(pipeline.stages, 1):
+        place = f"[{number}/{len(pipeline.stages)}] {stage.name}"
+        if stage not in todo:
+            log.info("%s: done before", place)
+            continue
+        gone, left = clock(time.monotonic() - began), clock(pace * (expected - done_s))
+        log.info("%s: %s (%s gone, about %s to go)", place, stage.command, gone, left)
+        if life is not None:
+            life.doing = f"at stage {stage.name}"
         file = out / "stages" / f"{stage.name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
+        state[stage.name] = {"settings": _recorded(pipeline, stage), "version": VERSION}
+        write_json(out / "stages.json", state)
         write_bytes(file, yaml.safe_dump(stage.settings, sort_keys=False).encode())
         start = time.monotonic()
         code = COMMANDS[stage.command](["--config", str(file)])
         if code:
             raise StageFailed(f"stage {stage.name} ended with exit code {code}", code)
-        seconds = time.monotonic() - start
-        state[stage.name] = {"digest": stage.digest, "seconds": round(seconds, 2)}
+        seconds = round(time.monotonic() - start, 2)
+        state[stage.name]["seconds"] = seconds
         write_json(out / "stages.json", state)
-        behind = sum(s.seconds for s in todo[: i + 1])
-        pace = (time.monotonic() - began) / max(behind, 1e-9)
-        left = pace * (expected - behind)
-        if to_come := len(todo) - i - 1:
-            log.info("  %.0f s; about %.0f s left, stages to come: %d", seconds, left, to_come)
+        done_s += stage.seconds
+        pace = (time.monotonic() - began) / max(done_s, 1e-9)
     return {stage.name: float(state[stage.name]["seconds"]) for stage in pipeline.stages}
 
 
+def clock(seconds: float) -> str:
+    """Like 0:07 or 1:02:30."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in nested settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
 def read_state(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    """Stage name -> {digest, seconds} of the finished stages ({} where nothing ran)."""
+    """Stage name -> {settings, version} of the stages that were begun, {seconds} of those that are
+    done ({} where nothing ran)."""
     try:
         loaded = json.loads((Path(pipeline.out) / "stages.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -190,12 +296,12 @@ def read_state(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _fill(value: Any, out: str) -> Any:
-    """`value` with ${out} replaced in every string."""
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """`value` with `old` replaced in every string."""
     if isinstance(value, str):
-        return value.replace("${out}", out)
+        return value.replace(old, new)
     if isinstance(value, Mapping):
-        return {key: _fill(item, out) for key, item in value.items()}
+        return {key: _replaced(item, old, new) for key, item in value.items()}
     if isinstance(value, list):
-        return [_fill(item, out) for item in value]
+        return [_replaced(item, old, new) for item in value]
     return value

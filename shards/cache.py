@@ -13,34 +13,35 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import create_bytes, is_partial, json_bytes, sha256_file, write_bytes, write_json
-from .index import INDEX, index_bytes
 from .plan import PLAN, num_shards, read_plan
-from .records import StoredFile, read_all_clips
+from .records import INDEX, StoredFile, index_bytes, read_all_clips
 from .schema import ADVICE, STORED, is_number, load, read_json, shown
 
+PATCHES = "deltatok-patches"
+DELTAS = "deltatok-deltas"
+BLACK = "black.npy"
+CHANNEL_SCALE = "channel_scale.npy"
 NOTICE = "NOTICE.txt"
+FORMAT_VERSION = 1
 
+MAX_AXIS = 2**20
+"""No axis of a cache (frames, tokens, channels) is longer: a guard against absurd values."""
 
-def notice_bytes(licence: str, backbone: Mapping[str, Any]) -> bytes:
-    """The file for these fields of cache.json."""
-    name = backbone.get("name")
-    made_with = f"Backbone: {name}\n" if isinstance(name, str) else ""
-    text = (
-        "This folder holds features that a frozen image backbone computed from videos: numbers,\n"
-        "no images. cache.json says what made them. Keep this file with every copy, whole or in\n"
-        f"part.\n\n{made_with}Licence: {licence or 'not stated in cache.json'}\n\n"
-        "Features made with DINOv3 are to be treated as DINO Materials: share them only under\n"
-        "the DINOv3 License and with a copy of it, and acknowledge DINOv3 in publications\n"
-        "(https://ai.meta.com/resources/models-and-libraries/dinov3-license/). The terms of the\n"
-        "videos apply as well. This is a notice, not legal advice.\n"
-    )
-    return text.encode()
+MAX_WINDOW_VALUES = 2**30
+"""Numbers in the tokens of a window: 4 GiB in float32 (a guess), such a guard too."""
+
+FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE, NOTICE, INDEX)
+"""Files beside the shards whose size and SHA-256 `finish_cache` records, where they exist."""
+
+SAME_SETTINGS = (
+    "use a cache that was made with the same settings, or make a new one in another folder"
+)
 
 
 def fingerprint(format_name: str, format_version: int, identity: Mapping[str, Any]) -> str:
@@ -53,11 +54,6 @@ def checksum(value: Mapping[str, Any]) -> str:
     """ "sha256:" + the hash of a JSON object as `canonical_json`, without its field `checksum`."""
     text = canonical_json({name: item for name, item in value.items() if name != "checksum"})
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-SAME_SETTINGS = (
-    "use a cache that was made with the same settings, or make a new one in another folder"
-)
 
 
 def canonical_json(value: Any) -> str:
@@ -130,19 +126,6 @@ def plain(value: Any) -> Any:
 
 def _below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.") or prefix.startswith(f"{name}.")
-
-
-PATCHES = "deltatok-patches"
-DELTAS = "deltatok-deltas"
-BLACK = "black.npy"
-CHANNEL_SCALE = "channel_scale.npy"
-FORMAT_VERSION = 1
-
-MAX_AXIS = 2**20
-"""No axis of a cache (frames, tokens, channels) is longer: a guard against absurd values."""
-
-MAX_WINDOW_VALUES = 2**30
-"""Numbers in the tokens of a window: 4 GiB in float32 (a guess), such a guard too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,37 +227,12 @@ def _check_shape(shape: CacheShape, *, patches: bool, where: str) -> None:
             f"{where}: shape.grid is {shown(shape.grid)}, wanted two numbers whose product is "
             f"num_tokens = {shape.num_tokens}: make the cache again"
         )
-    _check_size(math.prod(axes.values()), where=where)
-
-
-def _check_size(num_values: int, *, where: str) -> None:
+    num_values = math.prod(axes.values())
     if num_values > MAX_WINDOW_VALUES:
         raise DamagedShard(
             f"{where}: shape gives {num_values} numbers a window, wanted at most "
             f"{MAX_WINDOW_VALUES}: make the cache again"
         )
-
-
-__all__ = [
-    "BLACK",
-    "CHANNEL_SCALE",
-    "DELTAS",
-    "FORMAT_VERSION",
-    "MAX_AXIS",
-    "PATCHES",
-    "CacheInfo",
-    "CacheShape",
-    "canonical_json",
-    "compare",
-    "fingerprint",
-    "finish_cache",
-    "open_cache",
-    "read_cache_info",
-    "reopen_cache",
-]
-
-FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE, NOTICE, INDEX)
-"""Files beside the shards whose size and SHA-256 `finish_cache` records, where they exist."""
 
 
 def read_cache_info(folder: Path | str, *, format: str | None = None) -> CacheInfo:
@@ -322,7 +280,7 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
         ) from error
     stored = read_cache_info(folder)
     compare(
-        _compared(stored), _compared(info), what_got=str(folder), what_wanted="the settings given"
+        compared(stored), compared(info), what_got=str(folder), what_wanted="the settings given"
     )
     return stored
 
@@ -404,20 +362,31 @@ def _is_same(path: Path, info: CacheInfo, wanted: bytes) -> bool:
     return sha256_file(path) in (known, hashlib.sha256(wanted).hexdigest())
 
 
-def _compared(info: CacheInfo) -> dict[str, Any]:
-    shape = info.shape
+def compared(info: CacheInfo) -> dict[str, Any]:
+    """What two caches must have in common to be one."""
     return {
         "format": info.format,
         "format_version": info.format_version,
         "identity": info.identity,
-        "shape": {
-            "num_frames": shape.num_frames,
-            "num_tokens": shape.num_tokens,
-            "grid": None if shape.grid is None else list(shape.grid),
-            "hidden_size": shape.hidden_size,
-        },
+        "shape": plain(asdict(info.shape)),
         "parent_fingerprint": info.parent_fingerprint,
     }
+
+
+def notice_bytes(licence: str, backbone: Mapping[str, Any]) -> bytes:
+    """The file for these fields of cache.json."""
+    name = backbone.get("name")
+    made_with = f"Backbone: {name}\n" if isinstance(name, str) else ""
+    text = (
+        "This folder holds features that a frozen image backbone computed from videos: numbers,\n"
+        "no images. cache.json says what made them. Keep this file with every copy, whole or in\n"
+        f"part.\n\n{made_with}Licence: {licence or 'not stated in cache.json'}\n\n"
+        "Features made with DINOv3 are to be treated as DINO Materials: share them only under\n"
+        "the DINOv3 License and with a copy of it, and acknowledge DINOv3 in publications\n"
+        "(https://ai.meta.com/resources/models-and-libraries/dinov3-license/). The terms of the\n"
+        "videos apply as well. This is a notice, not legal advice.\n"
+    )
+    return text.encode()
 
 
 def _write_notice(folder: Path) -> None:
@@ -428,7 +397,7 @@ def _write_notice(folder: Path) -> None:
 
 def _to_json(info: CacheInfo) -> dict[str, Any]:
     value = {
-        **_compared(info),
+        **compared(info),
         "identity": plain(info.identity),
         "fingerprint": info.fingerprint,
         "backbone": info.backbone,

@@ -2,11 +2,6 @@
 
 Every message says what was got, what was wanted, and what to do about it. The commands in
 `pipeline/` print the message and exit with `exit_code`; everybody else only raises.
-
-The verdict on one clip: it gives no windows, and why.
-
-Raised wherever a clip is opened, decoded or sampled; `pool.py` turns it into a line of
-quarantine.jsonl. One bad clip never stops the run.
 """
 
 from typing import Literal
@@ -42,6 +37,17 @@ class DamagedShard(DeltatokError):
     exit_code = 1
 
 
+SHARD_ADVICE = (
+    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
+    "(shards/NNNNNN.json) and make the shard again"
+)
+
+
+def damaged_shard(text: str) -> DamagedShard:
+    """The error for a file of a shard: `text`, which names it, and what to do."""
+    return DamagedShard(f"{text}: {SHARD_ADVICE}")
+
+
 class Stopped(BaseException):
     """The run was asked to stop and did so, with what is finished in place.
 
@@ -56,7 +62,8 @@ ClipStage = Literal["open", "decode", "sample"]
 
 
 class ClipError(DeltatokError):
-    """A clip that gives no windows; the text is the reason a reader of the quarantine sees."""
+    """A clip that gives no windows; the text is the reason a reader of the quarantine sees. One bad
+    clip never stops the run."""
 
     def __init__(self, reason: str, *, stage: ClipStage) -> None:
         super().__init__(reason)

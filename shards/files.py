@@ -2,7 +2,7 @@
 
 Every writer in the house goes through here: a file or folder is built under its partial name
 `NAME.partial-<pid>-<8 hex>` (4 hex digits of the machine, 4 random), flushed to the disk, and
-only then moved onto its final name.
+only then moved onto its final name. `ReadOnlyFile` reads parts of a shard's files.
 """
 
 import errno
@@ -14,13 +14,17 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DeltatokError
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DeltatokError, damaged_shard
 
 PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
 
@@ -149,9 +153,19 @@ def check_free(folder: Path, needed_bytes: int, *, what: str, min_free_bytes: in
         )
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor of a file to read; OSError for what is no regular file: opening or reading a
+    pipe or a device may wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return descriptor
+
+
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of the file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
+    """The SHA-256 of a regular file's bytes, 64 hex digits."""
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -253,3 +267,50 @@ def _flush_tree(path: Path) -> None:
         for child in path.iterdir():
             _flush_tree(child)
     flush(path)
+
+
+class ReadOnlyFile:
+    """A file descriptor that is closed when nobody holds it any more; DamagedShard where the file
+    cannot be opened or read.
+
+    Reads go by position, so that threads and forked processes can share it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = -1
+        try:
+            self._descriptor = open_regular(path)
+        except OSError as error:
+            raise damaged_shard(f"{path}: cannot be opened ({error.strerror})") from error
+
+    # `close` is bound here: of a reader that lives to the end, `os` is taken apart first.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self._descriptor >= 0:
+            close(self._descriptor)
+
+    def size(self) -> int:
+        """Bytes in the file now."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on."""
+        data = np.empty(size, dtype=np.uint8)
+        self.read_into([data], offset)
+        return data.tobytes()
+
+    def read_into(self, buffers: list[NDArray[np.uint8]], offset: int) -> None:
+        """Fills the uint8 (n,) `buffers`, one after the other, from `offset` on."""
+        views = [buffer.data for buffer in buffers if buffer.size]
+        try:
+            while views:  # once, unless it is interrupted
+                got = os.preadv(self._descriptor, views, offset)
+                if got == 0:
+                    raise damaged_shard(f"{self.path}: ends at byte {offset}, wanted more")
+                offset += got
+                while views and got >= len(views[0]):
+                    got -= len(views.pop(0))
+                if got:
+                    views[0] = views[0][got:]
+        except OSError as error:
+            raise damaged_shard(f"{self.path}: cannot be read ({error})") from error

@@ -7,7 +7,6 @@ literal, nothing is executed). `map_npy` opens what other programs wrote: labels
 import io
 import math
 import tokenize
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,6 @@ _HEADER_ERRORS = (
 """What NumPy's reader raises for damaged headers."""
 
 
-@dataclass(frozen=True)
-class NpyHeader:
-    """Where the numbers of an npy file are and what they are."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    start: int
-    """Bytes before the first number."""
-
-
 def npy_bytes(values: NDArray[Any]) -> bytes:
     """The npy file of `values`, version 1.0, C order; the same array gives the same bytes."""
     buffer = io.BytesIO()
@@ -52,8 +41,9 @@ def npy_bytes(values: NDArray[Any]) -> bytes:
 
 def parse_npy(
     prefix: bytes, *, size: int, dtype: np.dtype[Any], num_axes: int, where: str
-) -> NpyHeader:
-    """The header of an npy file of `size` bytes that starts with `prefix` (up to 4,096 bytes).
+) -> tuple[tuple[int, ...], int]:
+    """Of an npy file of `size` bytes that starts with `prefix` (up to 4,096 bytes): the shape, and
+    the bytes before the first number.
 
     Raises DamagedShard unless it is C order, of this dtype and number of axes, and exactly as
     long as its shape says.
@@ -78,7 +68,7 @@ def parse_npy(
             f"{where}: {size} bytes for shape {shape} of {dtype}, wanted {num_axes} axes and "
             f"{wanted} bytes"
         )
-    return NpyHeader(shape=shape, dtype=dtype, start=start)
+    return shape, start
 
 
 @lru_cache(maxsize=256)  # the blocks of a cache have few different headers
@@ -93,10 +83,9 @@ def _parse_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 def read_npy(data: bytes, *, dtype: np.dtype[Any], num_axes: int, where: str) -> NDArray[Any]:
     """The array in the npy file `data`, read-only; raises as `parse_npy`."""
-    header = parse_npy(
-        data[:MAX_PREFIX_BYTES], size=len(data), dtype=dtype, num_axes=num_axes, where=where
-    )
-    return np.frombuffer(data, dtype=dtype, offset=header.start).reshape(header.shape)
+    prefix = data[:MAX_PREFIX_BYTES]
+    shape, start = parse_npy(prefix, size=len(data), dtype=dtype, num_axes=num_axes, where=where)
+    return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)
 
 
 def map_npy(path: Path) -> NDArray[Any]:

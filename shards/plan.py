@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,11 @@ from .schema import ADVICE, STORED, load, parse_json, read_file
 PLAN = "plan.jsonl"
 MAX_PLAN_BYTES = 4 * 2**30
 """More than twenty million clips (a guess)."""
+_OPTIONAL = ("label", "split", "target")
 
 
 class PlannedClip(Protocol):
-    """What a plan needs to know of a clip."""
+    """What a plan needs to know of a clip; its `label`, `split` and `target` too, if it has any."""
 
     @property
     def key(self) -> str:
@@ -44,19 +45,6 @@ class PlannedClip(Protocol):
     @property
     def size_bytes(self) -> int:
         """The size of that file."""
-
-
-@runtime_checkable
-class LabelledClip(Protocol):
-    """A clip of which more is known; either may be None."""
-
-    @property
-    def label(self) -> str | None:
-        """Its class."""
-
-    @property
-    def split(self) -> str | None:
-        """The part of the data set it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +87,7 @@ def make_plan(clips: Iterable[PlannedClip], *, clips_per_shard: int, seed: int) 
             source=str(by_key[key].path),
             size_bytes=by_key[key].size_bytes,
             shard=position // clips_per_shard,
-            **_metadata(by_key[key]),
+            **{name: getattr(by_key[key], name, None) for name in _OPTIONAL},
         )
         for position, key in enumerate(plan_order(by_key, seed=seed))
     ]
@@ -150,11 +138,10 @@ def extend_plan(
     Raises CacheMismatch for a clip that the plan has with another size, or under another name.
     """
     folder = Path(folder)
-    before = read_file(folder / PLAN, max_bytes=MAX_PLAN_BYTES)
-    stored = parse_plan(before, folder / PLAN)
-    known = {entry.key for entry in stored}
+    before = read_plan(folder)
+    known = {entry.key for entry in before}
     asked = {entry.key: entry for entry in make_plan(clips, clips_per_shard=1, seed=seed)}
-    stored = _with_new_sources(folder, stored, asked)
+    stored = _with_new_sources(folder, before, asked)
     first = num_shards(stored)
     new = [clip for clip in clips if clip.key not in known]
     _refuse_other_names(folder, stored, new)
@@ -163,25 +150,37 @@ def extend_plan(
         for entry in make_plan(new, clips_per_shard=clips_per_shard, seed=seed)
     ]
     if added:
-        newline = b"" if before.endswith(b"\n") or not before else b"\n"
-        write_bytes(folder / PLAN, before + newline + plan_lines(added))
+        replace_plan(folder, before + added)
     return stored + added
 
 
-def is_begun(folder: Path | str, plan: Sequence[PlanEntry]) -> bool:
-    """Whether the stored plan is the beginning of `plan`, which is longer."""
+def longer_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> list[PlanEntry] | None:
+    """The stored plan with the rest of `plan`, if it is the beginning of that."""
     if not (Path(folder) / PLAN).exists():
-        return False
+        return None
     stored = read_plan(folder)
     begun = [(entry.key, entry.size_bytes, entry.shard) for entry in plan[: len(stored)]]
     same = begun == [(entry.key, entry.size_bytes, entry.shard) for entry in stored]
-    return same and len(stored) < len(plan)
+    return [*stored, *plan[len(stored) :]] if same and len(stored) < len(plan) else None
 
 
-def continue_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> None:
-    """Adds the rest of `plan`, which `is_begun`: one process at a time."""
-    path = Path(folder) / PLAN
-    write_bytes(path, path.read_bytes() + plan_lines(plan[len(read_plan(folder)) :]))
+def mended_plan(folder: Path | str, asked: Sequence[PlanEntry]) -> list[PlanEntry] | None:
+    """The stored plan with the lines of clips filled in that had 0 bytes and have more now, if
+    there are such."""
+    stored = read_plan(folder) if (Path(folder) / PLAN).exists() else []
+    there = {entry.key: entry for entry in asked if entry.size_bytes > 0}
+    mended = [
+        replace(there[entry.key], shard=entry.shard)
+        if entry.size_bytes == 0 and entry.key in there
+        else entry
+        for entry in stored
+    ]
+    return mended if mended != stored else None
+
+
+def replace_plan(folder: Path | str, plan: Sequence[PlanEntry]) -> None:
+    """Stores another plan: one process at a time, or all the same, after the cache was reopened."""
+    write_bytes(Path(folder) / PLAN, plan_lines(plan))
 
 
 def _refuse_other_names(
@@ -255,11 +254,6 @@ def parse_plan(data: bytes, path: Path) -> list[PlanEntry]:
     return plan
 
 
-def clips_of_shard(plan: Iterable[PlanEntry], shard: int) -> list[PlanEntry]:
-    """The clips of one shard, in plan order."""
-    return [entry for entry in plan if entry.shard == shard]
-
-
 def clips_by_shard(plan: Iterable[PlanEntry]) -> dict[int, list[PlanEntry]]:
     """The clips of every shard, each in plan order, shards ascending."""
     shards: dict[int, list[PlanEntry]] = {}
@@ -273,19 +267,12 @@ def num_shards(plan: Iterable[PlanEntry]) -> int:
     return max((entry.shard for entry in plan), default=-1) + 1
 
 
-def _metadata(clip: PlannedClip) -> dict[str, Any]:
-    if not isinstance(clip, LabelledClip):
-        return {}
-    return {"label": clip.label, "split": clip.split, "target": getattr(clip, "target", None)}
-
-
 def _to_json(entry: PlanEntry) -> dict[str, Any]:
     """Its fields; label, split and target only where they are known."""
-    optional = ("label", "split", "target")
     fields = asdict(entry)
     if entry.target is not None:
         fields["target"] = target_to_json(entry.target)
-    return {k: v for k, v in fields.items() if k not in optional or v is not None}
+    return {k: v for k, v in fields.items() if k not in _OPTIONAL or v is not None}
 
 
 def _check_key(key: str) -> None:
@@ -301,28 +288,3 @@ def _check_key(key: str) -> None:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def needs_mending(folder: Path | str, asked: Sequence[PlanEntry]) -> bool:
-    """Whether the stored plan has clips of 0 bytes that have more now."""
-    folder = Path(folder)
-    return (folder / PLAN).exists() and _mended(read_plan(folder), asked) is not None
-
-
-def mend_plan(folder: Path | str, asked: Sequence[PlanEntry]) -> None:
-    """Fills these lines in; one process at a time, after the cache was reopened."""
-    folder = Path(folder)
-    mended = _mended(read_plan(folder), asked)
-    if mended is not None:
-        write_bytes(folder / PLAN, plan_lines(mended))
-
-
-def _mended(stored: Sequence[PlanEntry], asked: Sequence[PlanEntry]) -> list[PlanEntry] | None:
-    there = {entry.key: entry for entry in asked if entry.size_bytes > 0}
-    lost = {entry.key for entry in stored if entry.size_bytes == 0}
-    if not lost & there.keys():
-        return None
-    return [
-        replace(there[entry.key], shard=entry.shard) if entry.key in lost & there.keys() else entry
-        for entry in stored
-    ]

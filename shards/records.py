@@ -4,6 +4,8 @@
                          zarr.json": {"bytes": 1234, "sha256": "..."}, ...}, "statistics": {...},
                          "decoders": {...}, "quarantined": [...], "format_version": 1}
     quarantine.jsonl     the clips without windows, of all done-records
+    index.jsonl          {"keys": ["a.mp4", ...], "record": {"bytes": 812, "sha256": "..."},
+                         "rows": 64, "shard": 0}; a line a shard, in order
 
 A done-record is written last: it promises that the shard beside it is whole. Without one a shard
 does not exist: readers skip it, writers replace it. Nothing that differs from run to run (times,
@@ -17,6 +19,10 @@ Processes make different shards of a folder, unless somebody starts the same com
 can finish the same one at once. Same clips, same bytes: `commit_shard` of the second finds the
 shard there as it would have written it and leaves it alone. So nothing that a done-record promises
 is ever taken away, and whoever comes last writes the same record.
+
+The index is made when a cache is finished, so that opening a large one reads no done-records; its
+hash goes into cache.json. It promises nothing: a shard's done-record is read when the shard is, and
+must have the hash that is written here, so an index that is out of date is noticed, never followed.
 """
 
 import errno
@@ -30,25 +36,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .errors import DamagedShard
-from .files import flush, publish, remove, sha256_file, write_bytes, write_json
-from .schema import ADVICE, STORED, load, read_json, shown
+from .errors import DamagedShard, damaged_shard
+from .files import flush, open_regular, publish, remove, sha256_file, write_bytes, write_json
+from .schema import ADVICE, STORED, load, parse_json, read_file, read_json, shown
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_ROWS = 2**31 - 1
 RECORD_VERSION = 1
 QUARANTINE = "quarantine.jsonl"
+INDEX = "index.jsonl"
+MAX_INDEX_BYTES = 2**30
+"""Several million shards (a guess)."""
 MAX_THREADS = 8
 """That read files to hold them against their records (a guess)."""
 
 Verify = Literal["size", "sha256"]
 Depth = Literal["size", "sample", "sha256"]
-
-SHARD_ADVICE = (
-    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
-    "(shards/NNNNNN.json) and make the shard again"
-)
 
 _MAX_TRIES = 10
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
@@ -91,21 +95,27 @@ class DoneRecord:
     """Windows."""
     files: dict[str, dict[str, Any]]
     """Path relative to the cache folder -> {"bytes": int, "sha256": 64 hex digits}, of files larger
-    than 64 KiB also "sample_sha256", see `samples`."""
+    than 64 KiB also "sample_sha256", see `sample_sha256`."""
     statistics: dict[str, Any] = field(default_factory=dict)
     decoders: dict[str, str] = field(default_factory=dict)
     """Clip -> the decoder that read it."""
     quarantined: list[Quarantined] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class IndexEntry:
+    """What index.jsonl tells of a shard."""
+
+    shard: int
+    rows: int
+    keys: list[str]
+    record: StoredFile
+    """The done-record."""
+
+
 def shard_path(folder: Path, shard: int, suffix: str) -> Path:
     """`folder`/shards/NNNNNN`suffix`."""
     return folder / "shards" / f"{shard:06d}{suffix}"
-
-
-def describe_files(folder: Path, paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The `files` of a done-record for these files below `folder`."""
-    return {path.relative_to(folder).as_posix(): _describe(path) for path in sorted(paths)}
 
 
 def write_done(folder: Path | str, record: DoneRecord) -> None:
@@ -127,11 +137,10 @@ def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
         if not path.exists():  # taken back by another process just now
             return None
         raise
-    return parse_done(value, shard, where=str(path))
+    return _parse_done(value, shard, where=str(path))
 
 
-def parse_done(value: object, shard: int, *, where: str) -> DoneRecord:
-    """The done-record of shard `shard` in parsed JSON; DamagedShard if it is malformed."""
+def _parse_done(value: object, shard: int, *, where: str) -> DoneRecord:
     record = load(DoneRecord, value, where=where, how=STORED)
     if record.shard != shard:
         raise DamagedShard(f"{where}: is the record of another shard: {ADVICE}")
@@ -140,7 +149,12 @@ def parse_done(value: object, shard: int, *, where: str) -> DoneRecord:
     if record.rows > MAX_ROWS:
         raise DamagedShard(f"{where}: rows is {record.rows}, wanted at most {MAX_ROWS}: {ADVICE}")
     for name, entry in record.files.items():
-        _check_name(name, where=where)
+        parts = PurePosixPath(name).parts
+        inside = len(parts) > 1 and parts[0] == "shards" and ".." not in parts
+        if not inside or "\\" in name or "\0" in name or name != "/".join(parts):
+            raise DamagedShard(
+                f"{where}: names the file {shown(name)}, wanted a path below shards/: {ADVICE}"
+            )
         file = load(StoredFile, entry, where=f"{where}: files[{name!r}]", how=STORED)
         if not _SHA256.fullmatch(file.sha256):
             raise DamagedShard(
@@ -183,6 +197,54 @@ def _iterate_done(folder: Path | str) -> Iterator[DoneRecord]:
             yield record
 
 
+def index_bytes(folder: Path, records: Iterable[DoneRecord]) -> bytes:
+    """The index.jsonl for these done-records, in shard order."""
+    lines = []
+    for record in records:
+        data = read_file(shard_path(folder, record.shard, ".json"))
+        entry = {
+            "shard": record.shard,
+            "rows": record.rows,
+            "keys": record.keys,
+            "record": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+        }
+        lines.append(f"{json.dumps(entry, sort_keys=True)}\n")
+    return "".join(lines).encode()
+
+
+def read_index(folder: Path, *, sha256: str) -> list[IndexEntry] | None:
+    """The entries, in shard order; None if it is not there. DamagedShard if it is not the one with
+    this hash, or malformed."""
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    advice = "delete it: it is made again when the cache is finished, and readers do without"
+    data = read_file(path, max_bytes=MAX_INDEX_BYTES, advice=advice)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedShard(f"{path}: was changed since the cache was finished: {advice}")
+    entries = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        where = f"{path}: line {number}"
+        entries.append(load(IndexEntry, parse_json(line, where=where), where=where, how=STORED))
+        if entries[-1].shard != number - 1:
+            raise DamagedShard(f"{where}: shard {entries[-1].shard}, wanted {number - 1}: {advice}")
+    return entries
+
+
+def read_indexed(folder: Path, entry: IndexEntry) -> DoneRecord:
+    """The done-record that `entry` tells of; DamagedShard if there is another one."""
+    path = shard_path(folder, entry.shard, ".json")
+    data = read_file(path)
+    record = _parse_done(parse_json(data, where=str(path)), entry.shard, where=str(path))
+    indexed = (entry.record.sha256, entry.rows, entry.keys)
+    if (hashlib.sha256(data).hexdigest(), record.rows, record.keys) != indexed:
+        raise DamagedShard(
+            f"{path}: is not the done-record that {INDEX} tells of: the shard was changed since "
+            "the cache was finished; run the command that made the cache again"
+        )
+    return record
+
+
 def write_quarantine(
     folder: Path | str, entries: Iterable[Quarantined] | None = None
 ) -> list[Quarantined]:
@@ -213,46 +275,22 @@ def append_timing(folder: Path | str, timing: Mapping[str, Any]) -> None:
         file.write(f"{json.dumps(dict(timing), sort_keys=True)}\n")
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    entry: dict[str, Any] = {"bytes": size, "sha256": sha256_file(path)}
-    if size > SAMPLED_ABOVE_BYTES:
-        entry["sample_sha256"] = sample_sha256(path, size=size)
-    return entry
-
-
-def _check_name(name: str, *, where: str) -> None:
-    parts = PurePosixPath(name).parts
-    inside = len(parts) > 1 and parts[0] == "shards" and ".." not in parts
-    if not inside or "\\" in name or "\0" in name or name != "/".join(parts):
-        raise DamagedShard(
-            f"{where}: names the file {shown(name)}, wanted a path below shards/: {ADVICE}"
-        )
+def check_files(folder: Path, record: DoneRecord, *, depth: Depth) -> None:
+    """Raises DamagedShard for the first file of a shard that is not the promised one."""
+    for problem in record_problems(folder, record, depth=depth):
+        raise problem
 
 
 def file_problems(
     folder: Path, records: Sequence[DoneRecord], *, verify: Verify
 ) -> Generator[DamagedShard, None, None]:
     """Every file that is missing or differs from its done-record, in shard order."""
-    root = os.path.realpath(folder)
-    checks = [
-        (record.shard, folder / name, entry)
-        for record in records
-        for name, entry in record.files.items()
-    ]
-
-    def check(item: tuple[int, Path, dict[str, Any]]) -> DamagedShard | None:
-        return _file_problem(*item, root=root, depth=verify)
-
     # Hashing leaves the interpreter lock, waiting for a network file system does too.
     with ThreadPoolExecutor(max_workers=check_threads()) as pool:
-        yield from (problem for problem in pool.map(check, checks) if problem is not None)
-
-
-def check_files(folder: Path, record: DoneRecord, *, depth: Depth) -> None:
-    """Raises DamagedShard for the first file of a shard that is not the promised one."""
-    for problem in record_problems(folder, record, depth=depth):
-        raise problem
+        for problems in pool.map(
+            lambda record: list(record_problems(folder, record, depth=verify)), records
+        ):
+            yield from problems
 
 
 def record_problems(
@@ -261,9 +299,13 @@ def record_problems(
     """Every file of a shard that is not the promised one."""
     root = os.path.realpath(folder)
     for name, entry in record.files.items():
-        problem = _file_problem(record.shard, folder / name, entry, root=root, depth=depth)
+        path = folder / name
+        try:
+            problem = _problem(path, entry, root=root, depth=depth)
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
         if problem is not None:
-            yield problem
+            yield damaged_shard(f"shard {record.shard:06d}: {path}: {problem}")
 
 
 def check_threads() -> int:
@@ -276,43 +318,42 @@ def leaves(path: Path, root: str) -> bool:
     return not os.path.realpath(path).startswith(f"{root.rstrip('/')}/")
 
 
-def _file_problem(
-    shard: int, path: Path, entry: dict[str, Any], *, root: str, depth: Depth
-) -> DamagedShard | None:
-    where = f"shard {shard:06d}: {path}"
-    try:
-        if leaves(path, root):
-            return DamagedShard(
-                f"{where}: is a link to {os.path.realpath(path)}, outside of the cache: "
-                "copy the file into the cache instead"
-            )
-        size = path.stat().st_size
-        if not path.is_file():
-            return DamagedShard(f"{where}: is no file: {SHARD_ADVICE}")
-        if size != entry["bytes"]:
-            return DamagedShard(
-                f"{where}: {size} bytes, the done-record says {entry['bytes']}: {SHARD_ADVICE}"
-            )
-        if _hash(path, entry, depth=depth) not in (None, entry["sha256"]):
-            return DamagedShard(
-                f"{where}: its SHA-256 is not that of the done-record, "
-                f"the file was changed or damaged, or is another shard's: {SHARD_ADVICE}"
-            )
-    except OSError as error:
-        return DamagedShard(f"{where}: cannot be read ({error.strerror}): {SHARD_ADVICE}")
-    return None
-
-
-def _hash(path: Path, entry: dict[str, Any], *, depth: Depth) -> str | None:
-    """What must be the SHA-256 of the done-record; None if nothing is to be said against it."""
+def _problem(path: Path, entry: dict[str, Any], *, root: str, depth: Depth) -> str | None:
+    if leaves(path, root):
+        target = os.path.realpath(path)
+        return f"is a link to {target}, outside of the cache (copy the file into the cache)"
+    size = path.stat().st_size
+    if not path.is_file():
+        return "is no file"
+    if size != entry["bytes"]:
+        return f"{size} bytes, the done-record says {entry['bytes']}"
     if depth == "size":
         return None
-    if depth == "sha256" or entry["bytes"] <= SAMPLED_ABOVE_BYTES:
-        return sha256_file(path)
-    wanted = entry.get("sample_sha256")  # caches of before have none
-    if wanted is None or sample_sha256(path, size=entry["bytes"]) == wanted:
+    name = "sha256"
+    if depth == "sample" and size > SAMPLED_ABOVE_BYTES:
+        name = "sample_sha256"  # caches of before have none
+    got = sha256_file(path) if name == "sha256" else sample_sha256(path, size=size)
+    if entry.get(name) in (None, got):
         return None
-    return "another sample"
+    return (
+        "its SHA-256 is not that of the done-record, the file was changed or damaged, or is "
+        "another shard's"
+    )
+
+
+def sample_sha256(path: Path, *, size: int) -> str:
+    """The SHA-256, 64 hex digits, of 16 pieces of 4,096 bytes; piece i starts at byte
+    i * (size - 4096) // 15. `size`: of the file, more than 64 KiB. OSError as reading does.
+
+    Checksums inside a shard say that nothing was changed, not that it is the right shard: two whole
+    ones of equal size can be swapped. Hashing a gigabyte to notice that takes a second, this takes
+    16 small reads."""
+    digest = hashlib.sha256()
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        for piece in range(NUM_PIECES):
+            start = piece * (size - PIECE_BYTES) // (NUM_PIECES - 1)
+            digest.update(os.pread(file.fileno(), PIECE_BYTES, start))
+    return digest.hexdigest()
 
 
 def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str) -> DoneRecord:
@@ -324,15 +365,15 @@ def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str
     """
     final = shard_path(folder, record.shard, suffix)
     try:
-        record = replace(record, files=_files(folder, partial, final))
+        record = replace(record, files=_describe(folder, partial, at=final))
         if record.rows and not record.files:  # else a good shard would be replaced by none
             raise FileNotFoundError(errno.ENOENT, "removed by another process", str(partial))
         for tries_left in reversed(range(_MAX_TRIES)):
-            if _is_there(final, record.files, folder):
+            if _is_there(folder, final, record.files):
                 break
             remove_done(folder, record.shard)
             try:
-                _move(partial, final)
+                publish(partial, final) if partial.exists() else remove(final)
                 break
             except OSError as error:
                 if error.errno not in _IN_THE_WAY or not partial.exists() or not tries_left:
@@ -343,57 +384,23 @@ def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str
     return record
 
 
-def _move(partial: Path, final: Path) -> None:
-    if partial.exists():
-        publish(partial, final)
-    else:
-        remove(final)
+def _describe(folder: Path, top: Path, *, at: Path) -> dict[str, dict[str, Any]]:
+    """What a done-record says of the files of `top`, a file or folder, once it lies `at`."""
+    described = {}
+    for path in (top, *top.rglob("*")):
+        if path.is_dir() or not os.path.lexists(path):
+            continue
+        size = path.stat().st_size
+        entry = {"bytes": size, "sha256": sha256_file(path)}
+        if size > SAMPLED_ABOVE_BYTES:
+            entry["sample_sha256"] = sample_sha256(path, size=size)
+        described[(at / path.relative_to(top)).relative_to(folder).as_posix()] = entry
+    return described
 
 
-def _files(folder: Path, partial: Path, final: Path) -> dict[str, dict[str, Any]]:
-    """What the done-record is to say of the files of `partial` once they are at `final`."""
-    before = partial.relative_to(folder).as_posix()
-    after = final.relative_to(folder).as_posix()
-    described = describe_files(folder, _all_files(partial))
-    return {after + name.removeprefix(before): entry for name, entry in described.items()}
-
-
-def _is_there(final: Path, files: dict[str, dict[str, Any]], folder: Path) -> bool:
+def _is_there(folder: Path, final: Path, files: dict[str, dict[str, Any]]) -> bool:
     """Whether `final` holds these files and no other, byte for byte."""
     try:
-        found = {path.relative_to(folder).as_posix(): path for path in _all_files(final)}
-        return (
-            final.exists() == bool(files)
-            and found.keys() == files.keys()
-            and all(
-                path.stat().st_size == files[name]["bytes"]
-                and sha256_file(path) == files[name]["sha256"]
-                for name, path in found.items()
-            )
-        )
-    except FileNotFoundError:  # moved away while it was looked at
+        return final.exists() == bool(files) and _describe(folder, final, at=final) == files
+    except OSError:  # moved away while it was looked at, or no regular file
         return False
-
-
-def _all_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return [child for child in path.rglob("*") if not child.is_dir()]
-    return [path] if path.exists() else []
-
-
-def sample_sha256(path: Path, *, size: int) -> str:
-    """The SHA-256, 64 hex digits, of 16 pieces of 4,096 bytes; piece i starts at byte
-    i * (size - 4096) // 15. `size`: of the file, more than 64 KiB. OSError as reading does.
-
-    Checksums inside a shard say that nothing was changed, not that it is the right shard: two whole
-    ones of equal size can be swapped. Hashing a gigabyte to notice that takes a second, this takes
-    16 small reads."""
-    digest = hashlib.sha256()
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        for piece in range(NUM_PIECES):
-            start = piece * (size - PIECE_BYTES) // (NUM_PIECES - 1)
-            digest.update(os.pread(descriptor, PIECE_BYTES, start))
-    finally:
-        os.close(descriptor)
-    return digest.hexdigest()

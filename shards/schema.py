@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import stat
 import types
 import typing
 from collections import Counter
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import DamagedShard, DeltatokError, UsageError
+from .files import open_regular
 
 MAX_JSON_BYTES = 32 * 2**20
 """No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
@@ -38,7 +38,6 @@ MAX_DEPTH = 64
 """Objects within objects: ours have up to 6, a model's configuration a few more (a guess)."""
 
 _MAX_DIGITS = 20
-_READ_BYTES = 16 * 2**20
 _ADVICE = "restore it from a copy or make the cache again"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -51,20 +50,13 @@ def read_json(path: Path) -> Any:
 def read_file(path: Path, *, max_bytes: int = MAX_JSON_BYTES, advice: str = _ADVICE) -> bytes:
     """The bytes of a regular file; DamagedShard where there is none, or a larger one."""
     try:
-        # Not blocking: opening a pipe would wait for somebody to write to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise DamagedShard(f"{path}: cannot be read (no regular file): {advice}")
-            if status.st_size > max_bytes:
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
                 raise DamagedShard(
-                    f"{path}: {status.st_size} bytes, a file of a cache has at most {max_bytes}: "
-                    f"{advice}"
+                    f"{path}: {size} bytes, a file of a cache has at most {max_bytes}: {advice}"
                 )
-            return b"".join(iter(lambda: os.read(descriptor, _READ_BYTES), b""))
-        finally:
-            os.close(descriptor)
+            return file.readall()
     except OSError as error:
         raise DamagedShard(f"{path}: cannot be read ({error.strerror}): {advice}") from error
 

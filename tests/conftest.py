@@ -1,9 +1,13 @@
-"""For the whole suite: the --golden option, a check of which deltatok is being tested, and a
-writer of tiny evaluation caches."""
+"""For the whole suite: the --golden option, a check of which deltatok is being tested, what may be
+skipped, and a writer of tiny evaluation caches."""
 
+import json
+import os
+import subprocess
+import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ import deltatok
 from deltatok.shards.sampling import SamplingPolicy
 
 TREE = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: these models are too small for two
 
 MAY_SKIP = (
     "no ../shared",  # real clips and labelled frames that are not part of the project
@@ -90,6 +96,39 @@ class SkipCount:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # with xdist the controller sees every report
         config.pluginmanager.register(SkipCount())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Flushing 30 files a shard is most of the time of a little cache; no test pulls the plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_program(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """run_program(path, argument, ...): like subprocess.run, in a fork of a process that has
+    imported torch (fork_server.py)."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("fork_server.py"))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+            program, *arguments = map(str, words)
+            folder = tmp_path_factory.mktemp("said")
+            files = [folder / "output", folder / "errors"]
+            process.stdin.write(json.dumps([program, *map(str, files), *arguments]) + "\n")
+            process.stdin.flush()
+            status = int(process.stdout.readline())
+            said = [file.read_text() for file in files]
+            return subprocess.CompletedProcess(words, status, *said)
+
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,17 @@ from ..shards.errors import UsageError
 from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig, check_at_least
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """UsageError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f"{name} {value!r}: wanted one of {', '.join(choices)}")
+
+
 def check_choices(config: object) -> None:
     """UsageError for the first field that is none of its Literal's values."""
     for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            wanted = ", ".join(get_args(hint))
-            raise UsageError(f"{name} {getattr(config, name)!r}: wanted one of {wanted}")
+        if get_origin(hint) is Literal:
+            check_choice(name, getattr(config, name), get_args(hint))
 
 
 def check_positive(**values: float | None) -> None:
@@ -134,6 +139,8 @@ class TrainConfig:
         )
         check_at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
         check_positive(lr=self.lr, clip_grad_norm=self.clip_grad_norm)
+        for tracker in self.trackers:
+            check_choice("trackers", tracker, get_args(TrackerName))
         if self.start_optimizer and self.start_from is None:
             raise UsageError("start_optimizer: wanted start_from as well, the run to take it from")
         if not 0 <= self.validation_fraction < 1:

@@ -39,7 +39,7 @@ from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
-from ..shards.plan import continue_plan, is_begun, read_plan, write_plan
+from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
 from ..shards.records import (
     DoneRecord,
     append_timing,
@@ -238,9 +238,9 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     plan, work = read_plan(config.patches), list(shard_parts(config.patches))
     if accelerator.is_main_process:
         open_cache(out, info)
-        if is_begun(out, plan):
+        if (longer := longer_plan(out, plan)) is not None:
             reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
-            continue_plan(out, plan)
+            replace_plan(out, longer)
         write_plan(out, plan)
         remove_partials(out)
         remove_partials(out / "shards")

@@ -31,7 +31,7 @@ from torch import Tensor
 from ...extract.backbone import Autocast, Backbone
 from ...extract.decoding.clip import decode_drawn
 from ...extract.pixels import resize_bilinear
-from ...extract.sources.clip import VIDEO_SUFFIXES
+from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, stored_size
 from ...shards.errors import ClipError, UsageError
 from ...shards.evaluation.geometry import compute_resize_sizes, square_corners
 from ...shards.evaluation.targets import windows_of_clips
@@ -271,7 +271,8 @@ def _read_video(path: Path) -> Frames:
         return [WindowDraw(frame_index=every, timestamps_s=stamps, crop=crop, flipped=False)]
 
     try:
-        decoded = decode_drawn(path, draw=draw, decoder="pyav").frames
+        clip = Clip(path.name, path, stored_size(path, None))
+        decoded = decode_drawn(clip, draw=draw, decoder="pyav").frames
     except ClipError as error:
         raise UsageError(f"{path}: cannot be decoded: {error}") from error
     return np.stack([decoded[index] for index in sorted(decoded)])

@@ -135,9 +135,7 @@ def _look_at_file(path: Path, glance: Glance) -> Footage:
         ]
 
     try:
-        decoded = decode_drawn(
-            clip.path, draw=draw, source=clip.source, size_bytes=clip.size_bytes, decoder="pyav"
-        )
+        decoded = decode_drawn(clip, draw=draw, decoder="pyav")
     except ClipError as error:
         if refused is not None:
             raise refused from None

@@ -43,13 +43,7 @@ def read_frames(clip: Clip, indices: Sequence[int]) -> list[NDArray[np.uint8]] |
         return [window]
 
     try:
-        frames = decode_drawn(
-            clip.path,
-            draw=draw,
-            source=clip.source,
-            size_bytes=clip.size_bytes,
-            decoder="pyav",
-        ).frames
+        frames = decode_drawn(clip, draw=draw, decoder="pyav").frames
     except ClipError as error:
         logger.warning("%s: its pictures have no frames: %s", clip.key, error)
         return None

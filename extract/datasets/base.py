@@ -11,10 +11,11 @@ target.
 
 import logging
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
@@ -22,8 +23,8 @@ from ...shards.errors import UsageError
 from ...shards.evaluation.geometry import KB_CROP
 from ...shards.evaluation.labels import Kind, LabelRule, PlanTarget, is_inside, leads_out
 from ...shards.npy import map_npy
-from ..config import ExtractConfig, RunConfig, check, positive
-from ..decoding.images import EXIF_ORIENTATION
+from ..config import ExtractConfig, RunConfig, check, check_count, positive
+from ..decoding.images import EXIF_ORIENTATION, PILLOW_ERRORS
 from ..sources.clip import Clip, ClipSource, TargetFrames, Unreadable
 
 DatasetName = Literal["vspw", "cityscapes", "kitti", "sequences", "little-world"]
@@ -34,15 +35,10 @@ NUM_FRAMES = {"val": 7, "train": 1}
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "split_file": ("vspw", "kitti"),
     "every": ("vspw", "sequences"),
-    "name": ("sequences",),
-    "images": ("sequences",),
-    "labels": ("sequences",),
-    "kind": ("sequences",),
-    "fps": ("sequences",),
-    "stride_s": ("sequences",),
-    "ignore": ("sequences",),
-    "binary": ("sequences",),
-    "steps_per_m": ("sequences",),
+    **dict.fromkeys(
+        ("name", "images", "labels", "kind", "fps", "stride_s", "ignore", "binary", "steps_per_m"),
+        ("sequences",),
+    ),
 }
 """The data sets that read an option; to all others it would mean nothing."""
 
@@ -89,13 +85,9 @@ class DatasetConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = get_args(DatasetName)
-        check("dataset", self.dataset, self.dataset in known, f"one of {', '.join(known)}")
         check("root", self.root, bool(self.root), "the data set's folder")
-        check("split", self.split, self.split in NUM_FRAMES, "val or train")
-        frames, every = self.num_frames, self.every
-        check("num_frames", frames, frames is None or frames >= 1, "1 or more")
-        check("every", every, every is None or every >= 1, "1 or more")
+        check_count("num_frames", self.num_frames)
+        check_count("every", self.every)
         for name in ("fps", "stride_s", "steps_per_m"):
             value = getattr(self, name)
             check(name, value, value is None or positive(value), "a number above 0")
@@ -143,8 +135,6 @@ class DatasetConfig(RunConfig):
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 """Pillow's names of one whole number a pixel."""
 
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, EOFError)
-
 
 class BadLabel(ValueError):
     """A label that cannot be used, or its frame; says which and why."""
@@ -162,45 +152,39 @@ def file_size(root: Path, name: str) -> int:
 def image_size(root: Path, name: str) -> tuple[int, int]:
     """Height and width of a frame as it is shown, from its header alone: asking a PNG for metadata
     that it does not begin with would decode it. BadLabel if it is no image."""
-    try:
-        with Image.open(root / name, formats=("JPEG", "PNG")) as image:
-            told = image.format == "JPEG" or "exif" in image.info
-            turned = told and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            width, height = image.size
-    except UnidentifiedImageError as error:  # whose text names the whole path
-        raise BadLabel(f"{name} is no JPEG or PNG image") from error
-    except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
-        raise BadLabel(f"{name} cannot be read: {error}") from error
+    with _image_header(root, name, formats=("JPEG", "PNG")) as image:
+        told = image.format == "JPEG" or "exif" in image.info
+        turned = told and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size
     return (width, height) if turned else (height, width)
 
 
 def label_size(root: Path, name: str, *, frame: int | None) -> tuple[int, int]:
     """Height and width of a label; BadLabel if it cannot be read."""
-    path = root / name
-    if frame is not None:
-        return _array_size(path, name, frame)
-    try:
-        with Image.open(path, formats=("PNG", "BMP", "TIFF")) as image:
+    if frame is None:
+        with _image_header(root, name, formats=("PNG", "BMP", "TIFF")) as image:
             mode, (width, height) = image.mode, image.size
-    except UnidentifiedImageError as error:  # whose text names the whole path
-        raise BadLabel(f"{name} is no label that can be read: no PNG, BMP or TIFF") from error
-    except (Image.DecompressionBombError, *_PILLOW_ERRORS) as error:
-        raise BadLabel(f"{name} is no label that can be read: {error}") from error
-    if mode not in LABEL_MODES:
-        raise BadLabel(
-            f"{name} is an image of mode {mode}, wanted one whole number a pixel (grey or palette)"
-        )
-    return height, width
-
-
-def _array_size(path: Path, name: str, frame: int) -> tuple[int, int]:
+        if mode not in LABEL_MODES:
+            raise BadLabel(f"{name} is an image of mode {mode}, wanted one whole number a pixel")
+        return height, width
     try:
-        shape = map_npy(path).shape
+        shape = map_npy(root / name).shape
     except (OSError, ValueError) as error:
         raise BadLabel(f"{name} is no array that can be read: {error}") from error
     if len(shape) != 3 or shape[0] <= frame:
         raise BadLabel(f"{name} has shape {shape}, wanted (frames, H, W) with frame {frame}")
     return int(shape[1]), int(shape[2])
+
+
+@contextmanager
+def _image_header(root: Path, name: str, *, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    try:
+        with Image.open(root / name, formats=formats) as image:
+            yield image
+    except UnidentifiedImageError as error:  # whose text names the whole path
+        raise BadLabel(f"{name} is no image that can be read: no {', '.join(formats)}") from error
+    except PILLOW_ERRORS as error:
+        raise BadLabel(f"{name} is no image that can be read: {error}") from error
 
 
 _LOGGER = logging.getLogger(__name__)

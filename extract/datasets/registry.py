@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..backbone import Backbone
 from ..run import ExtractionSummary, run_extraction
-from ..sources.clip import Clip
+from ..sources.clip import Clip, check_writable
 from ..sources.select import first_clips
 from .base import Dataset, DatasetConfig, DatasetName, clips_of_dataset
 from .cityscapes import load_cityscapes
@@ -36,10 +36,12 @@ LOADERS: Mapping[DatasetName, Callable[[DatasetConfig], Dataset]] = {
 def find_targets(config: DatasetConfig) -> tuple[EvaluationPolicy, list[Clip]]:
     """How the windows of a data set are made, and its targets, sorted by key.
 
-    Raises UsageError for another layout than the published one, and where no target can be used.
+    Raises UsageError for another layout than the published one, where no target can be used, and
+    for names that cannot be stored.
     """
     dataset = LOADERS[config.dataset](config)
     clips = clips_of_dataset(dataset, Path(config.root).absolute(), split=config.split)
+    check_writable(clips)
     if config.limit is not None:
         clips = first_clips(clips, config.limit, seed=config.seed)
     num_frames = config.frames_a_window

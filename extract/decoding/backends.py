@@ -21,10 +21,10 @@ Whatever a fast decoder stumbles over, PyAV reads instead.
 
 import io
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Set
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from av.video.reformatter import VideoReformatter
@@ -56,12 +56,15 @@ DECORD_TIME_TOLERANCE_S = 1e-4
 """decord's times are float32; its frames must be the packets we know, not equal to the bit."""
 
 DECORD_MAX_SLICE_BYTES = 256 * 2**20
-"""decord takes a video in a tar only whole, in memory, and copies it; a larger one is PyAV's."""
+"""decord takes a slice of a file only whole, in memory, and copies it; a larger one is PyAV's."""
 
 TORCHCODEC_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
 
 TORCHCODEC_TIME_TOLERANCE_S = 1e-6
 """Its times are float64 like the container's; both count from the first frame."""
+
+DecoderName = Literal["decord", "torchcodec", "pyav", "frames"]
+"""frames: images read with Pillow."""
 
 Draw = Callable[[Float64, int, int], list[WindowDraw]]
 """Windows of a clip from its times (seconds, float64 (N,)) and its shown height and width.
@@ -71,9 +74,9 @@ DrawnFrames = tuple[list[WindowDraw], dict[int, UInt8]]
 """The windows of a clip, and RGB of the frames they use by index: uint8 (H, W, 3), all one size."""
 
 
-def frames_used(windows: Iterable[WindowDraw]) -> set[int]:
-    """The indices of all frames that some window uses."""
-    return {frame for window in windows for frame in window.frame_index}
+def frames_used(windows: Iterable[WindowDraw]) -> Set[int]:
+    """The indices of all frames that some window uses, in the order of their first use."""
+    return dict.fromkeys(frame for window in windows for frame in window.frame_index).keys()
 
 
 def decode_with_pyav(
@@ -90,7 +93,9 @@ def decode_with_pyav(
             window can be drawn.
     """
     height, width = index.first_frame.shape[:2]
-    wanted = _expected_frames(index, draw)
+    wanted: Set[int] = set()
+    with suppress(ClipError):  # a guess, checked below: that every packet shows one frame
+        wanted = frames_used(draw(index.times_s, height, width))
     for _ in range(2):
         times_s, kept = _decode_all(video, wanted, slots_s=index.slots_s, threads=threads)
         windows = draw(times_s, height, width)
@@ -100,18 +105,8 @@ def decode_with_pyav(
     raise ClipError("shows other frames each time it is decoded", stage="decode")
 
 
-def _expected_frames(index: FileIndex, draw: Draw) -> set[int]:
-    """The frames that will be needed if every packet shows one frame; a guess, checked later."""
-    height, width = index.first_frame.shape[:2]
-    try:
-        windows = draw(index.times_s, height, width)
-    except ClipError:
-        return set()
-    return frames_used(windows)
-
-
 def _decode_all(
-    video: VideoFile, wanted: set[int], *, slots_s: Float64 | None, threads: int
+    video: VideoFile, wanted: Set[int], *, slots_s: Float64 | None, threads: int
 ) -> tuple[Float64, dict[int, UInt8]]:
     """Seconds of every shown frame, float64 (N,), and RGB of the wanted ones."""
     pts: list[int | None] = []
@@ -134,105 +129,95 @@ def _decode_all(
         return shown_times(pts, stream, slots_s=slots_s), kept
 
 
-def decode_with_decord(
-    video: VideoFile, *, index: FileIndex, draw: Draw, threads: int
+def decode_fast(
+    name: DecoderName, video: VideoFile, *, index: FileIndex, draw: Draw, threads: int
 ) -> DrawnFrames:
-    """The windows of the file and their frames.
+    """The windows of the file and their frames, by one of FAST_DECODERS.
 
     Raises:
-        DecoderFailed: decord is missing, cannot read the file, or disagrees with `index`.
+        DecoderFailed: it is missing, cannot read the file, or disagrees with `index`.
         ClipError: no window can be drawn.
     """
-    require_supported(index, codecs=DECORD_CODECS)
+    codecs, read = FAST_DECODERS[name]
+    require_supported(index, codecs=codecs)
+    windows = draw(index.times_s, *index.first_frame.shape[:2])
+    used = frames_used(windows)
     try:
-        from decord import DECORDError, VideoReader
-        from decord._ffi.base import DECORDLimitReachedError
-    except (ImportError, OSError) as error:  # no wheel for this machine, or a library is missing
-        raise DecoderFailed(f"decord cannot be imported: {describe(error)}") from error
+        frames = read(video, used | {0}, index=index, threads=threads)
+    # ImportError, OSError: no wheel for this machine, or a library beside it is missing
+    except (ImportError, OSError, RuntimeError, ValueError, IndexError) as error:
+        raise DecoderFailed(f"{name}: {describe(error)}") from error
+    if not np.array_equal(frames[0], index.first_frame):
+        raise DecoderFailed(f"{name} shows another first frame")
+    return windows, {frame: frames[frame] for frame in used}
+
+
+def _read_with_decord(
+    video: VideoFile, wanted: Set[int], *, index: FileIndex, threads: int
+) -> dict[int, UInt8]:
+    """RGB of the wanted frames; passes through every frame of the file."""
+    from decord import DECORDError, VideoReader
+    from decord._ffi.base import DECORDLimitReachedError
+
+    if not isinstance(video, Path) and video.size > DECORD_MAX_SLICE_BYTES:
+        raise DecoderFailed(f"{video.size} bytes in an archive, too many to hold in memory")
+    source = str(video) if isinstance(video, Path) else io.BytesIO(video.read())
     try:
-        reader = VideoReader(_decord_input(video), num_threads=threads, fault_tol=DECORD_NO_REPAIRS)
-        _check_times(reader, index)
-        height, width = index.first_frame.shape[:2]
-        windows = draw(index.times_s, height, width)
-        return windows, _read_in_order(reader, frames_used(windows), index)
-    except (DECORDError, DECORDLimitReachedError, RuntimeError, UnicodeError, OSError) as error:
+        reader = VideoReader(source, num_threads=threads, fault_tol=DECORD_NO_REPAIRS)
+        num_frames = len(reader)
+        times_s = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
+        if num_frames != index.num_packets or not np.isfinite(times_s).all() or times_s[0] < 0:
+            raise DecoderFailed(
+                f"decord sees {num_frames} frames, the container {index.num_packets}"
+            )
+        tolerance_s = DECORD_TIME_TOLERANCE_S + 1e-6 * float(index.times_s[-1])
+        if np.abs(times_s - times_s[0] - index.times_s).max() > tolerance_s:
+            raise DecoderFailed("decord sees other timestamps than the container")
+        # skip_frames decodes without converting to RGB, but seeks where a key frame lies in what it
+        # skips: so the frame before every key frame is read, not skipped.
+        before_keys = {int(key) - 1 for key in reader.get_key_indices() if key > 0}
+        kept: dict[int, UInt8] = {}
+        position = 0
+        for frame in sorted(wanted | before_keys | {num_frames - 1}):
+            if frame > position:
+                reader.skip_frames(frame - position)
+            pixels: UInt8 = reader.next().asnumpy()
+            if frame in wanted:
+                kept[frame] = pixels
+            position = frame + 1
+        return kept
+    except (DECORDError, DECORDLimitReachedError) as error:
         raise DecoderFailed(f"decord: {describe(error)}") from error
     except StopIteration as error:
         raise DecoderFailed("decord: fewer frames than packets") from error
 
 
-def _decord_input(video: VideoFile) -> str | io.BytesIO:
-    if isinstance(video, Path):
-        return str(video)
-    if video.size > DECORD_MAX_SLICE_BYTES:
-        raise DecoderFailed(f"{video.size} bytes in a tar, too many to hold in memory")
-    return io.BytesIO(video.read())
+def _read_with_torchcodec(
+    video: VideoFile, wanted: Set[int], *, index: FileIndex, threads: int
+) -> dict[int, UInt8]:
+    """RGB of the wanted frames; seeks to each."""
+    with warnings.catch_warnings():  # it warns of codecs that are not built in
+        warnings.simplefilter("ignore")
+        from torchcodec.decoders import VideoDecoder
 
-
-def _check_times(reader: Any, index: FileIndex) -> None:
-    num_frames = len(reader)
-    times_s = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
-    if num_frames != index.num_packets or not np.isfinite(times_s).all() or times_s[0] < 0:
-        raise DecoderFailed(f"decord sees {num_frames} frames, the container {index.num_packets}")
-    tolerance_s = DECORD_TIME_TOLERANCE_S + 1e-6 * float(index.times_s[-1])
-    if np.abs(times_s - times_s[0] - index.times_s).max() > tolerance_s:
-        raise DecoderFailed("decord sees other timestamps than the container")
-
-
-def _read_in_order(reader: Any, wanted: set[int], index: FileIndex) -> dict[int, UInt8]:
-    """RGB of the wanted frames; passes through every frame of the file."""
-    # skip_frames decodes without converting to RGB, but seeks where a key frame lies in what it
-    # skips: so the frame before every key frame is read, not skipped.
-    before_keys = {int(key) - 1 for key in reader.get_key_indices() if key > 0}
-    kept: dict[int, UInt8] = {}
-    position = 0
-    for frame in sorted(wanted | before_keys | {0, index.num_packets - 1}):
-        if frame > position:
-            reader.skip_frames(frame - position)
-        pixels: UInt8 = reader.next().asnumpy()
-        if frame == 0 and not np.array_equal(pixels, index.first_frame):
-            raise DecoderFailed("decord shows another first frame")
-        if frame in wanted:
-            kept[frame] = pixels
-        position = frame + 1
-    return kept
-
-
-def decode_with_torchcodec(
-    video: VideoFile, *, index: FileIndex, draw: Draw, threads: int
-) -> DrawnFrames:
-    """The windows of the file and their frames.
-
-    Raises:
-        DecoderFailed: torchcodec is missing, cannot read the file, or disagrees with `index`.
-        ClipError: no window can be drawn.
-    """
-    require_supported(index, codecs=TORCHCODEC_CODECS)
-    try:
-        with warnings.catch_warnings():  # it warns of codecs that are not built in
-            warnings.simplefilter("ignore")
-            from torchcodec.decoders import VideoDecoder
-    except (ImportError, OSError, RuntimeError) as error:  # not installed, or no FFmpeg beside it
-        raise DecoderFailed(f"torchcodec cannot be imported: {describe(error)}") from error
-    height, width = index.first_frame.shape[:2]
-    windows = draw(index.times_s, height, width)
-    used = frames_used(windows)
-    wanted = sorted(used | {0})
-    try:
-        with nullcontext(video) if isinstance(video, Path) else video.open() as source:
-            reader = VideoDecoder(
-                source, dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
+    rows = sorted(wanted)
+    with nullcontext(video) if isinstance(video, Path) else video.open() as source:
+        reader = VideoDecoder(
+            source, dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
+        )
+        if len(reader) != index.num_packets:
+            raise DecoderFailed(
+                f"torchcodec sees {len(reader)} frames, the container {index.num_packets}"
             )
-            if len(reader) != index.num_packets:
-                raise DecoderFailed(
-                    f"torchcodec sees {len(reader)} frames, the container {index.num_packets}"
-                )
-            batch = reader.get_frames_at(wanted)
-    except (RuntimeError, ValueError, IndexError, OSError) as error:
-        raise DecoderFailed(f"torchcodec: {describe(error)}") from error
-    frames, times_s = batch.data.numpy(), batch.pts_seconds.numpy()
-    if np.abs(times_s - times_s[0] - index.times_s[wanted]).max() > TORCHCODEC_TIME_TOLERANCE_S:
+        batch = reader.get_frames_at(rows)
+    times_s = batch.pts_seconds.numpy()
+    if np.abs(times_s - times_s[0] - index.times_s[rows]).max() > TORCHCODEC_TIME_TOLERANCE_S:
         raise DecoderFailed("torchcodec gives frames of other times than asked for")
-    if not np.array_equal(frames[0], index.first_frame):
-        raise DecoderFailed("torchcodec shows another first frame")
-    return windows, {frame: frames[row] for row, frame in enumerate(wanted) if frame in used}
+    return dict(zip(rows, batch.data.numpy(), strict=True))
+
+
+FAST_DECODERS: dict[DecoderName, tuple[Set[str], Callable[..., dict[int, UInt8]]]] = {
+    "decord": (DECORD_CODECS, _read_with_decord),
+    "torchcodec": (TORCHCODEC_CODECS, _read_with_torchcodec),
+}
+"""The codecs that each may read, and what gives RGB of wanted frames, uint8 (H, W, 3) by index."""

@@ -3,7 +3,7 @@
 Opens the clip, with proof that it is still the one that was planned, and chooses the decoder. Runs
 in a decoding process, because a decoder can hang, crash or leak. A window is drawn from the times
 of the frames the clip shows, so all decoders give the same windows. To add a decoder: a function
-like those in FAST_DECODERS, and its name in `DecoderName`.
+in backends.FAST_DECODERS, and its name in `DecoderName`.
 """
 
 import importlib.util
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -21,24 +20,25 @@ from ...shards.errors import ClipError, UsageError
 from ...shards.sampling import WindowDraw, draw_windows
 from ..config import DecoderChoice
 from ..datasets.windows import EvaluationPolicy, Policy
+from ..sources.archive import ArchiveFile, FileSlice
 from ..sources.clip import (
-    ClipSource,
+    Clip,
     FrameFolder,
     Stamp,
     TargetFrames,
     TarVideo,
     Unreadable,
     ZipFolder,
+    ZipVideo,
     file_stamp,
 )
-from ..sources.tars import FileSlice
-from ..sources.zips import BadZip, ZipImages, ZipParts
+from ..sources.zips import BadZip, ZipImages, opened_video
 from .backends import (
+    FAST_DECODERS,
+    DecoderName,
     Draw,
-    DrawnFrames,
-    decode_with_decord,
+    decode_fast,
     decode_with_pyav,
-    decode_with_torchcodec,
     frames_used,
 )
 from .container import DecoderFailed, Float64, UInt8, VideoFile, describe, read_index
@@ -46,53 +46,46 @@ from .images import FolderImages, FrameImages, decode_frame_folder, decode_targe
 
 logger = logging.getLogger(__name__)
 
-DecoderName = Literal["decord", "torchcodec", "pyav", "frames"]
-"""frames: images read with Pillow."""
-
-FAST_DECODERS: dict[DecoderName, Callable[..., DrawnFrames]] = {
-    "decord": decode_with_decord,
-    "torchcodec": decode_with_torchcodec,
-}
-
 
 @dataclass(frozen=True)
-class DecodedFrames:
+class DecodedClip:
     """What one clip gave."""
 
+    key: str
     decoder: DecoderName
     windows: list[WindowDraw]
     frames: dict[int, UInt8]
-    """RGB of every frame that some window uses, by frame index: uint8 (H, W, 3), all one size."""
+    """RGB of every frame that some window uses, by frame index: uint8 (H, W, 3), all one size; not
+    to be written to."""
+
+    def frames_of(self, window: WindowDraw) -> list[UInt8]:
+        """The T frames of one of its windows, in order, before crop and flip."""
+        return [self.frames[index] for index in window.frame_index]
 
 
 def decode_clip(
-    path: Path,
+    clip: Clip,
     *,
-    key: str,
     policy: Policy,
-    source: ClipSource | None = None,
-    size_bytes: int | None = None,
     decoder: DecoderChoice = "auto",
     threads: int = 1,
     max_bytes: int = 2**32,
     starting: Callable[[DecoderName], None] = lambda name: None,
-) -> DecodedFrames:
+) -> DecodedClip:
     """Draws the clip's windows and decodes their frames.
 
     Args:
-        source: where in `path` the clip lies; None: it is the video.
-        size_bytes: what the clip had when it was planned; another size is another clip.
         decoder: pyav after another one hung or crashed on this clip.
         threads: of the decoder.
         max_bytes: RGB bytes the windows' frames may have together.
         starting: called with the name of a decoder before it starts on the clip.
 
     Raises:
-        ClipError: with the reason.
+        ClipError: with the reason; also where it has another size than when it was planned.
     """
 
     def draw(times_s: Float64, height: int, width: int) -> list[WindowDraw]:
-        windows = _windows(policy, key, source, times_s, height, width)
+        windows = _windows(policy, clip, times_s, height, width)
         num_frames = len(frames_used(windows))
         if num_frames * height * width * 3 > max_bytes:
             raise ClipError(
@@ -103,22 +96,15 @@ def decode_clip(
             )
         return windows
 
-    return decode_drawn(
-        path,
-        draw=draw,
-        source=source,
-        size_bytes=size_bytes,
-        decoder=decoder,
-        threads=threads,
-        starting=starting,
-    )
+    return decode_drawn(clip, draw=draw, decoder=decoder, threads=threads, starting=starting)
 
 
 def _windows(
-    policy: Policy, key: str, source: ClipSource | None, times_s: Float64, height: int, width: int
+    policy: Policy, clip: Clip, times_s: Float64, height: int, width: int
 ) -> list[WindowDraw]:
     if not isinstance(policy, EvaluationPolicy):
-        return draw_windows(policy, key, times_s, height, width)
+        return draw_windows(policy, clip.key, times_s, height, width)
+    source = clip.source
     assert isinstance(source, TargetFrames)
     if source.names:  # images tell no times: the data set's rate does
         times_s = np.arange(source.numbers[-1] + 1) / policy.fps
@@ -126,82 +112,75 @@ def _windows(
 
 
 def decode_drawn(
-    path: Path,
+    clip: Clip,
     *,
     draw: Draw,
-    source: ClipSource | None = None,
-    size_bytes: int | None = None,
     decoder: DecoderChoice = "auto",
     threads: int = 1,
     starting: Callable[[DecoderName], None] = lambda name: None,
-) -> DecodedFrames:
+) -> DecodedClip:
     """As `decode_clip`, with windows from anywhere."""
-    with opened_clip(path, source, size_bytes=size_bytes) as clip:
-        if isinstance(clip, VideoFile):
-            return _decode_video(
-                clip, draw=draw, decoder=decoder, threads=threads, starting=starting
-            )
-        starting("frames")
-        if isinstance(source, TargetFrames):
-            return DecodedFrames("frames", *decode_target_frames(clip, source, draw=draw))
-        return DecodedFrames("frames", *decode_frame_folder(clip, draw=draw))
-
-
-def _decode_video(
-    video: VideoFile,
-    *,
-    draw: Draw,
-    decoder: DecoderChoice,
-    threads: int,
-    starting: Callable[[DecoderName], None],
-) -> DecodedFrames:
-    starting("pyav")  # which reads the container for all of them
-    index = read_index(video)
-    name = _first_installed() if decoder == "auto" else decoder
-    if name in FAST_DECODERS:
-        starting(name)
-        try:
-            drawn = FAST_DECODERS[name](video, index=index, draw=draw, threads=threads)
-            return DecodedFrames(name, *drawn)
-        except DecoderFailed as error:
-            logger.info("%s: %s; decoding it with PyAV", video, error)
-        starting("pyav")
-    drawn = decode_with_pyav(video, index=index, draw=draw, threads=threads)
-    return DecodedFrames("pyav", *drawn)
+    with opened_clip(clip) as opened:
+        if not isinstance(opened, VideoFile):
+            starting("frames")
+            if isinstance(clip.source, TargetFrames):
+                drawn = decode_target_frames(opened, clip.source, draw=draw)
+            else:
+                drawn = decode_frame_folder(opened, draw=draw)
+            return DecodedClip(clip.key, "frames", *drawn)
+        starting("pyav")  # which reads the container for all of them
+        index = read_index(opened)
+        name = _first_installed() if decoder == "auto" else decoder
+        if name in FAST_DECODERS:
+            starting(name)
+            try:
+                drawn = decode_fast(name, opened, index=index, draw=draw, threads=threads)
+                return DecodedClip(clip.key, name, *drawn)
+            except DecoderFailed as error:
+                logger.info("%s: %s; decoding it with PyAV", opened, error)
+            starting("pyav")
+        drawn = decode_with_pyav(opened, index=index, draw=draw, threads=threads)
+        return DecodedClip(clip.key, "pyav", *drawn)
 
 
 @contextmanager
-def opened_clip(
-    path: Path, source: ClipSource | None, *, size_bytes: int | None = None
-) -> Iterator[VideoFile | FrameImages]:
+def opened_clip(clip: Clip) -> Iterator[VideoFile | FrameImages]:
     """What to decode. Held against its size when it is opened and again when it is left.
 
     Raises:
         ClipError: it cannot be opened, or is not what it was when it was planned.
     """
+    path, source = clip.path, clip.source
     if isinstance(source, Unreadable):
         raise ClipError(source.reason, stage="open")
     try:
-        if isinstance(source, ZipFolder):
-            with ZipParts(path) as parts:
-                _check_stamp(path, parts.stamp, source.stamp)
-                images = ZipImages(parts, source)
-                _check_size(images.size_bytes, size_bytes)
-                yield images
+        if isinstance(source, ZipFolder | ZipVideo):
+            with ArchiveFile(path) as archive:
+                _check_stamp(path, archive.stamp, source.stamp)
+                if isinstance(source, ZipVideo):
+                    with opened_video(path, archive, source) as video:
+                        _check_size(video.size, clip.size_bytes)
+                        yield video
+                else:
+                    images = ZipImages(archive, source)
+                    _check_size(images.size_bytes, clip.size_bytes)
+                    yield images
+            with ArchiveFile(path) as archive:
+                _check_stamp(path, archive.stamp, source.stamp)
         elif isinstance(source, FrameFolder) or (isinstance(source, TargetFrames) and source.names):
             names = source.names if isinstance(source, TargetFrames) else None
             folder = FolderImages(path, names)
-            _check_size(folder.size_bytes, size_bytes)
+            _check_size(folder.size_bytes, clip.size_bytes)
             yield folder
             _check_size(FolderImages(path, names).size_bytes, folder.size_bytes)
         elif isinstance(source, TarVideo):
             _check_stamp(path, file_stamp(path), source.stamp)
-            yield FileSlice(path, source.offset, size_bytes or 0)
+            yield FileSlice(path, source.offset, clip.size_bytes)
             _check_stamp(path, file_stamp(path), source.stamp)
         else:
             before = file_stamp(path) if path.exists() else None
             if before is not None:
-                _check_size(before[0], size_bytes)
+                _check_size(before[0], clip.size_bytes)
             yield path
             if before is not None:
                 _check_stamp(path, file_stamp(path), before)
@@ -209,8 +188,8 @@ def opened_clip(
         raise ClipError(f"cannot be opened: {describe(error)}", stage="open") from error
 
 
-def _check_size(got: int, planned: int | None) -> None:
-    if planned is not None and got != planned:
+def _check_size(got: int, planned: int) -> None:
+    if got != planned:
         raise ClipError(
             f"was changed: had {planned} bytes when it was found, now {got}", stage="open"
         )

@@ -20,10 +20,10 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from ...shards.errors import ClipError
-from ..sources.tars import FileSlice
+from ..sources.archive import FileSlice
 
 VideoFile = Path | FileSlice
-"""A file, or a video inside a tar."""
+"""A file, or a video inside an archive."""
 
 UInt8 = NDArray[np.uint8]
 Float64 = NDArray[np.float64]
@@ -46,7 +46,7 @@ PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "webm_dash_manifest"})
 """FFmpeg's formats that are lists of other files: what a clip shows must lie in the clip."""
 
 SLICE_BUFFER_BYTES = 2**18
-"""Read at once from a video in a tar: every read goes through Python (a guess)."""
+"""Read at once from a video in an archive: every read goes through Python (a guess)."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ MAX_FRAME_PIXELS = 2**26
 """A frame of 8192 x 8192. More is no video frame, but a file made to fill the memory (a guess)."""
 
 EXIF_ORIENTATION = 0x0112
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, struct.error, EOFError)
+PILLOW_ERRORS = (
+    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, OverflowError, struct.error, EOFError),
+)
 """What Pillow raises for files that are no images of their kind."""
 
 
@@ -142,12 +145,10 @@ def _opened_image(name: str, data: bytes) -> Iterator[Image.Image]:
                 yield image
         except ClipError:
             raise
-        except Image.DecompressionBombError as error:
-            raise ClipError(f"{name}: {describe(error)}", stage="decode") from error
         except UnidentifiedImageError as error:  # whose text names an address in memory
             reason = f"{name} cannot be decoded: is no JPEG or PNG image"
             raise ClipError(reason, stage="decode") from error
-        except _PILLOW_ERRORS as error:
+        except PILLOW_ERRORS as error:
             reason = f"{name} cannot be decoded: {describe(error)}"
             raise ClipError(reason, stage="decode") from error
 

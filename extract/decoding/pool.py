@@ -11,7 +11,6 @@ because fresh memory costs more than the copy.
 
 import contextlib
 import logging
-import math
 import mmap
 import os
 import resource
@@ -26,12 +25,11 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import count, islice
 from multiprocessing.connection import Pipe, wait
 from multiprocessing.reduction import send_handle
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -40,11 +38,12 @@ from numpy.typing import NDArray
 from ...shards.devices import launched, num_cores
 from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
-from ...shards.sampling import WindowDraw
 from ..config import DecoderChoice, ExtractConfig, RunConfig
 from ..datasets.windows import Policy
 from ..sources.clip import Clip
-from .worker import DecodeReply, DecodeRequest, Ready, Refusal
+from .backends import frames_used
+from .clip import DecodedClip
+from .worker import DecodeRequest
 
 logger = logging.getLogger(__name__)
 
@@ -78,79 +77,36 @@ small clips, of which there are many (8 MB are 32 frames of 256x340)."""
 DECODER_NAMES = {"decord": "decord", "torchcodec": "torchcodec", "pyav": "PyAV", "frames": "Pillow"}
 
 
-@dataclass(frozen=True)
-class DecodedWindow:
-    """One window before its crop and flip are made."""
-
-    clip_frames: NDArray[np.uint8]
-    """uint8 (F, H, W, 3) RGB, read-only: every frame that some window of the clip uses."""
-    rows: list[int]
-    """The rows of `clip_frames` that make the window, T of them."""
-    draw: WindowDraw
-
-    @property
-    def frames(self) -> NDArray[np.uint8]:
-        """uint8 (T, H, W, 3) RGB: the full frames as they are shown, not to be written to. A copy
-        unless the rows follow one another."""
-        first = self.rows[0]
-        if self.rows == list(range(first, first + len(self.rows))):
-            return self.clip_frames[first : first + len(self.rows)]
-        return self.clip_frames[self.rows]
-
-
-@dataclass(frozen=True)
-class DecodedClip:
-    """All windows of one clip."""
-
-    key: str
-    decoder: str
-    """"decord", "torchcodec", "pyav" or "frames"."""
-    windows: list[DecodedWindow]
-
-
+@dataclass(eq=False)
 class DecodePool:
-    """Decoding processes, kept from one `decode` to the next; a context manager.
+    """Decoding processes, kept from one `decode` to the next; a context manager."""
 
-    Args:
-        num_workers: decoding processes, started when there is work for them.
-        timeout_s: wall-clock seconds a clip may take in one try.
-        max_clips_per_worker: a process is replaced after this many clips (decord leaks).
-        max_worker_rss: bytes; a process that keeps more than this is replaced, one that takes this
-            and `max_clip_bytes` together while it decodes is killed (Linux).
-        max_clip_bytes: bytes of RGB a clip's windows may have; more goes to quarantine.
-        max_waiting_bytes: bytes of decoded clips to keep ahead; no more clips are begun above it.
-        look_ahead: clips decoded ahead of the one asked for; by default two for every process.
-        decode_threads: threads in a process.
-        decoder: who tries a video first.
-        worker_command: what to start; a descriptor and this process's id are appended.
-    """
+    policy: Policy
+    _: KW_ONLY
+    num_workers: int
+    """Decoding processes, started when there is work for them."""
+    timeout_s: float
+    """Wall-clock seconds a clip may take in one try."""
+    max_clips_per_worker: int = 200
+    """A process is replaced after this many clips (decord leaks)."""
+    max_worker_rss: int = 2 * 2**30
+    """Bytes; a process that keeps more than this is replaced, one that takes this and
+    `max_clip_bytes` together while it decodes is killed (Linux)."""
+    max_clip_bytes: int = 4 * 2**30
+    """Bytes of RGB a clip's windows may have; more goes to quarantine."""
+    max_waiting_bytes: int = 2 * 2**30
+    """Bytes of decoded clips to keep ahead; no more clips are begun above it."""
+    look_ahead: int = 0
+    """Clips decoded ahead of the one asked for; 0: two for every process."""
+    decode_threads: int = 1
+    """Threads in a process."""
+    decoder: DecoderChoice = "auto"
+    """Who tries a video first."""
+    worker_command: Sequence[str] = WORKER_COMMAND
+    """What to start; a descriptor and this process's id are appended."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        num_workers: int,
-        timeout_s: float,
-        max_clips_per_worker: int = 200,
-        max_worker_rss: int = 2 * 2**30,
-        max_clip_bytes: int = 4 * 2**30,
-        max_waiting_bytes: int = 2 * 2**30,
-        look_ahead: int | None = None,
-        decode_threads: int = 1,
-        decoder: DecoderChoice = "auto",
-        worker_command: Sequence[str] = WORKER_COMMAND,
-    ) -> None:
-        self._policy = policy
-        self._num_workers = num_workers
-        self._timeout_s = timeout_s
-        self._max_clips_per_worker = max_clips_per_worker
-        self._max_worker_rss = max_worker_rss
-        self._max_clip_bytes = max_clip_bytes
-        self._max_waiting_bytes = max_waiting_bytes
-        self._look_ahead = look_ahead or 2 * num_workers
-        self._decode_threads = decode_threads
-        self._decoder = decoder
-        self._command = tuple(worker_command)
+    def __post_init__(self) -> None:
+        self.look_ahead = self.look_ahead or 2 * self.num_workers
         self._threads: ThreadPoolExecutor | None = None
         self._closing = threading.Event()
         self._idle: list[_Worker] = []
@@ -177,17 +133,12 @@ class DecodePool:
         self._open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _open(self) -> None:
         self._closing.clear()
-        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
+        self._threads = ThreadPoolExecutor(self.num_workers, thread_name_prefix="decode")
 
     def close(self) -> None:
         """Kills all processes; a second call does nothing."""
@@ -216,7 +167,7 @@ class DecodePool:
         self._decoding, self._wanted, self._waiting_bytes, finished = True, -1, 0, False
         try:
             ahead = deque(
-                threads.submit(self._decode, *item) for item in islice(source, self._look_ahead)
+                threads.submit(self._decode, *item) for item in islice(source, self.look_ahead)
             )
             while ahead:
                 result = self._take(ahead.popleft())
@@ -258,23 +209,23 @@ class DecodePool:
         return result
 
     def _may_begin(self, number: int) -> bool:
-        room = self._waiting_bytes < self._max_waiting_bytes
+        room = self._waiting_bytes < self.max_waiting_bytes
         return room or number <= self._wanted or self._closing.is_set()
 
     def _try_decoders(self, clip: Clip) -> DecodedClip | Quarantined:
         failures: list[str] = []
-        tries: tuple[DecoderChoice, ...] = (self._decoder, "pyav")  # decord is the one that hangs
+        tries: tuple[DecoderChoice, ...] = (self.decoder, "pyav")  # decord is the one that hangs
         for decoder in tries:
             worker = self._borrow_worker()
             request = DecodeRequest(
                 clip=clip,
-                policy=self._policy,
+                policy=self.policy,
                 decoder=decoder,
-                threads=self._decode_threads,
-                max_bytes=self._max_clip_bytes,
+                threads=self.decode_threads,
+                max_bytes=self.max_clip_bytes,
             )
             try:
-                answer = worker.decode(request, timeout_s=self._timeout_s)
+                answer = worker.decode(request, timeout_s=self.timeout_s)
             except _WorkerFailed as failure:
                 logger.info("%s: %s", clip.key, failure)
                 failures.append(str(failure))
@@ -292,9 +243,9 @@ class DecodePool:
         reason = ""
         for _ in range(MAX_STARTS):
             worker = _Worker(
-                self._command,
-                max_memory_bytes=self._max_worker_rss + self._max_clip_bytes,
-                max_kept_bytes=self._max_waiting_bytes // KEPT_SHARE // self._look_ahead,
+                self.worker_command,
+                max_memory_bytes=self.max_worker_rss + self.max_clip_bytes,
+                max_kept_bytes=self.max_waiting_bytes // KEPT_SHARE // self.look_ahead,
                 closing=self._closing,
             )
             try:
@@ -304,12 +255,12 @@ class DecodePool:
                 reason = str(failure)
         raise DeltatokError(
             f"no decoding process can be started: {reason}: "
-            f"run `{shlex.join(self._command)}` by hand to see why"
+            f"run `{shlex.join(self.worker_command)}` by hand to see why"
         )
 
     def _give_back(self, worker: "_Worker") -> None:
-        old = worker.num_clips >= self._max_clips_per_worker
-        if old or worker.memory_bytes() > self._max_worker_rss:
+        old = worker.num_clips >= self.max_clips_per_worker
+        if old or worker.memory_bytes() > self.max_worker_rss:
             worker.kill()
         else:
             self._idle.append(worker)
@@ -367,26 +318,23 @@ class _Worker:
         with self._killed_on_error():
             self._receive(START_TIMEOUT_S)
 
-    def decode(self, request: DecodeRequest, *, timeout_s: float) -> DecodedClip | Refusal:
+    def decode(self, request: DecodeRequest, *, timeout_s: float) -> DecodedClip | Quarantined:
         """The windows of a clip; _WorkerFailed where the process does not survive it."""
         self._printed, self._decoder = b"", "decoder"
         self.num_clips += 1
         with self._killed_on_error():
             memory = self._send(request)
             answer = self._receive(timeout_s)
-        if isinstance(answer, Refusal):
+        if isinstance(answer, Quarantined):
             self._release(memory)
             return answer
-        assert isinstance(answer, DecodeReply)
-        shape = (len(answer.rows), *answer.size, 3)
-        frames = memory.read(math.prod(shape))
-        weakref.finalize(frames, self._release, memory)
-        frames = frames.reshape(shape)
-        windows = [
-            DecodedWindow(frames, [answer.rows[frame] for frame in draw.frame_index], draw)
-            for draw in answer.windows
-        ]
-        return DecodedClip(request.clip.key, answer.decoder, windows)
+        clip: DecodedClip
+        clip, height, width = answer
+        used = frames_used(clip.windows)
+        pixels = memory.read(len(used) * height * width * 3)
+        weakref.finalize(pixels, self._release, memory)
+        rows = pixels.reshape(-1, height, width, 3)
+        return replace(clip, frames=dict(zip(used, rows, strict=True)))
 
     def memory_bytes(self) -> int:
         """Resident memory; 0 where it cannot be told (other than Linux, or the process is gone)."""
@@ -434,9 +382,9 @@ class _Worker:
         if not self._killed:
             self._free_memory.append(memory)
 
-    def _receive(self, timeout_s: float) -> DecodeReply | Refusal | Ready:
-        """Its next answer. Time for which this process itself was stopped or starved is no
-        fault of the worker's: a turn that comes late counts as one tick."""
+    def _receive(self, timeout_s: float) -> Any:
+        """Its next answer, as worker.py says. Time for which this process itself was stopped or
+        starved is no fault of the worker's: a turn that comes late counts as one tick."""
         waited_s = 0.0
         sources: list[Any] = [self._connection, self._output]
         while True:
@@ -446,7 +394,7 @@ class _Worker:
                 sources.remove(self._output)
             if self._connection in ready:
                 try:
-                    message: DecodeReply | Refusal | Ready | str = self._connection.recv()
+                    message = self._connection.recv()
                 except (EOFError, ConnectionError) as error:
                     raise _WorkerFailed(self._how_it_ended()) from error
                 if not isinstance(message, str):
@@ -526,7 +474,9 @@ def choose_num_workers(config: RunConfig) -> int:
 
 
 def _num_bytes(result: DecodedClip | Quarantined) -> int:
-    return result.windows[0].clip_frames.nbytes if isinstance(result, DecodedClip) else 0
+    if isinstance(result, Quarantined):
+        return 0
+    return sum(frame.nbytes for frame in result.frames.values())
 
 
 def _quarantined(clip: Clip, stage: str, failures: Sequence[str]) -> Quarantined:

@@ -7,8 +7,10 @@ SIGTERM: whether a run stops, and when, is for the parent to say.
 
     pool -> worker   (DecodeRequest, number of a memory file); then, where the number is new, the
                      descriptor of that file
-    worker -> pool   Ready, once; then for every request the names of the decoders as they are
-                     started (str), and a DecodeReply or a Refusal
+    worker -> pool   None, once, when it is ready; then for every request the names of the decoders
+                     as they are started (str), and either a Quarantined, or (DecodedClip without
+                     frames, height, width): the frames are in the file, uint8 (height, width, 3)
+                     one after the other in the order of `frames_used`
 """
 
 import ctypes
@@ -17,24 +19,21 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
-from ...shards.errors import ClipError, ClipStage
-from ...shards.sampling import WindowDraw
+from ...shards.errors import ClipError
+from ...shards.records import Quarantined
 from ..config import DecoderChoice
 from ..datasets.windows import Policy
 from ..sources.clip import Clip
-from .clip import DecodedFrames, DecoderName, decode_clip
+from .backends import DecoderName, frames_used
+from .clip import DecodedClip, decode_clip
+from .container import UInt8
 
 PR_SET_PDEATHSIG = 1
 """Linux: the signal a process gets when its parent dies."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The first message of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,40 +49,14 @@ class DecodeRequest:
     """Of RGB that the frames of the windows may have together."""
 
 
-@dataclass(frozen=True)
-class DecodeReply:
-    """The windows of a clip; their frames are in its memory file, one after the other."""
-
-    decoder: DecoderName
-    windows: list[WindowDraw]
-    rows: dict[int, int]
-    """Frame index -> row in the file, which holds uint8 (rows, height, width, 3)."""
-    size: tuple[int, int]
-    """Height and width."""
+Decode = Callable[[DecodeRequest, Callable[[DecoderName], None]], DecodedClip]
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a clip gives no windows."""
-
-    stage: ClipStage
-    reason: str
-
-
-Decode = Callable[[DecodeRequest, Callable[[DecoderName], None]], DecodedFrames]
-
-
-def decode_request(
-    request: DecodeRequest, starting: Callable[[DecoderName], None]
-) -> DecodedFrames:
-    """The frames of the clip; `starting` is called with every decoder that is tried."""
-    clip = request.clip
+def decode_request(request: DecodeRequest, starting: Callable[[DecoderName], None]) -> DecodedClip:
+    """What the clip gives; `starting` is called with every decoder that is tried."""
     return decode_clip(
-        clip.path,
-        key=clip.key,
+        request.clip,
         policy=request.policy,
-        source=clip.source,
-        size_bytes=clip.size_bytes,
         decoder=request.decoder,
         threads=request.threads,
         max_bytes=request.max_bytes,
@@ -103,7 +76,7 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
     _die_with(parent_pid)
     connection = Connection(connection_fd)
     memory_files: dict[int, int] = {}
-    connection.send(Ready())
+    connection.send(None)
     while True:
         try:
             request, memory = connection.recv()
@@ -114,23 +87,24 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
         try:
             decoded = decode(request, connection.send)
         except ClipError as error:
-            connection.send(Refusal(error.stage, str(error)))
+            # A frame in a folder may have a name that no record can hold.
+            reason = str(error).encode(errors="backslashreplace").decode()
+            key, stage = request.clip.key, error.stage
+            connection.send(Quarantined(clip=key, stage=stage, reason=reason, attempts=1))
             continue
-        connection.send(_write_frames(decoded, memory_files[memory]))
+        used = [decoded.frames[index] for index in frames_used(decoded.windows)]
+        _write_frames(used, memory_files[memory])
+        height, width, _ = used[0].shape
+        connection.send((replace(decoded, frames={}), height, width))
 
 
-def _write_frames(decoded: DecodedFrames, descriptor: int) -> DecodeReply:
-    """Writes the frames in the order of their first use, each once."""
-    order = dict.fromkeys(frame for draw in decoded.windows for frame in draw.frame_index)
+def _write_frames(frames: Sequence[UInt8], descriptor: int) -> None:
     position = 0
-    for frame in order:
-        rest = decoded.frames[frame].data.cast("B")
+    for frame in frames:
+        rest = frame.data.cast("B")
         while rest:
             count = os.pwrite(descriptor, rest, position)
             rest, position = rest[count:], position + count
-    height, width = decoded.frames[next(iter(order))].shape[:2]
-    rows = {frame: row for row, frame in enumerate(order)}
-    return DecodeReply(decoded.decoder, decoded.windows, rows, (height, width))
 
 
 def _die_with(parent_pid: int) -> None:

@@ -5,13 +5,14 @@ stores pre-extracted Kinetics. At least one name of such a folder has a decimal 
 `img_00001.jpg` counts frames, and taking such numbers for seconds would be silently wrong.
 """
 
+import json
 import logging
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, NoReturn
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import PlanTarget
@@ -20,25 +21,12 @@ logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset(
     [
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
+        *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+        *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
     ]
 )
-"""What counts as a video in a folder or a tar, in any case. A file that is named itself is always
-taken."""
+"""What counts as a video in a folder or an archive, in any case. A file that is named itself is
+always taken."""
 
 
 FRAME_NAME = re.compile(
@@ -82,6 +70,15 @@ class ZipFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class ZipVideo:
+    """A video in a zip archive, which may be split."""
+
+    record: tuple[int, int]
+    """First byte and bytes of its record in the archive's directory."""
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
 class TargetFrames:
     """The frames of one target of a data set, in order; the clip's path is the data set's folder,
     or the video that they are frames of."""
@@ -99,7 +96,7 @@ class Unreadable:
     reason: str
 
 
-ClipSource = TarVideo | FrameFolder | ZipFolder | TargetFrames | Unreadable
+ClipSource = TarVideo | FrameFolder | ZipFolder | ZipVideo | TargetFrames | Unreadable
 
 
 @dataclass(frozen=True)
@@ -135,6 +132,49 @@ class ClipCandidate:
     """None: to be asked of the disk, if the clip is taken."""
     label: str | None = None
     split: str | None = None
+
+
+class SampleMetadata:
+    """What the other members of the samples of an archive say of their videos: label and split."""
+
+    SUFFIXES = frozenset([".json", ".cls"])
+    MAX_BYTES = 2**20
+
+    def __init__(self, path: Path) -> None:
+        """path: of the archive."""
+        self._path = path
+        self._fields: dict[str, dict[str, Any]] = {}
+        self._bad: list[str] = []
+
+    def read(self, name: str, content: bytes) -> None:
+        """Takes what a member of this name says; notes it where that is nothing."""
+        try:
+            if name.lower().endswith(".cls"):
+                fields: Any = {"label": content.decode().strip()}
+            else:
+                fields = json.loads(content)
+            known = {key: fields[key] for key in ("label", "split") if fields.get(key) is not None}
+        except (ValueError, RecursionError, AttributeError):
+            known = {"label": None}
+        if not all(isinstance(v, str | int) and not isinstance(v, bool) for v in known.values()):
+            self._bad.append(name)
+            return
+        texts = {key: str(value) for key, value in known.items() if value != ""}
+        self._fields.setdefault(_sample(name), {}).update(texts)
+
+    def add_to(self, clips: Iterable[ClipCandidate]) -> Iterator[ClipCandidate]:
+        """The clips with what is known of them; says which members gave nothing."""
+        if self._bad:
+            first, count = self._bad[0], len(self._bad)
+            logger.warning("%s: %d members give no metadata, first %s", self._path, count, first)
+        for clip in clips:
+            yield replace(clip, **self._fields.get(_sample(clip.name), {}))
+
+
+def _sample(name: str) -> str:
+    """What the members of one sample have in common: the name up to its first dot."""
+    path = PurePosixPath(name)
+    return (path.parent / path.name.partition(".")[0]).as_posix()
 
 
 def without_suffix(name: str) -> str:
@@ -186,6 +226,45 @@ def check_member(name: str, archive: Path) -> None:
             f"{archive}: holds {name[:200]!r}, a path that leaves the archive: make the archive "
             "again with relative names, or do not use it"
         )
+
+
+def is_valid_unicode(text: str) -> bool:
+    """Whether a cache can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it is one line of text, as the name of a file need not be."""
+    return is_valid_unicode(name) and not set(name) & set("\0\n\r")
+
+
+def shown_name(name: str) -> str:
+    """A name for people, quoted: one that is no text as the bytes that it is on the disk."""
+    if is_valid_unicode(name):
+        return repr(name)
+    try:
+        return repr(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return ascii(name)
+
+
+def check_writable(clips: Iterable[Clip]) -> None:
+    """Raises UsageError for a clip of which a cache could not hold all that it keeps: the one door
+    for what becomes of names on disks, in lists and in archives."""
+    for clip in clips:
+        target = clip.target
+        of_target = () if target is None else (target.label, target.sequence, *target.frames)
+        bad = [name for name in (clip.key, str(clip.path), *of_target) if not is_plain_name(name)]
+        bad += [text for text in (clip.label, clip.split) if text and not is_valid_unicode(text)]
+        if bad:
+            raise UsageError(
+                f"{shown_name(bad[0])}: a name that a cache cannot hold, wanted one line of "
+                "valid UTF-8: rename the file, or correct the list or archive"
+            )
 
 
 def stored_size(path: Path, source: ClipSource | None) -> int:

@@ -4,7 +4,7 @@
     a folder                     videos, frame folders, archives  known by their path inside it
     .txt, .csv, .jsonl           what it names                    known by their path in the root
     .tar                         its videos                       known by their path in it
-    .zip, .zip.part000, ...      its frame folders                known by their path in it
+    .zip, .zip.part000, ...      its videos and frame folders     known by their path in it
 
 The key is what the plan, the shards and the seeds of the windows know a clip by. It never holds a
 path of the machine. An archive is like the folder it would unpack to, and gives the same keys.
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...shards.errors import UsageError
+from .archive import archive_of, find_parts
 from .clip import (
     VIDEO_SUFFIXES,
     WANTED_FRAMES,
@@ -30,7 +31,7 @@ from .clip import (
 )
 from .lists import LIST_SUFFIXES, find_in_list
 from .tars import find_in_tar
-from .zips import archive_of, find_in_zip, find_parts
+from .zips import find_in_zip
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
             get the same key, or an archive or list that is damaged or leads out of its folder.
     """
     clips: dict[str, Clip] = {}
-    given = list(dict.fromkeys(_archive_or_self(Path(path).absolute()) for path in paths))
+    absolute = [Path(path).absolute() for path in paths]
+    given = list(dict.fromkeys(archive_of(path) or path for path in absolute))
     base = None if root is None else Path(os.path.normpath(Path(root).absolute()))
     if base is not None and not exists(base) and not find_parts(base):
         raise UsageError(f"{root}: no such folder: check --root")
@@ -60,13 +62,21 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
         found, prefix = _search_given(path, root=base)
         for clip in found:
             parts = (prefix if len(given) > 1 else "", clip.name)
-            key = _valid_unicode("/".join(filter(None, parts)) or path.resolve().name)
+            key = "/".join(filter(None, parts)) or path.resolve().name
             if key in clips:
                 raise UsageError(
                     f"{clip.path} and {clips[key].path}: both would be clip {key!r}: "
                     "rename one, or give one folder that holds both"
                 )
-            clips[key] = _to_clip(key, clip)
+            size = clip.size_bytes
+            clips[key] = Clip(
+                key=key,
+                path=clip.path,
+                size_bytes=stored_size(clip.path, clip.source) if size is None else size,
+                source=clip.source,
+                label=clip.label,
+                split=clip.split,
+            )
     if not clips:
         searched = ", ".join(map(str, paths))
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
@@ -146,23 +156,6 @@ def _search_archive(
         logger.warning("%s: holds no clips; left out", archive)
 
 
-def _archive_or_self(path: Path) -> Path:
-    """The archive that `path` is a part of; `path` itself if it is none."""
-    return archive_of(path) or path
-
-
-def _to_clip(key: str, found: ClipCandidate) -> Clip:
-    size = found.size_bytes
-    return Clip(
-        key=key,
-        path=found.path,
-        size_bytes=stored_size(found.path, found.source) if size is None else size,
-        source=found.source,
-        label=None if found.label is None else _valid_unicode(found.label),
-        split=None if found.split is None else _valid_unicode(found.split),
-    )
-
-
 def _check_missing(clips: dict[str, Clip]) -> None:
     """Refuses a list none of whose files is there; a few missing ones are only quarantined."""
     missing = [
@@ -178,11 +171,3 @@ def _check_missing(clips: dict[str, Clip]) -> None:
     if missing:
         first = missing[0].path
         logger.warning("%d of %d clips are not there, first %s", len(missing), len(clips), first)
-
-
-def _valid_unicode(name: str) -> str:
-    """`name` with every byte that is no UTF-8 written as backslash escapes."""
-    try:
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError as error:
-        raise UsageError(f"the name {name!r} is no valid text: rename it") from error

@@ -21,7 +21,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...shards.errors import UsageError
-from .clip import ClipCandidate, exists, raise_unreadable, without_suffix
+from .clip import (
+    ClipCandidate,
+    exists,
+    is_plain_name,
+    raise_unreadable,
+    shown_name,
+    without_suffix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +83,16 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[ClipCand
 def _resolve_in_root(where: str, text: str, *, root: Path, real_root: Path) -> Path:
     """The file of that path, as written and behind all links inside of the root: a list from
     elsewhere reads nothing but the videos."""
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        text = ""
-    if not text or "\0" in text:
-        raise UsageError(f"{where}: got the path {text!r}, wanted that of a video: correct it")
+    if not text or not is_plain_name(text):
+        raise UsageError(
+            f"{where}: got the path {shown_name(text)}, wanted that of a video, valid UTF-8: "
+            "correct it, or rename the file"
+        )
+    if PurePosixPath(text).suffix.lower() in LIST_SUFFIXES:
+        raise UsageError(
+            f"{where}: {text} is a list itself, and lists cannot be nested: give both lists, or "
+            "name its videos here"
+        )
     file = Path(os.path.normpath(root / text))
     real = Path(os.path.realpath(file))  # unlike Path.resolve it takes a loop of links
     if not file.is_relative_to(root) or not real.is_relative_to(real_root):

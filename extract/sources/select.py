@@ -8,19 +8,21 @@ from pathlib import Path
 from ...shards.errors import UsageError
 from ...shards.plan import plan_order
 from ..config import ExtractConfig
-from .clip import Clip, without_suffix
+from .clip import Clip, check_writable, without_suffix
 from .find import find_clips
 
 logger = logging.getLogger(__name__)
 
 
 def clips_of(config: ExtractConfig) -> list[Clip]:
-    """The clips that an extraction is to read, sorted by key; UsageError where there are none."""
+    """The clips that an extraction is to read, sorted by key; UsageError where there are none, and
+    for names that cannot be stored."""
     clips = find_clips(config.videos, root=config.root)
     if config.exclude is not None:
         clips = without_excluded(clips, Path(config.exclude))
     if config.split is not None:
         clips = of_split(clips, config.split)
+    check_writable(clips)
     if config.limit is not None:
         clips = first_clips(clips, config.limit, seed=config.seed)
     return clips

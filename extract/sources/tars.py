@@ -8,20 +8,16 @@ What is lost is named, or the tar is refused: a video that the end of the file c
 that goes to quarantine; where not even a name is left, nothing of the tar is used.
 """
 
-import io
-import json
 import logging
-import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ...shards.errors import UsageError
 from .clip import (
     VIDEO_SUFFIXES,
     ClipCandidate,
+    SampleMetadata,
     Stamp,
     TarVideo,
     Unreadable,
@@ -31,70 +27,8 @@ from .clip import (
 
 logger = logging.getLogger(__name__)
 
-MAX_METADATA_BYTES = 2**20
 _BLOCK_BYTES = 512
 _READ_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class FileSlice:
-    """A video that is a part of a file: `size` bytes from `offset` on."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def open(self) -> "SliceReader":
-        """A file object of these bytes only; OSError where the file cannot be opened."""
-        return SliceReader(self)
-
-    def read(self) -> bytes:
-        """All of it."""
-        with self.open() as file:
-            return file.read()
-
-
-class SliceReader(io.RawIOBase):
-    """A seekable file that begins and ends with the slice."""
-
-    def __init__(self, part: FileSlice) -> None:
-        self._descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._part = part
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._part.size}
-        if start[whence] + offset < 0:
-            raise ValueError(f"seek to {start[whence] + offset}, before the start")
-        self._position = start[whence] + offset
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        left = max(0, self._part.size - self._position)
-        view = memoryview(buffer).cast("B")[:left]
-        count = os.preadv(self._descriptor, [view], self._part.offset + self._position)
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
-
-
-@dataclass
-class _Metadata:
-    label: str | None = None
-    split: str | None = None
 
 
 def find_in_tar(path: Path) -> Iterator[ClipCandidate]:
@@ -104,8 +38,7 @@ def find_in_tar(path: Path) -> Iterator[ClipCandidate]:
     a member whose name leads out of it.
     """
     videos: list[ClipCandidate] = []
-    metadata: dict[str, _Metadata] = {}
-    bad_metadata: list[str] = []
+    metadata = SampleMetadata(path)
     try:
         stamp = file_stamp(path)
         with tarfile.open(path, "r:") as tar:
@@ -113,10 +46,10 @@ def find_in_tar(path: Path) -> Iterator[ClipCandidate]:
                 name = PurePosixPath(member.name)
                 if name.suffix.lower() in VIDEO_SUFFIXES and not member.isdir():
                     videos.append(_video(path, name.as_posix(), member, stamp))
-                elif name.suffix.lower() in (".json", ".cls") and member.isreg():
-                    known = metadata.setdefault(_base(name), _Metadata())
-                    if not _read_metadata(tar, member, known):
-                        bad_metadata.append(member.name)
+                elif name.suffix.lower() in SampleMetadata.SUFFIXES and member.isreg():
+                    small = member.size <= SampleMetadata.MAX_BYTES
+                    file = tar.extractfile(member) if small else None
+                    metadata.read(name.as_posix(), b"" if file is None else file.read())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): check it") from error
     except UsageError:
@@ -126,12 +59,7 @@ def find_in_tar(path: Path) -> Iterator[ClipCandidate]:
             f"{path}: cannot be read as an uncompressed tar ({error}): get it again; unpack a "
             "compressed one"
         ) from error
-    if bad_metadata:
-        first = bad_metadata[0]
-        logger.warning("%s: %d members give no metadata, first %s", path, len(bad_metadata), first)
-    for video in videos:
-        known = metadata.get(_base(PurePosixPath(video.name)), _Metadata())
-        yield replace(video, label=known.label, split=known.split)
+    yield from metadata.add_to(videos)
 
 
 def _members(tar: tarfile.TarFile, path: Path, *, size: int) -> Iterator[tarfile.TarInfo]:
@@ -166,35 +94,6 @@ def _video(path: Path, name: str, member: tarfile.TarInfo, stamp: Stamp) -> Clip
     if reason is not None:
         return ClipCandidate(name, path, Unreadable(reason), size_bytes=member.size)
     return ClipCandidate(name, path, TarVideo(member.offset_data, stamp), size_bytes=member.size)
-
-
-def _base(name: PurePosixPath) -> str:
-    """What the members of one sample have in common: the name up to its first dot."""
-    return (name.parent / name.name.partition(".")[0]).as_posix()
-
-
-def _read_metadata(tar: tarfile.TarFile, member: tarfile.TarInfo, metadata: _Metadata) -> bool:
-    """Takes label and split from a .json or .cls member; False where there are none to take."""
-    file = tar.extractfile(member) if member.size <= MAX_METADATA_BYTES else None
-    text = file.read() if file is not None else b""
-    try:
-        if member.name.lower().endswith(".cls"):
-            metadata.label = text.decode().strip() or None
-            return metadata.label is not None
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(fields, dict):
-        return False
-    for name in ("label", "split"):
-        value = fields.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if value is not None and not isinstance(value, str):
-            return False
-        if value:
-            setattr(metadata, name, value)
-    return True
 
 
 def _check_end(path: Path, end: int, size: int) -> None:

@@ -1,34 +1,38 @@
-"""Zip archives of frame folders -> clips; the frames are read where they lie.
+"""Zip archives of videos and of frame folders -> clips, which are read where they lie.
 
-    NAME.zip, or pieces of it in order, as `split` makes them: NAME.zip.part000, NAME.zip.part001,
-    ...; NAME.zip.000 or .001 on are taken too. Nothing is joined on disk.
+    NAME.mp4, NAME.json, NAME.cls      a video and what is known of it, as in tars
+    CLIP/<anything>_<seconds>.jpg      the frames of a clip
 
     entries' data ... | directory: one record an entry | end record (zip64: 3) | comment
 
 Only the directory of an archive is read to find its clips, once and in order; a clip keeps the
 places of its part of it. Our own reader, because `zipfile` keeps an object of some 600 bytes for
-every entry: Kinetics as frames has 136 million. Sizes are checked before a frame is unpacked, and
-never more is unpacked than the archive says.
+every entry: Kinetics as frames has 136 million. A stored video is decoded in place, a deflated one
+from a temporary file without a name. Sizes are checked before anything is unpacked, never more is
+unpacked than the archive says, and nothing is used that is not what its checksum says.
 """
 
 import logging
-import os
-import re
 import struct
+import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ...shards.errors import ClipError, DeltatokError, UsageError
+from .archive import ArchiveFile, FileSlice
 from .clip import (
     FRAME_NAME,
     VIDEO_SUFFIXES,
-    WANTED_FRAMES,
     ClipCandidate,
-    Stamp,
+    ClipSource,
+    SampleMetadata,
+    Unreadable,
     ZipFolder,
+    ZipVideo,
     check_member,
     frame_seconds,
     warn_whole_numbers,
@@ -36,14 +40,16 @@ from .clip import (
 
 logger = logging.getLogger(__name__)
 
-PART_NAME = re.compile(r"(?P<archive>.+\.zip)\.(?:part)?(?P<number>[0-9]{2,6})", re.IGNORECASE)
-
 MAX_FRAME_BYTES = 64 * 2**20
 """A frame as a file; an uncompressed 4K frame has 25 MB (a guess)."""
 
+MAX_VIDEO_BYTES = 4 * 2**30
+"""A deflated video, unpacked: so much room a decoding process may take on the disk for temporary
+files (a guess). Stored ones are not unpacked."""
+
 MAX_RATIO = 100
-"""Unpacked over packed bytes of a frame, where it is larger than 1 MiB: photographs do not get
-smaller in a zip; archives made to fill a disk reach 1000 (a guess)."""
+"""Unpacked over packed bytes, above 1 MiB: photographs and videos do not get smaller in a zip;
+archives made to fill a disk reach 1000 (a guess)."""
 
 MAX_RUNS = 1000
 """Parts of the directory a clip may be spread over before all between them counts as its part too
@@ -57,96 +63,10 @@ _MAX_COMMENT = 65535
 _MAX_RECORD = _RECORD.size + 3 * 65535
 _FULL = 0xFFFFFFFF
 _BLOCK_BYTES = 4 * 2**20
+_PACKED_BYTES = 2**16
+"""Unpacked at once: at most 64 MiB come out."""
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-
-
-def archive_of(path: Path) -> Path | None:
-    """The zip archive that `path` is or is a part of; None for another name."""
-    if path.suffix.lower() == ".zip":
-        return path
-    match = PART_NAME.fullmatch(path.name)
-    return path.with_name(match["archive"]) if match else None
-
-
-def find_parts(archive: Path) -> list[Path]:
-    """The files that make the archive, in order; empty if there are none.
-
-    Raises UsageError for a part that is missing between others, and for parts of two kinds.
-    """
-    if archive.is_file():
-        return [archive]
-    numbered: dict[int, Path] = {}
-    folder = archive.parent
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = PART_NAME.fullmatch(path.name)
-        if match is None or match["archive"] != archive.name or not path.is_file():
-            continue
-        number = int(match["number"])
-        if number in numbered:
-            raise UsageError(f"{path} and {numbered[number].name}: both part {number}: keep one")
-        numbered[number] = path
-    first = min(numbered, default=0)
-    missing = sorted(set(range(min(first, 1), max(numbered, default=-1) + 1)) - numbered.keys())
-    if first == 1:  # 7-Zip counts from .001 on, split from .part000
-        missing = [number for number in missing if number]
-    if missing:
-        raise UsageError(
-            f"{archive}: part {missing[0]} is missing beside {numbered[first].name}: put all "
-            "parts into one folder"
-        )
-    return [numbered[number] for number in sorted(numbered)]
-
-
-class ZipParts:
-    """The bytes of an archive by position, over all of its parts."""
-
-    def __init__(self, archive: Path) -> None:
-        """Raises UsageError where it is not there, OSError where it cannot be opened."""
-        paths = find_parts(archive)
-        if not paths:
-            raise UsageError(f"{archive}: no such archive, nor parts of it: check the path")
-        self._descriptors: list[int] = []
-        self._starts = [0]
-        changed_ns = 0
-        try:
-            for path in paths:
-                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                status = os.fstat(self._descriptors[-1])
-                self._starts.append(self._starts[-1] + status.st_size)
-                changed_ns = max(changed_ns, status.st_mtime_ns)
-        except OSError:
-            self.close()
-            raise
-        self.size = self._starts[-1]
-        """Bytes of all parts together."""
-        self.stamp: Stamp = (self.size, changed_ns)
-
-    def pread(self, size: int, position: int) -> bytes:
-        """`size` bytes from `position` on; fewer where the archive ends."""
-        pieces: list[bytes] = []
-        for descriptor, start, end in zip(
-            self._descriptors, self._starts, self._starts[1:], strict=False
-        ):
-            while size > 0 and start <= position < end:
-                piece = os.pread(descriptor, min(size, end - position), position - start)
-                if not piece:
-                    return b"".join(pieces)
-                pieces.append(piece)
-                position += len(piece)
-                size -= len(piece)
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        """Closes the files; a second call does nothing."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
-    def __enter__(self) -> "ZipParts":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class BadZip(DeltatokError):
@@ -179,8 +99,13 @@ class ZipEntry(NamedTuple):  # made 136 million times: a third of what a datacla
     """Of its record in the archive."""
     record_bytes: int
 
+    @property
+    def end(self) -> int:
+        """Of its data in the archive, at the least."""
+        return self.header_offset + _LOCAL_HEADER.size + len(self.name) + self.stored_bytes
 
-def find_directory(parts: ZipParts) -> Directory:
+
+def find_directory(parts: ArchiveFile) -> Directory:
     """Where the directory lies; BadZip for an archive that is cut short or was changed."""
     tail_bytes = min(parts.size, _END.size + _MAX_COMMENT)
     tail_start = parts.size - tail_bytes
@@ -207,7 +132,7 @@ def find_directory(parts: ZipParts) -> Directory:
     return Directory(offset, size, total)
 
 
-def read_entries(parts: ZipParts, offset: int, size: int) -> Iterator[ZipEntry]:
+def read_entries(parts: ArchiveFile, offset: int, size: int) -> Iterator[ZipEntry]:
     """The entries listed in these bytes of the directory, in order; BadZip where they are not
     whole records."""
     data, start, end = b"", offset, offset + size
@@ -271,12 +196,12 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
 class ZipImages:
     """The frames of one folder of an archive."""
 
-    def __init__(self, parts: ZipParts, source: ZipFolder) -> None:
+    def __init__(self, archive: ArchiveFile, source: ZipFolder) -> None:
         """BadZip where its part of the directory is not as it was."""
-        self._parts = parts
+        self._archive = archive
         self._entries: dict[str, ZipEntry] = {}
         for offset, size in source.runs:
-            for entry in read_entries(parts, offset, size):
+            for entry in read_entries(archive, offset, size):
                 folder, _, name = entry_name(entry.name).rpartition("/")
                 if folder == source.folder and frame_seconds(name) is not None:
                     if name in self._entries:
@@ -294,42 +219,92 @@ class ZipImages:
 
     def read(self, name: str) -> bytes:
         entry = self._entries[name]
-        _check_entry(name, entry)
-        header = self._parts.pread(_LOCAL_HEADER.size + len(entry.name), entry.header_offset)
-        # The name is there a second time: a damaged directory gives no frame of another clip.
-        if not (header.startswith(b"PK\3\4") and header[_LOCAL_HEADER.size :] == entry.name):
-            raise _damaged(name, "does not lie where the archive says")
-        *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(header)
-        start = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        stored = self._parts.pread(entry.stored_bytes, start)
-        if len(stored) < entry.stored_bytes:
-            raise _damaged(name, "is cut short")
-        data = stored if entry.method == _STORED else _inflate(name, stored, entry.size_bytes)
-        if len(data) != entry.size_bytes or zlib.crc32(data) != entry.crc32:
-            raise _damaged(name, "is not what its checksum says")
-        return data
+        _check_size(name, entry, max_bytes=MAX_FRAME_BYTES, what="frame")
+        return b"".join(_unpack(self._archive, name, entry, _data_start(self._archive, entry)))
 
 
-def _check_entry(name: str, entry: ZipEntry) -> None:
-    if entry.encrypted or entry.method not in (_STORED, _DEFLATED):
-        raise _damaged(name, f"is encrypted or compressed in another way ({entry.method})")
-    largest = max(entry.size_bytes, entry.stored_bytes)
+@contextmanager
+def opened_video(path: Path, archive: ArchiveFile, source: ZipVideo) -> Iterator[FileSlice]:
+    """A video of the archive at `path`, whole and checked.
+
+    Raises BadZip where its part of the directory is not as it was, ClipError where the video is
+    damaged, encrypted or too large, OSError where there is no room to unpack it.
+    """
+    (entry,) = read_entries(archive, *source.record)
+    name = PurePosixPath(entry_name(entry.name)).name
+    start = _data_start(archive, entry)
+    if entry.method == _STORED:
+        for _ in _unpack(archive, name, entry, start):
+            pass  # held against its checksum
+        yield FileSlice(path, start, entry.size_bytes)
+        return
+    _check_size(name, entry, max_bytes=MAX_VIDEO_BYTES, what="video")
+    with tempfile.TemporaryFile() as file:  # without a name: nothing of it outlives a kill
+        file.writelines(_unpack(archive, name, entry, start))
+        file.flush()
+        yield FileSlice(Path(f"/dev/fd/{file.fileno()}"), 0, entry.size_bytes)
+
+
+def _check_size(name: str, entry: ZipEntry, *, max_bytes: int, what: str) -> None:
     bomb = entry.size_bytes > max(2**20, MAX_RATIO * entry.stored_bytes)
-    if largest > MAX_FRAME_BYTES or bomb:
+    if bomb or max(entry.size_bytes, entry.stored_bytes) > max_bytes:
         raise _damaged(
-            name, f"would unpack from {entry.stored_bytes} to {entry.size_bytes} bytes, no frame"
+            name, f"would unpack from {entry.stored_bytes} to {entry.size_bytes} bytes, no {what}"
         )
 
 
-def _inflate(name: str, stored: bytes, size: int) -> bytes:
-    try:
-        return zlib.decompressobj(-15).decompress(stored, size + 1)
-    except zlib.error as error:
-        raise _damaged(name, f"cannot be unpacked ({error})") from error
+def _data_start(archive: ArchiveFile, entry: ZipEntry) -> int:
+    """Where its stored bytes begin; ClipError unless they are there and can be read."""
+    name = PurePosixPath(entry_name(entry.name)).name
+    if entry.encrypted or entry.method not in (_STORED, _DEFLATED):
+        raise _damaged(name, f"is encrypted or compressed in another way ({entry.method})")
+    header = archive.pread(_LOCAL_HEADER.size + len(entry.name), entry.header_offset)
+    # The name is there a second time: a damaged directory gives no bytes of another clip.
+    if not (header.startswith(b"PK\3\4") and header[_LOCAL_HEADER.size :] == entry.name):
+        raise _damaged(name, "does not lie where the archive says")
+    *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(header)
+    return int(entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes)
+
+
+def _unpack(archive: ArchiveFile, name: str, entry: ZipEntry, start: int) -> Iterator[bytes]:
+    """The content of an entry in pieces; ClipError as soon as it is not what the archive says."""
+    inflate = zlib.decompressobj(-15)
+    size = crc = 0
+    for position in range(start, start + entry.stored_bytes, _PACKED_BYTES):
+        left = min(_PACKED_BYTES, start + entry.stored_bytes - position)
+        data = archive.pread(left, position)
+        if len(data) < left:
+            raise _damaged(name, "is cut short")
+        try:
+            data = data if entry.method == _STORED else inflate.decompress(data)
+        except zlib.error as error:
+            raise _damaged(name, f"cannot be unpacked ({error})") from error
+        size, crc = size + len(data), zlib.crc32(data, crc)
+        if size > entry.size_bytes:
+            break
+        yield data
+    if size != entry.size_bytes or crc != entry.crc32:
+        raise _damaged(name, "is not what its checksum says")
 
 
 def _damaged(name: str, what: str) -> ClipError:
     return ClipError(f"{name} {what}", stage="decode")
+
+
+def _overlapping(entries: Iterable[ZipEntry]) -> Iterator[tuple[ZipEntry, ZipEntry]]:
+    """Pairs of entries that share bytes of the archive, as only those made to do harm do; every
+    entry that does is the first of a pair."""
+    last: ZipEntry | None = None
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if last is not None and entry.header_offset < last.end:
+            yield entry, last
+            yield last, entry
+        if last is None or entry.end > last.end:
+            last = entry
+
+
+def _overlaps(entry: ZipEntry, other: ZipEntry) -> str:
+    return f"{entry_name(entry.name)} shares bytes of the archive with {entry_name(other.name)}"
 
 
 @dataclass
@@ -343,52 +318,63 @@ class _Folder:
     """(first byte, end)"""
 
 
-def find_in_zip(archive: Path) -> Iterator[ClipCandidate]:
-    """The frame folders of the archive.
+def find_in_zip(path: Path) -> Iterator[ClipCandidate]:
+    """The videos of the archive, with their class and split where it names them, and its frame
+    folders.
 
     Raises UsageError for an archive that is cut short, lacks a part, or has an entry whose name
     leads out of the archive.
     """
     try:
-        with ZipParts(archive) as parts:
-            folders, num_videos = _read_folders(parts, archive)
-            stamp = parts.stamp
+        with ArchiveFile(path) as archive:
+            folders, videos, metadata = _read_directory(archive, path)
+            stamp = archive.stamp
     except OSError as error:
-        raise UsageError(f"{archive}: cannot be read ({error.strerror}): check it") from error
+        raise UsageError(f"{path}: cannot be read ({error.strerror}): check it") from error
     except BadZip as error:
-        raise UsageError(f"{archive}: {error}: get it again, and all parts of it") from error
-    if num_videos:
-        logger.warning(
-            "%s: %d videos in it are not read: from a zip only %s are; unpack it, or make a tar",
-            archive,
-            num_videos,
-            WANTED_FRAMES,
-        )
+        raise UsageError(f"{path}: {error}: get it again, and all parts of it") from error
+    overlapping = {entry: _overlaps(entry, other) for entry, other in _overlapping(videos)}
+    clips = []
+    for entry in videos:
+        name = _without_dots(entry_name(entry.name))
+        source: ClipSource = ZipVideo((entry.record_offset, entry.record_bytes), stamp)
+        if entry in overlapping:
+            source = Unreadable(overlapping[entry])
+        clips.append(ClipCandidate(name, path, source, size_bytes=entry.size_bytes))
+    yield from metadata.add_to(clips)
     for raw in sorted(folders):
         folder, name = folders[raw], entry_name(raw)
         if not folder.has_seconds:
-            warn_whole_numbers(f"{archive}: {name}")
+            warn_whole_numbers(f"{path}: {name}")
             continue
-        source = ZipFolder(folder=name, runs=_joined(folder.runs), stamp=stamp)
-        yield ClipCandidate(_without_dots(name), archive, source, size_bytes=folder.stored_bytes)
+        frames = ZipFolder(folder=name, runs=_joined(folder.runs), stamp=stamp)
+        yield ClipCandidate(_without_dots(name), path, frames, size_bytes=folder.stored_bytes)
 
 
-def _read_folders(parts: ZipParts, archive: Path) -> tuple[dict[bytes, _Folder], int]:
-    """Every folder that has frames, and how many videos there are beside them."""
-    directory = find_directory(parts)
+def _read_directory(
+    archive: ArchiveFile, path: Path
+) -> tuple[dict[bytes, _Folder], list[ZipEntry], SampleMetadata]:
+    """Every folder that has frames, every video, and what other entries say of the videos."""
+    directory = find_directory(archive)
     folders: dict[bytes, _Folder] = {}
-    num_entries = num_videos = 0
+    videos: list[ZipEntry] = []
+    about: list[ZipEntry] = []
+    num_entries = 0
     current, folder = b"", _Folder()
-    for entry in read_entries(parts, directory.offset, directory.size):
+    for entry in read_entries(archive, directory.offset, directory.size):
         num_entries += 1
         parent, _, name = entry.name.rpartition(b"/")
         match = FRAME_NAME.fullmatch(name)
         if match is None or name.startswith(b"."):
-            num_videos += PurePosixPath(entry_name(name)).suffix.lower() in VIDEO_SUFFIXES
-            check_member(entry_name(entry.name), archive)
+            check_member(entry_name(entry.name), path)
+            suffix = PurePosixPath(entry_name(name)).suffix.lower()
+            if suffix in VIDEO_SUFFIXES and not name.startswith(b"."):
+                videos.append(entry)
+            elif suffix in SampleMetadata.SUFFIXES:
+                about.append(entry)
             continue
         if parent != current or num_entries == 1:
-            check_member(entry_name(entry.name), archive)
+            check_member(entry_name(entry.name), path)
             current, folder = parent, folders.setdefault(parent, _Folder())
         folder.stored_bytes += entry.stored_bytes
         folder.has_seconds = folder.has_seconds or match[2] is not None
@@ -398,7 +384,20 @@ def _read_folders(parts: ZipParts, archive: Path) -> tuple[dict[bytes, _Folder],
         folder.runs.append((start, end))
     if num_entries != directory.num_entries:
         raise BadZip(f"lists {num_entries} entries, its end says {directory.num_entries}")
-    return folders, num_videos
+    metadata = SampleMetadata(path)
+    for entry in about if videos else []:
+        metadata.read(_without_dots(entry_name(entry.name)), _content(archive, entry))
+    return folders, videos, metadata
+
+
+def _content(archive: ArchiveFile, entry: ZipEntry) -> bytes:
+    """Of a small entry; empty where there is none to be had."""
+    name = entry_name(entry.name)
+    try:
+        _check_size(name, entry, max_bytes=SampleMetadata.MAX_BYTES, what="metadata")
+        return b"".join(_unpack(archive, name, entry, _data_start(archive, entry)))
+    except ClipError:
+        return b""
 
 
 def _joined(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...extract.config import ExtractConfig
 from ...shards.errors import UsageError
+from ..alive import SignOfLife
 from ..cli import Command, Parser, config_from_arguments, load_name, read_yaml, run_command
 
 if TYPE_CHECKING:
@@ -101,13 +102,15 @@ class Source(Command):
     """What makes a CostPlan of the config and the number of clips to try."""
 
     def __call__(self, prog: str, words: Sequence[str]) -> None:
-        config_type = load_name(self.config)
-        parser = self.parser(prog, config_type, words)
-        _add_plan_flags(parser)
-        arguments = parser.parse_args(words)
-        config = config_from_arguments(config_type, arguments)
+        with SignOfLife("starting"):
+            config_type = load_name(self.config)
+            parser = self.parser(prog, config_type, words)
+            _add_plan_flags(parser)
+            arguments = parser.parse_args(words)
+            config = config_from_arguments(config_type, arguments)
         if arguments.plan:
-            plan = load_name(self.plan)(config, num_clips=arguments.probe_clips)
+            with SignOfLife("trying clips for the plan"):
+                plan = load_name(self.plan)(config, num_clips=arguments.probe_clips)
             _print_plan(plan, arguments.json)
             return
         for flag, value in (("--json", arguments.json), ("--probe-clips", arguments.probe_clips)):
@@ -157,13 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def from_videos(config: VideosConfig) -> str:
     """Makes the cache; gives what it is."""
     if config.tokenizer is None:
-        from ...extract.run import run_extraction
-
-        kind, result = "patch-token", run_extraction(config)
+        kind, run = "patch-token", "extract.run:run_extraction"
     else:
-        from ..fused import run_fused
-
-        kind, result = "delta-token", run_fused(config)
+        kind, run = "delta-token", "pipeline.fused:run_fused"
+    with SignOfLife("starting"):
+        extract = load_name(run)
+    result = extract(config)
     logging.info("%s", result.summary_line())
     return f"{kind} shards"
 

@@ -6,12 +6,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ...shards.errors import DeltatokError
 from ...shards.files import write_json
+from ..alive import SignOfLife
 from ..cli import PACKAGE, Parser, apply_settings, example_help, run_command
-from ..stages import Pipeline, read_pipeline, run_pipeline, stages_to_run
+from ..stages import (
+    Pipeline,
+    check_folders,
+    clock,
+    differences_of,
+    forget,
+    read_pipeline,
+    run_pipeline,
+    stages_to_run,
+)
 
 RUN_EXAMPLE = "deltatok-pipeline run configs/quickstart.yaml --set tokenizer.steps=2000"
 
@@ -58,6 +69,14 @@ def _parser() -> Parser:
             metavar="STAGE.KEY=VALUE",
             help="any setting of a stage, as the stage's own command names it",
         )
+    for kind in (run, quick):
+        kind.add_argument(
+            "--again",
+            action="append",
+            default=[],
+            metavar="STAGE",
+            help="remove what this stage made, and all that was made of it, and make it anew",
+        )
     return parser
 
 
@@ -95,10 +114,11 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from ..doctor import examine
 
     broken = []
-    for finding in examine(arguments.out, offline=arguments.offline):
-        print(f"{finding.state:<8} {finding.part:<18} {finding.text}", flush=True)
-        if finding.needed and finding.state != "ok":
-            broken.append(finding.part)
+    with SignOfLife("trying the next part"):
+        for finding in examine(arguments.out, offline=arguments.offline):
+            print(f"{finding.state:<8} {finding.part:<18} {finding.text}", flush=True)
+            if finding.needed and finding.state != "ok":
+                broken.append(finding.part)
     if broken:
         raise DeltatokError(f"nothing works without {', '.join(broken)}: see above")
 
@@ -161,26 +181,47 @@ def _run(words: list[str]) -> None:
     if arguments.kind in others:
         others[arguments.kind](arguments)
         return
-    file = quickstart_file() if arguments.kind == "quickstart" else arguments.config
+    is_quickstart = arguments.kind == "quickstart"
+    file = quickstart_file() if is_quickstart else arguments.config
     pipeline = read_pipeline(file, out=arguments.out, settings=arguments.set)
     if arguments.kind == "plan":
-        _print_plan(pipeline)
+        print(_plan_text(pipeline))
         return
-    seconds = run_pipeline(pipeline)
+    again = "quickstart" if is_quickstart else f"run {file}"
+    out = f" --out {arguments.out}" if arguments.out else ""
+    for folder in forget(pipeline, arguments.again):
+        print(f"removed {folder}", file=sys.stderr)
+    check_folders(pipeline, f"deltatok-pipeline {again}{out} --again")
+    print(_plan_text(pipeline), file=sys.stderr)
+    # A file of one's own may run for days into a log, where its stages' own lines are enough.
+    with SignOfLife("at work") if is_quickstart or sys.stderr.isatty() else nullcontext() as life:
+        seconds = run_pipeline(pipeline, life=life)
     report = _report_folder(pipeline)
     if report is None:
         print(f"results: {pipeline.out}")
         return
-    _add_seconds(report / "report.json", seconds)
-    print(f"report: {report / 'report.html'}")
+    values = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    values["seconds"] = values.get("seconds", {}) | {"stages": seconds}
+    write_json(report / "report.json", values)
+    print(values["expected_order"]["text"])
+    print(f"report: {(report / 'report.html').resolve().as_uri()}")
 
 
-def _print_plan(pipeline: Pipeline) -> None:
-    todo = stages_to_run(pipeline)
+def _plan_text(pipeline: Pipeline) -> str:
+    """What is done and what would run, how long and how large."""
+    todo, lines = stages_to_run(pipeline), []
     for stage in pipeline.stages:
-        state = f"to run, about {stage.seconds:.0f} s" if stage in todo else "done"
-        print(f"{stage.name:<16} {stage.command:<28} {state}")
-    print(f"results: {pipeline.out}")
+        state = f"about {clock(stage.seconds)}" if stage in todo else "done"
+        if found := differences_of(pipeline, stage):
+            state = f"was run otherwise: {'; '.join(found[:3])}"
+        lines.append(f"  {stage.name:<16} {stage.command:<28} {state}")
+    minutes = sum(stage.seconds for stage in todo) / 60
+    disk = f", {pipeline.gigabytes:g} GB of disk" if pipeline.gigabytes else ""
+    head = f"{len(todo)} of {len(lines)} stages to run into {pipeline.out}"
+    if todo:
+        head += f": about {minutes:.0f} minutes on two CPU cores{disk}; stopped, it goes on when "
+        head += "started again"
+    return "\n".join([head, *lines])
 
 
 def _report_folder(pipeline: Pipeline) -> Path | None:
@@ -189,10 +230,3 @@ def _report_folder(pipeline: Pipeline) -> Path | None:
         if stage.command == "deltatok-evaluate forecast":
             return Path(stage.settings["out"])
     return None
-
-
-def _add_seconds(file: Path, seconds: dict[str, float]) -> None:
-    """Put the wall time of every stage into report.json."""
-    report = json.loads(file.read_text(encoding="utf-8"))
-    report["seconds"] = report.get("seconds", {}) | {"stages": seconds}
-    write_json(file, report)

@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from tqdm import tqdm
+from typing import Any, Literal
 
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
-from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
+from ...shards.errors import DamagedShard, DeltatokError, UsageError
 from ...shards.files import living_partials, write_bytes, write_json
 from ...shards.patches.reader import PatchShards
 from ...shards.tools.export import ClipSelection, export_cache
@@ -22,12 +20,9 @@ from ...shards.tools.repair import Repaired, repair_cache
 from ...shards.tools.verify import VerifyReport, verify_cache
 from ..cli import Command, run_table
 
-if TYPE_CHECKING:
-    from ..audit import AuditReport
-
 logger = logging.getLogger(__name__)
 
-PROGRESS_EVERY_S = 5.0
+PROGRESS_EVERY_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +130,6 @@ class BenchConfig:
     """A finished cache folder."""
     batch_size: int | None = None
     """Windows (deltas) or pairs (patches) [1024; 448]."""
-    workers: str = "0,1"
-    """Threads that read ahead, several numbers with commas."""
     residency: tuple[Literal["memory", "map", "stream"], ...] = ()
     """The first is the headline; none given: what auto chooses, and map."""
     rounds: int = 5
@@ -152,17 +145,6 @@ class BenchConfig:
         batch_size = 1 if self.batch_size is None else self.batch_size
         if min(self.rounds, batch_size) < 1 or not self.seconds > 0:
             raise UsageError("--rounds, --batch-size and --seconds: wanted more than 0")
-        self.num_workers()
-
-    def num_workers(self) -> tuple[int, ...]:
-        """`workers` as numbers; UsageError if they are none."""
-        try:
-            numbers = tuple(int(part) for part in self.workers.split(","))
-        except ValueError:
-            numbers = (-1,)
-        if min(numbers) < 0 or max(numbers) > 64:
-            raise UsageError(f"--workers {self.workers}: wanted numbers from 0 to 64, like 0,1,2")
-        return numbers
 
 
 COMMANDS = {
@@ -261,30 +243,38 @@ def verify(config: VerifyConfig) -> None:
     """Checks, then repairs or audits; prints every problem and raises DamagedShard if there is
     one that is left."""
     folder = Path(config.dir)
-    report = _verify(folder, deep=config.deep)
+    report = verify_cache(folder, deep=config.deep, progress=_progress("verify"))
     for problem in report.problems:
         print(problem)
-    found = _as_json(report)
+    found = {
+        "problems": [problem.text for problem in report.problems],
+        "shards": report.shards,
+        "windows": report.windows,
+        "bytes": report.bytes,
+        "damaged_shards": report.damaged,
+        "partials": report.partials,
+        "orphans": report.orphans,
+        "deep": report.is_deep,
+    }
     error: DeltatokError | None = None
     if config.repair:
         repaired = _repair(folder, report)
         error = _after_repair(folder, report, repaired)
-        found["repair"] = {
-            "removed": repaired.removed,
-            "shards": repaired.shards,
-            "rewritten": repaired.rewritten,
-        }
+        found["repair"] = dataclasses.asdict(repaired)
     elif report.problems:
         error = DamagedShard(
             f"{folder}: {report.problems[0]} ({len(report.problems)} problems in all); "
             "run it with --repair, then extract again"
         )
     if config.audit is not None and error is None:
-        audit = _audit(config, config.audit)
+        from ..audit import audit_cache
+
+        audit = audit_cache(config)
+        print("\n".join(audit.lines()))
         found["audit"] = dataclasses.asdict(audit)
         if audit.differing:
             error = DamagedShard(
-                f"{folder}: {len(audit.differing)} of {audit.windows} windows are not what the "
+                f"{folder}: {len(audit.differing)} of {audit.clips} clips are not what their "
                 "videos give, see above"
             )
     if config.json is not None:
@@ -299,16 +289,18 @@ def verify(config: VerifyConfig) -> None:
         )
 
 
-def _verify(folder: Path, *, deep: bool) -> VerifyReport:
-    # disable=None: no bar where nobody looks at a terminal.
-    with tqdm(desc="verify", unit="shard", disable=None, leave=False) as bar:
+def _progress(what: str) -> Callable[..., None]:
+    """What logs (shards done, all shards, ...) every few seconds, with the time left."""
+    start_s = last_s = time.monotonic()
 
-        def progress(done: int, total: int, num_bytes: int) -> None:
-            bar.total = total
-            bar.set_postfix_str(f"{num_bytes / 1e9:.2f} GB", refresh=False)
-            bar.update(done - bar.n)
+    def tell(done: int, total: int, *_: int) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if done and now_s - last_s >= PROGRESS_EVERY_S:
+            last_s, left_s = now_s, (now_s - start_s) * (total - done) / done
+            logger.info("%s: %d of %d shards, %.0f s left", what, done, total, left_s)
 
-        return verify_cache(folder, deep=deep, progress=progress)
+    return tell
 
 
 def _repair(folder: Path, report: VerifyReport) -> Repaired:
@@ -356,42 +348,9 @@ def _after_repair(folder: Path, before: VerifyReport, done: Repaired) -> Deltato
     return None
 
 
-def _audit(config: VerifyConfig, clips: int) -> "AuditReport":
-    from ..audit import AuditConfig, audit_cache
-
-    report = audit_cache(
-        AuditConfig(
-            cache=config.dir,
-            clips=clips,
-            videos=config.videos,
-            root=config.root,
-            backbone=config.backbone,
-            tokenizer=config.tokenizer,
-            device=config.device or "auto",
-            seed=config.seed or 0,
-        )
-    )
-    for line in report.lines():
-        print(line)
-    return report
-
-
-def _as_json(report: VerifyReport) -> dict[str, Any]:
-    return {
-        "problems": [problem.text for problem in report.problems],
-        "shards": report.shards,
-        "windows": report.windows,
-        "bytes": report.bytes,
-        "damaged_shards": report.damaged,
-        "partials": report.partials,
-        "orphans": report.orphans,
-        "deep": report.is_deep,
-    }
-
-
 def _write(path: str, found: dict[str, Any]) -> None:
     try:
-        write_json(Path(path), json.loads(json.dumps(found)))
+        write_json(Path(path), found)
     except OSError as error:
         raise UsageError(
             f"--json {path}: cannot be written ({error.strerror or error}): give another file"
@@ -414,7 +373,7 @@ def export(config: ExportConfig) -> str:
         windows_per_shard=config.windows_per_shard,
         dtype=config.dtype,
         compression=config.compression,
-        progress=_log_progress(),
+        progress=_progress("export"),
     )
     return f"{info.counts['windows']} windows: {config.out}"
 
@@ -428,21 +387,6 @@ def _read_keys(path: Path) -> frozenset[str]:
     if not keys:
         raise UsageError(f"--clips {path}: names no clip, wanted one key a line")
     return keys
-
-
-def _log_progress() -> Callable[[int, int], None]:
-    """Logs rate and time left every few seconds."""
-    start = last = time.monotonic()
-
-    def log(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= PROGRESS_EVERY_S:
-            last, rate = now, done / (now - start)
-            left_s = (total - done) / rate
-            logger.info("%d of %d shards, %.1f/s, %.0f s left", done, total, rate, left_s)
-
-    return log
 
 
 def preview(config: PreviewConfig) -> None:
@@ -459,29 +403,9 @@ def preview(config: PreviewConfig) -> None:
 
 def bench(config: BenchConfig) -> str:
     """The table of rates; raises what opening the cache does."""
-    info = read_cache_info(config.dir)
-    patches = info.format == PATCHES
-    if not info.complete:
-        raise CacheMismatch(
-            f"{config.dir}: is not finished: first let the command that makes it come to its end"
-        )
-    if info.counts.get("windows", 0) == 0:
-        raise UsageError(f"{config.dir}: holds no windows, so there is nothing to measure")
-    from ..bench import BenchSettings, bench_deltas, bench_patches, bench_table, first_residency
+    from ..bench import bench_cache, bench_table
 
-    auto = first_residency(Path(config.dir), patches=patches)
-    pairs = info.shape.num_frames - 1 if patches else 1
-    settings = BenchSettings(
-        batch_size=min(
-            config.batch_size or (448 if patches else 1024), info.counts["windows"] * pairs
-        ),
-        workers=config.num_workers(),
-        residencies=config.residency or tuple(dict.fromkeys((auto, "map"))),
-        rounds=config.rounds,
-        seconds=config.seconds,
-        cold=config.cold,
-    )
-    found = (bench_patches if patches else bench_deltas)(Path(config.dir), settings)
+    found = bench_cache(config)
     if config.json is not None:
-        write_json(Path(config.json), found)
-    return bench_table(found, "pairs" if patches else "windows")
+        _write(config.json, found)
+    return bench_table(found)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import DELTAS, read_cache_info
-from ..errors import CacheMismatch, DeltatokError, UsageError
+from ..errors import CacheMismatch, DeltatokError
 from ..files import partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
@@ -41,12 +41,15 @@ def write_delta_shard(
     CacheMismatch for rows of another shape than the cache's.
     """
     folder = Path(folder)
-    if block_windows < 1:
-        raise UsageError(f"block_windows is {block_windows}, wanted 1 or more")
     info = read_cache_info(folder, format=DELTAS)
     where = f"{folder}: shard {shard:06d}"
     num_windows, num_frames = len(rows.tokens), info.shape.num_frames
-    _check_tokens(rows, (num_windows, num_frames, info.shape.hidden_size), where=where)
+    wanted = (num_windows, num_frames, info.shape.hidden_size)
+    if rows.tokens.shape != wanted or rows.tokens.dtype != np.float16:
+        raise CacheMismatch(
+            f"{where}: tokens is {rows.tokens.dtype} {rows.tokens.shape}, wanted float16 {wanted} "
+            "as in cache.json: use the tokenizer the cache was made with"
+        )
     rows.check_columns(num_windows=num_windows, num_frames=num_frames, where=where)
     _check_finite(rows, where=where)
     order = np.arange(num_windows)
@@ -69,15 +72,6 @@ def write_delta_shard(
         quarantined=list(rows.quarantined),
     )
     return commit_shard(folder, record, partial=partial, suffix=".tar")
-
-
-def _check_tokens(rows: ShardRows, shape: tuple[int, ...], *, where: str) -> None:
-    tokens = rows.tokens
-    if tokens.shape != shape or tokens.dtype != np.float16:
-        raise CacheMismatch(
-            f"{where}: tokens is {tokens.dtype} {tokens.shape}, wanted float16 {shape} as in "
-            "cache.json: use the tokenizer the cache was made with"
-        )
 
 
 def _check_finite(rows: ShardRows, *, where: str) -> None:

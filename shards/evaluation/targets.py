@@ -21,7 +21,7 @@ from ..npy import map_npy
 from ..patches.reader import PatchShards
 from ..plan import read_plan
 from .geometry import Cut
-from .labels import Kind, LabelRule, apply_rule, leads_out
+from .labels import PlanTarget, apply_rule, leads_out
 
 MAX_LABEL_PIXELS = 2**26
 """8192 x 8192: more is no label, but a file made to fill the memory (a guess)."""
@@ -32,22 +32,12 @@ _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, EOFError)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(PlanTarget):
     """A labelled frame: the last of the windows of one clip."""
 
     key: str
     """The clip's key: sequence/frame."""
-    sequence: str
-    """The video or drive it is a frame of."""
     split: str | None
-    kind: Kind
-    label: str
-    """Its label file: a posix path relative to the data set's folder."""
-    label_size: tuple[int, int]
-    """Height and width of the label in pixels, as `load_label` gives it."""
-    rule: LabelRule
-    frames: tuple[str, ...] = ()
-    """Its window's images in order, or the one video they are in: relative paths, for pictures."""
 
 
 def read_targets(cache_folder: Path | str) -> dict[str, Target]:
@@ -67,16 +57,7 @@ def read_targets(cache_folder: Path | str) -> dict[str, Target]:
     )
     sha256 = info.files.get("plan.jsonl", {}).get("sha256")
     return {
-        entry.key: Target(
-            key=entry.key,
-            sequence=entry.target.sequence,
-            split=entry.split,
-            kind=entry.target.kind,
-            label=entry.target.label,
-            label_size=entry.target.label_size,
-            rule=entry.target.rule,
-            frames=entry.target.frames,
-        )
+        entry.key: Target(key=entry.key, split=entry.split, **vars(entry.target))
         for entry in read_plan(cache_folder, sha256=sha256)
         if entry.target is not None
     }

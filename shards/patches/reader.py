@@ -9,13 +9,14 @@ processes forked while a reader is open may go on reading with it.
 A `TokenReader` reads one shard frame by frame: as stored, or as the float32 values that stands for
 (int8 has scales beside its codes). File descriptors are the caller's, one set a thread.
 
-`read_table` gives all but the tokens: one row a window; `read_black` the tokens of a black frame.
+`read_shard_table` gives all but the tokens: one row a window; `read_black` the tokens of a black
+frame.
 """
 
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..cache import BLACK, PATCHES, CacheInfo
-from ..errors import CacheMismatch, DamagedShard, UsageError
+from ..errors import SHARD_ADVICE, CacheMismatch, DamagedShard, UsageError, damaged_shard
+from ..files import ReadOnlyFile
 from ..npy import read_npy
-from ..reader import CacheReader, OpenedCache, checked_out, checked_windows, open_finished
+from ..reader import CacheReader, checked_out, checked_windows
 from ..records import DoneRecord, Verify, shard_path
 from ..schema import read_file
 from ..windows import WindowColumns
@@ -38,7 +40,7 @@ from .layout import (
     array_shapes,
     from_stored,
 )
-from .zarr_arrays import ADVICE, FrameFile, ReadOnlyFile, read_array, read_attributes
+from .zarr_arrays import FrameFile, read_array, read_attributes
 
 MAX_BLACK_BYTES = 2**30
 """Of black.npy: one frame in float32 (a guess)."""
@@ -56,18 +58,6 @@ def logical_dtype(info: CacheInfo) -> str:
     return dtype
 
 
-def read_table(cache: OpenedCache) -> WindowColumns:
-    """The windows of all shards of a cache, in shard order."""
-    num_frames = cache.info.shape.num_frames
-    parts = [WindowColumns.empty(num_frames)]
-    for record in cache.records:
-        group = shard_path(cache.folder, record.shard, ".zarr")
-        check_attributes(group, record, cache.info)
-        parts.append(read_shard_table(group, record, num_frames))
-    table = WindowColumns.concatenate(parts)
-    return replace(table, clip=table.clip.astype(np.int64))
-
-
 def read_shard_table(group: Path, record: DoneRecord, num_frames: int) -> WindowColumns:
     """The windows of one shard, as stored. Raises DamagedShard if an array is missing or broken."""
     columns: dict[str, Any] = {
@@ -76,9 +66,7 @@ def read_shard_table(group: Path, record: DoneRecord, num_frames: int) -> Window
     }
     clip = columns["clip"]
     if not 0 <= clip.min() <= clip.max() < len(record.keys):
-        raise DamagedShard(
-            f"{group}: clip has an index outside of the {len(record.keys)} keys: {ADVICE}"
-        )
+        raise damaged_shard(f"{group}: clip has an index outside of the {len(record.keys)} keys")
     return WindowColumns(**columns, keys=record.keys)
 
 
@@ -89,7 +77,7 @@ def check_attributes(group: Path, record: DoneRecord, info: CacheInfo) -> None:
         if attributes.get(name) != wanted:
             raise CacheMismatch(
                 f"{group}: its attribute {name} is not that of cache.json and the done-record: "
-                f"the shard belongs to another cache; {ADVICE}"
+                f"the shard belongs to another cache: {SHARD_ADVICE}"
             )
 
 
@@ -122,13 +110,8 @@ class TokenReader:
         self._dtype = logical_dtype(info)
         windows = (rows, shape.num_frames)
         stored = STORED_DTYPES[self._dtype]
-        self._tokens = FrameFile(
-            group,
-            "tokens",
-            shape=(*windows, *self._frame_shape),
-            dtype=stored,
-            check_once=check_once,
-        )
+        frames = (*windows, *self._frame_shape)
+        self._tokens = FrameFile(group, "tokens", shape=frames, dtype=stored, check_once=check_once)
         self.path = self._tokens.path
         self.compression = self._tokens.compression
         """"none" or "zstd"."""
@@ -136,18 +119,12 @@ class TokenReader:
         self.channel_scale: NDArray[np.float32] | None = None
         """float32 (D,), with int8 only."""
         if self._dtype == "int8":
+            tokens, scale = TOKEN_SCALE_SPEC.dtype, CHANNEL_SCALE_SPEC.dtype
             self._scales = FrameFile(
-                group,
-                "token_scale",
-                shape=(*windows, self._frame_shape[0]),
-                dtype=TOKEN_SCALE_SPEC.dtype,
-                check_once=check_once,
+                group, "token_scale", shape=frames[:3], dtype=tokens, check_once=check_once
             )
             self.channel_scale = read_array(
-                group,
-                "channel_scale",
-                shape=(shape.hidden_size,),
-                dtype=CHANNEL_SCALE_SPEC.dtype,
+                group, "channel_scale", shape=(shape.hidden_size,), dtype=scale
             )
             check_channel_scale(self.channel_scale, info, where=f"{group}: channel_scale")
 
@@ -221,9 +198,7 @@ class PatchShards(CacheReader[np.float32]):
         allow_incomplete: bool = False,
         check_once: bool = True,
     ) -> None:
-        super().__init__(
-            open_finished(folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete)
-        )
+        super().__init__(folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete)
         self._arguments = (str(folder), allow_incomplete, check_once)
         self._check_once = check_once
         shape = self.info.shape
@@ -234,8 +209,6 @@ class PatchShards(CacheReader[np.float32]):
         self.dtype = logical_dtype(self.info)
         self._readers: dict[int, TokenReader] = {}
         self._thread = threading.local()
-        self._table: WindowColumns | None = None
-        self._black: NDArray[np.float32] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, self._arguments
@@ -246,17 +219,10 @@ class PatchShards(CacheReader[np.float32]):
         bytes_each = 2 if self.dtype == "float16" else 4
         return self.num_windows * int(np.prod(self.shape)) * bytes_each
 
-    @property
-    def clip_index(self) -> NDArray[np.int64]:
-        """int64 (W,): the clip of every window, index into `keys`; read on first use."""
-        return self.table().clip
-
-    @property
+    @cached_property
     def black(self) -> NDArray[np.float32]:
         """float32 (N, D): the tokens of a black frame, what precedes a window's first frame."""
-        if self._black is None:
-            self._black = read_black(self.folder / BLACK, self.info, self.shape[1:])
-        return self._black
+        return read_black(self.folder / BLACK, self.info, self.shape[1:])
 
     def tokens(
         self,
@@ -272,15 +238,11 @@ class PatchShards(CacheReader[np.float32]):
         and return. Raises DamagedShard for a frame whose checksum is wrong, IndexError for a window
         or frame that is not there.
         """
-        numbers = self._opened(windows)
-        chosen = self._frames(frames, len(numbers))
-        shape = (len(numbers), chosen.shape[1], *self.shape[1:])
+        chosen, shape, places = self._places(windows, frames)
         filled = checked_out(out, shape, np.dtype(np.float32))
         stored: NDArray[Any] = np.empty(shape[1:], dtype=STORED_DTYPES[self.dtype])
-        for place, reader, files, window in self._in_file_order(numbers):
-            reader.read_values(
-                files, window, chosen[place].tolist(), out=filled[place], stored=stored
-            )
+        for place, reader, files, window in places:
+            reader.read_values(files, window, chosen[place], out=filled[place], stored=stored)
         return filled
 
     def stored_tokens(
@@ -292,12 +254,10 @@ class PatchShards(CacheReader[np.float32]):
     ) -> NDArray[Any]:
         """As `tokens`, raw: float16, the bits of bfloat16 as uint16, or int8 codes, whose scales
         `token_scale` and `channel_scale` give (FORMAT.md has the formulas)."""
-        numbers = self._opened(windows)
-        chosen = self._frames(frames, len(numbers))
-        shape = (len(numbers), chosen.shape[1], *self.shape[1:])
+        chosen, shape, places = self._places(windows, frames)
         filled = checked_out(out, shape, STORED_DTYPES[self.dtype])
-        for place, reader, files, window in self._in_file_order(numbers):
-            reader.read_stored(files, window, chosen[place].tolist(), out=filled[place])
+        for place, reader, files, window in places:
+            reader.read_stored(files, window, chosen[place], out=filled[place])
         return filled
 
     def token_scale(
@@ -306,11 +266,10 @@ class PatchShards(CacheReader[np.float32]):
         """float16 (B, T, N): value = int8 * token_scale * channel_scale; UsageError if not int8.
         `frames`: as of `tokens`."""
         self._check_int8()
-        numbers = self._opened(windows)
-        chosen = self._frames(frames, len(numbers))
-        filled = np.empty((len(numbers), chosen.shape[1], self.shape[1]), dtype=np.float16)
-        for place, reader, files, window in self._in_file_order(numbers):
-            reader.read_scale(files, window, chosen[place].tolist(), out=filled[place])
+        chosen, shape, places = self._places(windows, frames)
+        filled = np.empty(shape[:3], dtype=np.float16)
+        for place, reader, files, window in places:
+            reader.read_scale(files, window, chosen[place], out=filled[place])
         return filled
 
     @property
@@ -318,14 +277,6 @@ class PatchShards(CacheReader[np.float32]):
         """float32 (D,), the same for the whole cache. UsageError without int8."""
         self._check_int8()
         return read_channel_scale(self.folder, self.info)
-
-    def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
-        """float32 (B, T): seconds since the first shown frame of the window's clip."""
-        return self.table().timestamps_s[checked_windows(windows, self.num_windows)]
-
-    def window(self, index: int) -> dict[str, Any]:
-        """What is known of one window: clip (key), frames (T indices), crop, flipped."""
-        return self.table().describe(int(checked_windows([index], self.num_windows)[0]))
 
     def load(self) -> NDArray[Any]:
         """The whole cache (W, T, N, D) in memory: float16 as stored, float32 for the other dtypes.
@@ -335,11 +286,11 @@ class PatchShards(CacheReader[np.float32]):
         windows = np.arange(self.num_windows)
         return self.stored_tokens(windows) if self.dtype == "float16" else self.tokens(windows)
 
-    def table(self) -> WindowColumns:
-        """Everything but the tokens, read for all windows on first use."""
-        if self._table is None:
-            self._table = read_table(self._cache)
-        return self._table
+    def _shard_table(self, shard: int) -> WindowColumns:
+        record = self._record(shard)
+        group = shard_path(self.folder, record.shard, ".zarr")
+        check_attributes(group, record, self.info)
+        return read_shard_table(group, record, self.shape[0])
 
     def _frames(self, frames: ArrayLike | None, num_windows: int) -> NDArray[np.int64]:
         """Frames within the window, int64 (B, F), F >= 1."""
@@ -358,20 +309,25 @@ class PatchShards(CacheReader[np.float32]):
             )
         return numbers.astype(np.int64)
 
-    def _opened(self, windows: ArrayLike) -> NDArray[np.int64]:
-        """Window numbers, int64 (B,), their shards opened: before room is made for what a made-up
-        shape says."""
+    def _places(
+        self, windows: ArrayLike, frames: ArrayLike | None
+    ) -> tuple[list[list[int]], tuple[int, ...], Iterator[tuple[int, TokenReader, OpenFiles, int]]]:
+        """The frames of each window, the shape of their tokens (B, F, N, D), and where to read.
+
+        Their shards are opened: before room is made for what a made-up shape says."""
         numbers = checked_windows(windows, self.num_windows)
-        for shard in np.unique(self._cache.locate(numbers)[0]).tolist():
+        for shard in np.unique(self._locate(numbers)[0]).tolist():
             self._reader(shard)
-        return numbers
+        chosen = self._frames(frames, len(numbers))
+        shape = (*chosen.shape, *self.shape[1:])
+        return chosen.tolist(), shape, self._in_file_order(numbers)
 
     def _in_file_order(
         self, numbers: NDArray[np.int64]
     ) -> Iterator[tuple[int, TokenReader, OpenFiles, int]]:
         """(position in `numbers`, the shard's reader, its open files, window within the shard)."""
         order = np.argsort(numbers, kind="stable")
-        shards, windows = self._cache.locate(numbers[order])
+        shards, windows = self._locate(numbers[order])
         opened = -1
         for place, shard, window in zip(
             order.tolist(), shards.tolist(), windows.tolist(), strict=True
@@ -384,7 +340,7 @@ class PatchShards(CacheReader[np.float32]):
     def _reader(self, shard: int) -> TokenReader:
         reader = self._readers.get(shard)
         if reader is None:
-            record = self._cache.records[shard]
+            record = self._record(shard)
             group = shard_path(self.folder, record.shard, ".zarr")
             check_attributes(group, record, self.info)
             reader = self._readers[shard] = TokenReader(

@@ -12,8 +12,7 @@ imported when the first chunk is compressed or decompressed: most caches are not
 """
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DamagedShard, UsageError
+from ..errors import DamagedShard, UsageError, damaged_shard
+from ..files import ReadOnlyFile
 from ..schema import STORED, load, read_json, shown
 from .layout import only_chunk
 
@@ -89,52 +89,6 @@ _DTYPES = {
 }
 CRC_BYTES = 4
 
-ADVICE = (
-    "run `deltatok-shards verify` on the cache, then delete the shard's done-record "
-    "(shards/NNNNNN.json) and extract again"
-)
-
-
-class ReadOnlyFile:
-    """A file descriptor that is closed when nobody holds it any more.
-
-    Reads go by position, so that threads and forked processes can share it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = -1
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise DamagedShard(f"{path}: cannot be opened ({error.strerror}): {ADVICE}") from error
-
-    # `close` is bound here: of a reader that lives to the end, `os` is taken apart first.
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if self._descriptor >= 0:
-            close(self._descriptor)
-
-    def size(self) -> int:
-        """Bytes in the file now."""
-        return os.fstat(self._descriptor).st_size
-
-    def read_into(self, buffers: list[NDArray[np.uint8]], offset: int) -> None:
-        """Fills the uint8 (n,) `buffers`, one after the other, from `offset` on."""
-        wanted = sum(buffer.nbytes for buffer in buffers)
-        try:
-            got = os.preadv(self._descriptor, [buffer.data for buffer in buffers], offset)
-            while got < wanted:  # interrupted, or the file ends
-                rest = [buffer.data for buffer in _rest(buffers, got)]
-                more = os.preadv(self._descriptor, rest, offset + got)
-                if more == 0:
-                    raise DamagedShard(
-                        f"{self.path}: ends at byte {offset + got}, wanted {offset + wanted}: "
-                        f"{ADVICE}"
-                    )
-                got += more
-        except OSError as error:
-            raise DamagedShard(f"{self.path}: cannot be read ({error}): {ADVICE}") from error
-
 
 def read_array(
     group: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -145,14 +99,14 @@ def read_array(
     file = ReadOnlyFile(path)
     wanted = math.prod(shape) * dtype.itemsize + CRC_BYTES
     if file.size() != wanted:
-        raise DamagedShard(f"{path}: {file.size()} bytes, wanted {wanted}: {ADVICE}")
+        raise damaged_shard(f"{path}: {file.size()} bytes, wanted {wanted}")
     data = np.empty(shape, dtype=dtype)
     buffer = data.reshape(-1).view(np.uint8)
     crc = np.empty(CRC_BYTES, dtype=np.uint8)
     file.read_into([buffer, crc], 0)
     check_crc(buffer, crc, where=str(path))
     if dtype == np.bool_ and (buffer > 1).any():
-        raise DamagedShard(f"{path}: holds bytes that are neither true nor false: {ADVICE}")
+        raise damaged_shard(f"{path}: holds bytes that are neither true nor false")
     return data
 
 
@@ -178,65 +132,58 @@ def check_metadata(
     where = str(path / "zarr.json")
     metadata = read_json(path / "zarr.json")
     if not isinstance(metadata, dict):
-        raise DamagedShard(f"{where}: {shown(metadata)}, wanted a JSON object: {ADVICE}")
+        raise damaged_shard(f"{where}: {shown(metadata)}, wanted a JSON object")
+    codecs = _BYTES_AND_CRC if inner is None else _sharding(inner, _BYTES_AND_CRC)
     compression = "none"
-    if inner is not None and _takes_zstd_out(metadata):
-        compression = "zstd"
-    codecs = _bytes_and_crc()
     if inner is not None:
-        sharding = {
-            "chunk_shape": list(inner),
-            "codecs": codecs,
-            "index_codecs": _bytes_and_crc(),
-            "index_location": "end",
-        }
-        codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+        compressed = _sharding(inner, [_BYTES_AND_CRC[0], {"name": "zstd"}, _BYTES_AND_CRC[1]])
+        if _without_defaults(metadata.get("codecs")) == compressed:
+            codecs, compression = compressed, "zstd"
     wanted = {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(shape),
         "data_type": _DTYPES[dtype.str],
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default"},
         "codecs": codecs,
     }
     for name, value in wanted.items():
         got = metadata.get(name)
-        if _without_defaults(got) != _without_defaults(value):
-            raise DamagedShard(
+        if _without_defaults(got) != value:
+            raise damaged_shard(
                 f"{where}: {name} is {shown(got)}, wanted {shown(value)}: not the layout of "
-                f"format_version 1, or damaged; {ADVICE}"
+                "format_version 1, or damaged"
             )
     if metadata.get("storage_transformers") not in (None, []):
-        raise DamagedShard(f"{where}: has storage transformers, wanted none; {ADVICE}")
+        raise damaged_shard(f"{where}: has storage transformers, wanted none")
     return compression
 
 
-def _takes_zstd_out(metadata: Any) -> bool:
-    """Whether the inner codecs are bytes, zstd, crc32c; then zstd, of any level, is taken out."""
-    try:
-        inner = metadata["codecs"][0]["configuration"]["codecs"]
-        is_zstd = len(inner) == 3 and inner[1]["name"] == "zstd"
-    except (TypeError, KeyError, IndexError):
-        return False
-    if is_zstd and isinstance(inner, list):
-        del inner[1]
-        return True
-    return False
+_BYTES_AND_CRC: list[dict[str, Any]] = [{"name": "bytes"}, {"name": "crc32c"}]
 
 
-def _bytes_and_crc() -> list[dict[str, Any]]:
-    return [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+def _sharding(inner: tuple[int, ...], codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The codecs of an array of one Zarr shard, without defaults."""
+    configuration = {
+        "chunk_shape": list(inner),
+        "codecs": codecs,
+        "index_codecs": _BYTES_AND_CRC,
+        "index_location": "end",
+    }
+    return [{"name": "sharding_indexed", "configuration": configuration}]
 
 
 def _without_defaults(value: Any) -> Any:
-    """`value` without what may be left out: empty configurations, the byte order of one byte."""
+    """`value` without what does not matter or may be left out: empty configurations, the byte order
+    of one byte, the level of zstd."""
     if isinstance(value, list):
         return [_without_defaults(item) for item in value]
     if isinstance(value, dict):
         plain = {key: _without_defaults(item) for key, item in value.items()}
-        if plain.get("configuration") in ({}, {"endian": "little"}, {"separator": "/"}):
-            del plain["configuration"]
+        is_default = plain.get("configuration") in ({}, {"endian": "little"}, {"separator": "/"})
+        if is_default or plain.get("name") == "zstd":
+            plain.pop("configuration", None)
         return plain
     return value
 
@@ -244,17 +191,7 @@ def _without_defaults(value: Any) -> Any:
 def check_crc(data: NDArray[np.uint8], crc: NDArray[np.uint8], *, where: str) -> None:
     """Raises DamagedShard unless `crc`, 4 bytes, is the crc32c of `data`; `where` names them."""
     if google_crc32c.value(data) != int.from_bytes(crc.tobytes(), "little"):
-        raise DamagedShard(f"{where}: wrong checksum, the file was changed or damaged: {ADVICE}")
-
-
-def _rest(buffers: list[NDArray[np.uint8]], skip: int) -> list[NDArray[np.uint8]]:
-    rest = []
-    for buffer in buffers:
-        taken = min(skip, buffer.nbytes)
-        skip -= taken
-        if taken < buffer.nbytes:
-            rest.append(buffer[taken:])
-    return rest
+        raise damaged_shard(f"{where}: wrong checksum, the file was changed or damaged")
 
 
 MAX_STRETCH = 256
@@ -355,7 +292,7 @@ class FrameFile:
         plain = self.compression == "none"
         if end_of_data < 0 or (plain and end_of_data != num_entries * chunk_bytes):
             wanted = num_entries * (chunk_bytes + _INDEX_ENTRY_BYTES) + CRC_BYTES
-            raise DamagedShard(f"{self.path}: {file.size()} bytes, wanted {wanted}: {ADVICE}")
+            raise damaged_shard(f"{self.path}: {file.size()} bytes, wanted {wanted}")
         # Only now: a made-up shape could ask for terabytes.
         index = np.empty(num_entries * _INDEX_ENTRY_BYTES, dtype=np.uint8)
         crc = np.empty(CRC_BYTES, dtype=np.uint8)
@@ -363,7 +300,7 @@ class FrameFile:
         check_crc(index, crc, where=f"{self.path}: index")
         entries = index.view("<u8").reshape(num_entries, 2)
         if not _cover(entries, end_of_data) or (plain and (entries[:, 1] != chunk_bytes).any()):
-            raise DamagedShard(f"{self.path}: the index does not cover the file: {ADVICE}")
+            raise damaged_shard(f"{self.path}: the index does not cover the file")
         offsets, sizes = entries.astype(np.int64).reshape(*shape, 2).transpose(2, 0, 1)
         return offsets, sizes
 

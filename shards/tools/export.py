@@ -14,7 +14,7 @@ are done stay, and the bytes are the same. One process.
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import BLACK, PATCHES, CacheInfo, compare, finish_cache, open_cache, read_cache_info
+from ..cache import (
+    BLACK,
+    PATCHES,
+    CacheInfo,
+    compare,
+    compared,
+    finish_cache,
+    open_cache,
+    read_cache_info,
+)
 from ..deltas.reader import DeltaShards
 from ..deltas.writer import write_delta_shard
-from ..errors import CacheMismatch, DeltatokError, UsageError
-from ..files import check_free, remove_partials
+from ..errors import CacheMismatch, UsageError
+from ..files import check_free, disk_errors, remove_partials
 from ..patches.int8 import (
     SAMPLE_CLIPS,
     channel_scale_of,
@@ -167,12 +176,8 @@ def open_sources(folders: Sequence[Path | str]) -> list[SourceCache]:
     """
     infos = [read_cache_info(folder) for folder in folders]
     for folder, info in zip(folders[1:], infos[1:], strict=True):
-        compare(
-            _merged_fields(info),
-            _merged_fields(infos[0]),
-            what_got=str(folder),
-            what_wanted=str(folders[0]),
-        )
+        ours, theirs = ({**compared(i), "licence": i.licence} for i in (info, infos[0]))
+        compare(ours, theirs, what_got=str(folder), what_wanted=str(folders[0]))
     kind = PatchShards if infos[0].format == PATCHES else DeltaShards
     readers: list[Reader] = [kind(folder) for folder in folders]
     black = [reader.black for reader in readers if isinstance(reader, PatchShards)]
@@ -294,17 +299,12 @@ def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compressi
         ],
     )
     seed = _draw_seed(info)
-    try:
+    with disk_errors(out):
         if info.format == PATCHES:
             dtype = info.identity["storage"]["dtype"]
             write_patch_shard(out, shard, rows, dtype=dtype, seed=seed, compression=compression)
         else:
             write_delta_shard(out, shard, rows, seed=seed)
-    except OSError as error:
-        raise DeltatokError(
-            f"{out}: shard {shard:06d} cannot be written ({error.strerror or error}): make room "
-            "and run the same command again"
-        ) from error
 
 
 def _gather_tokens(
@@ -416,15 +416,3 @@ def _draw_seed(info: CacheInfo) -> int:
         if isinstance(sampling, Mapping) and isinstance(sampling.get("seed"), int):
             return int(sampling["seed"])
     return 0
-
-
-def _merged_fields(info: CacheInfo) -> dict[str, Any]:
-    """What caches that are merged must agree on."""
-    return {
-        "format": info.format,
-        "format_version": info.format_version,
-        "identity": info.identity,
-        "shape": asdict(info.shape),
-        "parent_fingerprint": info.parent_fingerprint,
-        "licence": info.licence,
-    }

@@ -14,32 +14,27 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ..cache import BLACK, CHANNEL_SCALE, NOTICE, PATCHES, CacheInfo, checksum, read_cache_info
-from ..deltas.reader import Block, read_blocks, read_timestamps, read_tokens, read_windows
-from ..errors import CacheMismatch, DamagedShard, DeltatokError
+from ..deltas.reader import read_blocks, read_shard_table, read_tokens
+from ..errors import CacheMismatch, DamagedShard, DeltatokError, damaged_shard
 from ..files import is_partial, sha256_file
-from ..index import INDEX, read_index, read_indexed
+from ..patches import reader as patches
 from ..patches.int8 import UNSTORABLE, read_channel_scale
 from ..patches.layout import FLOAT16_MAX
-from ..patches.reader import (
-    TokenReader,
-    check_attributes,
-    logical_dtype,
-    read_black,
-    read_shard_table,
-)
+from ..patches.reader import TokenReader, check_attributes, logical_dtype, read_black
 from ..patches.zarr_arrays import read_attributes
-from ..plan import PLAN, PlanEntry, num_shards, read_plan
+from ..plan import PLAN, PlanEntry, clips_by_shard, num_shards, read_plan
 from ..records import (
+    INDEX,
     QUARANTINE,
-    SHARD_ADVICE,
     DoneRecord,
     check_threads,
     done_shards,
@@ -47,10 +42,13 @@ from ..records import (
     quarantine_bytes,
     quarantined_of,
     read_done,
+    read_index,
+    read_indexed,
     record_problems,
     shard_path,
 )
-from ..schema import is_number, read_file, read_json
+from ..schema import is_number, read_file, read_json, shown
+from ..windows import WindowColumns
 
 _OF_STD = 1e-3
 """Of a channel's standard deviation: what mean and deviation may differ by."""
@@ -62,7 +60,6 @@ class StoredStatistics:
     """Of the values of one shard, D channels."""
 
     def __init__(self, num_channels: int) -> None:
-        self._shift: NDArray[np.float64] | None = None
         self._sums = np.zeros(num_channels)
         self._squares = np.zeros(num_channels)
         self._count = 0
@@ -72,43 +69,32 @@ class StoredStatistics:
     def add(self, values: NDArray[Any]) -> None:
         """Takes tokens (..., D), finite."""
         tokens = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        if self._shift is None:  # around the first mean: outlier channels keep their digits
-            self._shift = tokens.mean(axis=0)
         magnitude = np.abs(tokens)
         self._abs_max = max(self._abs_max, float(magnitude.max()))
         self._beyond_float16 += int(np.count_nonzero(magnitude > FLOAT16_MAX))
-        tokens -= self._shift
         self._sums += tokens.sum(axis=0)
         self._squares += np.einsum("nd,nd->d", tokens, tokens)
         self._count += len(tokens)
 
     def check(self, said: Mapping[str, Any], *, where: str) -> None:
         """Raises DamagedShard unless `said`, the `statistics` of the done-record, are these."""
-        if self._shift is None:
-            return
         mean = self._sums / self._count
         std = np.sqrt(np.maximum(self._squares / self._count - mean * mean, 0.0))
-        mean += self._shift
         allowed = _OF_STD * std + _OF_MAX * self._abs_max
-        for name, got in (("channel_mean", mean), ("channel_std", std)):
-            values = said.get(name)
-            if not isinstance(values, list) or len(values) != len(got):
-                raise DamagedShard(f"{where}: statistics.{name} is no list of {len(got)} numbers")
-            if not all(map(is_number, values)):
-                raise DamagedShard(f"{where}: statistics.{name} has what is no number")
-            far = np.flatnonzero(~(np.abs(np.array(values, dtype=np.float64) - got) <= allowed))
-            if far.size:
-                channel = int(far[0])
-                raise DamagedShard(
-                    f"{where}: statistics.{name} says {values[channel]} of channel {channel}, the "
-                    f"shard's values give {got[channel]:.6g} ({far.size} channels differ)"
-                )
-        counted = {"abs_max": self._abs_max, "beyond_float16": self._beyond_float16}
-        for name, value in counted.items():
+        for name, got, tolerance in (
+            ("channel_mean", mean, allowed),
+            ("channel_std", std, allowed),
+            ("abs_max", self._abs_max, 0.0),
+            ("beyond_float16", self._beyond_float16, 0.0),
+        ):
             # Delta shards do not count values beyond float16: they are float16.
-            if said.get(name, 0 if name == "beyond_float16" else None) != value:
+            value = said.get(name, 0 if name == "beyond_float16" else None)
+            numbers = value if isinstance(value, list) else [value]
+            known = len(numbers) == np.size(got) and all(map(is_number, numbers))
+            if not known or (np.abs(np.array(numbers, np.float64) - got) > tolerance).any():
                 raise DamagedShard(
-                    f"{where}: statistics.{name} is {said.get(name)!r}, the values give {value!r}"
+                    f"{where}: statistics.{name} is {shown(value)}, the shard's values give "
+                    f"{shown(got)}"
                 )
 
 
@@ -123,6 +109,7 @@ KNOWN_NAMES = {
     "timings.jsonl",
     "shards",
 }
+AGAIN = "run the command that makes this cache again"
 _FOR_PEOPLE = ("licen", "readme")
 """How names begin that may be in any folder."""
 
@@ -169,13 +156,8 @@ class VerifyReport:
     @property
     def damaged(self) -> list[int]:
         """Shards to be made again, ascending."""
-        return sorted(
-            {
-                problem.shard
-                for problem in self.problems
-                if problem.kind == "shard" and problem.shard is not None
-            }
-        )
+        found = {problem.shard for problem in self.problems if problem.kind == "shard"}
+        return sorted(shard for shard in found if shard is not None)
 
 
 def verify_cache(
@@ -205,28 +187,12 @@ def verify_cache(
                 num_bytes += sum(int(entry["bytes"]) for entry in record.files.values())
             if progress is not None:
                 progress(number, len(shards), num_bytes)
-    problems += _file_problems(folder, info)
-    try:
-        plan = read_plan(folder)
-    except DeltatokError as error:
-        missing = []
-        problems.append(Problem(kind="folder", text=str(error)))
-    else:
-        missing = sorted(set(range(num_shards(plan))) - {record.shard for record in records})
-        problems += _plan_problems(folder, info, plan, records)
-        problems += _count_problems(folder, info, num_shards(plan), missing, records)
-    damaged = {problem.shard for problem in problems if problem.kind == "shard"}
-    problems += _index_problems(
-        folder, info, [record for record in records if record.shard not in damaged], records
-    )
-    problems += _quarantine_problems(folder, records)
-    partials, orphans = _find_leftovers(folder, records)
-    for name in partials:
-        text = f"{folder / name}: left by a killed run: remove it, or run again"
-        problems.append(Problem(kind="leftover", text=text, shard=_shard_of(name)))
-    for name, count in orphans.items():
-        text = f"{folder / name}: {count} files in no done-record: remove it, or run again"
-        problems.append(Problem(kind="leftover", text=text, shard=_shard_of(name)))
+    beside = _Beside(folder, info, records, problems)
+    beside.check_files()
+    missing = beside.check_plan()
+    beside.check_index()
+    beside.check_quarantine()
+    partials, orphans = beside.check_leftovers()
     return VerifyReport(
         problems=problems,
         shards=len(records),
@@ -266,28 +232,29 @@ def _check_shard(
 def _shard_problems(
     folder: Path, info: CacheInfo, record: DoneRecord, deep: bool
 ) -> Iterator[Problem]:
-    shard = record.shard
+    def problem(text: object, kind: Kind = "shard") -> Problem:
+        return Problem(kind=kind, shard=record.shard, text=str(text))
+
     different = list(record_problems(folder, record, depth="sha256"))
     if different:  # what is in changed files is no second problem
-        for error in different:
-            yield Problem(kind="shard", shard=shard, text=str(error))
+        yield from map(problem, different)
         return
-    own = f"shards/{shard:06d}{'.zarr' if info.format == PATCHES else '.tar'}/"
+    where = f"shard {record.shard:06d}"
+    own = f"shards/{record.shard:06d}{'.zarr' if info.format == PATCHES else '.tar'}/"
     strangers = [name for name in record.files if not f"{name}/".startswith(own)]
     if strangers or bool(record.files) != bool(record.rows):
-        text = (
-            f"shard {shard:06d}: {record.rows} windows in {len(record.files)} files, "
-            f"{len(strangers)} of them not its own: remove its done-record and make it again"
+        yield problem(
+            f"{where}: {record.rows} windows in {len(record.files)} files, {len(strangers)} of "
+            "them not its own: remove its done-record and make it again"
         )
-        yield Problem(kind="shard", shard=shard, text=text)
     elif record.rows and deep:
         try:
             verify_values(folder, info, record)
         except CacheMismatch as error:
             # Files as they were written that are not of this cache speak against cache.json.
-            yield Problem(kind="folder", shard=shard, text=f"shard {shard:06d}: {error}")
+            yield problem(f"{where}: {error}", kind="folder")
         except DeltatokError as error:
-            yield Problem(kind="shard", shard=shard, text=f"shard {shard:06d}: {error}")
+            yield problem(f"{where}: {error}")
 
 
 def verify_values(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
@@ -306,8 +273,8 @@ def _read_patches(
     group = shard_path(folder, record.shard, ".zarr")
     check_attributes(group, record, info)
     _check_description(group, info, record)
-    table = read_shard_table(group, record, info.shape.num_frames)
-    _check_windows(table.timestamps_s, table.frame_index, table.crop, where=str(group))
+    table = patches.read_shard_table(group, record, info.shape.num_frames)
+    _check_windows(table, where=str(group))
     tokens = TokenReader(group, info, rows=record.rows)
     files, stored = tokens.open(), tokens.new_frames(1)
     values = np.empty(stored.shape, dtype=np.float32)
@@ -318,9 +285,8 @@ def _read_patches(
             if stored.dtype == np.int8:
                 usable = usable and stored.min() != UNSTORABLE
             if not usable:
-                raise DamagedShard(
-                    f"{tokens.path}: window {window}, frame {index} has values that are not "
-                    f"finite: {SHARD_ADVICE}"
+                raise damaged_shard(
+                    f"{tokens.path}: window {window}, frame {index} has values that are not finite"
                 )
             statistics.add(values[0])
 
@@ -338,9 +304,8 @@ def _check_description(group: Path, info: CacheInfo, record: DoneRecord) -> None
     }
     for name, value in wanted.items():
         if attributes.get(name) != value:
-            raise DamagedShard(
-                f"{group}: its attribute {name} is {attributes.get(name)!r}, wanted {value!r}: "
-                f"{SHARD_ADVICE}"
+            raise damaged_shard(
+                f"{group}: its attribute {name} is {attributes.get(name)!r}, wanted {value!r}"
             )
 
 
@@ -351,231 +316,206 @@ def _read_deltas(
     blocks = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
     rows = sum(block.num_windows for block in blocks)
     if rows != record.rows:
-        raise DamagedShard(
-            f"{path}: {rows} windows, the done-record says {record.rows}: {SHARD_ADVICE}"
-        )
+        raise damaged_shard(f"{path}: {rows} windows, the done-record says {record.rows}")
+    table = read_shard_table(path, blocks, record.keys, num_frames=shape.num_frames)
+    _check_windows(table, where=str(path))
+    if (table.timestamps_s[:, 0] != 0).any():
+        raise damaged_shard(f"{path}: timestamps.npy: a window does not begin at 0 s")
     for block in blocks:
         tokens = read_tokens(path, block)
         _check_finite(tokens, f"{path}: {block.tokens.name}")
-        _check_block_windows(path, block, info, set(record.keys))
         statistics.add(tokens)
 
 
-def _check_block_windows(path: Path, block: Block, info: CacheInfo, keys: set[str]) -> None:
-    windows = read_windows(path, block, num_frames=info.shape.num_frames)
-    timestamps_s = read_timestamps(path, block)
-    where = f"{path}: {block.windows.name}"
-    frames, crops = ([window[name] for window in windows] for name in ("frames", "crop"))
-    _check_windows(timestamps_s, frames, crops, where=where)
-    if (timestamps_s[:, 0] != 0).any():
-        raise DamagedShard(f"{path}: {block.timestamps.name}: a window does not begin at 0 s")
-    for window in windows:
-        if window["clip"] not in keys:
-            raise DamagedShard(
-                f"{where}: clip {window['clip']!r} is not in the done-record: {SHARD_ADVICE}"
-            )
-
-
-def _check_windows(
-    timestamps_s: NDArray[np.float32], frame_index: ArrayLike, crop: ArrayLike, *, where: str
-) -> None:
-    """Raises DamagedShard unless times (W, T) and frames (W, T) are 0 or more and never decrease
-    within a window (a slow clip repeats frames), and crops (W, 4) are areas of a frame."""
-    frames, crops = np.asarray(frame_index), np.asarray(crop, dtype=np.float64)
-    _check_finite(timestamps_s, f"{where}: timestamps_s")
-    _check_finite(crops, f"{where}: crop")
-    for name, values in (("timestamps_s", timestamps_s), ("frame_index", frames)):
-        for wrong, what in (
-            ((values < 0).any(axis=1), "is negative"),
-            ((np.diff(values, axis=1) < 0).any(axis=1), "decreases"),
-        ):
-            if wrong.any():
-                window = int(np.flatnonzero(wrong)[0])
-                raise DamagedShard(f"{where}: window {window}: {name} {what}: {SHARD_ADVICE}")
-    wrong = (crops[:, :2] < 0).any(axis=1) | (crops[:, 2:] <= 0).any(axis=1)
-    if wrong.any():
-        window = int(np.flatnonzero(wrong)[0])
-        raise DamagedShard(
-            f"{where}: window {window}: crop {crops[window].tolist()}, wanted top and left of 0 or "
-            f"more, height and width above 0: {SHARD_ADVICE}"
-        )
+def _check_windows(table: WindowColumns, *, where: str) -> None:
+    """Raises DamagedShard unless times and frames are 0 or more and never decrease within a window
+    (a slow clip repeats frames), and crops are areas of a frame."""
+    times, frames, crop = table.timestamps_s, table.frame_index, table.crop
+    _check_finite(times, f"{where}: timestamps_s")
+    _check_finite(crop, f"{where}: crop")
+    for wrong, what in (
+        (times < 0, "timestamps_s is negative"),
+        (np.diff(times) < 0, "timestamps_s decreases"),
+        (frames < 0, "frame_index is negative"),
+        (np.diff(frames) < 0, "frame_index decreases"),
+        (crop[:, :2] < 0, "crop begins outside of the frame"),
+        (crop[:, 2:] <= 0, "crop has no height or no width"),
+    ):
+        windows = np.flatnonzero(wrong.any(axis=1))
+        if windows.size:
+            raise damaged_shard(f"{where}: window {windows[0]}: {what}")
 
 
 def _check_finite(values: NDArray[Any], where: str) -> None:
     if not np.isfinite(values).all():
-        raise DamagedShard(f"{where}: has values that are not finite: {SHARD_ADVICE}")
+        raise damaged_shard(f"{where}: has values that are not finite")
 
 
-# What lies beside them.
+class _Beside:
+    """What lies beside the shards of a cache; the methods add to `problems`."""
 
+    def __init__(
+        self, folder: Path, info: CacheInfo, records: list[DoneRecord], problems: list[Problem]
+    ) -> None:
+        """problems: those that were found in the shards."""
+        self.folder, self.info, self.records, self.problems = folder, info, records, problems
+        self.changed: set[str] = set()
+        """Files beside the shards that are not those whose hashes cache.json has."""
 
-def _file_problems(folder: Path, info: CacheInfo) -> Iterator[Problem]:
-    """Of cache.json, the files whose hashes it has, and the arrays of patch caches."""
+    def add(self, text: object, *, kind: Kind = "folder", shard: int | None = None) -> None:
+        """A problem that was found."""
+        self.problems.append(Problem(kind=kind, text=str(text), shard=shard))
 
-    def problem(path: Path, text: str) -> Problem:
-        return Problem(kind="folder", text=f"{path}: {text}")
-
-    if not is_untouched(folder):
-        yield problem(
-            folder / "cache.json", "was changed by hand or damaged: restore it from a copy"
-        )
-    root = os.path.realpath(folder)
-    different: set[str] = set()
-    for name, entry in info.files.items():
-        path = folder / PurePosixPath(name).name
-        if name in (NOTICE, INDEX) and not path.exists():
-            yield problem(path, "missing: run the command that makes this cache again")
-        if not path.is_file():
-            continue  # named by those that read it
+    @contextmanager
+    def errors(self, *, kind: Kind = "folder", shard: int | None = None) -> Iterator[None]:
+        """What is raised within is a problem."""
         try:
-            if leaves(path, root):
-                yield problem(path, "is a link out of the cache: copy the file into it instead")
-                continue
-            same = path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
-        except OSError as error:
-            yield problem(path, f"cannot be read ({error.strerror}): restore it from a copy")
-            continue
-        if not same:
-            different.add(name)
-            yield problem(path, "was changed since the cache was finished: restore it from a copy")
-    arrays = ((BLACK, _check_black), (CHANNEL_SCALE, _check_channel_scale))
-    for name, check in arrays if info.format == PATCHES else ():
-        if name not in different:
+            yield
+        except DeltatokError as error:
+            self.add(error, kind=kind, shard=shard)
+
+    def check_files(self) -> None:
+        """cache.json, the files whose hashes it has, and the arrays of patch caches."""
+        folder, info = self.folder, self.info
+        if not is_untouched(folder):
+            path = folder / "cache.json"
+            self.add(f"{path}: was changed by hand or damaged: restore it from a copy")
+        root = os.path.realpath(folder)
+        for name, entry in info.files.items():
+            path = folder / PurePosixPath(name).name
+            if name in (NOTICE, INDEX) and not path.exists():
+                self.add(f"{path}: missing: {AGAIN}")
+            if not path.is_file():
+                continue  # named by those that read it
             try:
-                check(folder, info)
-            except DeltatokError as error:
-                yield Problem(kind="folder", text=str(error))
+                if leaves(path, root):
+                    self.add(f"{path}: is a link out of the cache: copy the file into it instead")
+                elif sha256_file(path) != entry["sha256"]:
+                    self.changed.add(name)
+                    self.add(
+                        f"{path}: was changed since the cache was finished: restore it from a copy"
+                    )
+            except OSError as error:
+                self.add(f"{path}: cannot be read ({error.strerror}): restore it from a copy")
+        if info.format != PATCHES:
+            return
+        shape = (info.shape.num_tokens or 0, info.shape.hidden_size)
+        if BLACK not in self.changed:
+            with self.errors():
+                _check_finite(read_black(folder / BLACK, info, shape), f"{folder / BLACK}")
+        if CHANNEL_SCALE not in self.changed and logical_dtype(info) == "int8":
+            with self.errors():
+                read_channel_scale(folder, info)
 
-
-def _check_black(folder: Path, info: CacheInfo) -> None:
-    shape = (info.shape.num_tokens or 0, info.shape.hidden_size)
-    _check_finite(read_black(folder / BLACK, info, shape), f"{folder / BLACK}")
-
-
-def _check_channel_scale(folder: Path, info: CacheInfo) -> None:
-    if logical_dtype(info) == "int8":
-        read_channel_scale(folder, info)
-
-
-def _plan_problems(
-    folder: Path, info: CacheInfo, plan: Sequence[PlanEntry], records: Sequence[DoneRecord]
-) -> Iterator[Problem]:
-    """Shards whose clips are not those of the plan. Of an unfinished cache nobody can tell which
-    of the two is wrong."""
-    known = info.files.get(PLAN)
-    if known is not None and sha256_file(folder / PLAN) != known["sha256"]:
-        return  # a changed plan says nothing against a shard
-    planned: dict[int, set[str]] = {}
-    for entry in plan:
-        planned.setdefault(entry.shard, set()).add(entry.key)
-    for record in records:
-        accounted = {entry.clip for entry in record.quarantined}.union(record.keys)
-        differing = accounted ^ planned.get(record.shard, set())
-        if record.shard in planned and differing:
-            yield Problem(
-                kind="folder" if known is None else "shard",
-                shard=record.shard,
-                text=f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} "
-                f"more are in {PLAN} or in its done-record, not in both: remove its done-record "
-                "and make it again",
+    def check_plan(self) -> list[int]:
+        """plan.jsonl against the shards; gives those that are not done."""
+        try:
+            plan = read_plan(self.folder)
+        except DeltatokError as error:
+            self.add(error)
+            return []
+        info, wanted = self.info, num_shards(plan)
+        done = {record.shard for record in self.records}
+        missing = sorted(set(range(wanted)) - done)
+        if PLAN not in self.changed:  # a changed plan says nothing against a shard
+            self._check_clips(plan)
+        if missing:
+            state = "marked complete, but" if info.complete else "not finished:"
+            self.add(
+                f"{self.folder}: {state} {len(missing)} of {wanted} shards are not done, first "
+                f"{missing[0]:06d}: {AGAIN}",
+                kind="unfinished",
             )
+        elif not info.complete:
+            self.add(f"{self.folder}: not marked complete: {AGAIN}", kind="unfinished")
+        if strangers := sorted(shard for shard in done if shard >= wanted):
+            text = f"shard {strangers[0]:06d} is not in {PLAN}: remove its done-record"
+            self.add(f"{self.folder}: {text}", shard=strangers[0])
+        counts = {"shards": len(done), "windows": sum(record.rows for record in self.records)}
+        for name, count in counts.items():
+            if info.complete and not missing and info.counts.get(name, count) != count:
+                said = info.counts[name]
+                self.add(f"{self.folder}: {count} {name}, cache.json says {said}")
+        return missing
 
+    def _check_clips(self, plan: Sequence[PlanEntry]) -> None:
+        """Each shard's clips must be those of the plan. Of an unfinished cache nobody can tell
+        which of the two is wrong."""
+        planned = {
+            shard: {entry.key for entry in entries}
+            for shard, entries in clips_by_shard(plan).items()
+        }
+        for record in self.records:
+            accounted = {entry.clip for entry in record.quarantined}.union(record.keys)
+            differing = accounted ^ planned.get(record.shard, set())
+            if record.shard in planned and differing:
+                self.add(
+                    f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} "
+                    f"more are in {PLAN} or in its done-record, not in both: remove its "
+                    "done-record and make it again",
+                    kind="shard" if PLAN in self.info.files else "folder",
+                    shard=record.shard,
+                )
 
-def _count_problems(
-    folder: Path,
-    info: CacheInfo,
-    wanted: int,
-    missing: Sequence[int],
-    records: Sequence[DoneRecord],
-) -> Iterator[Problem]:
-    """Of the shards there are against the `wanted` there should be."""
-    again = "run the command that makes this cache again"
-    if missing:
-        state = "marked complete, but" if info.complete else "not finished:"
-        yield Problem(
-            kind="unfinished",
-            text=f"{folder}: {state} {len(missing)} of {wanted} shards are not done, first "
-            f"{missing[0]:06d}: {again}",
-        )
-    elif not info.complete:
-        yield Problem(kind="unfinished", text=f"{folder}: not marked complete: {again}")
-    if strangers := sorted(record.shard for record in records if record.shard >= wanted):
-        text = f"{folder}: shard {strangers[0]:06d} is not in {PLAN}: remove its done-record"
-        yield Problem(kind="folder", shard=strangers[0], text=text)
-    counts = {"shards": len(records), "windows": sum(record.rows for record in records)}
-    for name, count in counts.items():
-        if info.complete and not missing and info.counts.get(name, count) != count:
-            text = f"{folder}: {count} {name}, cache.json says {info.counts[name]}"
-            yield Problem(kind="folder", text=text)
+    def check_index(self) -> None:
+        """Done-records that were changed since the cache was finished, of shards that nothing else
+        was found against."""
+        entry, path = self.info.files.get(INDEX), self.folder / INDEX
+        if not self.info.complete or entry is None or INDEX in self.changed:
+            return
+        damaged = {problem.shard for problem in self.problems if problem.kind == "shard"}
+        done = {record.shard for record in self.records}
+        with self.errors():
+            index = read_index(self.folder, sha256=entry["sha256"])
+            if index is None:
+                return
+            if missing := sorted(done - {line.shard for line in index}):
+                self.add(f"{path}: does not tell of shard {missing[0]:06d}: delete it, and repair")
+            for line in index:
+                if line.shard in done - damaged:
+                    with self.errors(kind="shard", shard=line.shard):
+                        read_indexed(self.folder, line)
 
+    def check_quarantine(self) -> None:
+        """quarantine.jsonl must be what the done-records give."""
+        path = self.folder / QUARANTINE
+        wanted = quarantine_bytes(quarantined_of(self.records))
+        if not wanted and not path.exists():
+            return
+        with self.errors():
+            if read_file(path, advice=AGAIN) != wanted:
+                self.add(
+                    f"{path}: does not list the quarantined clips of the done-records: "
+                    "make it again"
+                )
 
-def _index_problems(
-    folder: Path, info: CacheInfo, whole: Sequence[DoneRecord], records: Sequence[DoneRecord]
-) -> Iterator[Problem]:
-    """Done-records that were changed since the cache was finished, among `whole`: those of shards
-    that nothing else was found against."""
-    entry, path = info.files.get(INDEX), folder / INDEX
-    if not info.complete or entry is None or not path.is_file():
-        return
-    if sha256_file(path) != entry["sha256"]:
-        return  # named by _file_problems
-    try:
-        index = read_index(folder, sha256=entry["sha256"]) or []
-    except DeltatokError as error:
-        yield Problem(kind="folder", text=str(error))
-        return
-    if missing := sorted({record.shard for record in records} - {line.shard for line in index}):
-        text = f"{path}: does not tell of shard {missing[0]:06d}: delete it, and repair"
-        yield Problem(kind="folder", text=text)
-    shards = {record.shard for record in whole}
-    for line in index:
-        if line.shard in shards:
-            try:
-                read_indexed(folder, line)
-            except DeltatokError as error:
-                yield Problem(kind="shard", shard=line.shard, text=str(error))
-
-
-def _quarantine_problems(folder: Path, records: Sequence[DoneRecord]) -> Iterator[Problem]:
-    """quarantine.jsonl must be what the done-records give."""
-    path = folder / QUARANTINE
-    wanted = quarantine_bytes(quarantined_of(records))
-    if not wanted and not path.exists():
-        return
-    try:
-        got = read_file(path, advice="run the command that makes this cache again")
-    except DeltatokError as error:
-        yield Problem(kind="folder", text=str(error))
-        return
-    if got != wanted:
-        text = f"{path}: does not list the quarantined clips of the done-records: make it again"
-        yield Problem(kind="folder", text=text)
-
-
-def _find_leftovers(
-    folder: Path, records: Sequence[DoneRecord]
-) -> tuple[list[str], dict[str, int]]:
-    """What is in the folder and in no done-record, as `partials` and `orphans` of the report; links
-    are named, not followed."""
-    named = {name for record in records for name in record.files}
-    named |= {f"shards/{shard:06d}.json" for shard in done_shards(folder)}
-    orphans: Counter[str] = Counter()
-    partials = []
-    for path in sorted(folder.iterdir()):
-        if is_partial(path):
-            partials.append(path.name)
-        elif path.name not in KNOWN_NAMES and not path.name.lower().startswith(_FOR_PEOPLE):
-            orphans[path.name] += 1
-    shards = folder / "shards"
-    for path in sorted(shards.iterdir()) if shards.is_dir() else []:
-        name = f"shards/{path.name}"
-        if is_partial(path):
-            partials.append(name)
-            continue
-        for file in _files_below(path):
-            if file.relative_to(folder).as_posix() not in named:
+    def check_leftovers(self) -> tuple[list[str], dict[str, int]]:
+        """What is in the folder and in no done-record, as `partials` and `orphans` of the report;
+        links are named, not followed."""
+        named = {name for record in self.records for name in record.files}
+        named |= {f"shards/{shard:06d}.json" for shard in done_shards(self.folder)}
+        shards = self.folder / "shards"
+        there = [*self.folder.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]
+        orphans: Counter[str] = Counter()
+        partials = []
+        for path in sorted(there):
+            name = path.relative_to(self.folder).as_posix()
+            if is_partial(path):
+                partials.append(name)
+            elif path.parent == shards:
+                below = [file.relative_to(self.folder).as_posix() for file in _files_below(path)]
+                orphans[name] += sum(file not in named for file in below)
+            elif name not in KNOWN_NAMES and not name.lower().startswith(_FOR_PEOPLE):
                 orphans[name] += 1
-    return partials, dict(orphans)
+        orphans = +orphans
+        leftovers = dict.fromkeys(partials, "left by a killed run")
+        leftovers |= {name: f"{count} files in no done-record" for name, count in orphans.items()}
+        for name, what in leftovers.items():
+            match = re.match(r"shards/([0-9]{6,})\.", name)
+            shard = int(match[1]) if match else None
+            text = f"{self.folder / name}: {what}: remove it, or run again"
+            self.add(text, kind="leftover", shard=shard)
+        return partials, dict(orphans)
 
 
 def _files_below(path: Path) -> Iterator[Path]:
@@ -584,9 +524,3 @@ def _files_below(path: Path) -> Iterator[Path]:
         return
     for child in sorted(path.iterdir()):
         yield from _files_below(child)
-
-
-def _shard_of(name: str) -> int | None:
-    """The shard that a path like shards/NNNNNN.zarr is of."""
-    stem = name.removeprefix("shards/").partition(".")[0]
-    return int(stem) if name.startswith("shards/") and re.fullmatch("[0-9]{6,}", stem) else None

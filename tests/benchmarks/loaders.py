@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +25,8 @@ import tensorstore
 import webdataset
 import zarr
 
-from deltatok.pipeline.bench import BenchSettings, bench_deltas, bench_patches
+from deltatok.pipeline.bench import bench_cache
+from deltatok.pipeline.commands.shards import BenchConfig
 from deltatok.shards import CacheInfo, CacheShape, DeltaShards, PatchShards
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.deltas.writer import write_delta_shard
@@ -40,9 +40,6 @@ sys.path.append(str(Path(__file__).parents[1] / "train" / "data"))
 from shuffling import same_block_share
 
 NUM_FRAMES, SIZE = 8, 768
-WARM = BenchSettings(
-    batch_size=1024, workers=(0,), residencies=("memory",), rounds=7, seconds=0.5, cold=False
-)
 
 
 def main() -> None:
@@ -63,11 +60,12 @@ def main() -> None:
 
 def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     deltas = make_deltas(folder / "deltas", arguments.windows, arguments.shard_windows)
-    warm = bench_deltas(deltas, replace(WARM, residencies=("memory", "map", "stream")))
-    cold = replace(WARM, residencies=("stream", "map"), rounds=3, seconds=4.0, cold=True)
-    cold_deltas = bench_deltas(deltas, cold)
-    stream = cold_deltas["rates"]["loader:stream:0_windows_per_s"]
-    disk = cold_deltas["rates"]["disk_windows_per_s"]
+    where = str(deltas)
+    warm = bench_cache(BenchConfig(dir=where, residency=("memory", "map", "stream"), rounds=7))
+    cold = bench_cache(
+        BenchConfig(dir=where, residency=("stream", "map"), rounds=3, seconds=4.0, cold=True)
+    )
+    stream, disk = cold["rates"]["loader:stream"], cold["rates"]["disk"]
     result: dict[str, Any] = {
         "loader_over_memory": warm["loader_over_memory"],
         "stream_cold_windows_per_s": stream,
@@ -75,17 +73,18 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "webdataset_windows_per_s": webdataset_rate(deltas),
         "stream_shuffle": shuffle_figures(deltas),
         "deltas_warm": warm,
-        "deltas_cold": cold_deltas,
+        "deltas_cold": cold,
     }
     for side in (16, 32):
         patches = make_patches(folder / f"patches-{side}", side, arguments.patch_gb)
-        settings = replace(WARM, batch_size=448 if side == 16 else 112, residencies=("map",))
-        found = bench_patches(patches, settings)
+        batch_size = 448 if side == 16 else 112
+        found = bench_cache(
+            BenchConfig(dir=str(patches), batch_size=batch_size, residency=("map",), rounds=7)
+        )
         rates = found["rates"]
         result[f"patches_{side * side}"] = {
             "loader_over_memmap": found["loader_over_memmap"],
-            "random_pairs_over_memmap": rates["reader_random_pairs_pairs_per_s"]
-            / rates["memmap_random_pairs_pairs_per_s"],
+            "random_pairs_over_memmap": rates["reader_random_pairs"] / rates["memmap_random_pairs"],
             **plain_rates(patches),
             **found,
         }

@@ -74,7 +74,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(plan_text(plan))
     summary = run_extraction(config)
     written = sum(p.stat().st_size for p in (folder / "cache").rglob("*") if p.is_file())
-    planned = plan.caches[config.dtype].bytes
+    planned = plan.bytes
     return {
         "plan_bytes_over_written": planned / written,
         "plan_hours_over_clock": plan.clock_hours * 3600 / summary.seconds,

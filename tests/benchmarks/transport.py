@@ -4,11 +4,12 @@
 
 A process that decodes nothing sends a clip of random frames again and again, through the pool's
 own code: in memory files, and in temporary files as on systems without them. The pool's side copies
-every clip once, as cropping does.
+every clip once, as cropping does. Beside it: the same copy of a clip that lies in this process
+already, and the same clip through a socket.
 
-JSON: memory_bytes_per_s, file_bytes_per_s, copy_bytes_per_s (medians over the clips), clip_bytes;
-and what counts where many processes share one pool: CPU seconds that a GB costs this process, its
-copy included: memory_cpu_s_per_gb, file_cpu_s_per_gb.
+JSON: bytes/s, medians over the clips: memory, file, socket, copy; the ratios of the first three to
+the last; clip_bytes; and what counts where many processes share one pool: CPU seconds that a GB
+costs this process, its copy included: memory_cpu_s_per_gb, file_cpu_s_per_gb.
 """
 
 import argparse
@@ -16,6 +17,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,13 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.decoding.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.clip import DecodedClip
+from deltatok.extract.decoding.pool import DecodePool
 from deltatok.extract.sources.clip import Clip
 
 WORKER = """
 import sys
 import numpy as np
-from deltatok.extract.decoding.clip import DecodedFrames
+from deltatok.extract.decoding.clip import DecodedClip
 from deltatok.extract.decoding import worker
 from deltatok.shards.sampling import WindowDraw
 
@@ -39,7 +44,7 @@ frames = dict(enumerate(pixels))
 draw = WindowDraw(tuple(frames), tuple(map(float, frames)), (0, 0, height, width), False)
 
 def decode(request, starting):
-    return DecodedFrames("pyav", [draw], frames)
+    return DecodedClip(request.clip.key, "pyav", [draw], frames)
 
 worker.main(sys.argv[4:], decode=decode)
 """
@@ -63,15 +68,21 @@ def main() -> None:
         if hasattr(os, "memfd_create"):
             del os.memfd_create
         rates["file"] = _rate(command, arguments.clips, space)
-    source = np.ones_like(space)
-    start_s = time.perf_counter()
+    socket_rate = _socket_rate(arguments.clips, space)
+    frames = list(np.ones_like(space))
+    times_s = [time.perf_counter()]
     for _ in range(arguments.clips):
-        space[...] = source
-    copied = arguments.clips * space.nbytes / (time.perf_counter() - start_s)
+        _copy(frames, space)
+        times_s.append(time.perf_counter())
+    copy_rate = space.nbytes / float(np.median(np.diff(times_s)))
     result = {
         "memory_bytes_per_s": rates["memory"][0],
         "file_bytes_per_s": rates["file"][0],
-        "copy_bytes_per_s": copied,
+        "socket_bytes_per_s": socket_rate,
+        "copy_bytes_per_s": copy_rate,
+        "memory_over_copy": rates["memory"][0] / copy_rate,
+        "file_over_copy": rates["file"][0] / copy_rate,
+        "socket_over_copy": socket_rate / copy_rate,
         "memory_cpu_s_per_gb": rates["memory"][1],
         "file_cpu_s_per_gb": rates["file"][1],
         "clip_bytes": space.nbytes,
@@ -93,10 +104,37 @@ def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple
         for clip in decoded:
             if not isinstance(clip, DecodedClip):
                 raise SystemExit(f"the decoding process failed: {clip.reason}")
-            space[...] = clip.windows[0].frames
+            _copy(clip.frames.values(), space)
             times_s.append(time.perf_counter())
         cpu_s_per_gb = (time.process_time() - cpu_s) / (num_clips * space.nbytes / 1e9)
         return space.nbytes / float(np.median(np.diff(times_s))), cpu_s_per_gb
+
+
+def _socket_rate(num_clips: int, space: NDArray[np.uint8]) -> float:
+    """Bytes/s (median) of clips that another process sends; each is copied to `space` as well."""
+    ours, theirs = Pipe()
+    sender = get_context("fork").Process(target=_send, args=(theirs, num_clips, space.nbytes))
+    sender.start()
+    received = np.empty_like(space)
+    ours.recv_bytes_into(received.data.cast("B"))
+    times_s = [time.perf_counter()]
+    for _ in range(num_clips):
+        ours.recv_bytes_into(received.data.cast("B"))
+        _copy(received, space)
+        times_s.append(time.perf_counter())
+    sender.join()
+    return space.nbytes / float(np.median(np.diff(times_s)))
+
+
+def _send(connection: Connection, num_clips: int, num_bytes: int) -> None:
+    data = np.ones(num_bytes, np.uint8)
+    for _ in range(num_clips + 1):
+        connection.send_bytes(data.data)
+
+
+def _copy(frames: Iterable[NDArray[np.uint8]], space: NDArray[np.uint8]) -> None:
+    for copy, frame in zip(space, frames, strict=True):
+        copy[...] = frame
 
 
 if __name__ == "__main__":

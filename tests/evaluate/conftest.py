@@ -1,7 +1,7 @@
 """A tiny evaluation: a uniform patch cache, models and labels, all made by code in kilobytes."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,15 +61,6 @@ class TinyEvaluation:
             "device": "cpu",
         }
         return ForecastConfig(**settings | changes)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products are faster on one thread, most of all where several suites share two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -212,6 +203,7 @@ def small_page() -> Callable[..., str]:
         pictures: Pictures | None = None,
         num_samples: int = 1,
         probes: dict[str, Any] | None = None,
+        diagnosis: Sequence[dict[str, Any]] = (),
         paper: PaperComparison | None = None,
     ) -> str:
         settings = {"dataset": "d", "num_context": 4, "short_steps": 1, "mid_steps": 3, "seed": 0}
@@ -226,6 +218,7 @@ def small_page() -> Callable[..., str]:
             num_windows=1,
             num_clips=1,
             step_s=0.2,
+            diagnosis=list(diagnosis),
             paper=paper,
         )
         return report_page(report, pictures or Pictures())

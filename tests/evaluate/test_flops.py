@@ -39,7 +39,9 @@ def counted(frame_size: int) -> dict[str, float]:
     return {row.name: row.gflops for row in flops_rows(FlopsConfig(frame_size=frame_size))}
 
 
-@pytest.mark.parametrize(("column", "frame_size"), [(0, 256), (1, 512)])
+@pytest.mark.parametrize(
+    ("column", "frame_size"), [(0, 256), pytest.param(1, 512, marks=pytest.mark.slow)]
+)
 def test_full_size_counts_are_those_of_the_released_modules(column, frame_size):
     got = counted(frame_size)
     for name, values in RELEASED.items():

@@ -37,7 +37,6 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def backbone(backbone_folder: Path) -> Backbone:
     """The model of `backbone_folder`, loaded."""
-    torch.set_num_threads(1)  # tiny products gain nothing from threads
     return Backbone.load(str(backbone_folder))
 
 

@@ -46,6 +46,7 @@ def test_bfloat16_stays_near_float32(backbone: Backbone, folder: Path) -> None:
     assert 0 < (rounded - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a CPU takes a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_compiled_equals_plain_but_for_rounding(backbone: Backbone, folder: Path) -> None:
@@ -152,7 +153,7 @@ def test_a_model_without_register_tokens_is_refused(folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "two words/x", "a/b/c"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"no such folder|neither a folder nor a hub id"):
+    with pytest.raises(UsageError, match=r"no such folder|neither a folder"):
         Backbone.load(name)
 
 
@@ -175,5 +176,5 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(UsageError, match=r"not found on the hub \(no connection\).*local folder"):
+    with pytest.raises(UsageError, match=r"found on the hub \(no connection\).*local folder"):
         Backbone.load("facebook/dinov3-vitb16-pretrain-lvd1689m")

@@ -22,7 +22,6 @@ from deltatok.shards.errors import UsageError
         ({"crop_ratio": (0.0, 1.0)}, "two positive numbers"),
         ({"crop_scale": (0.5, 1.5)}, "crop_scale: got .*, wanted at most 1"),
         ({"seed": -1}, "seed: got -1"),
-        ({"dtype": "int7"}, "dtype: got 'int7', wanted one of float16, bfloat16"),
         ({"sampling": "uniform"}, "fps: got None, wanted frames a second"),
         ({"fps": 5.0}, "fps: got 5.0, wanted no value unless sampling is uniform"),
     ],

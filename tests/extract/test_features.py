@@ -8,16 +8,23 @@ import torch
 from torch import Tensor
 
 from deltatok.extract.backbone import Backbone
+from deltatok.extract.config import ExtractConfig
 from deltatok.extract.features import WindowFeatures
 from deltatok.extract.shard_writer import PatchShardWriter
 
 T, S, N, D = 2, 32, 4, 64
 
 
+def _config(*, batch_frames: int) -> ExtractConfig:
+    return ExtractConfig(
+        videos=("v",), out="o", num_frames=T, frame_size=S, batch_frames=batch_frames
+    )
+
+
 @pytest.fixture
 def features(backbone: Backbone) -> WindowFeatures:
     """Three windows a batch."""
-    return WindowFeatures(backbone, PatchShardWriter(), num_frames=T, frame_size=S, batch_frames=7)
+    return WindowFeatures(backbone, PatchShardWriter(), _config(batch_frames=7))
 
 
 def _windows(count: int) -> Tensor:
@@ -54,9 +61,7 @@ def test_a_shard_does_not_depend_on_the_one_before(features: WindowFeatures) -> 
 
 
 def test_a_window_longer_than_a_batch_makes_a_batch_of_its_own(backbone: Backbone) -> None:
-    features = WindowFeatures(
-        backbone, PatchShardWriter(), num_frames=T, frame_size=S, batch_frames=1
-    )
+    features = WindowFeatures(backbone, PatchShardWriter(), _config(batch_frames=1))
     for window in _windows(2):
         features.add(window)
     assert features.finish().shape == (2, T, N, D)
@@ -64,7 +69,7 @@ def test_a_window_longer_than_a_batch_makes_a_batch_of_its_own(backbone: Backbon
 
 def test_bfloat16_rows_are_bits_made_on_the_device(backbone: Backbone) -> None:
     writer = PatchShardWriter(dtype="bfloat16")
-    features = WindowFeatures(backbone, writer, num_frames=T, frame_size=S, batch_frames=4)
+    features = WindowFeatures(backbone, writer, _config(batch_frames=4))
     features.add(_windows(1)[0])
     rows = features.finish()
     wanted = backbone.tokens(torch.cat([_windows(1)[0], torch.zeros_like(_windows(1)[0])]))[:T]
@@ -80,7 +85,7 @@ def test_a_writer_decides_what_is_kept(backbone: Backbone) -> None:
             assert tokens.dtype == torch.float32
             return tokens.mean(dim=(2, 3))
 
-    features = WindowFeatures(backbone, MeanWriter(), num_frames=T, frame_size=S, batch_frames=4)
+    features = WindowFeatures(backbone, MeanWriter(), _config(batch_frames=4))
     for window in _windows(3):
         features.add(window)
     assert features.finish().shape == (3, T)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract.decoding.pool import DecodedClip, DecodedWindow
-from deltatok.extract.features import PixelPrefetcher, PrefetchedClip
+from deltatok.extract.decoding.clip import DecodedClip
+from deltatok.extract.features import PixelPrefetcher
 from deltatok.shards.records import Quarantined
 from deltatok.shards.sampling import WindowDraw
 
@@ -18,9 +18,11 @@ S = 16
 
 def _clip(key: str, num_windows: int, *, crop: int = 12) -> DecodedClip:
     rng = np.random.default_rng(num_windows)
-    draw = WindowDraw((0, 1), (0.0, 0.04), (1, 2, crop, 13), True)
-    frames = rng.integers(0, 256, (num_windows, 2, 20, 24, 3), dtype=np.uint8)
-    return DecodedClip(key, "pyav", [DecodedWindow(window, [0, 1], draw) for window in frames])
+    frames = rng.integers(0, 256, (num_windows + 1, 20, 24, 3), dtype=np.uint8)
+    draws = [
+        WindowDraw((i, i + 1), (0.0, 0.04), (1, 2, crop, 13), True) for i in range(num_windows)
+    ]
+    return DecodedClip(key, "pyav", draws, dict(enumerate(frames)))
 
 
 CLIPS: list[DecodedClip | Quarantined] = [
@@ -34,10 +36,9 @@ CLIPS: list[DecodedClip | Quarantined] = [
 def _all(num_ahead: int) -> tuple[list[str], list[torch.Tensor]]:
     keys, pixels = [], []
     with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=num_ahead) as prefetcher:
-        for clip in prefetcher.clips(iter(CLIPS)):
-            keys.append(clip.key if isinstance(clip, PrefetchedClip) else clip.clip)
-            if isinstance(clip, PrefetchedClip):
-                pixels += [take() for take in clip.pixels]
+        for clip, takes in prefetcher.clips(iter(CLIPS)):
+            keys.append(clip.key if isinstance(clip, DecodedClip) else clip.clip)
+            pixels += [take() for take in takes]
     return keys, pixels
 
 
@@ -76,10 +77,9 @@ def test_only_so_many_windows_are_made_ahead(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("deltatok.extract.features.window_pixels", make)
     with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=2) as prefetcher:
-        clip = next(prefetcher.clips(iter([_clip("a", 50)])))
-        assert isinstance(clip, PrefetchedClip)
+        _, pixels = next(prefetcher.clips(iter([_clip("a", 50)])))
         assert not third.wait(0.2)
-        clip.pixels.popleft()()
+        pixels.popleft()()
         assert third.wait(10)
 
 
@@ -91,7 +91,6 @@ def test_leaving_early_ends_the_thread() -> None:
 
 def test_what_goes_wrong_ahead_is_raised_where_the_pixels_are_taken() -> None:
     with PixelPrefetcher(frame_size=S, device=CPU, num_ahead=1) as prefetcher:
-        clip = next(prefetcher.clips(iter([_clip("a", 1, crop=100)])))
-        assert isinstance(clip, PrefetchedClip)
+        _, pixels = next(prefetcher.clips(iter([_clip("a", 1, crop=100)])))
         with pytest.raises(ValueError, match="leaves the frame"):
-            clip.pixels.popleft()()
+            pixels.popleft()()

@@ -2,8 +2,12 @@
 
 import pytest
 
-from deltatok.extract.config import parse_duration_s, parse_size_bytes
+from deltatok.extract.config import ExtractConfig
 from deltatok.shards import UsageError
+
+
+def _config(**fields: str) -> ExtractConfig:
+    return ExtractConfig(videos=("clips",), out="cache", **fields)
 
 
 @pytest.mark.parametrize(
@@ -11,7 +15,7 @@ from deltatok.shards import UsageError
     [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("1.5h", 5400), ("2d", 172_800), ("45", 45)],
 )
 def test_duration(text: str, seconds: float) -> None:
-    assert parse_duration_s(text, name="time_limit") == seconds
+    assert _config(time_limit=text).time_limit_s == seconds
 
 
 @pytest.mark.parametrize(
@@ -19,16 +23,16 @@ def test_duration(text: str, seconds: float) -> None:
     [("0", 0), ("500MB", 500_000_000), ("10 GB", 10**10), ("1.5TiB", 3 * 2**39), ("1kB", 1000)],
 )
 def test_size(text: str, size: int) -> None:
-    assert parse_size_bytes(text, name="min_free") == size
+    assert _config(min_free=text).min_free_bytes == size
 
 
-@pytest.mark.parametrize("text", ["", "soon", "10x", "-5s", "1h later", "m"])
+@pytest.mark.parametrize("text", ["", "soon", "10x", "-5s", "1h later", "m", "1h30", "0"])
 def test_no_duration_is_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError, match="time_limit: got"):
-        parse_duration_s(text, name="time_limit")
+        _config(time_limit=text)
 
 
 @pytest.mark.parametrize("text", ["", "much", "10 potatoes", "-1GB", "GB"])
 def test_no_size_is_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError, match="min_free: got"):
-        parse_size_bytes(text, name="min_free")
+        _config(min_free=text)

@@ -4,12 +4,11 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -42,31 +41,20 @@ def uninterrupted(finished: Path, digests: Digests) -> dict[str, str]:
     return digests(finished)
 
 
-def _run_interrupted(
-    config: ExtractConfig, moment: str, folder: Path
-) -> subprocess.CompletedProcess[str]:
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder / "config.json"), moment],
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize("moment", ["batch", "partial", "record"])
 def test_killed_run_goes_on_to_the_same_bytes(
     make_config: ConfigMaker,
     backbone: Backbone,
     uninterrupted: dict[str, str],
     digests: Digests,
+    run_program: Callable[..., Any],
     tmp_path: Path,
     moment: str,
 ) -> None:
     config = make_config()
     out = Path(config.out)
-    process = _run_interrupted(config, moment, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    process = run_program(PROGRAM, tmp_path / "config.json", moment)
     assert process.returncode == -signal.SIGKILL, process.stderr
     done_before = done_shards(out)
     assert done_before in ([], [0])  # killed while the second one was made or written
@@ -99,10 +87,12 @@ def test_sigterm_ends_with_75_and_leaves_no_partial(
     backbone: Backbone,
     uninterrupted: dict[str, str],
     digests: Digests,
+    run_program: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     config = make_config()
-    process = _run_interrupted(config, "terminate", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    process = run_program(PROGRAM, tmp_path / "config.json", "terminate")
     assert process.returncode == 75, process.stderr
     assert "SIGTERM" in process.stderr
     assert "run again to go on" in process.stderr

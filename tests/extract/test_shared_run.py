@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import chain
@@ -49,17 +47,17 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def _run_shared(config: ExtractConfig, folder: Path, count: int) -> dict[str, Any]:
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    process = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder / "config.json"), str(count)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return {**json.loads(process.stdout), "said": process.stderr}
+@pytest.fixture
+def run_shared(
+    run_program: Callable[..., Any], tmp_path: Path
+) -> Callable[[ExtractConfig, int], dict[str, Any]]:
+    def run(config: ExtractConfig, count: int) -> dict[str, Any]:
+        (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+        process = run_program(PROGRAM, tmp_path / "config.json", str(count))
+        assert process.returncode == 0, process.stderr
+        return {**json.loads(process.stdout), "said": process.stderr}
+
+    return run
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
@@ -67,11 +65,12 @@ def test_processes_of_which_one_is_killed_make_the_same_cache(
     make_config: ConfigMaker,
     backbone: Backbone,
     digests: Digests,
+    run_shared: Callable[..., dict[str, Any]],
     tmp_path: Path,
     num_processes: int,
 ) -> None:
     config = make_config(frames_per_shard=12)  # six shards
-    result = _run_shared(config, tmp_path, num_processes)
+    result = run_shared(config, num_processes)
     assert result["ends"] == [-signal.SIGKILL] + [0] * (num_processes - 1), result["said"]
     others = sorted(chain.from_iterable(result["made"]))
     assert others == [shard for shard in range(6) if shard % num_processes]  # each one once
@@ -85,10 +84,13 @@ def test_processes_of_which_one_is_killed_make_the_same_cache(
 
 
 def test_the_same_command_started_twice_does_no_harm(
-    make_config: ConfigMaker, finished: Path, digests: Digests, tmp_path: Path
+    make_config: ConfigMaker,
+    finished: Path,
+    digests: Digests,
+    run_shared: Callable[..., dict[str, Any]],
 ) -> None:
     config = make_config()
-    result = _run_shared(config, tmp_path, -2)
+    result = run_shared(config, -2)
     assert result["ends"] == [0, 0], result["said"]
     assert set(chain.from_iterable(result["made"])) == {0, 1, 2}
     assert verify_cache(config.out, deep=True).problems == []

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +30,6 @@ from deltatok.shards import (
     DeltatokError,
     PatchShards,
     TooManyQuarantined,
-    UsageError,
 )
 from deltatok.shards.patches.int8 import (
     agree_on_channel_scale,
@@ -141,18 +138,13 @@ def test_killed_int8_run_goes_on_to_the_same_bytes(
     backbone: Backbone,
     int8_cache: Path,
     digests: Digests,
+    run_program: Callable[..., Any],
     tmp_path: Path,
     moment: str,
 ) -> None:
     config = make_config(dtype="int8", out=str(tmp_path / "killed"))
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    process = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path / "config.json"), moment],
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
+    process = run_program(PROGRAM, tmp_path / "config.json", moment)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert (Path(config.out) / "channel_scale.npy").exists() == (moment != "scales")
     run_extraction(config, backbone=backbone)
@@ -257,8 +249,6 @@ def test_compression_gives_the_same_numbers_and_fingerprint(
     reader, reference = PatchShards(config.out), PatchShards(finished)
     assert reader.fingerprint == reference.fingerprint
     np.testing.assert_array_equal(reader.load(), reference.load())
-    with pytest.raises(UsageError, match="compression: got 'gzip'"):
-        make_config(compression="gzip")
 
 
 class _WildWriter(PatchShardWriter):
@@ -270,11 +260,11 @@ class _WildWriter(PatchShardWriter):
         return super().convert(wild)
 
 
-def test_values_that_cannot_be_stored_are_counted_and_stop_the_run(
+def test_values_that_cannot_be_stored_stop_the_run(
     make_config: ConfigMaker, backbone: Backbone
 ) -> None:
     config = make_config()
     # Six windows in batches of two: three of them have the values.
-    words = r"clip 'c\d\.mp4' and 1 more: 3 of .* not finite and 6 beyond the range of float16"
+    words = r"clip 'c\d\.mp4': .*not finite or beyond the range of float16"
     with pytest.raises(DeltatokError, match=words):
         run_extraction(config, backbone=backbone, writer=_WildWriter(seed=config.seed))

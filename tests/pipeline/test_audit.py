@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from deltatok.pipeline.audit import AuditConfig, audit_cache
+from deltatok.pipeline.audit import audit_cache
 from deltatok.pipeline.commands.extract import main as extract
+from deltatok.pipeline.commands.shards import VerifyConfig
 from deltatok.pipeline.commands.shards import main as shards
 from deltatok.shards import CacheMismatch, PatchShards, UsageError
 from deltatok.shards.patches.writer import write_patch_shard
@@ -32,10 +34,10 @@ def extracted(tiny_inputs: Path) -> Path:
     return out
 
 
-def config(root: Path, cache: Path, **changes: object) -> AuditConfig:
-    values = {"clips": 2, "videos": (str(root / "world/train"),), "backbone": root / "backbone"}
-    values["backbone"] = str(values["backbone"])
-    return AuditConfig(cache=str(cache), **{**values, **changes})
+def config(root: Path, cache: Path, **changes: Any) -> VerifyConfig:
+    values: dict[str, Any] = {"audit": 2, "videos": (str(root / "world/train"),)}
+    values["backbone"] = str(root / "backbone")
+    return VerifyConfig(dir=str(cache), **{**values, **changes})
 
 
 def test_an_audit_of_what_was_extracted_finds_no_difference(
@@ -45,7 +47,7 @@ def test_an_audit_of_what_was_extracted_finds_no_difference(
     words += ["--videos", str(tiny_inputs / "world/train")]
     words += ["--backbone", str(tiny_inputs / "backbone")]
     assert shards(words) == 0
-    assert "6 windows of 2 clips made again, 0 differ" in capsys.readouterr().out
+    assert "6 windows of 2 clips made again, 0 clips differ" in capsys.readouterr().out
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["problems"] == []
     assert found["audit"]["largest_error"] < 1e-4
@@ -56,7 +58,7 @@ def test_a_process_of_a_launcher_audits_all_it_is_asked_to(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert audit_cache(config(tiny_inputs, extracted)).differing == []
+    assert audit_cache(config(tiny_inputs, extracted)).differing == {}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -65,7 +67,7 @@ def test_every_storage_type_is_audited(tiny_inputs: Path, tmp_path: Path, dtype:
     words = settings(tiny_inputs, tmp_path / "cache", "--dtype", dtype)
     assert extract(["--videos", videos, *words]) == 0
     report = audit_cache(config(tiny_inputs, tmp_path / "cache"))
-    assert report.differing == []
+    assert report.differing == {}
     assert report.largest_error < 1e-3
 
 
@@ -74,14 +76,14 @@ def test_delta_tokens_are_audited_with_their_tokenizer(tiny_inputs: Path, tiny_r
     with pytest.raises(UsageError, match="give the --tokenizer"):
         audit_cache(config(tiny_inputs, cache))
     report = audit_cache(config(tiny_inputs, cache, tokenizer=str(tiny_run / "tokenizer")))
-    assert report.differing == []
+    assert report.differing == {}
     assert report.largest_error < report.allowed_error
 
 
 def test_uniform_windows_are_audited(tiny_inputs: Path, tiny_run: Path) -> None:
     videos = (str(tiny_inputs / "world/val"),)
     report = audit_cache(config(tiny_inputs, tiny_run / "val-patches", videos=videos))
-    assert (report.windows, report.clips, report.differing) == (2, 2, [])
+    assert (report.windows, report.clips, report.differing) == (2, 2, {})
 
 
 def test_deltas_of_other_patch_tokens_are_not_audited(
@@ -104,8 +106,8 @@ def test_deltas_of_other_patch_tokens_are_not_audited(
 
 
 def test_the_plan_tells_where_the_clips_were(tiny_inputs: Path, extracted: Path) -> None:
-    report = audit_cache(config(tiny_inputs, extracted, videos=(), clips=100))
-    assert (report.windows, report.differing) == (9, [])
+    report = audit_cache(config(tiny_inputs, extracted, videos=(), audit=100))
+    assert (report.windows, report.differing) == (9, {})
 
 
 def test_clips_of_a_list_and_of_a_tar_are_found_where_the_plan_says(
@@ -121,7 +123,7 @@ def test_clips_of_a_list_and_of_a_tar_are_found_where_the_plan_says(
     words += ["--root", str(videos[1].parent), *settings(tiny_inputs, tmp_path / "cache")]
     assert extract(words) == 0
     report = audit_cache(config(tiny_inputs, tmp_path / "cache", videos=()))
-    assert (report.windows, report.clips, report.differing) == (6, 2, [])
+    assert (report.windows, report.clips, report.differing) == (6, 2, {})
 
 
 def rewrite(cache: Path, out: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
@@ -182,9 +184,9 @@ def test_a_window_that_the_video_does_not_give_is_named(
     words: str,
 ) -> None:
     cache = rewrite(extracted, tmp_path / "cache", change)
-    (found,) = audit_cache(config(tiny_inputs, cache, clips=3)).differing
-    assert (found.window, found.shard) == (4, 0)
-    assert found.what.startswith(words)
+    ((clip, what),) = audit_cache(config(tiny_inputs, cache, audit=3)).differing.items()
+    assert clip == PatchShards(cache).window(4)["clip"]
+    assert what.startswith(f"shard 000000: window 4: {words}")
 
 
 def test_another_backbone_is_refused(
@@ -218,7 +220,7 @@ def test_a_changed_or_missing_video_is_named(
     first.write_bytes(first.read_bytes() + b"x")
     words = ["verify", str(extracted), "--audit", "3", "--videos", str(videos)]
     words += ["--backbone", str(tiny_inputs / "backbone")]
-    fails(shards, words, 1, "3 of 9 windows are not what the videos give")
+    fails(shards, words, 1, "1 of 3 clips")
     first.unlink()
     fails(shards, words, 2, f"clip {first.name!r}", "is not among them")
 

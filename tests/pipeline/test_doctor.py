@@ -28,16 +28,16 @@ def test_every_part_is_named_and_the_decoders_decode(tmp_path: Path) -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
         ("raise RuntimeError('no such symbol')", "no such symbol"),
         ("print(3)", "gave '3'"),
-        ("import time; time.sleep(60)", "did not decode"),
+        ("import time; time.sleep(60)", "did not end"),
     ],
 )
 def test_a_broken_decoder_is_found_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, words: str
 ) -> None:
     monkeypatch.setitem(doctor.PROGRAMS, "decord", program)
-    monkeypatch.setattr(doctor, "DECODER_TIMEOUT_S", 20.0 if "sleep" not in program else 0.5)
-    monkeypatch.setitem(doctor.PROGRAMS, "PyAV", "print(8)")
-    decord = {f.part: f for f in doctor._decoders()}["decord"]
+    if "sleep" in program:
+        monkeypatch.setattr(doctor, "TIMEOUT_S", 0.5)
+    decord = doctor._decoder("decord", doctor.PROGRAMS["decord"], "clip.mp4")
     assert decord.state == "broken"
     assert words in decord.text
     assert "--decoder pyav" in decord.text
@@ -46,9 +46,37 @@ def test_a_broken_decoder_is_found_and_named(
 def test_without_what_everything_needs_the_exit_code_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(doctor.PROGRAMS, "PyAV", "raise SystemExit('broken')")
+    monkeypatch.setattr(doctor, "TORCH", "print('1.0\\nno CUDA')")
+    monkeypatch.setattr(doctor, "CLIP", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     assert main(["doctor", "--offline", "--out", str(tmp_path)]) == 1
-    assert "PyAV" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "PyAV" in said.err
+    assert "SIGSEGV" in said.out
+    monkeypatch.setattr(doctor, "TORCH", "import not_there")
+    assert main(["doctor", "--offline", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "torch" in said.err
+    assert "not_there" in said.out
+
+
+def test_without_network_or_gpu_it_says_so_and_ends_with_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["doctor", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "the hub gives no answer" in said
+    assert "none that torch can use" in said
+
+
+def test_an_account_without_access_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr(doctor, "HUB", "print('gated')")
+    found = doctor._weights(offline=False)
+    assert found.state == "missing"
+    assert "accept the licence" in found.text
 
 
 def test_missing_extras_say_how_to_get_them(

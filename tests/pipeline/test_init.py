@@ -92,6 +92,24 @@ def test_a_size_that_the_machine_cannot_hold_says_what_fits(
         init_pipeline(make(size="base"))
 
 
+def test_a_machine_too_small_for_any_size_says_what_is_missing(
+    make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(init.psutil, "virtual_memory", lambda: SimpleNamespace(total=1e9))
+    with pytest.raises(UsageError, match=r"too small for any size.* 3 GB .*there are 1\.0"):
+        init_pipeline(make())
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_batches_fit_the_clips_there_are(make: Any) -> None:
+    """Of three clips one validates, and one of the two that train does so in training."""
+    pipeline = read_pipeline(init_pipeline(make()), out=None, settings=[])
+    by_name = {stage.name: stage.settings for stage in pipeline.stages}
+    windows = by_name["patches"]["num_windows"]
+    assert by_name["world"]["batch_size"] == windows // 2
+    assert by_name["tokenizer"]["batch_size"] == min(32, 7 * windows // 2)
+
+
 def test_a_disk_that_is_too_small_says_how_many_clips_fit(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,19 +148,6 @@ def test_a_flipped_byte_of_a_tar_is_found_by_sha256_on_opening_and_by_verify(
     assert "shard 000001" in problems[0].text
 
 
-def reseal(folder: Path, name: str) -> None:
-    """Makes the done-record agree with a changed file, as a forger would."""
-    from deltatok.shards.files import sha256_file
-
-    record_path = folder / name.split(".")[0]
-    record_path = record_path.with_name(f"{record_path.name}.json")
-    record = json.loads(record_path.read_text())
-    for file in record["files"]:
-        path = folder / file
-        record["files"][file] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    record_path.write_text(json.dumps(record))
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -182,7 +169,7 @@ def test_reader_refuses_array_metadata_of_another_layout(
     metadata = json.loads(path.read_text())
     metadata[field] = value
     path.write_text(json.dumps(metadata))
-    reseal(patches.folder, "shards/000000.zarr")
+    patches.reseal()
     with pytest.raises(DamagedShard, match=r"000000.zarr/tokens/zarr.json: "):
         PatchShards(patches.folder).tokens([0])
     assert len(verify_cache(patches.folder, deep=True).problems) == 1
@@ -191,7 +178,7 @@ def test_reader_refuses_array_metadata_of_another_layout(
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "NaN", '{"attributes": 3}', "[" * 10**5])
 def test_reader_refuses_broken_group_metadata(patches: Any, text: str) -> None:
     (patches.folder / "shards/000000.zarr/zarr.json").write_text(text)
-    reseal(patches.folder, "shards/000000.zarr")
+    patches.reseal()
     with pytest.raises(DamagedShard, match=r"000000.zarr"):
         PatchShards(patches.folder).timestamps_s([0])
 
@@ -302,7 +289,7 @@ def test_made_up_window_descriptions_are_refused(
         for name, content in members.items():
             key, _, extension = name.partition(".")
             tar.write({"__key__": key, extension: content})
-    reseal(deltas.folder, "shards/000000.tar")
+    deltas.reseal()
     with pytest.raises(DamagedShard, match=words):
         _ = DeltaShards(deltas.folder).clip_index
     assert len(verify_cache(deltas.folder, deep=True).problems) == 1
@@ -310,6 +297,6 @@ def test_made_up_window_descriptions_are_refused(
 
 def test_a_tar_with_a_block_of_other_sizes_is_refused(little: Any, deltas: Any) -> None:
     shutil.copy(deltas.folder / "shards/000001.tar", deltas.folder / "shards/000000.tar")
-    reseal(deltas.folder, "shards/000000.tar")
+    deltas.reseal()
     with pytest.raises(DamagedShard, match="6 windows, the done-record says 5"):
         DeltaShards(deltas.folder)

@@ -19,7 +19,6 @@ import pytest
 
 from deltatok.shards import DeltaShards, DeltatokError, PatchShards
 from deltatok.shards.cache import checksum, fingerprint
-from deltatok.shards.files import sha256_file
 from deltatok.shards.plan import read_plan
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
@@ -45,17 +44,6 @@ def little_room_and_time() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def reseal(folder: Path) -> None:
-    """Makes done-record 0 and cache.json agree with the files; the index is gone."""
-    path = folder / "shards/000000.json"
-    record = json.loads(path.read_text())
-    for name in record["files"]:
-        file = folder / name
-        record["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-    path.write_text(json.dumps(record))
-    (folder / "index.jsonl").unlink(missing_ok=True)
-
-
 def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes cache.json, its fingerprint and checksum with it."""
     path = folder / "cache.json"
@@ -74,7 +62,8 @@ def use(folder: Path, kind: str = "patches") -> None:
 
 
 def is_refused(folder: Path, kind: str = "patches") -> None:
-    """By the reader, and named by verify, with errors of ours only."""
+    """By the reader, and named by verify, with errors of ours only. An index would tell first."""
+    (folder / "index.jsonl").unlink(missing_ok=True)
     with pytest.raises(DeltatokError):
         use(folder, kind)
     with suppress(DeltatokError):
@@ -106,7 +95,7 @@ def test_codecs_that_run_code_or_are_not_ours_are_refused(
         target.get(place, sharding["index_codecs"]).insert(0, codec)
         before = path.read_text()
         path.write_text(json.dumps(metadata))
-        reseal(patches.folder)
+        patches.reseal()
         is_refused(patches.folder)
         path.write_text(before)
 
@@ -124,7 +113,7 @@ def test_shapes_that_overflow_are_refused_without_room_for_them(
     metadata["shape"] = shape
     metadata["chunk_grid"]["configuration"]["chunk_shape"] = shape
     path.write_text(json.dumps(metadata))
-    reseal(patches.folder)
+    patches.reseal()
     record_path = patches.folder / "shards/000000.json"
     record = json.loads(record_path.read_text())
     record_path.write_text(json.dumps({**record, "rows": shape[0]}))
@@ -178,7 +167,7 @@ def test_index_entries_beyond_the_file_or_upon_one_another_are_refused(
     index[entry, column] = value
     crc = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
     path.write_bytes(data[: -15 * 16 - 4] + index.tobytes() + crc)
-    reseal(cache.folder)
+    cache.reseal()
     is_refused(cache.folder)
 
 
@@ -195,7 +184,7 @@ def test_keys_are_names_and_never_paths(
         holder = value if "keys" in value else value["attributes"]
         holder["keys"][0] = key
         path.write_text(json.dumps(value))
-    reseal(folder)
+    patches.reseal()
     reader = PatchShards(folder)
     reader.timestamps_s([0])
     assert reader.keys[0] == key
@@ -256,7 +245,7 @@ def test_a_tar_that_claims_too_much_is_refused(deltas: Any, size: bytes, name: s
     header[148:156] = b"%06o\0 " % sum(header)
     data[at : at + 512] = header
     path.write_bytes(data)
-    reseal(deltas.folder)
+    deltas.reseal()
     is_refused(deltas.folder, "deltas")
 
 
@@ -275,5 +264,5 @@ def test_sparse_and_pax_tricks_are_refused(deltas: Any, format: str) -> None:
         else:
             info.type = tarfile.GNUTYPE_SPARSE
         tar.addfile(info, io.BytesIO(b"abcd"))
-    reseal(deltas.folder)
+    deltas.reseal()
     is_refused(deltas.folder, "deltas")

@@ -14,7 +14,7 @@ import pytest
 
 from deltatok.shards import DamagedShard, DeltaShards, PatchShards, UsageError
 from deltatok.shards.cache import finish_cache
-from deltatok.shards.deltas.reader import read_blocks, read_windows
+from deltatok.shards.deltas.reader import read_blocks, read_shard_table
 from deltatok.shards.files import write_bytes
 from deltatok.shards.plan import plan_lines, read_plan
 
@@ -215,7 +215,7 @@ def test_numbers_that_no_column_holds_are_refused(deltas: Any) -> None:
     start, end = edge.span(1)
     path.write_bytes(data[:start] + b"1e300".ljust(end - start) + data[end:])
     with pytest.raises(DamagedShard, match="wanted 3 indices and 4 numbers"):
-        read_windows(path, read_blocks(path, num_frames=3, hidden_size=6)[0], num_frames=3)
+        read_shard_table(path, read_blocks(path, num_frames=3, hidden_size=6), [], num_frames=3)
 
 
 @pytest.mark.parametrize("kind", ["PatchShards", "DeltaShards"])

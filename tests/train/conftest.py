@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape
 from deltatok.shards.cache import finish_cache, open_cache
@@ -21,11 +20,6 @@ from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 
 NUM_LATENTS = 3
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # these models are too small for two
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ def same_lines(one: list[dict[str, Any]], other: list[dict[str, Any]], *, rel: f
         assert mine == pytest.approx(theirs, rel=rel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "rel"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_compiled_world_equals_the_eager_one(
     world_config: Make,
@@ -72,6 +73,7 @@ def test_compiled_world_equals_the_eager_one(
         assert all(torch.allclose(one[name], other[name], atol=2e-5) for name in one)
 
 
+@pytest.mark.slow
 def test_compiled_tokenizer_equals_the_eager_one(
     tokenizer_config: Make, tmp_path: Path, log_lines: Make, graphs: list[Any]
 ) -> None:

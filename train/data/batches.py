@@ -5,7 +5,7 @@
 
 Nothing here has state: `read(step)` gives the same batch whenever it is called, so a run can stop
 and go on anywhere, and a rank reads its slice of the batch that one process would have read.
-`Prefetcher` has the next batches read by threads of its own while this one is computed: a batch is
+`Prefetcher` has the next batches read by a thread of its own while this one is computed: a batch is
 valid until the next one is asked for.
 """
 
@@ -32,21 +32,17 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Gives read(start), read(start + 1), ... read(stop - 1), each begun ahead of its turn.
 
-    One thread keeps up with what training eats; more take turns. What `read` raises is raised by
-    `next`.
+    One thread keeps up with what training eats. What `read` raises is raised by `next`.
     """
 
-    def __init__(
-        self, read: Callable[[int], T], *, start: int, stop: int, num_threads: int = 1
-    ) -> None:
+    def __init__(self, read: Callable[[int], T], *, start: int, stop: int) -> None:
         self._read = read
-        self._depth = max(DEPTH, num_threads)
         self._steps = iter(range(start, stop))
-        self._pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="prefetch")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: deque[Future[T]] = deque()
 
     def __enter__(self) -> Self:
-        for _ in range(self._depth):
+        for _ in range(DEPTH):
             self._begin_one()
         return self
 

@@ -24,12 +24,8 @@ Take = Callable[[tuple[int, ...], np.dtype[Any]], Tensor]
 
 DEPTH = 2
 """Batches that are read ahead: one hides a steady reader, a second its stutters (a guess)."""
-
-
-def buffers_needed(num_threads: int) -> int:
-    """Batches that are in use at once where so many threads read ahead (batches.Prefetcher): one is
-    computed on, the others wait; and threads overtake one another."""
-    return max(DEPTH, num_threads) + num_threads
+NUM_BUFFERS = DEPTH + 1
+"""Batches in use at once: one is computed on, the others wait."""
 
 
 def fresh(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from PIL import Image
 
 from deltatok.evaluate import DeltaWorld, Futures
 from deltatok.evaluate.forecast.rollout import decode_rollout
-from deltatok.evaluate.inference import futures as futures_pictures
+from deltatok.evaluate.report import panels
 from deltatok.evaluate.report.panels import most_diverse
 from deltatok.evaluate.report.pictures import heat_tile
 from deltatok.extract.backbone import Backbone
@@ -420,14 +418,12 @@ def test_depths_share_one_scale(
     world = DeltaWorld.from_pretrained(run, head=tmp_path / "depth", device="cpu")
     tops = []
     monkeypatch.setattr(
-        futures_pictures, "heat_tile", lambda v, top: tops.append(top) or heat_tile(v, top=top)
+        panels, "heat_tile", lambda v, top: tops.append(top) or heat_tile(v, top=top)
     )
     futures = world.predict(frames, fps=5, num_samples=3)
     futures.save_grid(tmp_path / "grid.png", num_samples=3)
-    depths = [top for top in tops if top == tops[0]]
-    assert (
-        len(depths) == 4 * STEPS
-    )  # three samples and their mean; the spread has a scale of its own
+    assert len(tops) == 4 * STEPS  # three samples and their mean
+    assert len(set(tops)) == 1
     assert tops[0] == float(futures.read(futures.last[None]).max())
 
 
@@ -444,18 +440,3 @@ def test_the_most_different_samples_are_spread_out() -> None:
     samples = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 0.0], [0.0, -7.0], [0.1, 0.0]])
     assert most_diverse(samples, 3) == [1, 3, 2]
     assert most_diverse(torch.ones(4, 2), 3) == [0]
-
-
-def test_importing_evaluate_imports_no_torch() -> None:
-    code = "import sys, deltatok.evaluate; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("module", ["inference.model", "forecast.run"])
-def test_decoders_are_loaded_where_a_file_is_decoded_only(module: str) -> None:
-    program = (
-        f"import sys, deltatok.evaluate.{module}\n"
-        "loaded = [name for name in sys.modules if name.startswith('deltatok.extract.decoding')]\n"
-        "assert not loaded and 'av' not in sys.modules, loaded"
-    )
-    subprocess.run([sys.executable, "-P", "-c", program], check=True)

@@ -142,7 +142,7 @@ def test_links_below_a_linked_top_folder_must_stay_in_it(vspw, config, tmp_path)
         (lambda path: path.mkdir(), "is no file"),
         (lambda path: os.mkfifo(path), "is no file"),
         (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
-        (lambda path: path.write_bytes(b""), "no label that can be read: no PNG, BMP or TIFF"),
+        (lambda path: path.write_bytes(b""), "no image that can be read: no PNG, BMP, TIFF"),
         (lambda path: path.write_bytes(BOMB), "decompression bomb"),
     ],
 )

@@ -1,11 +1,13 @@
 """A clip in an archive decodes as outside of it; bombs, damage and changes cost that clip only."""
 
 import io
+import os
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +16,23 @@ import pytest
 from PIL import Image
 
 from deltatok.extract.decoding import images
-from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
-from deltatok.extract.decoding.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.clip import DecodedClip, decode_clip
+from deltatok.extract.decoding.pool import DecodePool
 from deltatok.extract.sources.clip import Clip, FrameFolder, TarVideo, Unreadable
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import ClipError
 from deltatok.shards.records import Quarantined
 from deltatok.shards.sampling import SamplingPolicy
 
-Decode = Callable[..., DecodedFrames]
+Decode = Callable[..., DecodedClip]
 SECONDS = ["0.00", "0.04", "0.08", "0.13", "0.16", "0.2", "0.24", "0.28", "0.32", "0.36"]
 
 
 @pytest.fixture
 def decode(make_policy: Callable[..., SamplingPolicy]) -> Decode:
-    def call(clip: Clip, **options: Any) -> DecodedFrames:
-        return decode_clip(
-            clip.path,
-            key="k",
-            policy=make_policy(time_stride_range=(0.02, 0.06), num_frames=4),
-            source=clip.source,
-            size_bytes=clip.size_bytes,
-            **options,
-        )
+    def call(clip: Clip, **options: Any) -> DecodedClip:
+        policy = make_policy(time_stride_range=(0.02, 0.06), num_frames=4)
+        return decode_clip(replace(clip, key="k"), policy=policy, **options)
 
     return call
 
@@ -70,7 +66,7 @@ def _zip(path: Path, images: dict[str, bytes], method: int = zipfile.ZIP_DEFLATE
     return clip
 
 
-def _same(one: DecodedFrames, other: DecodedFrames) -> bool:
+def _same(one: DecodedClip, other: DecodedClip) -> bool:
     return (
         one.windows == other.windows
         and one.frames.keys() == other.frames.keys()
@@ -78,9 +74,10 @@ def _same(one: DecodedFrames, other: DecodedFrames) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "codec", "decoder"), [("in.mp4", "libx264", "decord"), ("in.avi", "mpeg4", "pyav")]
-)
+INNER = [("in.mp4", "libx264", "decord"), ("in.avi", "mpeg4", "pyav")]
+
+
+@pytest.mark.parametrize(("name", "codec", "decoder"), INNER)
 def test_video_in_a_tar_decodes_as_the_file(
     videos: Any, decode: Decode, tmp_path: Path, name: str, codec: str, decoder: str
 ) -> None:
@@ -94,6 +91,87 @@ def test_video_in_a_tar_decodes_as_the_file(
         assert inside.decoder == plain.decoder == decoder
         assert _same(inside, plain)
         assert _same(decode(clip, decoder="pyav"), decode(clip))
+
+
+def _zip_videos(path: Path, videos: dict[str, bytes], method: int) -> dict[str, Clip]:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in videos.items():
+            archive.writestr(name, data)
+    return {clip.key: clip for clip in find_clips([path])}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(("name", "codec", "decoder"), INNER)
+def test_video_in_a_zip_decodes_as_outside(
+    videos: Any,
+    decode: Decode,
+    tmp_path: Path,
+    name: str,
+    codec: str,
+    decoder: str,
+    method: int,
+) -> None:
+    path = videos.write(name, codec=codec)
+    plain = decode(Clip("k", path, path.stat().st_size))
+    data = path.read_bytes()
+    clip = _zip_videos(tmp_path / "w.zip", {"before.mp4": data, f"a/{name}": data}, method)[
+        f"a/{name}"
+    ]
+    inside = decode(clip)
+    assert inside.decoder == plain.decoder == decoder
+    assert _same(inside, plain)
+    whole = (tmp_path / "w.zip").read_bytes()
+    for i in range(0, len(whole), 1000):
+        (tmp_path / f"s.zip.part{i // 1000:03d}").write_bytes(whole[i : i + 1000])
+    split = {clip.key: clip for clip in find_clips([tmp_path / "s.zip"])}
+    assert _same(decode(split[f"a/{name}"], decoder="pyav"), plain)
+
+
+@pytest.mark.parametrize(
+    ("at", "pack", "value", "words"),
+    [
+        (8, "<H", 1, r"x\.mp4 is encrypted"),
+        (10, "<H", 12, r"x\.mp4 .*compressed in another way \(12\)"),
+        (16, "<I", 0, r"x\.mp4 is not what its checksum says"),
+        (24, "<I", 9, r"x\.mp4 is not what its checksum says"),
+        (24, "<I", 2**31, r"x\.mp4 would unpack from \d+ to 2147483648 bytes, no video"),
+        (42, "<I", 7, r"x\.mp4 does not lie where the archive says"),
+        (20, "<I", 10**6, r"x\.mp4 (is cut short|cannot be unpacked|is not what its checksum)"),
+    ],
+)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_hostile_video_in_a_zip_costs_its_clip(
+    tmp_path: Path, decode: Decode, method: int, at: int, pack: str, value: int, words: str
+) -> None:
+    _zip_videos(tmp_path / "w.zip", {"x.mp4": bytes(2**12) + os.urandom(2**12)}, method)
+    raw = bytearray((tmp_path / "w.zip").read_bytes())
+    struct.pack_into(pack, raw, raw.index(b"PK\1\2") + at, value)
+    (tmp_path / "w.zip").write_bytes(raw)
+    (clip,) = find_clips([tmp_path / "w.zip"])
+    if value == 2**31 and method == zipfile.ZIP_STORED:
+        words = "is not what its checksum says"
+    with pytest.raises(ClipError, match=words):
+        decode(clip)
+
+
+def test_video_bomb_in_a_zip_is_not_unpacked(tmp_path: Path, decode: Decode) -> None:
+    videos = {"x.mp4": bytes(8 * 2**20)}
+    clip = _zip_videos(tmp_path / "w.zip", videos, zipfile.ZIP_DEFLATED)["x.mp4"]
+    with pytest.raises(ClipError, match=r"would unpack from \d+ to 8388608 bytes, no video"):
+        decode(clip)
+
+
+def test_nothing_of_a_deflated_video_stays_on_the_disk(
+    videos: Any, decode: Decode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    data = {"v.mp4": videos.write("v.mp4").read_bytes()}
+    clip = _zip_videos(tmp_path / "w.zip", data, zipfile.ZIP_DEFLATED)["v.mp4"]
+    seen: list[list[Path]] = []
+    decode(clip, starting=lambda name: seen.append(list((tmp_path / "temporary").iterdir())))
+    assert seen
+    assert not any(seen)
 
 
 def test_playlist_is_no_video(videos: Any, decode: Decode, tmp_path: Path) -> None:

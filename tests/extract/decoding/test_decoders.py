@@ -12,7 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
+from deltatok.extract.decoding.clip import DecodedClip, decode_clip
+from deltatok.extract.sources.clip import Clip, stored_size
 from deltatok.shards.errors import ClipError
 from deltatok.shards.sampling import SamplingPolicy
 
@@ -22,15 +23,16 @@ UNEVEN = [4 * i + (0, 1, 3, 1)[i % 4] for i in range(40)]
 
 
 @pytest.fixture
-def decode(make_policy: MakePolicy) -> Callable[..., DecodedFrames]:
-    def call(path: Path, **changes: Any) -> DecodedFrames:
+def decode(make_policy: MakePolicy) -> Callable[..., DecodedClip]:
+    def call(path: Path, **changes: Any) -> DecodedClip:
         options = {k: changes.pop(k) for k in ("decoder", "max_bytes") if k in changes}
-        return decode_clip(path, key="k", policy=make_policy(**changes), **options)
+        clip = Clip("k", path, stored_size(path, None))
+        return decode_clip(clip, policy=make_policy(**changes), **options)
 
     return call
 
 
-def _check_numbers(videos: Any, decoded: DecodedFrames, times_s: list[float]) -> None:
+def _check_numbers(videos: Any, decoded: DecodedClip, times_s: list[float]) -> None:
     """Every frame shows its index, every window has the true times of its frames."""
     assert {index: videos.number(rgb) for index, rgb in decoded.frames.items()} == {
         index: index for index in decoded.frames

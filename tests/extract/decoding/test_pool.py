@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from deltatok.extract.decoding import pool as pool_module
-from deltatok.extract.decoding.pool import TICK_S, DecodedClip, DecodePool
+from deltatok.extract.decoding.clip import DecodedClip
+from deltatok.extract.decoding.pool import TICK_S, DecodePool
 from deltatok.extract.sources.clip import Clip
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import DeltatokError
@@ -34,7 +35,7 @@ TIMEOUT_S = 2.0
 WORKER = """
 import ctypes, os, signal, sys
 import numpy as np
-from deltatok.extract.decoding.clip import DecodedFrames
+from deltatok.extract.decoding.clip import DecodedClip
 from deltatok.extract.decoding import worker
 from deltatok.shards.sampling import WindowDraw
 from deltatok.shards.errors import ClipError
@@ -68,7 +69,7 @@ def decode(request, starting):
     other = WindowDraw((1, 0), (0.04, 0.0), (0, 0, 64, 64), True)
     level = int(key.split()[-1]) if "number" in key else 1
     frames = {index: np.full((64, 64, 3), level * index, np.uint8) for index in (0, 1)}
-    return DecodedFrames("pyav" if again else "decord", [draw, other], frames)
+    return DecodedClip(key, "pyav" if again else "decord", [draw, other], frames)
 
 worker.main(sys.argv[1:], decode=decode)
 """
@@ -153,12 +154,12 @@ def test_windows_and_pixels_arrive(run: Run, monkeypatch: pytest.MonkeyPatch, me
     (clip,) = run("clip")
     assert isinstance(clip, DecodedClip)
     first, second = clip.windows
-    assert first.frames.shape == (2, 64, 64, 3)
-    assert first.frames.dtype == np.uint8
-    assert not first.frames.flags.writeable
-    assert [int(frame.mean()) for frame in first.frames] == [0, 1]
-    assert [int(frame.mean()) for frame in second.frames] == [1, 0]
-    assert second.draw.flipped
+    for frame in clip.frames_of(first):
+        assert (frame.shape, frame.dtype) == ((64, 64, 3), np.uint8)
+        assert not frame.flags.writeable
+    assert [int(frame.mean()) for frame in clip.frames_of(first)] == [0, 1]
+    assert [int(frame.mean()) for frame in clip.frames_of(second)] == [1, 0]
+    assert second.flipped
 
 
 def test_limit_on_the_size_of_files_is_not_for_frames(run: Run) -> None:
@@ -267,7 +268,7 @@ def test_frames_outlive_the_process_they_came_from(run: Run, pids: Callable[[], 
     (clip,) = run("clip", max_clips_per_worker=1)
     _check_gone(pids())
     assert isinstance(clip, DecodedClip)
-    assert [int(frame.max()) for frame in clip.windows[0].frames] == [0, 1]
+    assert [int(clip.frames[index].max()) for index in (0, 1)] == [0, 1]
 
 
 def test_only_so_many_clips_are_read_ahead(
@@ -321,7 +322,7 @@ def test_frames_in_use_are_not_written_over(
         for number, clip in enumerate(pool.decode(clips(*(f"number {i}" for i in range(12))))):
             assert isinstance(clip, DecodedClip)
             if number % 3 == 0:
-                kept.append((number, clip.windows[0].frames[1:]))
+                kept.append((number, clip.frames[1]))
         assert [int(frames.max()) for _, frames in kept] == [number for number, _ in kept]
         assert [int(frames.min()) for _, frames in kept] == [number for number, _ in kept]
 
@@ -438,8 +439,8 @@ def test_corrupt_file_among_good_ones_costs_one(videos: Any, make_policy: MakePo
     for clip in results:
         if isinstance(clip, DecodedClip):
             for window in clip.windows:
-                numbers = [videos.number(frame) for frame in window.frames]
-                assert numbers == list(window.draw.frame_index)
+                numbers = [videos.number(frame) for frame in clip.frames_of(window)]
+                assert numbers == list(window.frame_index)
 
 
 def test_worker_imports_neither_torch_nor_decord() -> None:

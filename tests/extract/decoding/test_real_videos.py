@@ -13,7 +13,8 @@ import av
 import numpy as np
 import pytest
 
-from deltatok.extract.decoding.pool import DecodedClip, DecodePool
+from deltatok.extract.decoding.clip import DecodedClip
+from deltatok.extract.decoding.pool import DecodePool
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.records import Quarantined
 from deltatok.shards.sampling import SamplingPolicy
@@ -126,15 +127,15 @@ def test_file_gives_windows_of_the_frames_shown(results: Results, name: str) -> 
     assert isinstance(clip, DecodedClip), clip
     assert clip.decoder == decoder
     assert len(clip.windows) == 4
-    wanted = {index for window in clip.windows for index in window.draw.frame_index}
+    wanted = {index for window in clip.windows for index in window.frame_index}
     times_s, pixels = _shown(FOLDER / name, wanted)
     if name == "tv_hmdb51_RATRACE_wave.avi":  # no presentation times in it: a constant 30 a second
         times_s = [index / 30 for index in range(len(times_s))]
     for window in clip.windows:
-        assert window.frames.shape == (8, height, width, 3)
-        expected_s = [times_s[index] for index in window.draw.frame_index]
-        assert window.draw.timestamps_s == pytest.approx(expected_s, abs=1e-9)
-        for frame, index in zip(window.frames, window.draw.frame_index, strict=True):
+        expected_s = [times_s[index] for index in window.frame_index]
+        assert window.timestamps_s == pytest.approx(expected_s, abs=1e-9)
+        for frame, index in zip(clip.frames_of(window), window.frame_index, strict=True):
+            assert frame.shape == (height, width, 3)
             assert np.array_equal(frame, pixels[index]), f"frame {index}"
 
 
@@ -153,13 +154,13 @@ def test_both_decoders_give_identical_windows(
     assert isinstance(fast, DecodedClip)
     assert isinstance(plain, DecodedClip)
     assert (fast.decoder, plain.decoder) == ("decord", "pyav")
-    for one, other in zip(fast.windows, plain.windows, strict=True):
-        assert one.draw == other.draw
-        assert np.array_equal(one.frames, other.frames)
+    assert fast.windows == plain.windows
+    assert fast.frames.keys() == plain.frames.keys()
+    assert all(np.array_equal(fast.frames[index], plain.frames[index]) for index in fast.frames)
 
 
 def test_windows_of_a_long_clip_lie_all_over_it(results: Results) -> None:
     clip = results["sam2_720px_dark.mp4"]
     assert isinstance(clip, DecodedClip)
-    starts_s = [window.draw.timestamps_s[0] for window in clip.windows]
+    starts_s = [window.timestamps_s[0] for window in clip.windows]
     assert max(starts_s) - min(starts_s) > 3

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.extract.decoding.backends import decode_with_torchcodec
-from deltatok.extract.decoding.clip import DecodedFrames, decode_clip
+from deltatok.extract.decoding.backends import decode_fast
+from deltatok.extract.decoding.clip import DecodedClip, decode_clip
+from deltatok.extract.sources.archive import FileSlice
+from deltatok.extract.sources.clip import Clip
 from deltatok.extract.sources.find import find_clips
-from deltatok.extract.sources.tars import FileSlice
 from deltatok.shards.errors import ClipError
 from deltatok.shards.sampling import SamplingPolicy
 
@@ -50,10 +51,11 @@ CODECS = [  # name, codec, its options: seeking is exact in these
 
 
 @pytest.fixture
-def decode(make_policy: Callable[..., SamplingPolicy]) -> Callable[..., DecodedFrames]:
-    def call(path: Path, choice: str, **changes: Any) -> DecodedFrames:
+def decode(make_policy: Callable[..., SamplingPolicy]) -> Callable[..., DecodedClip]:
+    def call(path: Path, choice: str, **changes: Any) -> DecodedClip:
         policy = make_policy(num_windows=3, **changes)
-        return decode_clip(path, key="k", policy=policy, decoder=choice)  # type: ignore[arg-type]
+        clip = Clip("k", path, path.stat().st_size)
+        return decode_clip(clip, policy=policy, decoder=choice)  # type: ignore[arg-type]
 
     return call
 
@@ -96,10 +98,11 @@ def test_video_inside_a_tar_is_read_in_place(
     def draw(times_s: Any, height: int, width: int) -> Any:
         return draw_windows(make_policy(), "k", times_s, height, width)
 
-    _, frames = decode_with_torchcodec(part, index=index, draw=draw, threads=1)
+    _, frames = decode_fast("torchcodec", part, index=index, draw=draw, threads=1)
     assert {videos.number(rgb) for rgb in frames.values()} == set(frames)
 
 
+@pytest.mark.slow
 @needs_torchcodec
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real videos at {FOLDER}")
 def test_real_files_give_the_frames_shown(decode: Any) -> None:

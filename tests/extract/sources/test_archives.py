@@ -1,4 +1,4 @@
-"""Tars of videos and zips of frames: every clip is found or named, nothing leaves the archive."""
+"""Tars and zips: every clip is found or named, nothing leaves the archive."""
 
 import io
 import logging
@@ -15,6 +15,7 @@ from deltatok.extract.sources.clip import (
     TarVideo,
     Unreadable,
     ZipFolder,
+    ZipVideo,
 )
 from deltatok.extract.sources.find import find_clips
 from deltatok.shards.errors import UsageError
@@ -300,12 +301,58 @@ def test_zip_of_more_than_65535_entries_is_zip64(write_zip: Write, tmp_path: Pat
     assert clip.key == "c"
 
 
-def test_videos_in_a_zip_are_said_not_to_be_read(
-    write_zip: Write, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        find_clips([write_zip("frames.zip", FRAMES | {"x.mp4": b""})])
-    assert "1 videos in it are not read" in caplog.text
+def test_zip_gives_its_videos_as_a_tar_does(write_zip: Write, write_tar: Write) -> None:
+    path, tar = write_zip("w.zip", VIDEOS), write_tar("w.tar", VIDEOS)
+    clips = find_clips([path])
+    assert all(isinstance(clip.source, ZipVideo) and clip.path == path for clip in clips)
+    fields = [(clip.key, clip.size_bytes, clip.label, clip.split) for clip in clips]
+    assert fields == [(c.key, c.size_bytes, c.label, c.split) for c in find_clips([tar])]
+
+
+def test_zip_of_videos_and_frames_gives_both(write_zip: Write, tmp_path: Path) -> None:
+    write_zip("w.zip", FRAMES | {"x.mp4": b"1"})
+    keys = ["w/train/run/a", "w/train/run/b", "w/x.mp4"]
+    (tmp_path / "other.mp4").write_bytes(b"")
+    assert [clip.key for clip in find_clips([tmp_path])] == ["other.mp4", *keys]
+
+
+def test_split_zip_gives_its_videos(write_zip: Write, tmp_path: Path) -> None:
+    data = write_zip("w.zip", VIDEOS).read_bytes()
+    expected = [(clip.key, clip.size_bytes) for clip in find_clips([tmp_path / "w.zip"])]
+    (tmp_path / "w.zip").unlink()
+    for i in range(0, len(data), 100):
+        (tmp_path / f"w.zip.part{i // 100:03d}").write_bytes(data[i : i + 100])
+    found = find_clips([tmp_path / "w.zip"])
+    assert [(clip.key, clip.size_bytes) for clip in found] == expected
+
+
+@pytest.mark.parametrize("name", ["../x.mp4", "/x.mp4", "a/../../x.mp4", "C:\\x.mp4"])
+def test_zip_with_a_video_that_leaves_it_is_refused(write_zip: Write, name: str) -> None:
+    with pytest.raises(UsageError, match="a path that leaves the archive"):
+        find_clips([write_zip("w.zip", VIDEOS | {name: b"2"})])
+
+
+def test_video_that_is_twice_in_a_zip_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive, pytest.warns(UserWarning):
+        archive.writestr("x.mp4", b"1")
+        archive.writestr("x.mp4", b"2")
+    with pytest.raises(UsageError, match=r"both would be clip 'x\.mp4'"):
+        find_clips([tmp_path / "w.zip"])
+
+
+def test_videos_that_share_bytes_of_a_zip_are_named(write_zip: Write) -> None:
+    """As in archives that unpack to a thousand times their size."""
+    path = write_zip("w.zip", {f"{letter}.mp4": b"12345" for letter in "abcd"})
+    data = bytearray(path.read_bytes())
+    second = data.index(b"PK\1\2", data.index(b"PK\1\2") + 4)
+    struct.pack_into("<I", data, second + 42, 3)  # where its data is said to begin
+    path.write_bytes(data)
+    a, b, c, d = find_clips([path])
+    assert isinstance(a.source, Unreadable)
+    assert isinstance(b.source, Unreadable)
+    assert "b.mp4 shares bytes of the archive with a.mp4" in b.source.reason
+    assert isinstance(c.source, ZipVideo)
+    assert isinstance(d.source, ZipVideo)
 
 
 def test_images_numbered_by_frame_are_no_clip_and_said(

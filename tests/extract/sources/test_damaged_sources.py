@@ -10,8 +10,8 @@ import pytest
 
 from deltatok.extract.decoding.clip import opened_clip
 from deltatok.extract.decoding.container import VideoFile
+from deltatok.extract.sources.archive import FileSlice
 from deltatok.extract.sources.find import find_clips
-from deltatok.extract.sources.tars import FileSlice
 from deltatok.shards.errors import ClipError, UsageError
 
 Write = Callable[..., Path]
@@ -69,7 +69,7 @@ def test_damage_ends_in_an_error_or_in_fewer_clips(
             continue
         for clip in clips:
             try:
-                with opened_clip(clip.path, clip.source, size_bytes=clip.size_bytes) as found:
+                with opened_clip(clip) as found:
                     _check_content(found)
                 outcomes.add("read")
             except ClipError:

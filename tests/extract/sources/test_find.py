@@ -1,7 +1,6 @@
 """Paths become clips under keys that do not depend on where the videos lie."""
 
 import logging
-import os
 from pathlib import Path
 
 import pytest
@@ -99,9 +98,9 @@ def test_linked_folder_is_searched_and_a_loop_ends(folder: Path, tmp_path: Path)
     assert _keys(tmp_path / "linked") == ["data/a/one.mp4", "data/b/two.MP4", "data/three.webm"]
 
 
-def test_name_that_is_not_utf8_gets_a_readable_key(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9.mp4")
-    (tmp_path / name).write_bytes(b"")
-    (clip,) = find_clips([tmp_path])
-    assert clip.key == "caf\\xe9.mp4"
-    assert clip.path == tmp_path / name
+@pytest.mark.parametrize("line", ["more.txt", "list.txt", "MORE.CSV", "more.jsonl"])
+def test_list_in_a_list_is_refused(folder: Path, line: str) -> None:
+    (folder / line).write_text("a/one.mp4\n")
+    (folder / "list.txt").write_text(f"a/one.mp4\n{line}\n")
+    with pytest.raises(UsageError, match=rf"line 2: {line} is a list itself.*cannot be nested"):
+        find_clips([folder / "list.txt"])

@@ -1,8 +1,10 @@
 """Whole extractions from archives and lists: the same windows, and class and split in the cache."""
 
 import json
+import os
 import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
+from deltatok.pipeline.commands.extract import main as extract
 from deltatok.shards import PatchShards
 from deltatok.shards.plan import read_plan
 from deltatok.shards.records import read_done
@@ -24,18 +27,77 @@ def _table(folder: Path) -> WindowColumns:
     return PatchShards(folder).table()
 
 
-def test_tar_gives_the_cache_that_the_folder_gives(
-    finished: Path, clips: Path, make_config: MakeConfig, backbone: Backbone, tmp_path: Path
+@pytest.mark.parametrize("kind", ["tar", "zip", "deflated zip"])
+def test_archive_gives_the_cache_that_the_folder_gives(
+    finished: Path,
+    clips: Path,
+    make_config: MakeConfig,
+    backbone: Backbone,
+    tmp_path: Path,
+    kind: str,
 ) -> None:
-    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
-        for path in sorted(clips.iterdir()):
-            tar.add(path, arcname=path.name)
-    config = make_config(videos=(str(tmp_path / "clips.tar"),))
+    archive = tmp_path / f"clips.{kind[-3:]}"
+    files = sorted(clips.iterdir())
+    if kind == "tar":
+        with tarfile.open(archive, "w") as tar:
+            for path in files:
+                tar.add(path, arcname=path.name)
+    else:
+        method = zipfile.ZIP_DEFLATED if kind == "deflated zip" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(archive, "w", method) as zipped:
+            for path in files:
+                zipped.write(path, path.name)
+    config = make_config(videos=(str(archive),))
     run_extraction(config, backbone=backbone)
     ours, theirs = PatchShards(config.out), PatchShards(finished)
     assert ours.keys == theirs.keys
     assert np.array_equal(ours.load(), theirs.load())
     assert np.array_equal(_table(Path(config.out)).crop, _table(finished).crop)
+    sizes = [
+        {entry.key: entry.size_bytes for entry in read_plan(out)} for out in (config.out, finished)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+LATIN = os.fsdecode(b"caf\xe9.mp4")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "list", "list of labels", "tar", "newline"])
+def test_name_that_no_cache_can_hold_is_refused_before_anything_is_written(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(clips / "c0.mp4", folder / "plain.mp4")
+    name = "two\nlines.mp4" if kind == "newline" else LATIN
+    given = {"file": folder / name, "list": folder / "l.txt", "list of labels": folder / "l.csv"}
+    if kind == "tar":
+        with tarfile.open(folder / "w.tar", "w") as tar:
+            tar.add(clips / "c1.mp4", arcname=name)
+    elif kind == "list of labels":
+        (folder / "l.csv").write_bytes(b"path,label\nplain.mp4,caf\xe9.mp4\n")
+    else:
+        shutil.copy(clips / "c1.mp4", folder / name)
+        (folder / "l.txt").write_bytes(b"plain.mp4\ncaf\xe9.mp4\n")
+    words = ["--videos", str(given.get(kind, folder)), "--backbone", "none", "--out", str(out)]
+    assert extract(words) == 2
+    shown = r"'two\nlines.mp4'" if kind == "newline" else r"b'caf\xe9.mp4'"
+    assert shown in capsys.readouterr().err.replace("w/", "")
+    assert not out.exists()
+
+
+def test_frame_that_has_no_valid_name_is_told_of_in_the_quarantine(
+    clips: Path, make_config: MakeConfig, backbone: Backbone, tmp_path: Path
+) -> None:
+    folder = tmp_path / "videos"
+    (folder / "frames").mkdir(parents=True)
+    shutil.copy(clips / "c0.mp4", folder)
+    (folder / "frames" / os.fsdecode(b"caf\xe9_0.5.jpg")).write_bytes(b"no image")
+    config = make_config(videos=(str(folder),), max_quarantined=0.5)
+    assert run_extraction(config, backbone=backbone).quarantined == 1
+    (line,) = (Path(config.out) / "quarantine.jsonl").read_text().splitlines()
+    assert "caf\\udce9_0.5.jpg cannot be decoded" in json.loads(line)["reason"]
+    assert PatchShards(config.out).keys == ["c0.mp4"]
 
 
 def test_class_and_split_of_a_list_are_in_the_plan_and_the_reader(

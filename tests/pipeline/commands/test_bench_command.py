@@ -15,23 +15,14 @@ QUICK = ("--rounds", "1", "--seconds", "0.02")
 def test_patches_are_held_against_the_memory_map(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "bench",
-        str(tiny_run / "patches"),
-        *QUICK,
-        "--workers",
-        "0,2",
-        "--json",
-        str(tmp_path / "j"),
-    ]
+    words = ["bench", str(tiny_run / "patches"), *QUICK, "--json", str(tmp_path / "j")]
     assert main([*words, "--residency", "map", "stream"]) == 0
     found = json.loads((tmp_path / "j").read_text())
     ratio = found["loader_pairs_per_s"] / found["memmap_pairs_per_s"]
     assert found["loader_over_memmap"] == pytest.approx(ratio)
-    names = {name.removesuffix("_pairs_per_s") for name in found["rates"]}
-    assert {"memmap", "reader", "disk", "loader:map:0", "loader:stream:2"} <= names
+    assert {"memmap", "reader", "disk", "loader:map", "loader:stream"} <= set(found["rates"])
     assert all(rate > 0 for rate in found["rates"].values())
-    assert "| loader:map:0 |" in capsys.readouterr().out
+    assert "| loader:map |" in capsys.readouterr().out
 
 
 def test_deltas_are_held_against_memory(tiny_run: Path, tmp_path: Path) -> None:
@@ -40,10 +31,9 @@ def test_deltas_are_held_against_memory(tiny_run: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "j").read_text())
     ratio = found["loader_windows_per_s"] / found["in_memory_windows_per_s"]
     assert found["loader_over_memory"] == pytest.approx(ratio)
-    assert found["cold"] is True
 
 
-@pytest.mark.parametrize("words", [("--workers", "a"), ("--workers", "-1"), ("--seconds", "0")])
+@pytest.mark.parametrize("words", [("--rounds", "0"), ("--batch-size", "-1"), ("--seconds", "0")])
 def test_settings_that_cannot_be_are_refused(
     tiny_run: Path, words: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -43,10 +44,36 @@ def test_a_second_run_does_nothing_twice(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
     assert pipeline(["run", str(tiny_inputs / "tiny.yaml"), "--out", str(tiny_run)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tiny_run}/report/report.html"
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == f"report: file://{tiny_run}/report/report.html"
+    )
     after = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
     changed = {path.name for path in after if after[path] != before.get(path)}
     assert changed <= {"report.json"}
+
+
+def test_a_run_says_first_what_it_will_do_and_then_what_came_out(
+    tiny_inputs: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(tiny_run / "report")
+    assert pipeline(["run", str(tiny_inputs / "tiny.yaml"), "--out", str(tiny_run)]) == 0
+    said = capsys.readouterr()
+    assert "1 of 7 stages to run" in said.err.splitlines()[0]
+    order, report = said.out.splitlines()[-2:]
+    assert order.startswith("expected order: ")
+    assert report.startswith("report: file:///")
+
+
+def test_a_stage_of_other_settings_is_named_before_anything_runs(
+    tiny_inputs: Path, tiny_run: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tiny_inputs / "tiny.yaml"), "--out", str(tiny_run), "--set", "head.lr=0.5"]
+    again = f"deltatok-pipeline run {words[0]} --out {tiny_run} --again head"
+    fails(pipeline, ["run", *words], 4, "stage head", "lr: 0.5", again)
+    assert pipeline(["plan", *words]) == 0
+    assert "head             deltatok-train head          was run otherwise" in (
+        capsys.readouterr().out
+    )
 
 
 def test_patch_and_delta_caches_hold_the_same_windows(tiny_run: Path) -> None:
@@ -219,6 +246,42 @@ def test_sigterm_ends_a_command_with_75_whatever_it_is_at(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("train", ["world", "--deltas", "d", "--out", "o"]),
+        ("extract", ["--videos", "v", "--out", "o"]),
+        ("evaluate", ["forecast", "--patches", "p", "--tokenizer", "t", "--out", "o"]),
+    ],
+)
+def test_sigterm_while_modules_load_ends_with_75(
+    tmp_path: Path, module: str, words: list[str]
+) -> None:
+    """A torch that never comes to its end of being loaded stands in for a slow disk."""
+    (tmp_path / "v").mkdir()
+    (tmp_path / "torch.py").write_text(
+        "import sys, time\nprint('here', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+    )
+    code = f"import sys; from deltatok.pipeline.commands.{module} import main; sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            first = process.stderr.readline()
+            process.terminate()
+            said = process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
+    assert first == "here\n"
+    assert process.returncode == 75
+    assert "SIGTERM" in said
+
+
 def test_fewer_windows_than_the_batch(tiny_run: Path, tmp_path: Path, fails: Fails) -> None:
     words = ["world", "--deltas", str(tiny_run / "deltas"), "--out", str(tmp_path / "w")]
     fails(train, [*words, "--batch-size", "64", *_model("world")], 2, "64", "windows")
@@ -297,7 +360,12 @@ def test_the_nearest_subcommand_is_named(
         ("from deltatok.pipeline.commands import pipeline", {"torch", "av", "matplotlib"}),
         (
             "import deltatok.evaluate.forecast.run",
-            {"decord", "deltatok.extract.backbone", "deltatok.extract.decoding.clip"},
+            {"av", "decord", "deltatok.extract.backbone", "deltatok.extract.decoding"},
+        ),
+        pytest.param(
+            "import deltatok.evaluate.inference.model",
+            {"av", "decord", "deltatok.extract.decoding"},
+            marks=pytest.mark.slow,
         ),
         ("from deltatok.train import tokenizer, world", {"deltatok.extract", "av", "matplotlib"}),
         (

@@ -36,7 +36,7 @@ HELPS = [
     *["pipeline init", "pipeline doctor"],
     *["pipeline import-official", "pipeline export-official"],
 ]
-WITHOUT_COMMANDS = {"architecture.md", "experiments.md", "measured.md"}
+WITHOUT_COMMANDS = {"architecture.md", "experiments.md", "log.md", "measured.md"}
 PAGES = [
     ROOT / "README.md",
     *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in WITHOUT_COMMANDS),

@@ -21,7 +21,6 @@ from deltatok.shards import (
     CacheShape,
     DeltaShards,
     DeltatokError,
-    UsageError,
 )
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.deltas.writer import write_delta_shard
@@ -253,11 +252,6 @@ def test_writer_refuses_rows_of_another_shape(
 ) -> None:
     with pytest.raises(CacheMismatch, match=words):
         write_delta_shard(deltas.folder, 0, replace(deltas.rows[0], **change))
-
-
-def test_writer_refuses_blocks_of_no_windows(deltas: Any) -> None:
-    with pytest.raises(UsageError, match="block_windows is 0"):
-        write_delta_shard(deltas.folder, 0, deltas.rows[0], block_windows=0)
 
 
 def test_shard_without_windows_is_only_a_done_record(little: Any, deltas: Any) -> None:

@@ -42,46 +42,43 @@ def test_members_lie_where_tarfile_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    "name",
     [
-        ("/etc/000000.tokens.npy", "would leave the folder"),
-        ("../000000.tokens.npy", "would leave the folder"),
-        ("a/../../000000.tokens.npy", "would leave the folder"),
-        ("a/000000.tokens.npy", "wanted NNNNNN.tokens.npy"),
-        ("000000.tokens.pkl", "wanted NNNNNN.tokens.npy"),
-        ("000000.tokens.npy\n", "wanted NNNNNN.tokens.npy"),
+        "/etc/000000.tokens.npy",
+        "../000000.tokens.npy",
+        "a/../../000000.tokens.npy",
+        "a/000000.tokens.npy",
+        "000000.tokens.pkl",
+        "000000.tokens.npy\n",
     ],
 )
-def test_names_that_are_not_ours_are_refused(tmp_path: Path, name: str, words: str) -> None:
-    with pytest.raises(DamagedShard, match=words):
+def test_names_that_are_not_ours_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DamagedShard, match=r"wanted NNNNNN\.tokens\.npy"):
         read_members(tar_of(tmp_path / "x.tar", member(name)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    "kind",
     [
-        (tarfile.SYMTYPE, "a symbolic link"),
-        (tarfile.LNKTYPE, "a hard link"),
-        (tarfile.DIRTYPE, "a folder"),
-        (tarfile.CHRTYPE, "a device"),
-        (tarfile.FIFOTYPE, "a pipe"),
-        (b"S", "of type b'S'"),
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.DIRTYPE,
+        tarfile.CHRTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.CONTTYPE,
+        b"S",
     ],
 )
-def test_members_that_are_no_regular_files_are_refused(
-    tmp_path: Path, kind: bytes, words: str
-) -> None:
+def test_members_that_are_no_regular_files_are_refused(tmp_path: Path, kind: bytes) -> None:
     info = member("000000.tokens.npy", 0, type=kind, linkname="/etc/passwd")
-    with pytest.raises(DamagedShard, match=words):
+    with pytest.raises(DamagedShard, match="no regular file"):
         read_members(tar_of(tmp_path / "x.tar", info))
 
 
-@pytest.mark.parametrize(
-    ("format", "what"), [(tarfile.PAX_FORMAT, "extended"), (tarfile.GNU_FORMAT, "ustar header")]
-)
-def test_extended_headers_are_refused(tmp_path: Path, format: int, what: str) -> None:
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_extended_headers_are_refused(tmp_path: Path, format: int) -> None:
     info = member("x" * 200)
-    with pytest.raises(DamagedShard, match=what):
+    with pytest.raises(DamagedShard, match="no regular file"):
         read_members(tar_of(tmp_path / "x.tar", info, format=format))
 
 
@@ -100,11 +97,11 @@ def with_size_field(path: Path, field: bytes) -> Path:
     [
         (b"77777777777\0", "does not fit into the file"),
         (b"00000100000\0", "does not fit into the file"),
-        (b"\x80" + bytes(9) + b"\x02\x00", "size .* wanted octal digits"),
-        (b"-0000000001\0", "size .* wanted octal digits"),
-        (b"0x000000010\0", "size .* wanted octal digits"),
-        (b"000 0000004\0", "size .* wanted octal digits"),
-        (bytes(12), "size .* wanted octal digits"),
+        (b"\x80" + bytes(4) + b"\x01" + bytes(6), "does not fit into the file"),
+        (b"\xff" * 12, "no regular file"),
+        (b"-0000000001\0", "no regular file"),
+        (b"0x000000010\0", "no tar header"),
+        (b"000 0000004\0", "no tar header"),
     ],
 )
 def test_sizes_beyond_the_file_or_unreadable_are_refused(
@@ -125,7 +122,7 @@ def test_a_member_twice_is_refused(tmp_path: Path) -> None:
 def test_a_tar_without_its_end_mark_is_refused(tmp_path: Path, keep: int) -> None:
     path = tar_of(tmp_path / "x.tar", member("000000.tokens.npy"))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DamagedShard, match=r"end mark|does not fit"):
+    with pytest.raises(DamagedShard, match=r"ends at byte|end mark|does not fit"):
         read_members(path)
 
 
@@ -171,8 +168,8 @@ def test_npy_comes_back() -> None:
 def test_npy_of_any_number_of_axes_is_parsed(num_axes: int) -> None:
     values = np.zeros((2,) * num_axes, dtype=FLOAT16)
     data = npy_bytes(values)
-    header = parse_npy(data, size=len(data), dtype=FLOAT16, num_axes=num_axes, where="here")
-    assert header.shape == values.shape
+    shape, _ = parse_npy(data, size=len(data), dtype=FLOAT16, num_axes=num_axes, where="here")
+    assert shape == values.shape
 
 
 def saved(values: np.ndarray, *, pickled: bool = False) -> bytes:

@@ -7,7 +7,6 @@ of what each of the two would take (two summands have no order). Else up to roun
 import dataclasses
 import fcntl
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,12 +28,12 @@ RANK = """
 import dataclasses, json, sys
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
 from deltatok.shards import DeltatokError
 from deltatok.train.engine import loop
 from deltatok.train import world
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.models.configs import DeltaWorldConfig
+from deltatok.train.selection.selector import Selector
 from deltatok.train.world import train_world
 def config_of(fields):
     fields["model"]["rope_axis_sizes"] = tuple(fields["model"]["rope_axis_sizes"])
@@ -56,7 +55,7 @@ def full(*given, **named):
 
 endings = {}
 for name, patched, attribute, broken in (
-    ("regret", world.Selector, "_measure", measured),
+    ("regret", Selector, "_measure", measured),
     ("disk", loop, "save_checkpoint", full),
     ("held", None, "", None),
 ):
@@ -91,8 +90,7 @@ def train_on_two_ranks(configs: list[WorldTrainConfig], tmp_path: Path) -> None:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", str(script), runs),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ]
     )
     try:
         assert launched.wait(timeout=100) == 0

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +77,6 @@ def test_world_resumed_at_every_step_equals_uninterrupted(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
 from deltatok.train.engine import checkpoints, loop, model_folder as pretrained, run_folder
 from deltatok.train.config import TokenizerTrainConfig
 from deltatok.train.models.configs import DeltaTokConfig
@@ -113,18 +109,20 @@ train_tokenizer(
 
 
 def test_run_killed_three_times_equals_uninterrupted(
-    tokenizer_config: Make, tmp_path: Path, log_lines: Make
+    tokenizer_config: Make, tmp_path: Path, log_lines: Make, run_program: Make
 ) -> None:
     config: TokenizerTrainConfig = tokenizer_config()
     train_tokenizer(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED)
     fields = json.dumps(dataclasses.asdict(config))
     for where in (
         "before a checkpoint has its name",
         "between two checkpoints",
         "while the model is written",
     ):
-        done = subprocess.run([sys.executable, "-c", KILLED, fields, where], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        done = run_program(program, fields, where)
+        assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (Path(config.out) / "config.json").exists()
     train_tokenizer(config)
     assert weights(config.out) == weights(tmp_path / "whole")

@@ -161,6 +161,7 @@ def test_other_number_of_classes_does_not_go_on(head_config: Make) -> None:
         train_head(head_config(num_classes=3))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own compiler
 def test_head_of_generated_code_equals_the_eager_one(
     head_config: Make, tmp_path: Path, log_lines: Make
