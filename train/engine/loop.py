@@ -154,8 +154,11 @@ class Trainer:
             on_main(accelerator, partial(write_best, run.checkpoints, self.best))
             logger.info("going on after step %d, from %s", self.start, folder)
         elif self.config.start_optimizer and (source := start_folder(self.config)) is not None:
-            check_checkpoint(source)
-            optimizer_state = read_optimizer(source, objective.model)
+            try:
+                check_checkpoint(source)
+                optimizer_state = read_optimizer(source, objective.model)
+            except DamagedShard as error:
+                raise DamagedShard(f"{error}: start from another checkpoint") from error
         groups = parameter_groups(objective.model, self.config.weight_decay)
         optimizer = torch.optim.AdamW(
             groups,
@@ -176,7 +179,8 @@ class Trainer:
 
         DamagedShard naming the file, and what to do; CacheMismatch for one of another run.
         """
-        run, damaged = self.run, []
+        run = self.run
+        damaged: list[tuple[Path, DamagedShard]] = []
         for step, folder in reversed(find_checkpoints(run.checkpoints)):
             try:
                 check_checkpoint(folder)
@@ -190,16 +194,21 @@ class Trainer:
             self.start = step
             break
         if damaged and not (self.config.skip_damaged and self.start):
-            folder, error = damaged[0]
-            advice = "run again, to begin anew: there is none before it that is whole"
+            newest, problem = damaged[0]
+            advice = (
+                f"remove the folder {newest} and run again: there is none before it that is whole"
+            )
             if self.start:
-                advice = f"run again with --skip-damaged, to go on after step {self.start}"
-            raise DamagedShard(f"{error}: remove the folder {folder} and {advice}") from error
-        for folder, error in damaged:
+                advice = (
+                    f"give --skip-damaged to go on from the checkpoint before, after step "
+                    f"{self.start}; or remove the folder {newest}"
+                )
+            raise DamagedShard(f"{problem}: {advice}") from problem
+        for folder, problem in damaged:
             logger.warning(
                 "%s: the checkpoint is set aside as damaged-%s; going on after step %d, whose "
                 "checkpoint is whole",
-                error,
+                problem,
                 folder.name,
                 self.start,
             )

@@ -76,7 +76,10 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
         folder = Path(folder)
-        check_files(folder, FILES)
+        advice = (
+            f": restore the folder from a copy, or remove {CHECKSUMS} if you changed it yourself"
+        )
+        check_files(folder, FILES, advice=advice)
         got, fields = read_class(folder), _read_json(folder / CONFIG)
         if got != cls.saved_as:
             raise UsageError(
@@ -106,7 +109,7 @@ def file_table(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def check_files(folder: Path, names: Sequence[str]) -> bool:
+def check_files(folder: Path, names: Sequence[str], *, advice: str = "") -> bool:
     """Whether checksums.json, or state.json in a checkpoint, vouches for files of the folder.
 
     DamagedShard naming the first of `names` that is not what was written. An earlier version wrote
@@ -127,8 +130,7 @@ def check_files(folder: Path, names: Sequence[str]) -> bool:
             size = "" if isinstance(wanted, str) else f" of {wanted.bytes} bytes"
             raise DamagedShard(
                 f"{file}: not what was written: got {file.stat().st_size} bytes of SHA-256 {got}, "
-                f"{teller.name} says {sha256}{size}; restore the folder from a copy or make it "
-                f"again (if you changed it yourself, remove {teller.name})"
+                f"{teller.name} says {sha256}{size}{advice}"
             )
     return bool(table)
 

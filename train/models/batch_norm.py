@@ -13,15 +13,14 @@ from torch import Tensor, distributed, nn
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of every rank's tensor. Its gradient is the sum of theirs, since every rank's loss
-    depends on it."""
+    """Its gradient is the sum of every rank's, since every rank's loss depends on the sum."""
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor) -> Tensor:
         return _summed(x)
 
     @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
         return _summed(gradient)
 
 
@@ -31,21 +30,33 @@ def _summed(x: Tensor) -> Tensor:
     return total
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of every rank's tensor, with gradient."""
+    total: Tensor = _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
+    return total
+
+
 class RankBatchNorm2d(nn.BatchNorm2d):
-    """Feature maps (B, C, h, w) -> the same normed, B the same on every rank."""
+    """Feature maps (B, C, h, w) -> the same normed. B is the same on every rank."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         num_ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         if not self.training or num_ranks == 1:
             return super().forward(x)
-        return self._over_ranks(x.float(), num_ranks).to(x.dtype)
+        over_ranks = torch.compiler.disable(self._over_ranks)  # its sums are no part of a graph
+        out: Tensor = over_ranks(x.float(), num_ranks).to(x.dtype)
+        return out
 
-    @torch.compiler.disable
     def _over_ranks(self, x: Tensor, num_ranks: int) -> Tensor:
         count = num_ranks * x.numel() // x.shape[1]
-        mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
+        mean = sum_over_ranks(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
+        variance = sum_over_ranks(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():  # as torch does: the running variance is the unbiased one
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
