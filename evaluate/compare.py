@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..shards.cache import flatten
 from ..shards.errors import CacheMismatch, UsageError
-from ..shards.files import write_bytes, write_json
+from ..shards.files import read_text, write_bytes, write_json
 from ..shards.schema import is_number
 from .forecast.intervals import Estimate, Resamples
 from .forecast.sequences import Score, SequenceScores, read_sequences
@@ -284,7 +284,7 @@ def _names(config: CompareConfig) -> list[str]:
 def _read_run(folder: str, name: str) -> ComparedReport:
     path = Path(folder) / "report.json"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path}: cannot be read ({error}); give a folder that deltatok-evaluate forecast made"

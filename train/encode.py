@@ -43,8 +43,8 @@ from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
 from ..shards.records import (
     DoneRecord,
     append_timing,
-    read_all_done,
-    read_done,
+    iterate_clips,
+    read_clips,
     shard_path,
     write_quarantine,
 )
@@ -102,7 +102,7 @@ class FramePicks(NamedTuple):
 def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
-    for record in read_all_done(folder):
+    for record, _ in iterate_clips(folder):
         yield ShardPart(record, np.arange(window, window + record.rows), key)
         if record.rows:
             window += record.rows
@@ -254,7 +254,7 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     ):
         for part in mine:
             shard = part.record.shard
-            if read_done(out, shard) is None:
+            if read_clips(out, shard) is None:
                 if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
@@ -291,7 +291,7 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     quarantine before."""
     for part in work:
         shard = part.record.shard
-        done = read_done(out, shard)
+        done = read_clips(out, shard)
         if done is not None and set(done.keys) != set(part.record.keys):
             if read_cache_info(out).complete:
                 reopen_cache(out)

@@ -46,7 +46,6 @@ from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
 from .scores import Scorer, check_labels, tokenizer_probes, with_intervals
-from .sequences import sequences_jsonl
 from .windows import UniformWindows, WindowArrangement, is_evaluation, open_windows
 
 if TYPE_CHECKING:
@@ -268,7 +267,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         step_s=inputs.step_s(scored),
         paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
     )
-    write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
+    write_report(out, report, pictures, scorer.sequences)
     logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)
     return report
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shards.errors import UsageError
-from ...shards.files import write_bytes
+from ...shards.files import local_path, write_bytes
 from ...train.models.heads import feature_map
 from ..forecast.rollout import decode_rollout
 from ..report.animation import draw_moments, gif_bytes, write_mp4
@@ -113,12 +113,12 @@ class Futures:
         spread. show: "features" (colours) or "head" (what it reads); by default the head's if
         there is one. Gives the path."""
 
-        return save_grid(self, Path(path), num_samples=num_samples, show=show)
+        return save_grid(self, local_path(path), num_samples=num_samples, show=show)
 
     def save_mp4(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
         """The same as a video, samples side by side, in real time; ends in .gif: a GIF."""
 
-        return save_video(self, Path(path), num_samples=num_samples, show=show)
+        return save_video(self, local_path(path), num_samples=num_samples, show=show)
 
 
 PCA_TOKENS = 20_000

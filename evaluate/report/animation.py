@@ -34,7 +34,8 @@ MAX_SAMPLES = 3
 EMPTY = 90
 """Grey of a place where there is nothing to show."""
 FIRST_CHOICE = ("video", "truth", "label", "best sample", "mean of samples")
-"""Strips that are shown if there are any; then MAX_SAMPLES samples, in order; then OTHERS."""
+"""Strips that are shown if there are any; then MAX_SAMPLES samples, in order, but not the best one
+again; then OTHERS."""
 OTHERS = ("discriminative", "predictions, best", "copy last")
 MIN_STEP_S = 0.4
 """A moment is shown for so long at least (a guess): faster, eight places cannot be followed."""
@@ -195,7 +196,13 @@ def _choose(strips: Sequence[Strip]) -> list[Strip]:
     """FIRST_CHOICE in its order, then samples, then OTHERS; MAX_CELLS at most."""
     by_label = {strip.label.split(", 0 to")[0]: strip for strip in strips}  # of depth: the scale
     chosen = [by_label[label] for label in FIRST_CHOICE if label in by_label]
-    samples = [strip for strip in strips if strip.label.startswith("sample ")]
+    best = by_label.get("best sample")
+    samples = [
+        strip
+        for strip in strips
+        if strip.label.startswith("sample ")
+        and (best is None or not np.array_equal(strip.tiles, best.tiles))
+    ]
     others = [by_label[label] for label in OTHERS if label in by_label]
     return [*chosen, *samples[:MAX_SAMPLES], *others][:MAX_CELLS]
 
@@ -212,12 +219,16 @@ def _filled(strip: Strip, past: Sequence[Tile], label: Strip | None) -> Strip:
 def outlined(tile: Tile, truth: Tile) -> Tile:
     """The tile with a white line, black beside it, where `truth` changes its colour."""
     edges = np.zeros(truth.shape[:2], bool)
-    edges[:, 1:] |= (truth[:, 1:] != truth[:, :-1]).any(axis=-1)
-    edges[1:] |= (truth[1:] != truth[:-1]).any(axis=-1)
-    line = Image.fromarray(edges)
+    across = (truth[:, 1:] != truth[:, :-1]).any(axis=-1)
+    down = (truth[1:] != truth[:-1]).any(axis=-1)
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    edges[1:] |= down
+    edges[:-1] |= down
+    beside = Image.fromarray(edges).convert("L").filter(ImageFilter.MaxFilter(3))
     drawn = tile.copy()
-    for size, colour in ((5, 0), (3, 255)):
-        drawn[np.asarray(line.convert("L").filter(ImageFilter.MaxFilter(size))) > 0] = colour
+    drawn[np.asarray(beside) > 0] = 0
+    drawn[edges] = 255
     return drawn
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...shards.errors import UsageError
+from ...shards.files import read_text
 from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value
 
 _LIGHT = {"ink": "#24292f", "faint": "#d0d7de"}
@@ -68,7 +69,7 @@ def read_curve(path: str) -> Curve:
     """
     file = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except OSError as error:
         raise UsageError(f"--curves {path}: {file} cannot be read ({error.strerror})") from None
     losses: dict[str, tuple[list[int], list[float]]] = {}

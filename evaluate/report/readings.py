@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..forecast.intervals import Resamples
+from ..forecast.sequences import Score, SequenceScores
 from .paper_rows import METRICS as PAPER_METRICS
 from .paper_rows import PAPER_ROWS, PaperComparison
 from .rows import (
@@ -18,6 +20,7 @@ from .rows import (
     find_value,
     rows_by_name,
     show,
+    show_interval,
     show_row,
 )
 
@@ -30,51 +33,51 @@ IGNORES_TOKEN = 1.1
 """A tokenizer whose loss grows by less when its delta tokens are swapped ignores them (a guess)."""
 
 
-def read_scores(rows: Sequence[ReportRow]) -> str:
-    """Which forecast wins, by how much, and whether the intervals allow to say so."""
+def read_scores(rows: Sequence[ReportRow], scores: SequenceScores, *, seed: int = 0) -> str:
+    """Which forecast wins, by how much, and whether the interval of its lead allows to say so.
+
+    scores: of the sequences, which are drawn again for both rows of a pair alike.
+    """
     metric = next((name for name in METRICS if any(row.metric == name for row in rows)), "")
     by_name = rows_by_name(rows, "mid", metric)
-    everything = _lead(by_name, (*CHOSEN, *SINGLE), metric)
+    resamples = Resamples(len(scores.windows), seed=seed) if scores.windows else None
+
+    def lead(names: Iterable[str]) -> str:
+        """`Best sample wins with 63.4 [..], 12.0 points [..] ahead of Discriminative, 51.4 [..]`"""
+        sign = -1.0 if metric == "miou" else 1.0
+        found = [by_name[name] for name in names if name in by_name]
+        found = [row for row in found if math.isfinite(row.value)]
+        found.sort(key=lambda row: sign * row.value)
+        if not found:
+            return ""
+        first = found[0]
+        name, value = ROW_LABELS[first.row], show_row(first)
+        if len(found) == 1:
+            return f"{name} alone was scored, {value}"
+        second = found[1]
+        if first.value == second.value:
+            others = [ROW_LABELS[row.row] for row in found if row.value == first.value]
+            return f"a tie, {' and '.join(others)} have the same {value}"
+        low = high = None
+        by_seed = [scores.by_seed(Score("mid", r.row, metric), scores.windows) for r in found[:2]]
+        if resamples is not None and all(by_seed):
+            drawn, other = (resamples.resampled(metric, sums) for sums in by_seed)
+            estimate = resamples.interval(first.value - second.value, drawn - other)
+            low, high = estimate.low, estimate.high
+        text = f"{name} wins with {value}, {_gap(first.value - second.value, metric)}"
+        if low is None or high is None:
+            return f"{text} ahead of {ROW_LABELS[second.row]}, {show_row(second)}"
+        near, far = sorted((-sign * low, -sign * high))
+        unsure = "; that is not sure, the interval of the lead holds 0" if near <= 0 else ""
+        bounds = show_interval(near, far, metric)
+        return f"{text}{bounds} ahead of {ROW_LABELS[second.row]}, {show_row(second)}{unsure}"
+
+    everything = lead((*CHOSEN, *SINGLE))
     if not everything:
         return ""
     text = f"{_METRIC_WORDS[metric]}, mid: {everything}."
-    if any(name in by_name for name in CHOSEN):
-        single = _lead(by_name, SINGLE, metric)
-        if single:
-            text += f" Of the forecasts that are one answer, not chosen by the truth: {single}."
-    return text
-
-
-def _lead(by_name: Mapping[str, ReportRow], names: Iterable[str], metric: str) -> str:
-    """`Best sample wins with 63.4 [..], 12.0 ahead of Discriminative, 51.4 [..]; ...`."""
-    sign = -1.0 if metric == "miou" else 1.0
-    rows = [by_name[name] for name in names if name in by_name]
-    rows = sorted((row for row in rows if math.isfinite(row.value)), key=lambda r: sign * r.value)
-    if not rows:
-        return ""
-    first = rows[0]
-    name, value = ROW_LABELS[first.row], show_row(first)
-    if len(rows) == 1:
-        return f"{name} alone was scored, {value}"
-    second = rows[1]
-    if first.value == second.value:
-        others = " and ".join(ROW_LABELS[row.row] for row in rows if row.value == first.value)
-        return f"a tie, {others} have the same {value}"
-    return (
-        f"{name} wins with {value}, {_gap(first.value - second.value, metric)} ahead of "
-        f"{ROW_LABELS[second.row]}, {show_row(second)}; {_certainty(first, second)}"
-    )
-
-
-def _certainty(first: ReportRow, second: ReportRow) -> str:
-    (low, high), (other_low, other_high) = (
-        (row.interval_low, row.interval_high) for row in (first, second)
-    )
-    if low is None or high is None or other_low is None or other_high is None:
-        return "without intervals, nobody knows how sure that is"
-    if high < other_low or low > other_high:
-        return "the intervals do not overlap"
-    return "the intervals overlap, so that it is not sure"
+    single = lead(SINGLE) if any(name in by_name for name in CHOSEN) else ""
+    return f"{text} Of the forecasts that are one answer: {single}." if single else text
 
 
 def _gap(difference: float, metric: str) -> str:

@@ -19,6 +19,7 @@ from ...shards.cache import flatten
 from ...shards.files import write_bytes, write_json
 from ..forecast.config import UNNAMED
 from ..forecast.sequences import FILE_NAME as SEQUENCES
+from ..forecast.sequences import SequenceScores, sequences_jsonl
 from ..tables import Table
 from . import readings
 from .animation import Moving
@@ -77,9 +78,9 @@ class Pictures:
     curves: Sequence[Plot] = ()
 
 
-def write_report(out: Path, report: Report, pictures: Pictures, *, sequences: bytes = b"") -> None:
+def write_report(out: Path, report: Report, pictures: Pictures, scores: SequenceScores) -> None:
     """Write the files of a report into the folder `out`, in place of an earlier one's;
-    `sequences`: of sequences.jsonl."""
+    `scores`: by sequence."""
     (out / "report.json").unlink(missing_ok=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     for kind in PICTURES:
@@ -92,8 +93,8 @@ def write_report(out: Path, report: Report, pictures: Pictures, *, sequences: by
         old.unlink()
     for i, moving in enumerate(pictures.moving):
         write_bytes(out / "pictures" / f"moving-{i}.gif", moving.gif())
-    write_bytes(out / SEQUENCES, sequences)
-    write_bytes(out / "report.html", report_page(report, pictures).encode())
+    write_bytes(out / SEQUENCES, sequences_jsonl(scores))
+    write_bytes(out / "report.html", report_page(report, pictures, scores).encode())
     write_json(out / "report.json", report_json(report))
 
 
@@ -105,7 +106,7 @@ def report_json(report: Report) -> dict[str, Any]:
     }
 
 
-def report_page(report: Report, pictures: Pictures) -> str:
+def report_page(report: Report, pictures: Pictures, scores: SequenceScores) -> str:
     """The whole page."""
     rows, config, probes = report.rows, report.config, report.probes
     num_samples = config["num_samples"]
@@ -123,7 +124,7 @@ def report_page(report: Report, pictures: Pictures) -> str:
         "mid": {name: rows_by_name(rows, "mid", name) for name in METRIC_TITLES},
         "order": expected_order(rows),
         "scores": table(rows),
-        "reading": _readings(report),
+        "reading": _readings(report, scores),
         "paper": paper_table(rows, report.paper) if report.paper else None,
         "classes": class_table(report.per_class_iou, config["class_names"], horizon="mid"),
         "modes": mode_section(rows, probes.get("modes", {}), num_samples=num_samples),
@@ -136,12 +137,12 @@ def report_page(report: Report, pictures: Pictures) -> str:
     return render_page("page.html.j2", values)
 
 
-def _readings(report: Report) -> dict[str, str]:
+def _readings(report: Report, scores: SequenceScores) -> dict[str, str]:
     """What each table says, by the name of its section."""
     rows, probes = report.rows, report.probes
     modes, num_samples = probes.get("modes", {}), report.config["num_samples"]
     return {
-        "scores": readings.read_scores(rows),
+        "scores": readings.read_scores(rows, scores, seed=report.config["seed"]),
         "paper": readings.read_paper(rows, report.paper) if report.paper else "",
         "classes": readings.read_classes(report.per_class_iou, report.config["class_names"]),
         "modes": readings.read_modes(rows, modes, num_samples=num_samples),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.sequences import SequenceScores
 from deltatok.evaluate.report.paper_rows import PaperComparison
 from deltatok.evaluate.report.rows import ReportRow
 from deltatok.evaluate.report.write import Pictures, Report, report_page
@@ -191,6 +192,7 @@ def change_provenance(folder: Path, change: dict[str, Any]) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
     provenance = json.loads((folder / "provenance.json").read_text())
     (folder / "provenance.json").write_text(json.dumps(provenance | change))
+    (folder / "checksums.json").unlink()
 
 
 @pytest.fixture(scope="session")
@@ -221,6 +223,6 @@ def small_page() -> Callable[..., str]:
             diagnosis=list(diagnosis),
             paper=paper,
         )
-        return report_page(report, pictures or Pictures())
+        return report_page(report, pictures or Pictures(), SequenceScores())
 
     return make

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...shards.cache import CacheInfo, compare
 from ...shards.errors import DamagedShard, DeltatokError, UsageError
-from ...shards.files import partial_path, publish, sha256_file, write_json
+from ...shards.files import local_path, partial_path, publish, sha256_file, write_json
 from ...shards.records import StoredFile
 from ...shards.schema import STORED, Strictness, load, read_json
 
@@ -60,7 +60,7 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: Path | str, provenance: Mapping[str, Any]) -> None:
         """Write the model folder, checksums.json last; each file under a partial name first.
         Existing files of a model are replaced, others left alone."""
-        folder = Path(folder)
+        folder = local_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         partial = partial_path(folder / WEIGHTS)
         try:
@@ -75,7 +75,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
-        folder = Path(folder)
+        folder = local_path(folder)
         advice = (
             f": restore the folder from a copy, or remove {CHECKSUMS} if you changed it yourself"
         )

@@ -299,6 +299,7 @@ def test_a_model_without_provenance_takes_what_it_is_given_with_a_warning(
     copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (copied / "world-model" / "provenance.json").write_text("{}")
+    (copied / "world-model" / "checksums.json").unlink()
     given: dict[str, Any] = {"tokenizer": copied / "tokenizer", "backbone": copied / "backbone"}
     with pytest.raises(UsageError, match="pass tokenizer="):
         DeltaWorld.from_pretrained(copied / "world-model", device="cpu")

@@ -1,7 +1,9 @@
 """What the page says of its tables is what their numbers say: a win, a tie, nothing to say."""
 
+import numpy as np
 import pytest
 
+from deltatok.evaluate.forecast.sequences import Score, SequenceScores
 from deltatok.evaluate.report import readings
 from deltatok.evaluate.report.paper_rows import PaperComparison
 from deltatok.evaluate.report.rows import ReportRow
@@ -20,6 +22,10 @@ def row(name: str, value: float, *bounds: float, metric: str = "miou") -> Report
     )
 
 
+def read(rows: list[ReportRow], scores: SequenceScores | None = None) -> str:
+    return readings.read_scores(rows, scores or SequenceScores())
+
+
 def test_the_winner_is_named_with_its_lead() -> None:
     rows = [
         row("copy_last", 0.28, 0.26, 0.32),
@@ -29,29 +35,40 @@ def test_the_winner_is_named_with_its_lead() -> None:
         row("reconstruction", 0.7),  # has seen the future: cannot win
         row("present", 0.76),
     ]
-    assert readings.read_scores(rows) == (
+    assert read(rows) == (
         "mIoU %, mid: Best sample wins with 63.4 [60.0,\u00a067.0], 12.0 points ahead of "
-        "Discriminative, 51.4 [46.0,\u00a057.0]; the intervals do not overlap. Of the forecasts "
-        "that are one answer, not chosen by the truth: Discriminative wins with 51.4 "
-        "[46.0,\u00a057.0], 18.4 points ahead of Mean of samples, 33.0 [31.0,\u00a037.0]; the "
-        "intervals do not overlap."
+        "Discriminative, 51.4 [46.0,\u00a057.0]. Of the forecasts that are one answer: "
+        "Discriminative wins with 51.4 [46.0,\u00a057.0], 18.4 points ahead of Mean of samples, "
+        "33.0 [31.0,\u00a037.0]."
     )
 
 
-def test_a_lead_within_the_intervals_is_not_sure() -> None:
-    rows = [row("best", 0.6, 0.5, 0.7), row("discriminative", 0.55, 0.5, 0.6)]
-    assert "the intervals overlap, so that it is not sure" in readings.read_scores(rows)
-    without = [row("best", 0.6), row("discriminative", 0.55)]
-    assert "nobody knows how sure" in readings.read_scores(without)
+@pytest.mark.parametrize(("noise", "is_sure"), [(0.0, True), (0.6, False)])
+def test_the_lead_has_the_interval_of_pairs(noise: float, is_sure: bool) -> None:
+    rng = np.random.default_rng(0)
+    scores, losses = SequenceScores(), rng.uniform(0.5, 4.0, 40)  # clips differ more than rows do
+    noises = rng.standard_normal(40)
+    gaps = 0.1 + noise * (noises - noises.mean())
+    for i, (loss, gap) in enumerate(zip(losses, gaps, strict=True)):
+        scores.windows[f"clip {i}"] = 1
+        for name, value in (("best", loss), ("discriminative", loss + gap)):
+            scores.add(Score("mid", name, "feature_loss"), 0, f"clip {i}", value, 1)
+    rows = [
+        row("best", float(losses.mean()), metric="feature_loss"),
+        row("discriminative", float((losses + gaps).mean()), metric="feature_loss"),
+    ]
+    text = read(rows, scores)
+    assert "Best sample wins with" in text
+    assert "ahead of Discriminative" in text
+    assert ("that is not sure" in text) == (not is_sure)
+    if is_sure:
+        assert "0.1 [0.1,\u00a00.1] ahead" in text
 
 
 def test_a_tie_has_no_winner() -> None:
-    text = readings.read_scores([row("mean", 0.5), row("copy_last", 0.5), row("best", 0.4)])
-    assert text == (
-        "mIoU %, mid: a tie, Copy last (lower bound) and Mean of samples have the same 50.0. Of "
-        "the forecasts that are one answer, not chosen by the truth: a tie, Copy last (lower "
-        "bound) and Mean of samples have the same 50.0."
-    )
+    text = read([row("mean", 0.5), row("copy_last", 0.5), row("best", 0.4)])
+    tie = "a tie, Copy last (lower bound) and Mean of samples have the same 50.0."
+    assert text == f"mIoU %, mid: {tie} Of the forecasts that are one answer: {tie}"
 
 
 @pytest.mark.parametrize(
@@ -59,15 +76,15 @@ def test_a_tie_has_no_winner() -> None:
 )
 def test_of_errors_the_smaller_wins(metric: str, lead: str) -> None:
     rows = [row("mean", 1.5, metric=metric), row("copy_last", 2.0, metric=metric)]
-    text = readings.read_scores(rows)
+    text = read(rows)
     assert "Mean of samples wins with 1.5" in text
     assert lead in text
 
 
 def test_without_forecasts_nothing_is_said() -> None:
-    assert readings.read_scores([]) == ""
-    assert readings.read_scores([row("present", 0.5)]) == ""
-    assert "Best sample alone was scored, 50.0" in readings.read_scores([row("best", 0.5)])
+    assert read([]) == ""
+    assert read([row("present", 0.5)]) == ""
+    assert "Best sample alone was scored, 50.0" in read([row("best", 0.5)])
     assert readings.read_modes([], {}, num_samples=2) == ""
     assert readings.read_calibration({"overlap": 0.5}) == readings.read_bins({"overlap": 0.5}) == ""
     assert readings.read_steps({}) == readings.read_probes({}) == readings.read_best_of_k([]) == ""
