@@ -45,10 +45,11 @@ class RankBatchNorm2d(nn.BatchNorm2d):
     momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
-        num_ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        has_ranks = distributed.is_available() and distributed.is_initialized()
+        num_ranks = distributed.get_world_size() if has_ranks else 1
         if not self.training or num_ranks == 1:
             return super().forward(x)
-        over_ranks = torch.compiler.disable(self._over_ranks)  # its sums are no part of a graph
+        over_ranks = torch.compiler.disable(self._over_ranks)  # type: ignore[no-untyped-call]
         out: Tensor = over_ranks(x.float(), num_ranks).to(x.dtype)
         return out
 
