@@ -20,7 +20,7 @@ from torch import Tensor
 from ...extract.backbone import Backbone
 from ...extract.pixels import RESIZE_RULE
 from ...shards.cache import compare, read_cache_info
-from ...shards.errors import DeltatokError, UsageError
+from ...shards.errors import DamagedShard, DeltatokError, UsageError
 from ...shards.files import read_text, write_json
 from ...train.engine.model_folder import (
     SAME_PREPROCESSING,
@@ -256,8 +256,11 @@ def find_tokenizer(world_folder: Path, wanted: str | None, places: Sequence[Path
     """
     candidates = [place for place in places if _class_of(place) == "DeltaTok"]
     for place in candidates:
-        if wanted is not None and weights_sha256(DeltaTok.from_pretrained(place)) == wanted:
-            return place
+        try:
+            if wanted is not None and weights_sha256(DeltaTok.from_pretrained(place)) == wanted:
+                return place
+        except DamagedShard as error:  # perhaps of another world model
+            logger.warning("%s", error)
     raise UsageError(_not_found("tokenizer", world_folder, wanted, candidates))
 
 
