@@ -177,14 +177,26 @@ def open_regular(path: Path) -> int:
     """A descriptor of a file to read; OSError for what is no regular file: opening or reading a
     pipe or a device may wait for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+    _check_regular(descriptor, path)
     return descriptor
 
 
+def _check_regular(descriptor: int, path: Path) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+
+
+def open_append(path: Path) -> io.FileIO:
+    """A regular file to add bytes to, made where there is none, unbuffered; OSError likewise."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    _check_regular(descriptor, path)
+    return os.fdopen(descriptor, "ab", buffering=0)
+
+
 def open_file(path: Path) -> io.BufferedReader:
-    """The same as a file object."""
+    """`open_regular` as a file object."""
     return os.fdopen(open_regular(path), "rb")
 
 

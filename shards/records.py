@@ -38,7 +38,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .errors import DamagedShard, damaged_shard
-from .files import flush, open_file, publish, remove, sha256_file, write_bytes, write_json
+from .files import (
+    flush,
+    open_append,
+    open_file,
+    publish,
+    remove,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 from .schema import ADVICE, STORED, load, parse_json, read_file, shown
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
@@ -292,11 +301,8 @@ def quarantine_bytes(entries: Iterable[Quarantined]) -> bytes:
 
 def append_timing(folder: Path | str, timing: Mapping[str, Any]) -> None:
     """Adds one line to timings.jsonl (kept apart: it differs from run to run)."""
-    # Not blocking: a pipe in its place would be waited for.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(Path(folder) / "timings.jsonl", flags, 0o666)
-    with os.fdopen(descriptor, "a") as file:
-        file.write(f"{json.dumps(dict(timing), sort_keys=True)}\n")
+    with open_append(Path(folder) / "timings.jsonl") as file:
+        file.write(f"{json.dumps(dict(timing), sort_keys=True)}\n".encode())
 
 
 def check_files(folder: Path, record: DoneRecord, *, depth: Depth) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from deltatok.shards import DeltaShards, DeltatokError, PatchShards
-from deltatok.shards.files import open_regular, read_text, sha256_file
+from deltatok.shards.files import open_append, open_regular, read_text, sha256_file
 from deltatok.shards.npy import map_npy
 from deltatok.shards.records import append_timing
 from deltatok.shards.schema import read_json
@@ -107,7 +107,7 @@ def test_no_file_of_a_cache_is_waited_for(
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("read", [open_regular, sha256_file, read_text, map_npy])
+@pytest.mark.parametrize("read", [open_regular, open_append, sha256_file, read_text, map_npy])
 def test_what_opens_by_name_takes_regular_files_alone(
     tmp_path: Path, make: Callable[[Path], None], read: Callable[[Path], object]
 ) -> None:

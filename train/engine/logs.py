@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from ...shards.cache import flatten
 from ...shards.errors import UsageError
-from ...shards.files import disk_errors, write_bytes
+from ...shards.files import disk_errors, open_append, open_file, write_bytes
 from ...shards.stopwatch import Stopwatch
 
 PROJECT = "deltatok"
@@ -110,7 +110,7 @@ class RunLog:
         if enabled:
             with disk_errors(path):
                 _drop_after(path, start)
-                self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
+                self._file = open_append(path)  # unbuffered: closing it has nothing left to write
 
     def close(self) -> None:
         """Flush and end all."""
@@ -226,7 +226,8 @@ def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines of log.jsonl up to `step`; what a kill tore goes."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    with open_file(path) as file:
+        lines = file.read().splitlines(keepends=True)
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     if kept != lines:
         write_bytes(path, b"".join(kept))

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +16,8 @@ from deltatok.pipeline.commands import evaluate, extract, pipeline, shards
 from deltatok.shards import DeltatokError
 from deltatok.shards.errors import ClipError
 from deltatok.shards.evaluation.labels import ClipLabels
+from deltatok.train.engine.logs import _drop_after
+from deltatok.train.engine.run_folder import _lock
 from deltatok.train.models.deltatok import DeltaTok
 
 Main = Callable[[list[str]], int]
@@ -81,6 +84,15 @@ def test_no_clip_is_waited_for(tmp_path: Path) -> None:
     assert [clip.key for clip in find_clips([tmp_path])] == ["clip.mp4"]
     with pytest.raises(ClipError, match="no regular file"), open_video(tmp_path / "clip.mp4"):
         pass
+
+
+def test_no_file_of_a_run_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.lock")
+    with pytest.raises(DeltatokError, match=r"cannot be written"):
+        _lock(tmp_path, ExitStack())
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(OSError, match="no regular file"):
+        _drop_after(tmp_path / "log.jsonl", 3)
 
 
 def test_no_label_is_waited_for(tmp_path: Path) -> None:
