@@ -1,7 +1,8 @@
 """A tiny evaluation: a uniform patch cache, models and labels, all made by code in kilobytes."""
 
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from deltatok.evaluate.forecast.config import ForecastConfig
 from deltatok.evaluate.forecast.sequences import SequenceScores
+from deltatok.evaluate.report import plots
 from deltatok.evaluate.report.paper_rows import PaperComparison
 from deltatok.evaluate.report.rows import ReportRow
 from deltatok.evaluate.report.write import Pictures, Report, report_page
@@ -62,6 +66,24 @@ class TinyEvaluation:
             "device": "cpu",
         }
         return ForecastConfig(**settings | changes)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pixels_of_plots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Laying out the one plot of a tiny evaluation is four fifths of its time. Where pages are
+    tested (report/) it is done; elsewhere a plot is drawn and has one pixel."""
+
+    pixel = io.BytesIO()
+    Image.new("RGBA", (1, 1)).save(pixel, "png")
+
+    def render(draw: Callable[[Figure, dict[str, str]], None], ink: dict[str, str]) -> bytes:
+        draw(Figure(layout="constrained"), ink)
+        return pixel.getvalue()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "report" not in request.path.parts:
+            patch.setattr(plots, "_render", render)
+        yield
 
 
 @pytest.fixture(scope="session")
