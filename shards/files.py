@@ -162,6 +162,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(folder: Path | str, *, flag: str = "") -> Path:
+    """A folder to write into, made where it is missing. UsageError, naming it and the `flag` that
+    gave it, where it cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder}: cannot be made ({error.strerror}); give another folder".lstrip()
+        ) from None
+    return Path(folder)
+
+
 def check_free(folder: Path, needed_bytes: int, *, what: str, min_free_bytes: int = 0) -> None:
     """Raises DeltatokError if `needed_bytes` for `what` would leave less than `min_free_bytes` on
     the disk that `folder` is, or will be, on."""
