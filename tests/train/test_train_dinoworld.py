@@ -110,17 +110,19 @@ def test_dino_world_resumed_at_every_step_equals_uninterrupted(
     config = dino_config(model={"use_bom": use_bom}, steps=3)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train_dinoworld(whole)
-    agree = loop.Trainer._agree
+    read = loop.Trainer._read_numbers
     for step in (1, 2):
         cut = dataclasses.replace(config, out=str(tmp_path / f"cut{step}"))
         left = [step]
 
-        def stopping(self: loop.Trainer, *given: Any, left: list[int] = left) -> loop.Update:
+        def stopping(
+            self: loop.Trainer, *given: Any, left: list[int] = left, **known: Any
+        ) -> loop.Update:
             left[0] -= 1
-            return agree(self, *given)._replace(stopping=left[0] == 0)
+            return read(self, *given, **known)._replace(stopping=left[0] == 0)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop.Trainer, "_agree", stopping)
+            patch.setattr(loop.Trainer, "_read_numbers", stopping)
             with pytest.raises(Stopped):
                 train_dinoworld(cut)
         train_dinoworld(cut)

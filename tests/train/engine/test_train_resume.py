@@ -27,14 +27,14 @@ def weights(folder: Path | str) -> str:
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if SIGTERM came while step number `steps` was computed."""
-    agree = loop.Trainer._agree
+    read = loop.Trainer._read_numbers
     left = [steps]
 
-    def counting(self: loop.Trainer, *arguments: Any) -> loop.Update:
+    def counting(self: loop.Trainer, *arguments: Any, **known: Any) -> loop.Update:
         left[0] -= 1
-        return agree(self, *arguments)._replace(stopping=left[0] == 0)
+        return read(self, *arguments, **known)._replace(stopping=left[0] == 0)
 
-    monkeypatch.setattr(loop.Trainer, "_agree", counting)
+    monkeypatch.setattr(loop.Trainer, "_read_numbers", counting)
 
 
 def test_tokenizer_resumed_at_every_step_equals_uninterrupted(
@@ -98,7 +98,7 @@ elif where == "between two checkpoints":
     check, left = loop.Trainer._check_finite, [3]
     def check_or_die(self, *arguments):
         left[0] -= 1
-        check(self, *arguments) if left[0] else die()
+        return check(self, *arguments) if left[0] else die()
     loop.Trainer._check_finite = check_or_die
 elif where == "while the model is written":
     pretrained.write_json = die

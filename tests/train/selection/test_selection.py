@@ -361,14 +361,14 @@ def test_only_what_is_asked_for_is_compiled(
 
 def stop_after(step: int, config: WorldTrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, and be asked to stop during that step."""
-    agree, left = loop.Trainer._agree, [step]
+    read, left = loop.Trainer._read_numbers, [step]
 
-    def stopping(self: loop.Trainer, *given: Any) -> loop.Update:
+    def stopping(self: loop.Trainer, *given: Any, **known: Any) -> loop.Update:
         left[0] -= 1
-        return agree(self, *given)._replace(stopping=left[0] == 0)
+        return read(self, *given, **known)._replace(stopping=left[0] == 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_agree", stopping)
+        patch.setattr(loop.Trainer, "_read_numbers", stopping)
         with pytest.raises(Stopped):
             train_world(config)
 
