@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..shards.cache import flatten
 from ..shards.errors import CacheMismatch, UsageError
-from ..shards.files import write_bytes, write_json
+from ..shards.files import read_text, write_bytes, write_json
 from ..shards.schema import is_number
 from .forecast.intervals import Estimate, Resamples
 from .forecast.sequences import Score, SequenceScores, read_sequences
@@ -284,7 +284,7 @@ def _names(config: CompareConfig) -> list[str]:
 def _read_run(folder: str, name: str) -> ComparedReport:
     path = Path(folder) / "report.json"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path}: cannot be read ({error}); give a folder that deltatok-evaluate forecast made"
@@ -478,7 +478,7 @@ def _draw_differences(
         axes.set(xlabel=f"{METRIC_TITLES[metric]} - that of {names[0]}", title=horizon)
     for i, name in enumerate(names[1:]):
         figure.axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
-    legend_below(figure, ink, columns=3)
+    legend_below(figure, columns=3)
 
 
 def _curve_plot(found: Comparison) -> Plot:
@@ -506,4 +506,4 @@ def _draw_curves(
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("feature loss")
-    legend_below(figure, ink, columns=3)
+    legend_below(figure, columns=3)

@@ -237,7 +237,7 @@ def _run_selection(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
 def _run_winner(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
     z, times = _window(config)
     queries = _meta(1, config.num_frames - 1, world.config.predictor_hidden_size)
-    loss = smooth_l1(world.teacher_forced(z, times, queries), z[:, 1:]).mean()
+    loss = smooth_l1(world(z, times, queries), z[:, 1:]).mean()
     torch.autograd.backward(loss)
 
 

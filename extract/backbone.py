@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..shards.devices import choose_device, precision_name
 from ..shards.errors import DeltatokError, UsageError
+from ..shards.files import local_path, read_text
 from .config import ExtractConfig
 
 _LOGGER = logging.getLogger(__name__)
@@ -219,7 +220,10 @@ def find_folder(name: str) -> Path:
 
     Raises UsageError if it is neither a folder nor a hub id that can be downloaded here.
     """
-    if Path(name).is_dir():
+    if local_path(name).is_dir():
+        for file in Path(name).iterdir():
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise UsageError(f"backbone {name}: {file.name} is a pipe or a device, no file")
         return Path(name)
     if Path(name).is_absolute() or name.startswith(".") or Path(name).exists():
         raise UsageError(f"backbone {name}: no such folder: pass a folder with {_FILES[0]}")
@@ -248,7 +252,7 @@ def read_preprocessor(
     """
     path = folder / _PREPROCESSOR
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder}: no {_PREPROCESSOR}, which says how pixels are normalised: copy it from "

@@ -22,7 +22,7 @@ from ..shards.cache import PATCHES, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import CacheMismatch, UsageError
 from ..shards.patches.reader import PatchShards
-from ..train.data.batches import TokenizerBatches, WorldBatches
+from ..train.data.batches import TokenizerBatches, WindowBatches
 from ..train.data.order import BatchOrder, RankSlice
 from ..train.data.residency import choose_place, fits_in_memory, window_source
 from .commands.shards import BenchConfig
@@ -73,7 +73,8 @@ def _bench_deltas(shards: DeltaShards, config: BenchConfig) -> dict[str, Any]:
     contestants["reader"] = lambda step: len(shards.tokens(order.at(step)))
     contestants["disk"] = _end_to_end(files, window_bytes=num_frames * size * 2)
     for residency in (places := _places(shards, config)):
-        batches = WorldBatches(
+        batches = WindowBatches(
+            shards,
             window_source(shards, residency=residency),
             windows,
             batch_size=batch_size,

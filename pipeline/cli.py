@@ -31,6 +31,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from ..shards.errors import DeltatokError, Stopped, UsageError
+from ..shards.files import local_path, read_text
 from ..shards.interrupts import StopRequest
 from ..shards.schema import load
 from .alive import SignOfLife
@@ -48,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     "configs/..." that is no file here is the one of the package, from whatever folder one works in.
     """
     try:
-        text = (path if path.exists() else _packaged(path)).read_text(encoding="utf-8")
+        text = read_text(local_path(path) if path.exists() else _packaged(local_path(path)))
         loaded = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None

@@ -304,8 +304,9 @@ def _stages(
                 if is_last:
                     comment += "; writes the delta tokens of all windows when it ends"
                     settings["deltas"] = "${out}/deltas"
-                if width % 64 == 0:  # 64 channels a head, as released
-                    settings["model"]["num_attention_heads"] = width // 64
+                # 64 channels a head, as released; fewer where the width is no multiple of it.
+                heads = [width // size for size in (64, 48, 32, 16, 8) if width % size == 0]
+                settings["model"]["num_attention_heads"] = (heads or [1])[0]
             name = Path(settings["out"]).name
             yield comment, _stage(name, f"deltatok-train {kind}", settings)
     yield (

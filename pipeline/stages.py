@@ -30,7 +30,7 @@ import yaml
 
 from ..shards.cache import differences
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
-from ..shards.files import write_bytes, write_json
+from ..shards.files import local_path, read_text, write_bytes, write_json
 from ..shards.schema import load
 from .alive import SignOfLife
 from .cli import Command, apply_settings, read_yaml, run_table
@@ -160,6 +160,8 @@ def read_pipeline(file: Path, *, out: str | None, settings: Sequence[str]) -> Pi
             raise UsageError(f"--set {setting}: wanted STAGE.KEY=VALUE, stages: {sorted(by_name)}")
         apply_settings(by_name[name], [rest])
     values["stages"] = [_replaced(stage, "${out}", str(values["out"])) for stage in stages]
+    for text in _texts(values):
+        local_path(text)  # before any stage runs
     return load(Pipeline, values, where=str(file))
 
 
@@ -290,7 +292,7 @@ def read_state(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     """Stage name -> {settings, version} of the stages that were begun, {seconds} of those that are
     done ({} where nothing ran)."""
     try:
-        loaded = json.loads((Path(pipeline.out) / "stages.json").read_text(encoding="utf-8"))
+        loaded = json.loads(read_text(Path(pipeline.out) / "stages.json"))
     except (OSError, json.JSONDecodeError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

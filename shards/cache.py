@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheMismatch, DamagedShard, UsageError
-from .files import create_bytes, is_partial, json_bytes, sha256_file, write_bytes, write_json
-from .plan import PLAN, num_shards, read_plan
-from .records import INDEX, StoredFile, index_bytes, read_all_clips
+from .files import (
+    create_bytes,
+    is_partial,
+    json_bytes,
+    local_path,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
+from .plan import PLAN, count_planned
+from .records import INDEX, StoredFile, index_line, iterate_clips
 from .schema import ADVICE, STORED, is_number, load, read_json, shown
 
 PATCHES = "deltatok-patches"
@@ -241,7 +249,7 @@ def read_cache_info(folder: Path | str, *, format: str | None = None) -> CacheIn
     Raises UsageError if there is no such folder, CacheMismatch if it is no cache, a newer one, or
     another `format` than asked, DamagedShard if cache.json contradicts itself.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     path = folder / "cache.json"
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder: give the folder of a cache")
@@ -259,7 +267,7 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
     Raises CacheMismatch naming the first field that differs, or when the folder holds something
     else; UsageError when it cannot be written.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     path = folder / "cache.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,16 +310,20 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
     """
     folder = Path(folder)
     info = read_cache_info(folder)
-    records = read_all_clips(folder)
-    wanted = num_shards(read_plan(folder)) if (folder / PLAN).is_file() else len(records)
-    if [record.shard for record in records] != list(range(wanted)):
+    index, done, num_windows = bytearray(), [], 0
+    for _, entry in iterate_clips(folder):
+        index += index_line(entry)
+        done.append(entry.shard)
+        num_windows += entry.rows
+    wanted = count_planned(folder) if (folder / PLAN).is_file() else len(done)
+    if done != list(range(wanted)):
         raise CacheMismatch(
-            f"{folder}: {len(records)} shards are done, wanted the {wanted} of the plan: "
+            f"{folder}: {len(done)} shards are done, wanted the {wanted} of the plan: "
             "run the command that makes this cache again"
         )
     _write_notice(folder)
-    write_bytes(folder / INDEX, index_bytes(folder, records))
-    totals = {"shards": len(records), "windows": sum(record.rows for record in records)}
+    write_bytes(folder / INDEX, index)
+    totals = {"shards": len(done), "windows": num_windows}
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         for name in FINISHED_FILES
@@ -345,7 +357,7 @@ def refresh_derived(folder: Path | str) -> list[str]:
         write_bytes(folder / NOTICE, wanted)
         written.append(NOTICE)
     if info.complete and INDEX in info.files:
-        index = index_bytes(folder, read_all_clips(folder))
+        index = b"".join(index_line(entry) for _, entry in iterate_clips(folder))
         if hashlib.sha256(index).hexdigest() != info.files[INDEX]["sha256"]:
             reopen_cache(folder)
         elif not _is_same(folder / INDEX, info, index):

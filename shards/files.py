@@ -8,6 +8,7 @@ only then moved onto its final name. `ReadOnlyFile` reads parts of a shard's fil
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -24,12 +25,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DeltatokError, damaged_shard
+from .errors import DeltatokError, UsageError, damaged_shard
 
 PARTIAL = re.compile(r"\.partial-([0-9]+)-([0-9a-f]{4})[0-9a-f]{4}$")
 
 STALE_AFTER_S = 86_400.0
 """Partials of another machine are taken for dead after a day without a change (a guess)."""
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
+"""Two letters or more: C:/data is a path."""
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links say."""
@@ -39,6 +43,22 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 REMOVE_TRIES = 100
 """Every failed one has seen another process remove a part of the same folder (a guess)."""
+
+
+def local_path(path: Path | str) -> Path:
+    """`path`, that somebody gave us; UsageError for an address (s3://bucket/cache, file:///data,
+    pipe:cat ...), of which a local folder would be made that is called so.
+
+    A Path has lost one of the two slashes. A file that is called so has the path ./s3:/...
+    """
+    text = os.fspath(path)
+    if _ADDRESS.match(text):
+        raise UsageError(
+            f"{text}: an address, wanted a path on this machine ({text.partition(':')[0]}: is "
+            f"neither read nor written): mount or copy what lies there, or give ./{text} for a "
+            "file of that name"
+        )
+    return Path(path)
 
 
 def partial_path(path: Path) -> Path:
@@ -76,7 +96,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | bytearray) -> None:
     """Writes `data` as the whole file `path`, atomically."""
     partial = partial_path(path)
     try:
@@ -157,15 +177,38 @@ def open_regular(path: Path) -> int:
     """A descriptor of a file to read; OSError for what is no regular file: opening or reading a
     pipe or a device may wait for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    _check_regular(descriptor, path)
+    return descriptor
+
+
+def _check_regular(descriptor: int, path: Path) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "no regular file", str(path))
-    return descriptor
+
+
+def open_append(path: Path) -> io.FileIO:
+    """A regular file to add bytes to, made where there is none, unbuffered; OSError likewise."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    _check_regular(descriptor, path)
+    return os.fdopen(descriptor, "ab", buffering=0)
+
+
+def open_file(path: Path) -> io.BufferedReader:
+    """`open_regular` as a file object."""
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_text(path: Path, *, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text of a regular file; OSError as `open_regular`, UnicodeDecodeError."""
+    with os.fdopen(open_regular(path), encoding=encoding, errors=errors) as file:
+        return file.read()
 
 
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a regular file's bytes, 64 hex digits."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -16,6 +16,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from .errors import DamagedShard
+from .files import open_file
 from .schema import shown
 
 MAX_PREFIX_BYTES = 4096
@@ -94,6 +95,7 @@ def map_npy(path: Path) -> NDArray[Any]:
     Raises OSError, or ValueError for what is no such file (an .npz, an empty file, one that is
     shorter than its shape says).
     """
+    open_file(path).close()
     try:
         mapped: NDArray[Any] = npy_format.open_memmap(path, mode="r")
     except _HEADER_ERRORS as error:

@@ -262,6 +262,16 @@ def clips_by_shard(plan: Iterable[PlanEntry]) -> dict[int, list[PlanEntry]]:
     return dict(sorted(shards.items()))
 
 
+def count_planned(folder: Path | str) -> int:
+    """How many shards the stored plan has, by its last line: plans are in shard order."""
+    path = Path(folder) / PLAN
+    line = read_file(path, max_bytes=MAX_PLAN_BYTES).rstrip().rpartition(b"\n")[2]
+    if not line:
+        return 0
+    where = f"{path}: last line"
+    return load(PlanEntry, parse_json(line, where=where), where=where, how=STORED).shard + 1
+
+
 def num_shards(plan: Iterable[PlanEntry]) -> int:
     """How many shards the plan has; shards are numbered from 0 without gaps."""
     return max((entry.shard for entry in plan), default=-1) + 1

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import DamagedShard, DeltatokError, UsageError
-from .files import open_regular
+from .files import local_path, open_regular
 
 MAX_JSON_BYTES = 32 * 2**20
 """No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
@@ -66,13 +66,7 @@ def parse_json(data: bytes, *, where: str) -> Any:
     try:
         if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
             raise ValueError(f"more than {MAX_CONTAINERS} lists and objects")
-        value = json.loads(
-            data.decode(),
-            parse_constant=_refuse_constant,
-            parse_int=_integer,
-            parse_float=_finite,
-            object_pairs_hook=_object,
-        )
+        value = _DECODER.decode(data.decode())
         _check_depth(value)
         if _SURROGATE.search(data):  # half a character; whole ones may be written in two halves
             json.dumps(value, ensure_ascii=False).encode()
@@ -104,6 +98,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{twice[:80]!r} twice in one object")
     return value
+
+
+_DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant,
+    parse_int=_integer,
+    parse_float=_finite,
+    object_pairs_hook=_object,
+)
 
 
 def _check_depth(value: Any) -> None:
@@ -271,6 +273,10 @@ def _convert_typed(value: Any, wanted: Any, *, name: str, how: Strictness) -> An
     if wanted is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if wanted is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            local_path(str(value))  # most texts are paths, and no other looks like an address
+        except UsageError as error:
+            raise how.error(f"{name}: {error}") from None
         return str(value)
     if wanted in (int, float) and not isinstance(value, bool):
         try:

@@ -11,8 +11,12 @@ import runpy
 import signal
 import sys
 
+import transformers
+
 import deltatok.extract.run
 import deltatok.train.tokenizer  # noqa: F401
+
+_ = transformers.AutoModel, transformers.DINOv3ViTModel  # imported when they are named
 
 LIMIT_S = 300
 

@@ -4,7 +4,7 @@
     WorldTrainConfig       deltatok-train world
     DINOWorldTrainConfig   deltatok-train dinoworld
     HeadTrainConfig        deltatok-train head
-    SelectionConfig        best-of-many, part of both worlds' configs
+    SelectionConfig        what both worlds' configs have in common: best-of-many
     TokenizeConfig         patch cache -> delta cache
 
 The YAML files and the flags map 1:1 onto the fields. Every default is the released code's or the
@@ -13,23 +13,23 @@ paper's for a batch of 1,024 on many GPUs, unless its text says that it is a gue
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..shards.errors import UsageError
-from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
+from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig, check_at_least
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """UsageError unless `value` is one of `choices`."""
     if value not in choices:
         raise UsageError(f"{name} {value!r}: wanted one of {', '.join(choices)}")
 
 
-def check_at_least(least: int, **values: float | None) -> None:
-    """UsageError for the first value that is set and below `least` (or no number)."""
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise UsageError(f"{name} {value}: wanted at least {least}")
+def check_choices(config: object) -> None:
+    """UsageError for the first field that is none of its Literal's values."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            check_choice(name, getattr(config, name), get_args(hint))
 
 
 def check_positive(**values: float | None) -> None:
@@ -39,80 +39,12 @@ def check_positive(**values: float | None) -> None:
             raise UsageError(f"{name} {value}: wanted a finite number above 0")
 
 
-SelectionDtype = Literal["auto", "float32", "bfloat16", "float8"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    """How the best of the noise queries is found; nothing of it is read if model.use_bom is
-    false."""
-
-    num_samples_schedule: tuple[tuple[int, int], ...] = ()
-    """Candidates K of a position by step: pairs of the first step (from 0) and K; none:
-    model.num_samples_train at every step."""
-    selection_dtype: SelectionDtype = "auto"
-    """Arithmetic of the selection only; auto: that of `precision`. bfloat16: three times as fast
-    on a CPU that has it. float8: MLP products in e4m3, on GPUs of compute capability 8.9 or more
-    (H100, H200). Losses are compared in float32."""
-    selection_finalists: int = 1
-    """With a selection_dtype: this many of its best candidates are compared again in the arithmetic
-    of `precision`, which decides; 1: none."""
-    selection_max_regret: float = 0.01
-    """With a selection_dtype: the run stops if the regret in float32, (loss of the pick - lowest
-    loss) / lowest loss, is above this on average. Measured whenever a line is logged
-    (selection_regret, and selection_agreement: the share of equal picks)."""
-    selection_check_windows: int = 4
-    """Windows of a portion on which they are measured."""
-    selection_memory_mb: int | None = None
-    """Activations of the candidates that are predicted at a time, megabytes; none: 64 on cpu, 1024
-    elsewhere. Bounds memory, changes nothing else."""
-    compile_selection: bool | None = None
-    """Compile the selection (DeltaWorld's only), apart from the model; none: as `compile`."""
-
-    SELECTION_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("selection_memory_mb", "compile_selection", "selection_check_windows"),
-            # Which of nearly equal candidates win: a run that stops for its regret may go on.
-            *("selection_dtype", "selection_finalists", "selection_max_regret"),
-        }
-    )
-    """Fields that may differ between a run and its continuation."""
-
-    def check_selection(self) -> None:
-        """UsageError for a value that cannot be."""
-        check_choice("selection_dtype", self.selection_dtype, get_args(SelectionDtype))
-        check_at_least(
-            1,
-            selection_memory_mb=self.selection_memory_mb,
-            selection_finalists=self.selection_finalists,
-            selection_check_windows=self.selection_check_windows,
-        )
-        check_at_least(0, selection_max_regret=self.selection_max_regret)
-        if self.selection_finalists > 1 and self.selection_dtype == "auto":
-            raise UsageError(
-                f"selection_finalists {self.selection_finalists}: wanted a selection_dtype as "
-                "well, whose best candidates are compared again; set one, or leave this out"
-            )
-        steps = [step for step, _ in self.num_samples_schedule]
-        if steps and (steps[0] != 0 or steps != sorted(set(steps))):
-            raise UsageError(
-                f"num_samples_schedule begins at the steps {steps}: wanted 0 first, then rising "
-                "steps; give [[0, K], [step, K], ...]"
-            )
-        for _, num_samples in self.num_samples_schedule:
-            check_at_least(1, num_samples_schedule=num_samples)
-
-    def num_samples_at(self, step: int, *, default: int) -> int:
-        """Candidates of a step (from 0); default: where no schedule says it."""
-        begun = [count for first, count in self.num_samples_schedule if first <= step]
-        return begun[-1] if begun else default
-
-
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Residency = Literal["auto", "device", "memory", "map", "stream"]
 TokenizerLoss = Literal["log_cosh", "mse"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+SelectionDtype = Literal["auto", "float32", "bfloat16", "float8"]
 TrackerName = Literal["tensorboard", "wandb"]
 
 
@@ -190,9 +122,7 @@ class TrainConfig:
     """Whether a run that streams has its batches in another order than one that does not."""
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
-        check_choice("residency", self.residency, get_args(Residency))
-        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        check_choices(self)
         check_at_least(
             1,
             steps=self.steps,
@@ -208,7 +138,6 @@ class TrainConfig:
         check_positive(lr=self.lr, clip_grad_norm=self.clip_grad_norm)
         for tracker in self.trackers:
             check_choice("trackers", tracker, get_args(TrackerName))
-        check_choice("compile_mode", self.compile_mode, get_args(CompileMode))
         if self.start_optimizer and self.start_from is None:
             raise UsageError("start_optimizer: wanted start_from as well, the run to take it from")
         if not 0 <= self.validation_fraction < 1:
@@ -261,7 +190,6 @@ class TokenizerTrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("loss", self.loss, ("log_cosh", "mse"))
         check_at_least(0, stuck_after_steps=self.stuck_after_steps)
         check_positive(stuck_threshold=self.stuck_threshold)
         if not 0 <= self.wide_pair_fraction <= 1:
@@ -271,14 +199,10 @@ class TokenizerTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorldTrainConfig(TrainConfig, SelectionConfig):
-    """deltatok-train world: delta-token cache -> DeltaWorld. A sample is a window."""
+class SelectionConfig(TrainConfig):
+    """What the commands of both world models have in common. num_samples_schedule and what follows
+    say how the best of the noise queries is found, and are not read if model.use_bom is false."""
 
-    deltas: str
-    """Delta-token cache to train on."""
-    model: DeltaWorldConfig = field(default_factory=DeltaWorldConfig)
-    """The world model (use_bom false: discriminative). Its hidden_size is the cache's; one set to
-    anything but the default must agree with the cache."""
     steps: int = 300_000
     """Optimizer steps in all (paper: 300,000, then a cooldown of 5,000 at 1e-5)."""
     batch_size: int = 1024
@@ -287,6 +211,73 @@ class WorldTrainConfig(TrainConfig, SelectionConfig):
     """Learning rate after the warm-up."""
     weight_decay: float = 0.4
     """AdamW's decay, on the weights of linear and convolution layers only."""
+    num_samples_schedule: tuple[tuple[int, int], ...] = ()
+    """Candidates K of a position by step: pairs of the first step (from 0) and K; none:
+    model.num_samples_train at every step."""
+    selection_dtype: SelectionDtype = "auto"
+    """Arithmetic of the selection only; auto: that of `precision`. bfloat16: three times as fast
+    on a CPU that has it. float8: MLP products in e4m3, on GPUs of compute capability 8.9 or more
+    (H100, H200). Losses are compared in float32."""
+    selection_finalists: int = 1
+    """With a selection_dtype: this many of its best candidates are compared again in the arithmetic
+    of `precision`, which decides; 1: none."""
+    selection_max_regret: float = 0.01
+    """With a selection_dtype: the run stops if the regret in float32, (loss of the pick - lowest
+    loss) / lowest loss, is above this on average. Measured whenever a line is logged
+    (selection_regret, and selection_agreement: the share of equal picks)."""
+    selection_check_windows: int = 4
+    """Windows of a portion on which they are measured."""
+    selection_memory_mb: int | None = None
+    """Activations of the candidates that are predicted at a time, megabytes; none: 64 on cpu, 1024
+    elsewhere. Bounds memory, changes nothing else."""
+    compile_selection: bool | None = None
+    """Compile the selection (DeltaWorld's only), apart from the model; none: as `compile`."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {
+        *("deltas", "patches"),
+        *("selection_memory_mb", "compile_selection", "selection_check_windows"),
+        # Which of nearly equal candidates win: a run that stops for its regret may go on.
+        *("selection_dtype", "selection_finalists", "selection_max_regret"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(
+            1,
+            selection_memory_mb=self.selection_memory_mb,
+            selection_finalists=self.selection_finalists,
+            selection_check_windows=self.selection_check_windows,
+        )
+        check_at_least(0, selection_max_regret=self.selection_max_regret)
+        if self.selection_finalists > 1 and self.selection_dtype == "auto":
+            raise UsageError(
+                f"selection_finalists {self.selection_finalists}: wanted a selection_dtype as "
+                "well, whose best candidates are compared again; set one, or leave this out"
+            )
+        steps = [step for step, _ in self.num_samples_schedule]
+        if steps and (steps[0] != 0 or steps != sorted(set(steps))):
+            raise UsageError(
+                f"num_samples_schedule begins at the steps {steps}: wanted 0 first, then rising "
+                "steps; give [[0, K], [step, K], ...]"
+            )
+        for _, num_samples in self.num_samples_schedule:
+            check_at_least(1, num_samples_schedule=num_samples)
+
+    def num_samples_at(self, step: int, *, default: int) -> int:
+        """Candidates of a step (from 0); default: where no schedule says it."""
+        begun = [count for first, count in self.num_samples_schedule if first <= step]
+        return begun[-1] if begun else default
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldTrainConfig(SelectionConfig):
+    """deltatok-train world: delta-token cache -> DeltaWorld. A sample is a window."""
+
+    deltas: str
+    """Delta-token cache to train on."""
+    model: DeltaWorldConfig = field(default_factory=DeltaWorldConfig)
+    """The world model (use_bom false: discriminative). Its hidden_size is the cache's; one set to
+    anything but the default must agree with the cache."""
     eval_every: int = 5000
     """Steps between two evaluations."""
     save_every: int = 5000
@@ -294,13 +285,20 @@ class WorldTrainConfig(TrainConfig, SelectionConfig):
     validation_windows: int = 512
     """Windows of the validation clips that an evaluation uses, at most."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = (
-        TrainConfig.MAY_CHANGE | SelectionConfig.SELECTION_MAY_CHANGE | {"deltas"}
-    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_selection()
+@dataclass(frozen=True, kw_only=True)
+class DINOWorldTrainConfig(SelectionConfig):
+    """deltatok-train dinoworld: patch-token cache -> DINO-world, the baseline without delta tokens.
+    A sample is a window. Optimizer settings are DeltaWorld's; the paper gives no others."""
+
+    patches: str
+    """Patch-token cache to train on."""
+    model: DINOWorldConfig = field(default_factory=DINOWorldConfig)
+    """The world model (use_bom true: best-of-many). Its hidden_size is the cache's; one set to
+    anything but the default must agree with the cache."""
+    batch_size: int = 1024
+    """Windows of one step over all ranks; micro_batch_size says how many a device takes at once
+    (at 256 px, a window has 1,792 queries)."""
 
 
 DRAWN_WINDOWS = 4
@@ -340,8 +338,7 @@ class TokenizeConfig:
             num_frames=self.num_frames,
         )
         check_at_least(0, seed=self.seed)
-        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
-        check_choice("autocast", self.autocast, ("auto", "float32", "bfloat16"))
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,32 +381,3 @@ class HeadTrainConfig(TrainConfig):
             raise UsageError(
                 f"num_classes {self.num_classes}: wanted 2 to 255 (255 itself means ignore)"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DINOWorldTrainConfig(TrainConfig, SelectionConfig):
-    """deltatok-train dinoworld: patch-token cache -> DINO-world, the baseline without delta tokens.
-    A sample is a window. Optimizer settings are DeltaWorld's; the paper gives no others."""
-
-    patches: str
-    """Patch-token cache to train on."""
-    model: DINOWorldConfig = field(default_factory=DINOWorldConfig)
-    """The world model (use_bom true: best-of-many). Its hidden_size is the cache's; one set to
-    anything but the default must agree with the cache."""
-    steps: int = 300_000
-    """Optimizer steps in all."""
-    batch_size: int = 1024
-    """Windows of one step over all ranks; micro_batch_size says how many a device takes at once
-    (at 256 px, a window has 1,792 queries)."""
-    lr: float = 1e-4
-    """Learning rate after the warm-up."""
-    weight_decay: float = 0.4
-    """AdamW's decay, on the weights of linear and convolution layers only."""
-
-    MAY_CHANGE: ClassVar[frozenset[str]] = (
-        TrainConfig.MAY_CHANGE | SelectionConfig.SELECTION_MAY_CHANGE | {"patches"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_selection()

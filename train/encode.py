@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
 from ..shards.records import (
     DoneRecord,
     append_timing,
-    read_all_done,
-    read_done,
+    iterate_clips,
+    read_clips,
     shard_path,
     write_quarantine,
 )
@@ -54,8 +54,10 @@ from .data.batches import Prefetcher
 from .data.order import Indices
 from .engine.devices import Accelerator, make_accelerator
 from .engine.logs import Meter
-from .engine.model_folder import weights_sha256
-from .engine.provenance import check_trained_on
+from .engine.model_folder import (
+    check_trained_on,
+    weights_sha256,
+)
 from .models.deltatok import DeltaTok
 
 
@@ -78,17 +80,15 @@ class WindowDraws(Protocol):
         from 0. A function of the arguments and of `identity` alone."""
 
 
-@dataclass(frozen=True)
-class ShardPart:
+class ShardPart(NamedTuple):
     """One patch shard: its done-record and where it lies in PatchShards."""
 
     record: DoneRecord
-    first_window: int
+    windows: Indices
     first_key: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class FramePicks:
+class FramePicks(NamedTuple):
     """Where the frames of n windows lie in a patch cache."""
 
     window: Indices
@@ -98,21 +98,12 @@ class FramePicks:
     clip: NDArray[np.int32]
     """int32 (n,), index into the shard's keys."""
 
-    def __len__(self) -> int:
-        return len(self.clip)
-
-    def take(self, chosen: Indices) -> "FramePicks":
-        """Those of the windows `chosen`."""
-        return FramePicks(
-            window=self.window[chosen], frame=self.frame[chosen], clip=self.clip[chosen]
-        )
-
 
 def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
-    for record in read_all_done(folder):
-        yield ShardPart(record, window, key)
+    for record, _ in iterate_clips(folder):
+        yield ShardPart(record, np.arange(window, window + record.rows), key)
         if record.rows:
             window += record.rows
             key += len(record.keys)
@@ -120,24 +111,21 @@ def shard_parts(folder: str) -> Iterator[ShardPart]:
 
 def stored_windows(patches: PatchShards, part: ShardPart) -> FramePicks:
     """The shard's windows as they are stored, in the same order."""
-    windows = _windows_of(part)
-    shape = (len(windows), patches.shape[0])
-    return FramePicks(
-        window=np.broadcast_to(windows[:, None], shape),
-        frame=np.broadcast_to(np.arange(shape[1], dtype=np.int64), shape),
-        clip=(patches.clip_index[windows] - part.first_key).astype(np.int32),
-    )
+    frames = np.arange(patches.shape[0], dtype=np.int64)
+    window, frame = np.broadcast_arrays(part.windows[:, None], frames)
+    clip = patches.clip_index[part.windows] - part.first_key
+    return FramePicks(window, frame, clip.astype(np.int32))
 
 
 def drawn_windows(patches: PatchShards, part: ShardPart, draws: WindowDraws) -> FramePicks:
     """`draws.num_windows` windows of every clip of the shard, clip after clip, drawn among all
     frames that are stored of the clip, whatever windows they are stored in."""
-    table, windows = patches.table(), _windows_of(part)
-    clips = patches.clip_index[windows] - part.first_key
+    table = patches.table()
+    clips = patches.clip_index[part.windows] - part.first_key
     picked_windows = [np.empty((0, draws.num_frames), dtype=np.int64)]
     picked_frames = [np.empty((0, draws.num_frames), dtype=np.int64)]
     for clip, key in enumerate(part.record.keys):
-        own = windows[clips == clip]
+        own = part.windows[clips == clip]
         # A slow clip repeats frames, and windows may overlap: every shown frame counts once.
         _, first = np.unique(table.frame_index[own], return_index=True)
         times = table.timestamps_s[own].reshape(-1)[first].astype(np.float64)
@@ -152,21 +140,16 @@ def drawn_windows(patches: PatchShards, part: ShardPart, draws: WindowDraws) -> 
     )
 
 
-def read_tokens(patches: PatchShards, picks: FramePicks) -> NDArray[np.float32]:
-    """Patch tokens float32 (n, T, N, D) of the picked frames."""
-    whole = (picks.window == picks.window[:, :1]).all()
-    if whole and (picks.frame == np.arange(patches.shape[0])).all():
-        return patches.tokens(picks.window[:, 0])
-    tokens = np.empty((*picks.window.shape, *patches.shape[1:]), dtype=np.float32)
+def read_tokens(patches: PatchShards, window: Indices, frame: Indices) -> NDArray[np.float32]:
+    """Patch tokens float32 (n, T, N, D) of picked frames: window, frame int64 (n, T)."""
+    if (window == window[:, :1]).all() and (frame == np.arange(patches.shape[0])).all():
+        return patches.tokens(window[:, 0])
+    tokens = np.empty((*window.shape, *patches.shape[1:]), dtype=np.float32)
     # Window by window: one of 8 frames at gaps of up to 1/3 s touches few stored windows.
-    for row, window, frame in zip(tokens, picks.window, picks.frame, strict=True):
-        stored, place = np.unique(window, return_inverse=True)
-        row[...] = patches.tokens(stored)[place, frame]
+    for row, windows, frames in zip(tokens, window, frame, strict=True):
+        stored, place = np.unique(windows, return_inverse=True)
+        row[...] = patches.tokens(stored)[place, frames]
     return tokens
-
-
-def _windows_of(part: ShardPart) -> Indices:
-    return np.arange(part.first_window, part.first_window + part.record.rows, dtype=np.int64)
 
 
 logger = logging.getLogger(__name__)
@@ -199,7 +182,15 @@ def describe_deltas(
     parent_fingerprint: that of the patch cache, also where its tokens were never stored.
     draws: how windows were drawn among its frames, None where they are its own windows.
     """
-    identity = deltas_identity(model, patches.identity, autocast_dtype=autocast_dtype)
+    identity: dict[str, Any] = {  # all that determines delta tokens
+        "patches": patches.identity,
+        "tokenizer": {
+            "config": plain(asdict(model.config)),
+            "weights_sha256": weights_sha256(model),
+        },
+        "storage": {"dtype": "float16"},
+        "autocast_dtype": autocast_dtype,
+    }
     if draws is not None:
         identity["sampling"] = draws.identity()
     shape = patches.shape
@@ -221,21 +212,6 @@ def describe_deltas(
             "python": platform.python_version(),
         },
     )
-
-
-def deltas_identity(
-    model: DeltaTok, patches: dict[str, Any], *, autocast_dtype: str
-) -> dict[str, Any]:
-    """All that determines delta tokens: the patch tokens' identity and the tokenizer."""
-    return {
-        "patches": patches,
-        "tokenizer": {
-            "config": plain(asdict(model.config)),
-            "weights_sha256": weights_sha256(model),
-        },
-        "storage": {"dtype": "float16"},
-        "autocast_dtype": autocast_dtype,
-    }
 
 
 def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) -> CacheInfo:
@@ -278,7 +254,7 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
     ):
         for part in mine:
             shard = part.record.shard
-            if read_done(out, shard) is None:
+            if read_clips(out, shard) is None:
                 if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
@@ -313,17 +289,14 @@ def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) ->
 def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     """Has delta shards made again whose patch shard was made again since, with clips that were in
     quarantine before."""
-    made = {part.record.shard: read_done(out, part.record.shard) for part in work}
-    outdated = [
-        part.record.shard
-        for part in work
-        if (done := made[part.record.shard]) is not None and set(done.keys) != set(part.record.keys)
-    ]
-    if outdated and read_cache_info(out).complete:
-        reopen_cache(out)
-    for shard in outdated:
-        logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
-        remove(shard_path(out, shard, ".json"))
+    for part in work:
+        shard = part.record.shard
+        done = read_clips(out, shard)
+        if done is not None and set(done.keys) != set(part.record.keys):
+            if read_cache_info(out).complete:
+                reopen_cache(out)
+            logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
+            remove(shard_path(out, shard, ".json"))
 
 
 @dataclass(frozen=True)
@@ -363,14 +336,15 @@ class _Encoder:
     def _encode(self, picks: FramePicks, meter: Meter) -> np.ndarray[Any, np.dtype[np.float16]]:
         """Delta tokens float16 (n, T, D). Every batch has the same shape, the last one filled up
         with its last window, so that a number does not depend on how many windows a shard has."""
-        size = self.config.batch_windows
+        size, count = self.config.batch_windows, len(picks.clip)
         filled = np.empty((*picks.window.shape, self.patches.shape[2]), dtype=np.float16)
-        starts = range(0, len(picks), size)
+        starts = range(0, count, size)
         black = torch.tensor(self.patches.black).to(self.accelerator.device)
 
         def read(batch: int) -> Tensor:
-            chosen = np.arange(starts[batch], starts[batch] + size).clip(max=len(picks) - 1)
-            return torch.from_numpy(read_tokens(self.patches, picks.take(chosen)))
+            chosen = np.arange(starts[batch], starts[batch] + size).clip(max=count - 1)
+            tokens = read_tokens(self.patches, picks.window[chosen], picks.frame[chosen])
+            return torch.from_numpy(tokens)
 
         with Prefetcher(read, start=0, stop=len(starts)) as batches:
             for start in starts:

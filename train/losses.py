@@ -9,8 +9,6 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shards.errors import UsageError
-
 SMOOTH_L1_BETA = 0.1  # paper: best-of-many and the world models' training
 
 
@@ -33,13 +31,5 @@ def smooth_l1(prediction: Tensor, target: Tensor, *, beta: float = SMOOTH_L1_BET
     return F.smooth_l1_loss(prediction.float(), target.float(), reduction="none", beta=beta)
 
 
-def loss_named(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The elementwise loss that a config names."""
-    named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "mse": mse,
-        "log_cosh": log_cosh,
-        "smooth_l1": smooth_l1,
-    }
-    if name not in named:
-        raise UsageError(f"loss {name!r}: wanted one of {sorted(named)}")
-    return named[name]
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "log_cosh": log_cosh}
+"""The tokenizer's, by the names that its config takes."""

@@ -13,7 +13,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..shards.errors import DeltatokError, UsageError
-from ..shards.files import partial_path, publish, sha256_file
+from ..shards.files import partial_path, publish, read_text, sha256_file
+from ..shards.schema import load
 from .engine.model_folder import Pretrained, compare_tensors, load_weights, read_class, read_tensors
 from .models.deltatok import DeltaTok
 from .models.deltaworld import DeltaWorldNetwork
@@ -59,25 +60,19 @@ def guess_class(tensors: Tensors) -> str:
 def infer_config(class_name: str, tensors: Tensors, overrides: Mapping[str, Any]) -> Any:
     """The config that tensor shapes tell, with overrides on top."""
     try:
-        values = _INFER[class_name](tensors)
+        values = _infer(class_name, tensors) | dict(overrides)
     except (KeyError, IndexError) as error:
         raise DeltatokError(
             f"this is no {class_name}: {error} is missing or has too few dimensions; "
             "pass another file or class"
         ) from error
-    cls = CLASSES[class_name].config_class
-    known = [field.name for field in fields(cls)]
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise UsageError(f"{class_name} has no config field {unknown}; known: {known}")
-    values |= {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    missing = sorted(set(_required(cls)) - set(values))
-    if missing:
+    constants = {"feature_weight", "feature_bias"}
+    if class_name == "RGBHead" and not constants <= values.keys():
         raise UsageError(
-            f"{class_name}: {missing} are not in the checkpoint; pass them "
-            "(rgb_constants gives the RGB head's from the backbone's folder)"
+            f"RGBHead: {sorted(constants - values.keys())} are not in the checkpoint; pass them "
+            "(rgb_constants gives them from the backbone's folder)"
         )
-    return cls(**values)
+    return load(CLASSES[class_name].config_class, values, where=class_name)
 
 
 def rgb_constants(backbone_folder: Path | str) -> dict[str, Any]:
@@ -86,7 +81,7 @@ def rgb_constants(backbone_folder: Path | str) -> dict[str, Any]:
     tensors = read_tensors(folder / "model.safetensors")
     try:
         weight, bias = tensors["norm.weight"], tensors["norm.bias"]
-        preprocessor = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        preprocessor = json.loads(read_text(folder / "preprocessor_config.json"))
         mean, std = preprocessor["image_mean"], preprocessor["image_std"]
     except (KeyError, OSError, ValueError) as error:
         raise UsageError(
@@ -99,6 +94,17 @@ def rgb_constants(backbone_folder: Path | str) -> dict[str, Any]:
         "image_mean": tuple(mean),
         "image_std": tuple(std),
     }
+
+
+def _infer(class_name: str, tensors: Tensors) -> dict[str, Any]:
+    if class_name == "DeltaTok":
+        return _infer_tokenizer(tensors)
+    if class_name in ("DeltaWorld", "DINOWorld"):
+        return _infer_world(tensors)
+    if class_name == "RGBHead":
+        return _infer_rgb(tensors)
+    outputs, size = tensors["head.weight"].shape[:2]
+    return {"in_size": size, "num_bins" if class_name == "DepthHead" else "num_classes": outputs}
 
 
 def _infer_tokenizer(tensors: Tensors) -> dict[str, Any]:
@@ -141,16 +147,6 @@ def _infer_world(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def _infer_segmentation(tensors: Tensors) -> dict[str, Any]:
-    classes, size = tensors["head.weight"].shape[:2]
-    return {"in_size": size, "num_classes": classes}
-
-
-def _infer_depth(tensors: Tensors) -> dict[str, Any]:
-    bins, size = tensors["head.weight"].shape[:2]
-    return {"in_size": size, "num_bins": bins}
-
-
 def _infer_rgb(tensors: Tensors) -> dict[str, Any]:
     hidden_size, in_size = tensors["decoder_embed.weight"].shape
     patch = round((len(tensors["decoder_pred.weight"]) / 3) ** 0.5)
@@ -170,24 +166,6 @@ def _infer_rgb(tensors: Tensors) -> dict[str, Any]:
 def _count(tensors: Tensors, prefix: str) -> int:
     """How many numbered blocks follow a prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
-
-
-def _required(cls: type[Any]) -> list[str]:
-    return [
-        field.name
-        for field in fields(cls)
-        if field.default is MISSING and field.default_factory is MISSING
-    ]
-
-
-_INFER = {
-    "DeltaTok": _infer_tokenizer,
-    "DeltaWorld": _infer_world,
-    "DINOWorld": _infer_world,
-    "SegmentationHead": _infer_segmentation,
-    "DepthHead": _infer_depth,
-    "RGBHead": _infer_rgb,
-}
 
 
 _DAMAGE = (

@@ -16,14 +16,13 @@ from ..shards.errors import DeltatokError, UsageError
 from ..shards.patches.reader import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
 from .data.batches import Batch, TokenizerBatches
-from .data.order import RankSlice, generator, split_windows, spread
-from .data.residency import window_source
+from .data.order import RankSlice, generator
 from .encode import write_deltas
 from .engine.checkpoints import with_size_of_cache
 from .engine.logs import Meter
 from .engine.loop import train_objective
-from .engine.objective import Objective, check_validation_finite
-from .losses import loss_named
+from .engine.objective import Objective
+from .losses import LOSSES
 from .models.deltatok import DeltaTok, draw_rope_rescale
 from .probes import probe_tokenizer
 
@@ -42,13 +41,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     _check_deltas_wanted(config, shards)
     config = with_size_of_cache(config, shards.shape[2], cache=config.patches)
     folder = train_objective(
-        "tokenizer",
-        config,
-        shards,
-        (DeltaTok, config.model),
-        lambda model, config, ranks, device: TokenizerObjective(
-            model, shards, config, ranks, device=device
-        ),
+        "tokenizer", config, shards, (DeltaTok, config.model), TokenizerObjective
     )
     if config.deltas is not None:
         write_deltas(
@@ -81,6 +74,7 @@ class TokenizerObjective(Objective):
     best_by = "validation_loss"
     model: DeltaTok
     _shards: PatchShards
+    _config: TokenizerTrainConfig
 
     def __init__(
         self,
@@ -88,43 +82,27 @@ class TokenizerObjective(Objective):
         shards: PatchShards,
         config: TokenizerTrainConfig,
         ranks: RankSlice,
-        *,
         device: torch.device,
     ) -> None:
-        super().__init__(model, shards)
-        self._config = config
-        self._loss = loss_named(config.loss)
-        frames = window_source(shards, residency=config.residency, device=device)
-        split = split_windows(shards.keys, shards.clip_index, config.validation_fraction)
+        super().__init__(model, shards, config, ranks, device)
+        self.tokens_per_sample = 2 * shards.shape[1]  # of two frames
         self._batches = TokenizerBatches(
-            frames,
-            split.training,
+            self._source,
+            self._training,
             num_frames=shards.shape[0],
             batch_size=config.batch_size,
             seed=config.seed,
             ranks=ranks,
             wide_pair_fraction=config.wide_pair_fraction,
         )
-        chosen = spread(split.validation, config.validation_windows)
-        self._validation = frames.read_to_keep(chosen)[0] if len(chosen) else None
-        if self._validation is not None:
-            check_validation_finite(self._validation, chosen, clip_of=self.clip_of)
-        else:
+        self.order = self._batches.order
+        # Read once: while training runs, the prefetch thread is the only reader.
+        (self._frames,) = self._source.read_to_keep(self.validation)
+        self.check_finite(self._frames, self.validation)
+        if not len(self.validation):
             logger.warning(
-                "without validation, nothing will tell whether the decoder ignores its delta tokens"
+                "without validation, nothing will tell whether the decoder ignores its delta token"
             )
-
-    @property
-    def tokens_per_sample(self) -> int:
-        return 2 * self._shards.shape[1]  # of two frames
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._batches.order.steps_per_epoch
-
-    @property
-    def can_evaluate(self) -> bool:
-        return self._validation is not None
 
     def read(self, step: int) -> Batch:
         return self._batches.read(step)
@@ -145,16 +123,14 @@ class TokenizerObjective(Objective):
             grid=self._shards.grid,
             rescale=None if rescale is None else rescale.to(x_prev.device),
         )
-        return self._loss(prediction, x_cur).flatten(1).mean(1), {}
+        return LOSSES[self._config.loss](prediction, x_cur).flatten(1).mean(1), {}
 
     def evaluate(self) -> dict[str, float]:
-        if self._validation is None:
-            return {}
         probes = probe_tokenizer(
             self.model,
-            self._validation,
+            self._frames,
             grid=self._shards.grid,
-            loss=self._loss,
+            loss=LOSSES[self._config.loss],
             windows_at_once=PROBE_WINDOWS_AT_ONCE,
         )
         return {f"validation_{name}": value for name, value in dataclasses.asdict(probes).items()}

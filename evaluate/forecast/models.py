@@ -13,12 +13,14 @@ import torch
 
 from ...shards.cache import CacheInfo
 from ...shards.errors import UsageError
-from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
-from ...train.engine.provenance import (
+from ...train.engine.model_folder import (
     check_features,
     check_made_by,
     check_trained_on,
+    read_class,
+    read_provenance,
     warn_unchecked,
+    weights_sha256,
 )
 from ...train.models.deltatok import DeltaTok
 from ...train.models.deltaworld import DeltaWorldNetwork

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import IGNORE
-from ...shards.files import partial_path, publish
+from ...shards.files import open_file, partial_path, publish
 from ...shards.patches.reader import PatchShards
 from ...train.data.order import seed_for
 from ...train.models.heads import SegmentationHead
@@ -148,7 +148,7 @@ def _load(folder: Path, key: str) -> dict[str, NDArray[np.generic]]:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"clip {key}: its name leaves the folder of futures {folder}")
     try:
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
+        with open_file(path) as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in _DTYPES}
     except FileNotFoundError:
         raise UsageError(

@@ -35,7 +35,7 @@ from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, stored_size
 from ...shards.errors import ClipError, UsageError
 from ...shards.evaluation.geometry import compute_resize_sizes, square_corners
 from ...shards.evaluation.targets import windows_of_clips
-from ...shards.files import write_bytes
+from ...shards.files import open_file, write_bytes
 from ...shards.npy import map_npy
 from ...shards.patches.reader import PatchShards
 from ...shards.sampling import WindowDraw
@@ -254,7 +254,10 @@ def _read_images(folder: Path) -> Frames:
     images = []
     for file in _images(folder):
         try:
-            with Image.open(file, formats=("PNG", "JPEG")) as image:
+            with (
+                open_file(file) as data,
+                Image.open(data, formats=("PNG", "JPEG")) as image,
+            ):
                 images.append(np.asarray(image.convert("RGB"), np.uint8))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"{file}: cannot be read as an image ({error})") from None

@@ -33,6 +33,7 @@ from ..report.panels import (
     depth_panel,
     feature_panel,
     keep_features,
+    most_uncertain_first,
     rgb_panel,
 )
 from ..report.paper_rows import compare_with_paper
@@ -44,8 +45,7 @@ from .config import UNNAMED, ForecastConfig
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
-from .scores import Scorer, check_labels, class_map, tokenizer_probes, with_intervals
-from .sequences import sequences_jsonl
+from .scores import Scorer, check_labels, tokenizer_probes, with_intervals
 from .windows import UniformWindows, WindowArrangement, is_evaluation, open_windows
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         step_s=inputs.step_s(scored),
         paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
     )
-    write_report(out, report, pictures, sequences=sequences_jsonl(scorer.sequences))
+    write_report(out, report, pictures, scorer.sequences)
     logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)
     return report
 
@@ -359,28 +359,16 @@ def probe(inputs: ForecastInputs) -> dict[str, Any]:
 
 def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
     """Panels of the windows that were kept, and the training curves."""
-    head, config = inputs.models.head, inputs.config
-    classes = []
+    head, rgb_head = inputs.models.head, inputs.models.rgb_head
+    classes, depth, rgb = [], [], []
+    shown = most_uncertain_first(shown)
     if isinstance(head, SegmentationHead):
-
-        def segment(tokens: Any, size: tuple[int, int]) -> Any:
-            x = torch.from_numpy(tokens).to(inputs.device)
-            found = class_map(head, x, grid=inputs.cache.grid, size=size)
-            return found.to("cpu", torch.uint8).numpy()
-
-        for window in shown:
-            panel = class_panel(
-                window,
-                segment,
-                num_classes=head.config.num_classes,
-                class_names=config.class_names,
-            )
-            classes.append(panel)
-    depth, rgb = [], []
+        names = inputs.config.class_names
+        classes = [class_panel(window, head, class_names=names) for window in shown]
     if isinstance(head, DepthHead):
-        depth = [depth_panel(window, head, inputs.device) for window in shown]
-    if inputs.models.rgb_head is not None:
-        rgb = [rgb_panel(window, inputs.models.rgb_head, inputs.device) for window in shown]
+        depth = [depth_panel(window, head) for window in shown]
+    if rgb_head is not None:
+        rgb = [rgb_panel(window, rgb_head) for window in shown]
     features = [feature_panel(window) for window in shown]
     return Pictures(
         moving=moving_panels((rgb, classes, depth, features), [w.times_s for w in shown]),

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...shards.errors import UsageError
+from ...shards.files import read_text
 
 FILE_NAME = "sequences.jsonl"
 ROOT_METRICS = ("rmse",)
@@ -131,7 +132,7 @@ def read_sequences(folder: Path) -> SequenceScores:
     """The sequences.jsonl of a report folder; UsageError where it is none."""
     path = folder / FILE_NAME
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); evaluate again") from None
     scores = SequenceScores()

@@ -5,29 +5,24 @@ S samples, H steps, N patch tokens of a frame, D channels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shards.errors import UsageError
-from ...shards.files import write_bytes
-from ...train.models.heads import SegmentationHead, feature_map
-from ...train.models.rgb_head import RGBHead
+from ...shards.files import local_path, write_bytes
+from ...train.models.heads import feature_map
 from ..forecast.rollout import decode_rollout
-from ..report.animation import Cell, draw_moments, gif_bytes, write_mp4
-from ..report.panels import most_diverse
+from ..report.animation import draw_moments, gif_bytes, write_mp4
+from ..report.panels import most_diverse, read_tile
 from ..report.pictures import (
-    TILE_HEIGHT,
     Panel,
     Strip,
     Tile,
-    class_palette,
-    class_tile,
     fit_pca_colours,
     heat_tile,
     panel_image,
@@ -118,12 +113,12 @@ class Futures:
         spread. show: "features" (colours) or "head" (what it reads); by default the head's if
         there is one. Gives the path."""
 
-        return save_grid(self, Path(path), num_samples=num_samples, show=show)
+        return save_grid(self, local_path(path), num_samples=num_samples, show=show)
 
     def save_mp4(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
         """The same as a video, samples side by side, in real time; ends in .gif: a GIF."""
 
-        return save_video(self, Path(path), num_samples=num_samples, show=show)
+        return save_video(self, local_path(path), num_samples=num_samples, show=show)
 
 
 PCA_TOKENS = 20_000
@@ -132,7 +127,7 @@ EMPTY = 225
 """Grey of a tile without a picture."""
 
 Draw = Callable[[Tensor], Tile]
-"""Features (N, D) -> a tile of TILE_HEIGHT."""
+"""Features (N, D) -> a tile."""
 
 
 def save_grid(futures: Futures, path: Path, *, num_samples: int, show: str | None) -> Path:
@@ -159,9 +154,9 @@ def save_video(futures: Futures, path: Path, *, num_samples: int, show: str | No
         raise UsageError(f"{path}: wanted a name that ends in .mp4 or .gif")
     video = _video(futures)
     seen = video[: len(futures.seen)]
-    cells = [Cell(label="video", tiles=video)]
+    cells = [Strip(label="video", alt="", tiles=video)]
     for label, tiles in _rows(futures, num_samples, show):
-        cells.append(Cell(label=label, tiles=(*seen, *tiles)))
+        cells.append(Strip(label=label, alt="", tiles=(*seen, *tiles)))
     captions = [f"seen {_seconds(time_s)}" for time_s in futures.seen_s]
     captions += [f"forecast {_seconds(time_s)}" for time_s in futures.times_s]
     columns = 3 if len(cells) > 4 else len(cells)
@@ -193,34 +188,18 @@ def _drawing(futures: Futures, show: str | None) -> Draw:
     kind = show or ("features" if head is None else "head")
     if kind not in ("features", "head"):
         raise UsageError(f'show: got {show!r}, wanted "features" or "head"')
-    aspect = futures.seen.shape[2] / futures.seen.shape[1]
+    grid, aspect = futures.grid, futures.seen.shape[2] / futures.seen.shape[1]
     if kind == "head":
         top = float(futures.read(futures.last[None]).max())  # of depths: one scale for all tiles
-        return lambda features: resize_tile(
-            _read(futures, features, top=top), aspect=aspect, smooth=isinstance(head, RGBHead)
-        )
+        assert head is not None  # read has refused
+        return partial(read_tile, head, grid=grid, aspect=aspect, top=top)
     tokens = np.concatenate(
         [_array(futures.last), _array(futures.features).reshape(-1, futures.last.shape[1])]
     )
     colours = fit_pca_colours(tokens[:: -(-len(tokens) // PCA_TOKENS)])
     return lambda features: resize_tile(
-        colours(_array(features), futures.grid), aspect=aspect, smooth=False
+        colours(_array(features), grid), aspect=aspect, smooth=False
     )
-
-
-def _read(futures: Futures, features: Tensor, *, top: float) -> Tile:
-    """What the head reads, as a picture; depths from black (0 m) to bright (`top`)."""
-    output = futures.read(features[None])
-    head = futures.parts.head
-    if isinstance(head, SegmentationHead):
-        size = (TILE_HEIGHT, TILE_HEIGHT)
-        logits = F.interpolate(output, size=size, mode="bilinear", align_corners=False)
-        classes = logits.argmax(dim=1)[0].cpu().numpy().astype(np.uint8)
-        return class_tile(classes, class_palette(head.config.num_classes))
-    if isinstance(head, RGBHead):
-        picture = (output[0].clamp(0, 1) * 255).round().permute(1, 2, 0)
-        return _array(picture).astype(np.uint8)
-    return heat_tile(_array(output[0, 0]), top=top)
 
 
 def _video(futures: Futures) -> tuple[Tile, ...]:

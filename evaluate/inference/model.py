@@ -30,6 +30,7 @@ from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
 from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import UsageError
+from ...shards.files import local_path
 from ...train.config import Device, Precision
 from ...train.data.order import generator
 from .footage import Glance, Video, check_frames, frame_planes, look
@@ -207,7 +208,7 @@ class DeltaWorld:
         place = choose_device(device, automatic=DEVICES)
         autocast = cast(Autocast, precision_name(precision, place))
         parts = load_parts(
-            Path(folder),
+            local_path(folder),
             tokenizer=tokenizer,
             backbone=backbone,
             head=head,
@@ -219,7 +220,7 @@ class DeltaWorld:
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy world model, tokenizer, head and backbone into one folder for `from_pretrained`,
         which can be moved. A backbone that came from the hub is named there, not copied."""
-        self.parts.save(Path(folder))
+        self.parts.save(local_path(folder))
 
     def predict(
         self,

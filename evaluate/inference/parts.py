@@ -21,9 +21,15 @@ from ...extract.backbone import Backbone
 from ...extract.pixels import RESIZE_RULE
 from ...shards.cache import compare, read_cache_info
 from ...shards.errors import DeltatokError, UsageError
-from ...shards.files import write_json
-from ...train.engine.model_folder import read_class, read_provenance, weights_sha256
-from ...train.engine.provenance import SAME_PREPROCESSING, check_made_by, warn_unchecked
+from ...shards.files import read_text, write_json
+from ...train.engine.model_folder import (
+    SAME_PREPROCESSING,
+    check_made_by,
+    read_class,
+    read_provenance,
+    warn_unchecked,
+    weights_sha256,
+)
 from ...train.models.deltatok import DeltaTok
 from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.heads import DepthHead, SegmentationHead
@@ -351,7 +357,7 @@ def _class_of(folder: Path) -> str | None:
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object that may be there or not; {} where it is not, or is something else."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

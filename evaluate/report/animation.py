@@ -1,22 +1,22 @@
 """Moving pictures: what was seen, then the truth and several futures side by side.
 
-Cells of tiles that change in time, written as GIF, WebP or MP4; and those of a report, made from
-its panels, whatever they show (colours, classes, depths, pictures).
+Strips of which one tile after the other is shown, written as GIF or MP4; and those of a report,
+made from its panels, whatever they show (colours, classes, depths, pictures).
 """
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import partial_path, publish
-from .pictures import WEBP_QUALITY, Panel, Strip, Tile, page_picture
+from .pictures import Panel, Strip, Tile
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -28,75 +28,84 @@ HOLD = 4
 """Steps for which the last picture stands still, so that it can be looked at (a guess)."""
 _CODECS = ("libx264", "mpeg4")  # what browsers and phones play; then what every FFmpeg writes
 
-MAX_CELLS, COLUMNS = 9, 3
-"""Futures and truths side by side, at most: three lines of three."""
-LARGE_GIF = 80_000  # bytes; with photographs in it
+MAX_CELLS, COLUMNS = 8, 4
+"""Futures and truths side by side, at most: two lines of four."""
+MAX_SAMPLES = 3
 EMPTY = 90
 """Grey of a place where there is nothing to show."""
 FIRST_CHOICE = ("video", "truth", "label", "best sample", "mean of samples")
-"""Strips that are shown if there are any; then samples, in order; then OTHERS."""
-OTHERS = ("predictions, best", "discriminative", "copy last")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One place of the picture: its name and a tile for every moment, all of one size."""
-
-    label: str
-    tiles: tuple[Tile, ...]
+"""Strips that are shown if there are any; then MAX_SAMPLES samples, in order, but not the best one
+again; then OTHERS."""
+OTHERS = ("discriminative", "predictions, best", "copy last")
+MIN_STEP_S = 0.4
+"""A moment is shown for so long at least (a guess): faster, eight places cannot be followed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moving:
-    """One moving picture, its last moment alone, and its text for who sees neither."""
+    """One moving picture: strips of tiles of one size, each with a tile for every moment."""
 
     title: str
-    alt: str
-    gif: bytes
-    film: tuple[bytes, str]
-    """The same for the page, and its kind: "gif", or "webp" where a GIF is large."""
-    still: tuple[bytes, str]
-    """For who wants nothing to move, and for paper; and its kind."""
-    width: int
-    """Pixels."""
+    moments: tuple[str, ...]
+    """Their times."""
+    num_seen: int
+    """Moments before the forecasts begin."""
+    step_s: float
+    """Seconds between moments in the video."""
+    strips: tuple[Strip, ...]
+    legend: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+    outlined: bool = False
+    """The forecasts have the outline of the truth."""
+
+    @property
+    def shown_step_s(self) -> float:
+        """Seconds for which a moment is shown."""
+        return max(self.step_s, MIN_STEP_S)
+
+    def gif(self) -> bytes:
+        """The same as one GIF, to show elsewhere."""
+        words = [
+            ("seen " if i < self.num_seen else "forecast ") + text
+            for i, text in enumerate(self.moments)
+        ]
+        pictures = draw_moments(self.strips, words, columns=COLUMNS, first_future=self.num_seen)
+        return gif_bytes(pictures, step_s=self.shown_step_s)
 
 
 def draw_moments(
-    cells: Sequence[Cell], captions: Sequence[str], *, columns: int, first_future: int
+    strips: Sequence[Strip], captions: Sequence[str], *, columns: int, first_future: int
 ) -> list[Image.Image]:
     """A picture for every moment, `captions` above it; from `first_future` on it is marked."""
     font = ImageFont.load_default(14)
-    height, width = cells[0].tiles[0].shape[:2]
-    wide = max([width, *(int(font.getlength(cell.label)) + 1 for cell in cells)])
-    columns = min(columns, len(cells))
-    rows = -(-len(cells) // columns)
-    size = (
-        columns * (wide + GAP) + GAP,
-        LINE + rows * (height + LINE) + GAP,
-    )
-    size = (size[0] + size[0] % 2, size[1] + size[1] % 2)  # video codecs want even sides
+    height, width = strips[0].tiles[0].shape[:2]
+    wide = max([width, *(int(font.getlength(strip.label)) + 1 for strip in strips)])
+    columns = min(columns, len(strips))
+    rows = -(-len(strips) // columns)
+    sides = columns * (wide + GAP) + GAP, LINE + rows * (height + LINE) + GAP
+    size = (sides[0] + sides[0] % 2, sides[1] + sides[1] % 2)  # video codecs want even sides
     pictures = []
     for moment, caption in enumerate(captions):
         picture = Image.new("RGB", size, PAPER)
         draw = ImageDraw.Draw(picture)
         colour = NOW if moment >= first_future else INK
         draw.text((GAP, LINE / 2), caption, fill=colour, font=font, anchor="lm")
-        for number, cell in enumerate(cells):
+        for number, strip in enumerate(strips):
             left = GAP + number % columns * (wide + GAP)
             top = LINE + number // columns * (height + LINE)
-            picture.paste(Image.fromarray(cell.tiles[moment]), (left, top))
-            draw.text((left, top + height + LINE / 2), cell.label, fill=INK, font=font, anchor="lm")
+            picture.paste(Image.fromarray(strip.tiles[moment]), (left, top))
+            below = (left, top + height + LINE / 2)
+            draw.text(below, strip.label, fill=INK, font=font, anchor="lm")
         pictures.append(picture)
     return pictures
 
 
-def gif_bytes(pictures: Sequence[Image.Image], *, step_s: float, colours: int = 128) -> bytes:
+def gif_bytes(pictures: Sequence[Image.Image], *, step_s: float) -> bytes:
     """The pictures as a GIF that goes round for ever; the last one stands for HOLD steps."""
     step_ms = max(20, round(1000 * step_s))  # under 20 ms viewers choose a time of their own
     durations = [step_ms] * (len(pictures) - 1) + [HOLD * step_ms]
     # One palette for all, made from all: otherwise colours flicker from one moment to the next.
     sheet = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
-    palette = sheet.quantize(colours, dither=Image.Dither.NONE)
+    palette = sheet.quantize(128, dither=Image.Dither.NONE)
     frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     buffer = io.BytesIO()
     frames[0].save(
@@ -107,22 +116,6 @@ def gif_bytes(pictures: Sequence[Image.Image], *, step_s: float, colours: int = 
         duration=durations,
         loop=0,
         optimize=True,
-    )
-    return buffer.getvalue()
-
-
-def webp_bytes(pictures: Sequence[Image.Image], *, step_s: float) -> bytes:
-    """As `gif_bytes`, as WebP with losses: much smaller where the tiles are photographs."""
-    step_ms = round(1000 * step_s)
-    buffer = io.BytesIO()
-    pictures[0].save(
-        buffer,
-        format="WEBP",
-        save_all=True,
-        append_images=list(pictures[1:]),
-        duration=[step_ms] * (len(pictures) - 1) + [HOLD * step_ms],
-        loop=0,
-        quality=WEBP_QUALITY,
     )
     return buffer.getvalue()
 
@@ -156,42 +149,27 @@ def write_mp4(path: Path, pictures: Sequence[Image.Image], *, step_s: float) -> 
 
 
 def moving_panel(panel: Panel, *, times_s: Sequence[float]) -> Moving | None:
-    """The panel's strips as cells that move; None where it has no forecasts.
+    """The panel's strips as a moving picture; None where it has no forecasts.
 
     times_s: of the panel's columns; up to 0 is seen.
     """
     chosen = _choose(panel.strips)
-    late = [strip for strip in chosen if len(strip.tiles) < len(panel.columns)]
+    count = len(panel.columns)
+    late = [strip for strip in chosen if len(strip.tiles) < count]
     if not late:
         return None
-    first_future = sum(time_s <= 0 for time_s in times_s)
-    whole = [strip for strip in chosen if len(strip.tiles) == len(panel.columns)]
-    empty = np.full_like(late[0].tiles[0], EMPTY)
-    # Before they differ all cells show the same: what is known of the past, in the panel's terms.
-    past = whole[-1].tiles if whole else (empty,) * len(panel.columns)
-    cells = [Cell(label=strip.label, tiles=_filled(strip, past)) for strip in chosen]
-    words = [
-        ("seen " if i < first_future else "forecast ") + text
-        for i, text in enumerate(panel.columns)
-    ]
-    pictures = draw_moments(cells, words, columns=COLUMNS, first_future=first_future)
-    step_s = float(np.diff(times_s).mean())
-    gif = gif_bytes(pictures, step_s=step_s)
-    film = (gif, "gif")
-    if len(gif) > LARGE_GIF and features.check("webp"):
-        film = (webp_bytes(pictures, step_s=step_s), "webp")
-    names = ", ".join(strip.label for strip in chosen)
+    whole = [strip for strip in chosen if len(strip.tiles) == count]
+    # Before they differ all places show the same: what is known of the past, in the panel's terms.
+    past = whole[-1].tiles if whole else (np.full_like(late[0].tiles[0], EMPTY),) * count
+    label = next((strip for strip in late + whole if strip.label == "label"), None)
     return Moving(
         title=panel.title,
-        alt=(
-            f"Moving picture of {panel.title}: {first_future} moments that are seen, then "
-            f"{len(words) - first_future} of the future, side by side: {names}. At the end: "
-            + " ".join(strip.alt for strip in late)
-        ),
-        gif=gif,
-        film=film,
-        still=page_picture(pictures[-1]),
-        width=pictures[0].width,
+        moments=panel.columns,
+        num_seen=sum(time_s <= 0 for time_s in times_s),
+        step_s=float(np.diff(times_s).mean()),
+        strips=tuple(_filled(strip, past, label) for strip in chosen),
+        legend=panel.legend,
+        outlined=label is not None,
     )
 
 
@@ -218,14 +196,40 @@ def _choose(strips: Sequence[Strip]) -> list[Strip]:
     """FIRST_CHOICE in its order, then samples, then OTHERS; MAX_CELLS at most."""
     by_label = {strip.label.split(", 0 to")[0]: strip for strip in strips}  # of depth: the scale
     chosen = [by_label[label] for label in FIRST_CHOICE if label in by_label]
-    samples = [strip for strip in strips if strip.label.startswith("sample ")]
+    best = by_label.get("best sample")
+    samples = [
+        strip
+        for strip in strips
+        if strip.label.startswith("sample ")
+        and (best is None or not np.array_equal(strip.tiles, best.tiles))
+    ]
     others = [by_label[label] for label in OTHERS if label in by_label]
-    return [*chosen, *samples, *others][:MAX_CELLS]
+    return [*chosen, *samples[:MAX_SAMPLES], *others][:MAX_CELLS]
 
 
-def _filled(strip: Strip, past: Sequence[Tile]) -> tuple[Tile, ...]:
-    """The strip's tiles, before them those of the past."""
-    return (*past[: len(past) - len(strip.tiles)], *strip.tiles)
+def _filled(strip: Strip, past: Sequence[Tile], label: Strip | None) -> Strip:
+    """The strip with the past before its own tiles, and in these the outline of the label's."""
+    tiles = [*strip.tiles]
+    if label is not None and strip is not label and len(tiles) < len(past):
+        for i in range(1, min(len(tiles), len(label.tiles)) + 1):
+            tiles[-i] = outlined(tiles[-i], label.tiles[-i])
+    return replace(strip, tiles=(*past[: len(past) - len(tiles)], *tiles))
+
+
+def outlined(tile: Tile, truth: Tile) -> Tile:
+    """The tile with a white line, black beside it, where `truth` changes its colour."""
+    edges = np.zeros(truth.shape[:2], bool)
+    across = (truth[:, 1:] != truth[:, :-1]).any(axis=-1)
+    down = (truth[1:] != truth[:-1]).any(axis=-1)
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    edges[1:] |= down
+    edges[:-1] |= down
+    beside = Image.fromarray(edges).convert("L").filter(ImageFilter.MaxFilter(3))
+    drawn = tile.copy()
+    drawn[np.asarray(beside) > 0] = 0
+    drawn[edges] = 255
+    return drawn
 
 
 def _codec() -> str:

@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+from PIL import Image
 
 from .pictures import Strip, page_picture, strip_image
 from .rows import show, show_interval
@@ -34,6 +36,7 @@ def _environment(package: str) -> Environment:
     environment.filters |= {
         "breakable": _breakable,
         "data_uri": data_uri,
+        "film_uri": _film_uri,
         "show": show,
         "show_interval": show_interval,
         "strip_uri": _strip_uri,
@@ -68,4 +71,10 @@ def _breakable(name: str) -> Markup:
 
 def _strip_uri(strip: Strip) -> str:
     picture, kind = page_picture(strip_image(strip))
+    return data_uri(picture, kind)
+
+
+def _film_uri(strip: Strip) -> str:
+    """The tiles side by side without gaps, of which the page shows one at a time."""
+    picture, kind = page_picture(Image.fromarray(np.concatenate(strip.tiles, axis=1)))
     return data_uri(picture, kind)

@@ -4,29 +4,30 @@ A `ShownWindow` is kept of each window that is to be shown, and becomes panels a
 top to bottom: video, truth or labels, then the forecasts, then copy last.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ...shards.evaluation.labels import IGNORE, NO_DEPTH
-from ...train.models.heads import DepthHead, feature_map
+from ...train.models.heads import DepthHead, SegmentationHead, feature_map
 from ...train.models.rgb_head import RGBHead
 from ..forecast.rollout import HorizonForecast
-from ..forecast.scores import Label
+from ..forecast.scores import Head, Label, class_map
 from .pictures import (
     Panel,
     Strip,
     Tile,
     class_legend,
     class_palette,
-    class_tile,
     fit_pca_colours,
     heat_tile,
     resize_tile,
+    tile_size,
 )
 
 NUM_SAMPLES_SHOWN = 4
@@ -43,8 +44,6 @@ HEAD_ROWS = ("present", "reconstruction", "best", "mean", "discriminative", "cop
 """The same of panels of depths and RGB pictures."""
 Features = NDArray[np.float32]
 ClassMap = NDArray[np.uint8]
-Segment = Callable[[Features, tuple[int, int]], ClassMap]
-"""Features (N, D) and a size (H, W) -> class map (H, W)."""
 
 _FORECAST_LABELS = {
     "present": "present",
@@ -114,91 +113,71 @@ def most_diverse(samples: Tensor, count: int) -> list[int]:
     return taken
 
 
+def most_uncertain_first(windows: Sequence[ShownWindow]) -> list[ShownWindow]:
+    """The windows by how much their samples differ, most first; without samples as they are."""
+    spreads = [0.0 if w.spread is None else float(np.square(w.spread).mean()) for w in windows]
+    return [windows[i] for i in np.argsort(np.negative(spreads), kind="stable")]
+
+
 def feature_panel(window: ShownWindow) -> Panel:
     """All rows as colours of one basis, fitted on the window's true features."""
     colours = fit_pca_colours(window.truth.reshape(-1, window.truth.shape[-1]))
 
-    def tile(tokens: Features) -> Tile:
-        picture = colours(tokens, window.grid)
-        return resize_tile(picture, aspect=window.aspect, smooth=False)
+    def strip(label: str, alt: str, pictures: Sequence[Tile]) -> Strip:
+        tiles = [resize_tile(one, aspect=window.aspect, smooth=False) for one in pictures]
+        return Strip(label=label, alt=alt, tiles=tuple(tiles), blocks=True)
 
-    strips = [*video_strip(window)]
-    strips.append(
-        Strip(
-            label="truth",
-            alt=f"True features of {window.title} as colours.",
-            tiles=tuple(map(tile, window.truth)),
-        )
-    )
-    for label, row in panel_forecasts(window, FORECASTS):
+    truth = [colours(tokens, window.grid) for tokens in window.truth]
+    strips = [*_video_strip(window)]
+    strips.append(strip("truth", f"True features of {window.title} as colours.", truth))
+    for label, row in _forecasts(window, FORECASTS):
         alt = f"Features of the row {label} at the target frames, in the colours of the truth."
-        strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, row))))
+        strips.append(strip(label, alt, [colours(tokens, window.grid) for tokens in row]))
     if window.spread is not None:
         top = float(window.spread.max())
-        heat = [
-            resize_tile(heat_tile(values, top=top), aspect=window.aspect, smooth=False)
-            for values in window.spread
-        ]
+        heat = [heat_tile(values, top=top) for values in window.spread]
         alt = "Where the samples differ at the target frames: black nowhere, bright most."
-        strips.append(Strip(label="spread of samples", alt=alt, tiles=tuple(heat)))
-    return Panel(title=window.title, columns=panel_columns(window), strips=tuple(strips))
+        strips.append(strip("spread of samples", alt, heat))
+    return Panel(title=window.title, columns=_columns(window), strips=tuple(strips))
 
 
 def class_panel(
-    window: ShownWindow, segment: Segment, *, num_classes: int, class_names: Sequence[str]
+    window: ShownWindow, head: SegmentationHead, *, class_names: Sequence[str]
 ) -> Panel:
-    """Labels, and class maps read from the features of every row, at the labels' size."""
-    palette = class_palette(num_classes)
-    size = window.labels[0].shape
+    """Labels, and class maps read from the features of every row."""
+    palette = class_palette(head.config.num_classes)
     labels = [label.astype(np.uint8) for label in window.labels]
-    seen: list[ClassMap] = [*labels]
-
-    def tile(classes: ClassMap) -> Tile:
-        picture = class_tile(classes, palette)
-        return resize_tile(picture, aspect=window.aspect, smooth=False)
-
-    strips = [*video_strip(window)]
-    strips.append(
-        Strip(
-            label="label",
-            alt=f"Labels of {window.title}: {_shares(labels[-1], class_names)} at the end.",
-            tiles=tuple(map(tile, labels)),
-        )
-    )
-    for label, row in panel_forecasts(window, ("present", *FORECASTS)):
-        maps = [segment(tokens, (size[0], size[1])) for tokens in row]
+    tiles = [resize_tile(palette[label], aspect=window.aspect, smooth=False) for label in labels]
+    alt = f"Labels of {window.title}: {_shares(labels[-1], class_names)} at the end."
+    strips = [*_video_strip(window), Strip(label="label", alt=alt, tiles=tuple(tiles))]
+    seen = [*labels]
+    for label, row in _forecasts(window, ("present", *FORECASTS)):
+        maps = [
+            read_classes(head, _to_head(head, x), grid=window.grid, aspect=window.aspect)
+            for x in row
+        ]
         seen += maps
         alt = f"Classes of the row {label}: {_shares(maps[-1], class_names)} at the end."
-        strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, maps))))
+        strips.append(Strip(label=label, alt=alt, tiles=tuple(palette[one] for one in maps)))
     return Panel(
         title=window.title,
-        columns=panel_columns(window),
+        columns=_columns(window),
         strips=tuple(strips),
         legend=class_legend(seen, palette, class_names),
     )
 
 
-def rgb_panel(window: ShownWindow, head: RGBHead, device: torch.device) -> Panel:
+def rgb_panel(window: ShownWindow, head: RGBHead) -> Panel:
     """Pictures decoded from features, about what a camera would have seen."""
-
-    def tile(tokens: Features) -> Tile:
-        picture = _read(head, tokens, window.grid, device).clip(0, 1)
-        pixels = np.rint(255 * picture).astype(np.uint8).transpose(1, 2, 0)
-        return resize_tile(pixels, aspect=window.aspect, smooth=True)
-
-    return _head_panel(window, [*video_strip(window)], tile, what="Picture")
+    return _head_panel(window, head, _video_strip(window), what="Picture")
 
 
-def depth_panel(window: ShownWindow, head: DepthHead, device: torch.device) -> Panel:
+def depth_panel(window: ShownWindow, head: DepthHead) -> Panel:
     """Depths in one scale: black is near, bright as far as the farthest of the true features."""
-    truth = [_read(head, x, window.grid, device)[0] for x in window.rows["present"]]
-    top = float(np.max(truth))
-
-    def tile(tokens: Features) -> Tile:
-        depth = _read(head, tokens, window.grid, device)[0]
-        return resize_tile(heat_tile(depth, top=top), aspect=window.aspect, smooth=False)
-
-    strips = [*video_strip(window)]
+    top = max(
+        float(_read(head, _to_head(head, x), window.grid).max()) for x in window.rows["present"]
+    )
+    strips = _video_strip(window)
     if window.labels:
         labels = [label.astype(np.float32) for label in window.labels]
         seen = labels[-1][labels[-1] > NO_DEPTH]
@@ -209,10 +188,38 @@ def depth_panel(window: ShownWindow, head: DepthHead, device: torch.device) -> P
         ]
         alt = f"Labels of {window.title}: {words} at the end."
         strips.append(Strip(label=f"label, 0 to {top:.0f} m", alt=alt, tiles=tuple(tiles)))
-    return _head_panel(window, strips, tile, what="Depth")
+    return _head_panel(window, head, strips, what="Depth", top=top)
 
 
-def panel_forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:
+def read_tile(
+    head: Head | RGBHead, tokens: Tensor, *, grid: tuple[int, int], aspect: float, top: float = 1.0
+) -> Tile:
+    """What a head reads from features (N, D), smooth between its pixels; depths from black (0 m) to
+    bright (`top`)."""
+    if isinstance(head, SegmentationHead):
+        classes = read_classes(head, tokens, grid=grid, aspect=aspect)
+        tile: Tile = class_palette(head.config.num_classes)[classes]
+        return tile
+    output = _read(head, tokens, grid)
+    if isinstance(head, RGBHead):
+        pixels = np.rint(255 * output.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)
+        return resize_tile(pixels, aspect=aspect, smooth=True)
+    depth = Image.fromarray(output[0]).resize(tile_size(aspect), Image.Resampling.BILINEAR)
+    return heat_tile(np.asarray(depth), top=top)
+
+
+def read_classes(
+    head: SegmentationHead, tokens: Tensor, *, grid: tuple[int, int], aspect: float
+) -> ClassMap:
+    """Class map (H, W) of `tile_size` from features (N, D): the logits are interpolated, as for a
+    score."""
+    width, height = tile_size(aspect)
+    with torch.no_grad():
+        found = class_map(head, tokens, grid=grid, size=(height, width))
+    return found.to("cpu", torch.uint8).numpy()
+
+
+def _forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:
     """(label, (H, N, D)) of the rows that the window has, single samples after the mean."""
     found = []
     for name in names:
@@ -225,7 +232,7 @@ def panel_forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str
     return found
 
 
-def video_strip(window: ShownWindow) -> list[Strip]:
+def _video_strip(window: ShownWindow) -> list[Strip]:
     """The video's frames, or no strip."""
     if not window.frames:
         return []
@@ -233,27 +240,40 @@ def video_strip(window: ShownWindow) -> list[Strip]:
     return [Strip(label="video", alt=f"Frames of {window.title}.", tiles=tiles)]
 
 
-def panel_columns(window: ShownWindow) -> tuple[str, ...]:
+def _columns(window: ShownWindow) -> tuple[str, ...]:
     """The times of the frames, 0 at the last that was seen."""
     return tuple(f"{time:+.1f} s" if abs(time) > 0.005 else "0 s" for time in window.times_s)
 
 
 def _head_panel(
-    window: ShownWindow, strips: list[Strip], tile: Callable[[Features], Tile], *, what: str
+    window: ShownWindow,
+    head: RGBHead | DepthHead,
+    strips: Sequence[Strip],
+    *,
+    what: str,
+    top: float = 1.0,
 ) -> Panel:
-    for label, row in panel_forecasts(window, HEAD_ROWS):
+    found = [*strips]
+    for label, row in _forecasts(window, HEAD_ROWS):
         alt = f"{what} read from the features of the row {label} at the target frames."
-        strips.append(Strip(label=label, alt=alt, tiles=tuple(map(tile, row))))
-    return Panel(title=window.title, columns=panel_columns(window), strips=tuple(strips))
+        tiles = [
+            read_tile(head, _to_head(head, x), grid=window.grid, aspect=window.aspect, top=top)
+            for x in row
+        ]
+        found.append(Strip(label=label, alt=alt, tiles=tuple(tiles)))
+    return Panel(title=window.title, columns=_columns(window), strips=tuple(found))
 
 
-def _read(
-    head: RGBHead | DepthHead, tokens: Features, grid: tuple[int, int], device: torch.device
-) -> Features:
+def _to_head(head: torch.nn.Module, tokens: Features) -> Tensor:
+    return torch.from_numpy(tokens).to(next(head.parameters()).device)
+
+
+def _read(head: RGBHead | DepthHead, tokens: Tensor, grid: tuple[int, int]) -> Features:
     """Head output (C, h, w) of features (N, D), float32 whatever the autocast."""
-    x = torch.from_numpy(tokens)[None].to(device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        output: Features = head(feature_map(x, grid=grid))[0].float().cpu().numpy()
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        output: Features = (
+            head(feature_map(tokens[None].float(), grid=grid))[0].float().cpu().numpy()
+        )
     return output
 
 

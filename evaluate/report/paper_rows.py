@@ -53,7 +53,7 @@ PAPER_ROWS: dict[str, tuple[tuple[str, str, tuple[str, str]], ...]] = {
         ("present", "Present", ("2.79", "2.79")),
     ),
 }
-_METRICS = {"vspw": "miou", "cityscapes": "miou", "kitti": "rmse"}
+METRICS = {"vspw": "miou", "cityscapes": "miou", "kitti": "rmse"}
 _STRIDES_S = {"vspw": 0.2, "cityscapes": 0.1875, "kitti": 0.2}
 _HEADS = {"vspw": 124, "cityscapes": 19}
 
@@ -115,7 +115,7 @@ def compare_with_paper(
 
 def paper_table(rows: Sequence[ReportRow], comparison: PaperComparison) -> Table:
     """The paper's rows and, where they are comparable, ours of the same kind; short and mid."""
-    metric = _METRICS[comparison.dataset]
+    metric = METRICS[comparison.dataset]
     unit = "mIoU %" if metric == "miou" else "RMSE m"
     body = []
     for name in dict.fromkeys(name for name, _, _ in PAPER_ROWS[comparison.dataset]):

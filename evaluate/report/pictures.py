@@ -12,15 +12,16 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import hsv_to_rgb
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont
 
 from ...shards.evaluation.labels import IGNORE
 
 Tile = NDArray[np.uint8]  # (H, W, 3) RGB
-TILE_HEIGHT = 112  # pixels; seven tiles of a 16:9 video are then 1,400 wide
+TILE_HEIGHT = 160  # pixels; a page shows seven tiles of a window side by side, or four that move
 GAP = 4  # pixels between tiles
 LARGE_PNG = 30_000  # bytes; strips of colour maps have less, of photographs more
 WEBP_QUALITY = 80
+_MAX_WEBP = 16_383  # pixels a side
 IGNORE_COLOUR = (128, 128, 128)
 _MAX_ASPECT = 2.0  # a wider or taller frame is squeezed, to keep the strip readable
 _COLOUR_PERCENTILES = (1.0, 99.0)  # a guess: keeps single outlier tokens from greying the rest
@@ -33,6 +34,8 @@ class Strip:
     label: str
     alt: str
     tiles: tuple[Tile, ...]
+    blocks: bool = False
+    """A patch token is a block of one colour, and stays one at any size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +89,6 @@ def class_palette(num_classes: int) -> NDArray[np.uint8]:
     return palette
 
 
-def class_tile(classes: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Tile:
-    """Class map (H, W) as colours (H, W, 3)."""
-    tile: Tile = palette[classes]
-    return tile
-
-
 def class_legend(
     maps: Sequence[NDArray[np.uint8]], palette: NDArray[np.uint8], names: Sequence[str]
 ) -> tuple[tuple[str, tuple[int, int, int]], ...]:
@@ -113,12 +110,15 @@ def heat_tile(values: NDArray[np.float32], *, top: float) -> Tile:
     return np.rint(255 * colours).astype(np.uint8)
 
 
+def tile_size(aspect: float) -> tuple[int, int]:
+    """Width and height of a tile with width / height = `aspect`, at most 2:1 or 1:2."""
+    return round(TILE_HEIGHT * min(max(aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)), TILE_HEIGHT
+
+
 def resize_tile(tile: Tile, *, aspect: float, smooth: bool) -> Tile:
-    """A tile of TILE_HEIGHT with width / height = `aspect` (at most 2:1); `smooth` for photos."""
-    aspect = min(max(aspect, 1 / _MAX_ASPECT), _MAX_ASPECT)
-    size = (round(TILE_HEIGHT * aspect), TILE_HEIGHT)
+    """A tile of `tile_size`; `smooth` for photos, else every value stays a block."""
     method = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(tile).resize(size, method))
+    return np.asarray(Image.fromarray(tile).resize(tile_size(aspect), method))
 
 
 def strip_image(strip: Strip) -> Image.Image:
@@ -143,7 +143,7 @@ def page_picture(image: Image.Image) -> tuple[bytes, str]:
     """An image for a page, and its kind ("png", "webp"): photographs, of which a PNG is large, with
     losses that are not seen; maps of colours exactly."""
     png = png_bytes(image)
-    if len(png) < LARGE_PNG or not features.check("webp"):
+    if len(png) < LARGE_PNG or max(image.size) > _MAX_WEBP:
         return png, "png"
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=WEBP_QUALITY)
@@ -166,25 +166,14 @@ def panel_image(panel: Panel) -> Image.Image:
         draw.text((middle, line / 2), text, fill="black", font=font, anchor="mm")
     top = line
     for strip, image in zip(panel.strips, images, strict=True):
-        left = right - image.width
-        draw.text(
-            (left - 6, top + image.height / 2), strip.label, fill="black", font=font, anchor="rm"
-        )
-        picture.paste(image, (left, top), image)
+        start = right - image.width
+        middle = top + image.height / 2
+        draw.text((start - 6, middle), strip.label, fill="black", font=font, anchor="rm")
+        picture.paste(image, (start, top), image)
         top += image.height
-    _draw_legend(draw, panel.legend, font=font, at=(margin, bottom))
-    return picture
-
-
-def _draw_legend(
-    draw: ImageDraw.ImageDraw,
-    legend: Sequence[tuple[str, tuple[int, int, int]]],
-    *,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    at: tuple[int, int],
-) -> None:
-    left, top = float(at[0]), at[1]
-    for name, colour in legend:
-        draw.rectangle((left, top + 5, left + 12, top + 17), fill=colour)
-        draw.text((left + 17, top + 11), name, fill="black", font=font, anchor="lm")
+    left = float(margin)
+    for name, colour in panel.legend:
+        draw.rectangle((left, bottom + 5, left + 12, bottom + 17), fill=colour)
+        draw.text((left + 17, bottom + 11), name, fill="black", font=font, anchor="lm")
         left += 32 + font.getlength(name)
+    return picture

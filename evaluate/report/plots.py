@@ -4,21 +4,21 @@ matplotlib's Figure is used directly: no window system, no global state. A `Plot
 versions of a picture; the page shows the one that fits the reader's colour scheme.
 """
 
-import functools
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...shards.errors import UsageError
+from ...shards.files import read_text
 from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value
 
 _LIGHT = {"ink": "#24292f", "faint": "#d0d7de"}
@@ -27,6 +27,19 @@ _DARK = {"ink": "#d6dce3", "faint": "#3d444d"}
 COLOURS = ("#0090d0", "#e08000", "#00a070", "#cc70a0", "#d05a20", "#56b4e9", "#a0a000")
 STYLES = ("-", "--", "-.", ":")  # of two lines that are equal, both are seen
 _DPI = 144  # twice the page's pixels, for sharp text on high-density screens
+_STYLE = {
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.framealpha": 0,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
 _BEST_OF_K_LINES = ("copy_last", "discriminative", "mean", "reconstruction")
 
 
@@ -56,7 +69,7 @@ def read_curve(path: str) -> Curve:
     """
     file = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except OSError as error:
         raise UsageError(f"--curves {path}: {file} cannot be read ({error.strerror})") from None
     losses: dict[str, tuple[list[int], list[float]]] = {}
@@ -86,26 +99,68 @@ def _add_losses(losses: dict[str, tuple[list[int], list[float]]], entry: Any) ->
 
 def plot_curves(curves: Sequence[Curve]) -> list[Plot]:
     """One plot for each curve: loss by step, logarithmic where all losses are positive."""
-    return [
-        draw_plot(functools.partial(_draw_curve, curve=curve), alt=_curve_alt(curve))
-        for curve in curves
+    return [_plot_curve(curve) for curve in curves]
+
+
+def _plot_curve(curve: Curve) -> Plot:
+    losses = sorted(curve.losses.items())
+    ends = [
+        f"{key} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}"
+        for key, (steps, values) in losses
     ]
 
+    def draw(figure: Figure, ink: dict[str, str]) -> None:
+        axes = figure.add_subplot()
+        for colour, style, (key, found) in zip(cycle(COLOURS), cycle(STYLES), losses, strict=False):
+            marker = "o" if len(found[0]) == 1 else None
+            axes.plot(
+                *found, color=colour, linestyle=style, linewidth=1.4, marker=marker, label=key
+            )
+        if all(value > 0 for _, (_, values) in losses for value in values):
+            axes.set_yscale("log")
+        axes.set(xlabel="step", ylabel="loss", title=curve.name)
+        legend_below(figure, columns=3)
 
-def plot_best_of_k(
-    curve: Sequence[dict[str, float | int | str]], rows: Sequence[ReportRow]
-) -> Plot:
+    return draw_plot(draw, alt=f"Training curve of {curve.name}: {'; '.join(ends)}.")
+
+
+def plot_best_of_k(curve: Sequence[Mapping[str, Any]], rows: Sequence[ReportRow]) -> Plot:
     """Feature loss of the best of k samples against k, with the other rows as level lines."""
-    lines = []
-    for horizon in HORIZONS:
-        points = [point for point in curve if point["horizon"] == horizon]
-        first, last = points[0], points[-1]
-        lines.append(
-            f"{horizon}: {first['feature_loss']:.4g} with 1 sample, "
-            f"{last['feature_loss']:.4g} with {last['k']}"
-        )
-    alt = "Feature loss of the best of k samples, falling with k. " + "; ".join(lines) + "."
-    draw = functools.partial(_draw_best_of_k, curve=curve, rows=rows)
+    points = {
+        horizon: [
+            (point["k"], point["feature_loss"]) for point in curve if point["horizon"] == horizon
+        ]
+        for horizon in HORIZONS
+    }
+    ends = [
+        f"{horizon}: {found[0][1]:.4g} with 1 sample, {found[-1][1]:.4g} with {found[-1][0]}"
+        for horizon, found in points.items()
+    ]
+
+    def draw(figure: Figure, ink: dict[str, str]) -> None:
+        for axes, (horizon, found) in zip(figure.subplots(1, 2), points.items(), strict=True):
+            axes.plot(*zip(*found, strict=True), color=COLOURS[0], lw=1.8, marker="o", ms=3)
+            axes.annotate(
+                "best of k",
+                found[-1],
+                color=ink["ink"],
+                fontsize=8,
+                xytext=(0, -10),
+                textcoords="offset points",
+                ha="right",
+            )
+            for colour, name in zip(COLOURS[1:], _BEST_OF_K_LINES, strict=False):
+                level = find_value(rows, horizon=horizon, row=name, metric="feature_loss")
+                if level is not None:
+                    label = ROW_LABELS[name].split(" (")[0]
+                    axes.axhline(level, color=colour, linewidth=1.2, linestyle="--", label=label)
+            axes.set(xlabel="samples k", title=horizon)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.axes[0].set_ylabel("feature loss")
+        legend_below(figure, columns=4)
+
+    alt = "Feature loss of the best of k samples, falling with k. " + "; ".join(ends) + "."
     return draw_plot(draw, alt=alt)
 
 
@@ -115,101 +170,27 @@ def draw_plot(draw: Callable[[Figure, dict[str, str]], None], *, alt: str) -> Pl
 
 
 def _render(draw: Callable[[Figure, dict[str, str]], None], ink: dict[str, str]) -> bytes:
-    figure = Figure(figsize=(6.4, 3.2), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(0)
-    draw(figure, ink)
-    for axes in figure.axes:
-        _dress(axes, ink)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
+    """Axes in the page's colours, without a box, over a faint grid."""
+    colours = dict.fromkeys(
+        (
+            "text.color",
+            "axes.labelcolor",
+            "axes.titlecolor",
+            "xtick.labelcolor",
+            "ytick.labelcolor",
+        ),
+        ink["ink"],
+    ) | dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), ink["faint"])
+    with rc_context(colours | _STYLE):
+        figure = Figure(figsize=(6.4, 3.2), dpi=_DPI, layout="constrained")
+        draw(figure, ink)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _dress(axes: Any, ink: dict[str, str]) -> None:
-    """Axes in the page's colours, without a box, over a faint grid."""
-    axes.tick_params(colors=ink["ink"], which="both", labelsize=8)
-    axes.grid(visible=True, color=ink["faint"], linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(ink["faint"])
-    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
-        text.set_color(ink["ink"])
-        text.set_fontsize(9)
-    legend = axes.get_legend()
-    if legend is not None:
-        legend.get_frame().set_alpha(0)
-        for text in legend.get_texts():
-            text.set_color(ink["ink"])
-            text.set_fontsize(8)
-
-
-def _draw_curve(figure: Figure, ink: dict[str, str], *, curve: Curve) -> None:
-    axes = figure.add_subplot()
-    kinds = zip(cycle(COLOURS), cycle(STYLES), sorted(curve.losses), strict=False)
-    for colour, style, key in kinds:
-        steps, values = curve.losses[key]
-        marker = "o" if len(steps) == 1 else None
-        axes.plot(
-            steps, values, color=colour, linestyle=style, linewidth=1.4, marker=marker, label=key
-        )
-    if all(value > 0 for _, values in curve.losses.values() for value in values):
-        axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="loss", title=curve.name)
-    legend_below(figure, ink, columns=3)
-
-
-def _curve_alt(curve: Curve) -> str:
-    parts = [
-        f"{key} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}"
-        for key, (steps, values) in sorted(curve.losses.items())
-    ]
-    return f"Training curve of {curve.name}: {'; '.join(parts)}."
-
-
-def _draw_best_of_k(
-    figure: Figure,
-    ink: dict[str, str],
-    *,
-    curve: Sequence[dict[str, float | int | str]],
-    rows: Sequence[ReportRow],
-) -> None:
-    for i, horizon in enumerate(HORIZONS):
-        axes = figure.add_subplot(1, 2, i + 1)
-        points = [point for point in curve if point["horizon"] == horizon]
-        ks = [int(point["k"]) for point in points]
-        losses = [float(point["feature_loss"]) for point in points]
-        axes.plot(ks, losses, color=COLOURS[0], linewidth=1.8, marker="o", markersize=3)
-        axes.annotate(
-            "best of k",
-            (ks[-1], losses[-1]),
-            color=ink["ink"],
-            fontsize=8,
-            xytext=(0, -10),
-            textcoords="offset points",
-            ha="right",
-        )
-        for colour, name in zip(COLOURS[1:], _BEST_OF_K_LINES, strict=False):
-            level = find_value(rows, horizon=horizon, row=name, metric="feature_loss")
-            if level is not None:
-                label = ROW_LABELS[name].split(" (")[0]
-                axes.axhline(level, color=colour, linewidth=1.2, linestyle="--", label=label)
-        axes.set(xlabel="samples k", title=horizon)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if i == 0:
-            axes.set_ylabel("feature loss")
-    legend_below(figure, ink, columns=4)
-
-
-def legend_below(figure: Figure, ink: dict[str, str], *, columns: int) -> None:
+def legend_below(figure: Figure, *, columns: int) -> None:
     """Put the legend of the first axes below all of them, where it covers no line."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
-        legend = figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, fontsize=8
-        )
-        legend.get_frame().set_alpha(0)
-        for text in legend.get_texts():
-            text.set_color(ink["ink"])
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)

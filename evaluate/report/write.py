@@ -2,7 +2,7 @@
 
     OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
                        "provenance", "seconds", "config", "num_windows", "num_clips", "step_s",
-                       "paper"}
+                       "paper", "diagnosis"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves (templates/page.html.j2)
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as PNG files and the moving pictures as GIFs, to show elsewhere
@@ -11,7 +11,7 @@ report.json is written last: where it is, the report is whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from ...shards.cache import flatten
 from ...shards.files import write_bytes, write_json
 from ..forecast.config import UNNAMED
 from ..forecast.sequences import FILE_NAME as SEQUENCES
+from ..forecast.sequences import SequenceScores, sequences_jsonl
 from ..tables import Table
+from . import readings
 from .animation import Moving
 from .html import render_page, value_text
 from .modes import mode_section
@@ -58,6 +60,8 @@ class Report:
     num_clips: int
     step_s: float
     """Seconds of a step, the median over the windows."""
+    diagnosis: list[dict[str, Any]] = field(default_factory=list)
+    """[{"cause", "measured", "next_step"}]: why the numbers are not as they should be, if known."""
     paper: PaperComparison | None = None
     """Whether the paper's rows may stand beside these; None: it has none of this data set."""
 
@@ -74,9 +78,9 @@ class Pictures:
     curves: Sequence[Plot] = ()
 
 
-def write_report(out: Path, report: Report, pictures: Pictures, *, sequences: bytes = b"") -> None:
+def write_report(out: Path, report: Report, pictures: Pictures, scores: SequenceScores) -> None:
     """Write the files of a report into the folder `out`, in place of an earlier one's;
-    `sequences`: of sequences.jsonl."""
+    `scores`: by sequence."""
     (out / "report.json").unlink(missing_ok=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     for kind in PICTURES:
@@ -88,9 +92,9 @@ def write_report(out: Path, report: Report, pictures: Pictures, *, sequences: by
     for old in (out / "pictures").glob("moving-*.gif"):
         old.unlink()
     for i, moving in enumerate(pictures.moving):
-        write_bytes(out / "pictures" / f"moving-{i}.gif", moving.gif)
-    write_bytes(out / SEQUENCES, sequences)
-    write_bytes(out / "report.html", report_page(report, pictures).encode())
+        write_bytes(out / "pictures" / f"moving-{i}.gif", moving.gif())
+    write_bytes(out / SEQUENCES, sequences_jsonl(scores))
+    write_bytes(out / "report.html", report_page(report, pictures, scores).encode())
     write_json(out / "report.json", report_json(report))
 
 
@@ -102,7 +106,7 @@ def report_json(report: Report) -> dict[str, Any]:
     }
 
 
-def report_page(report: Report, pictures: Pictures) -> str:
+def report_page(report: Report, pictures: Pictures, scores: SequenceScores) -> str:
     """The whole page."""
     rows, config, probes = report.rows, report.config, report.probes
     num_samples = config["num_samples"]
@@ -111,6 +115,7 @@ def report_page(report: Report, pictures: Pictures) -> str:
         "report": report,
         "config": config,
         "pictures": pictures,
+        "num_moments": max((len(moving.moments) for moving in pictures.moving), default=0),
         "has_name": config["dataset"] != UNNAMED,
         "is_evaluation": report.provenance["cache"]["policy"] == "evaluation",
         "hidden_size": report.provenance["cache"].get("hidden_size", "D"),
@@ -119,6 +124,7 @@ def report_page(report: Report, pictures: Pictures) -> str:
         "mid": {name: rows_by_name(rows, "mid", name) for name in METRIC_TITLES},
         "order": expected_order(rows),
         "scores": table(rows),
+        "reading": _readings(report, scores),
         "paper": paper_table(rows, report.paper) if report.paper else None,
         "classes": class_table(report.per_class_iou, config["class_names"], horizon="mid"),
         "modes": mode_section(rows, probes.get("modes", {}), num_samples=num_samples),
@@ -129,6 +135,23 @@ def report_page(report: Report, pictures: Pictures) -> str:
         "settings": flatten(config),
     }
     return render_page("page.html.j2", values)
+
+
+def _readings(report: Report, scores: SequenceScores) -> dict[str, str]:
+    """What each table says, by the name of its section."""
+    rows, probes = report.rows, report.probes
+    modes, num_samples = probes.get("modes", {}), report.config["num_samples"]
+    return {
+        "scores": readings.read_scores(rows, scores, seed=report.config["seed"]),
+        "paper": readings.read_paper(rows, report.paper) if report.paper else "",
+        "classes": readings.read_classes(report.per_class_iou, report.config["class_names"]),
+        "modes": readings.read_modes(rows, modes, num_samples=num_samples),
+        "calibration": readings.read_calibration(modes),
+        "bins": readings.read_bins(modes),
+        "probes": readings.read_probes(probes),
+        "steps": readings.read_steps(probes.get("feature_loss_by_step", {})),
+        "best_of_k": readings.read_best_of_k(report.best_of_k),
+    }
 
 
 def _losses_by_step(by_row: dict[str, list[float]]) -> Table:

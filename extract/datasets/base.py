@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from ...shards.errors import UsageError
 from ...shards.evaluation.geometry import KB_CROP
 from ...shards.evaluation.labels import Kind, LabelRule, PlanTarget, is_inside, leads_out
+from ...shards.files import read_text
 from ...shards.npy import map_npy
 from ..config import ExtractConfig, RunConfig, check, check_count, positive
 from ..decoding.images import EXIF_ORIENTATION, PILLOW_ERRORS
@@ -283,7 +284,7 @@ def read_lines(path: Path, *, what: str) -> list[str]:
     """The lines of a list that are not empty, stripped; UsageError if it cannot be read or has
     none."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); wanted {what}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import LabelRule
+from ...shards.files import read_text
 from ..config import positive
 from .base import Dataset, DatasetConfig, DatasetTarget, need_layout
 
@@ -50,7 +51,7 @@ def load_little_world(config: DatasetConfig) -> Dataset:
 def _clock(path: Path) -> tuple[float, int]:
     """Frames a second, and frames a tick."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        settings = json.loads(read_text(path))["settings"]
         fps, tick_s = float(settings["fps"]), float(settings["tick_s"])
         if not (positive(fps) and positive(tick_s)):
             raise ValueError(f"fps {fps}, tick_s {tick_s}")

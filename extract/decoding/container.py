@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from ...shards.errors import ClipError
+from ...shards.files import open_file
 from ..sources.archive import FileSlice
 
 VideoFile = Path | FileSlice
@@ -85,6 +86,7 @@ def open_video(
         try:
             # Metadata in another encoding than UTF-8 must not stop us; no file may name another.
             if isinstance(video, Path):
+                open_file(video).close()  # a pipe would be waited for
                 container = av.open(
                     str(video), metadata_errors="ignore", options={"protocol_whitelist": "file"}
                 )

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...shards.errors import ClipError
+from ...shards.files import open_file
 from ..sources.clip import TargetFrames, frame_seconds, list_frames
 from ..sources.zips import MAX_FRAME_BYTES
 from .backends import Draw, DrawnFrames, frames_used
@@ -68,7 +69,8 @@ class FolderImages:
         if self._sizes[name] > MAX_FRAME_BYTES:
             raise ClipError(f"{name}: {self._sizes[name]} bytes, no frame", stage="decode")
         try:
-            return (self._folder / name).read_bytes()
+            with open_file(self._folder / name) as file:
+                return file.read()
         except OSError as error:
             raise ClipError(f"{name}: {describe(error)}", stage="decode") from error
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...shards.errors import UsageError
+from ...shards.files import open_regular
 from .clip import Stamp
 
 PART_NAME = re.compile(r"(?P<archive>.+\.zip)\.(?:part)?(?P<number>[0-9]{2,6})", re.IGNORECASE)
@@ -67,7 +68,7 @@ class ArchiveFile:
         changed_ns = 0
         try:
             for path in paths:
-                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._descriptors.append(open_regular(path))
                 status = os.fstat(self._descriptors[-1])
                 self._starts.append(self._starts[-1] + status.st_size)
                 changed_ns = max(changed_ns, status.st_mtime_ns)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import PlanTarget
+from ...shards.files import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -294,5 +295,6 @@ def raise_unreadable(error: OSError) -> NoReturn:
 
 def file_stamp(path: Path) -> Stamp:
     """The stamp of an archive in one file; OSError where it is not there."""
-    status = path.stat()
+    with open_file(path) as file:
+        status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns

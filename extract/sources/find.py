@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...shards.errors import UsageError
+from ...shards.files import local_path
 from .archive import archive_of, find_parts
 from .clip import (
     VIDEO_SUFFIXES,
@@ -53,9 +54,9 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
             get the same key, or an archive or list that is damaged or leads out of its folder.
     """
     clips: dict[str, Clip] = {}
-    absolute = [Path(path).absolute() for path in paths]
+    absolute = [local_path(path).absolute() for path in paths]
     given = list(dict.fromkeys(archive_of(path) or path for path in absolute))
-    base = None if root is None else Path(os.path.normpath(Path(root).absolute()))
+    base = None if root is None else Path(os.path.normpath(local_path(root).absolute()))
     if base is not None and not exists(base) and not find_parts(base):
         raise UsageError(f"{root}: no such folder: check --root")
     for path in given:

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...shards.errors import UsageError
+from ...shards.files import local_path, read_text
 from .clip import (
     ClipCandidate,
     exists,
@@ -83,6 +84,10 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[ClipCand
 def _resolve_in_root(where: str, text: str, *, root: Path, real_root: Path) -> Path:
     """The file of that path, as written and behind all links inside of the root: a list from
     elsewhere reads nothing but the videos."""
+    try:
+        local_path(text)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     if not text or not is_plain_name(text):
         raise UsageError(
             f"{where}: got the path {shown_name(text)}, wanted that of a video, valid UTF-8: "
@@ -175,7 +180,7 @@ def _trimmed_name(row: Mapping[str, Any], *, where: str) -> str:
 def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, fields) of every line that is not empty."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = read_text(path, encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise_unreadable(error)
     suffix = path.suffix.lower()

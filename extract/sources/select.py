@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...shards.errors import UsageError
+from ...shards.files import read_text
 from ...shards.plan import plan_order
 from ..config import ExtractConfig
 from .clip import Clip, check_writable, without_suffix
@@ -39,7 +40,7 @@ def without_excluded(clips: Sequence[Clip], file: Path) -> list[Clip]:
             does nothing is a misspelt one: what should be kept out would be in the cache.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(file, encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--exclude {file}: cannot be read ({error})") from error
     stripped = (line.strip() for line in lines)

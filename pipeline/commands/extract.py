@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...extract.config import ExtractConfig
 from ...shards.errors import UsageError
+from ...shards.files import local_path
 from ..alive import SignOfLife
 from ..cli import Command, Parser, config_from_arguments, load_name, read_yaml, run_command
 
@@ -107,6 +108,8 @@ class Source(Command):
             parser = self.parser(prog, config_type, words)
             _add_plan_flags(parser)
             arguments = parser.parse_args(words)
+            if arguments.json is not None:
+                local_path(arguments.json)
             config = config_from_arguments(config_type, arguments)
         if arguments.plan:
             with SignOfLife("trying clips for the plan"):

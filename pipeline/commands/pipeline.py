@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ...shards.errors import DeltatokError
-from ...shards.files import write_json
+from ...shards.files import local_path, write_json
 from ..alive import SignOfLife
 from ..cli import PACKAGE, Parser, apply_settings, example_help, run_command
 from ..stages import (
@@ -172,6 +172,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _run(words: list[str]) -> None:
     arguments = _parser().parse_args(words)
+    for value in vars(arguments).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path):
+                local_path(text)
     others = {
         "import-official": _import,
         "export-official": _export,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import DamagedShard, DeltatokError, UsageError
-from ...shards.files import living_partials, write_bytes, write_json
+from ...shards.files import living_partials, read_text, write_bytes, write_json
 from ...shards.patches.reader import PatchShards
 from ...shards.tools.export import ClipSelection, export_cache
 from ...shards.tools.info import describe_cache
@@ -380,7 +380,7 @@ def export(config: ExportConfig) -> str:
 
 def _read_keys(path: Path) -> frozenset[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--clips {path}: cannot be read ({error})") from None
     keys = frozenset(line for line in lines if line)

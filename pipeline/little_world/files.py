@@ -10,7 +10,6 @@ OUT/futures/NNNN.mp4.npz       val clips: every possible target frame of both ho
                                probability given the context frames (evaluate/forecast/modes.py)
 """
 
-import json
 from pathlib import Path
 
 import av
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from ...evaluate.forecast.modes import write_futures
 from ...shards.errors import CacheMismatch
 from ...shards.files import partial_path, publish, write_json
+from ...shards.schema import read_json
 from ..cli import as_plain
 from .simulation import (
     BACKGROUND,
@@ -53,7 +53,7 @@ def make_little_world(config: LittleWorldConfig) -> Path:
     settings = {key: value for key, value in as_plain(config).items() if key != "out"}
     done = out / "world.json"
     if done.exists():
-        _same_settings(json.loads(done.read_text(encoding="utf-8"))["settings"], settings, out)
+        _same_settings(read_json(done)["settings"], settings, out)
         for index in range(config.num_val_clips):  # a world of an earlier version has none
             if not (out / "futures" / f"{_name(index)}.npz").exists():
                 _write_futures(config, out, index, _simulate(config, "val", index)[1])

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CacheMismatch, DamagedShard, UsageError
+from ..files import local_path
 from ..npy import map_npy
 from ..schema import shown
 from .geometry import kb_region
@@ -231,7 +232,7 @@ class ClipLabels:
         Raises UsageError, naming the clip, for a key that leads out of the folder and for a file
         that is missing, of another layout, or of fewer frames.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         if not folder.is_dir():
             raise UsageError(f"--labels {folder}: no such folder")
         self._num_classes = num_classes

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..cache import PATCHES, compare, read_cache_info
 from ..errors import DeltatokError, UsageError
+from ..files import local_path
 from ..npy import map_npy
 from ..patches.reader import PatchShards
 from ..plan import read_plan
@@ -70,7 +71,7 @@ def load_label(target: Target, root: Path | str) -> NDArray[np.uint8] | NDArray[
     root: the data set's folder. Raises UsageError for a file that is not there, leads out of the
     folder, is no label, or has another size than when the cache was made.
     """
-    path = label_path(target, Path(root))
+    path = label_path(target, local_path(root))
     stored = _read(path, target)
     try:
         label = apply_rule(stored, target.rule)

@@ -35,7 +35,7 @@ from ..cache import (
 from ..deltas.reader import DeltaShards
 from ..deltas.writer import write_delta_shard
 from ..errors import CacheMismatch, UsageError
-from ..files import check_free, disk_errors, remove_partials
+from ..files import check_free, disk_errors, local_path, remove_partials
 from ..patches.int8 import (
     SAMPLE_CLIPS,
     channel_scale_of,
@@ -133,7 +133,7 @@ def export_cache(
     for damage in what is read; DeltatokError for values that the dtype cannot hold and where the
     disk has no room for all of it.
     """
-    out, selection = Path(out), selection or ClipSelection()
+    out, selection = local_path(out), selection or ClipSelection()
     check_compression(compression)
     if out.resolve() in [Path(folder).resolve() for folder in folders]:
         raise UsageError(f"{out}: is one of the caches to export: give a new folder")

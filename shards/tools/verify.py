@@ -383,8 +383,8 @@ class _Beside:
         root = os.path.realpath(folder)
         for name, entry in info.files.items():
             path = folder / PurePosixPath(name).name
-            if name in (NOTICE, INDEX) and not path.exists():
-                self.add(f"{path}: missing: {AGAIN}")
+            if name in (NOTICE, INDEX) and not path.is_file():
+                self.add(f"{path}: missing, or no file: {AGAIN}")
             if not path.is_file():
                 continue  # named by those that read it
             try:

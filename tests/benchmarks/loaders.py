@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,11 @@ from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
 from deltatok.shards.windows import ShardRows
-from deltatok.train.data.order import StreamOrder, same_block_share
+from deltatok.train.data.order import StreamOrder
 from deltatok.train.data.stream import DeltaBlocks, windows_of_group
+
+sys.path.append(str(Path(__file__).parents[1] / "train" / "data"))
+from shuffling import same_block_share
 
 NUM_FRAMES, SIZE = 8, 768
 

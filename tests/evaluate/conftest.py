@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deltatok.evaluate.forecast.config import ForecastConfig
+from deltatok.evaluate.forecast.sequences import SequenceScores
 from deltatok.evaluate.report.paper_rows import PaperComparison
 from deltatok.evaluate.report.rows import ReportRow
 from deltatok.evaluate.report.write import Pictures, Report, report_page
@@ -203,6 +204,7 @@ def small_page() -> Callable[..., str]:
         pictures: Pictures | None = None,
         num_samples: int = 1,
         probes: dict[str, Any] | None = None,
+        diagnosis: Sequence[dict[str, Any]] = (),
         paper: PaperComparison | None = None,
     ) -> str:
         settings = {"dataset": "d", "num_context": 4, "short_steps": 1, "mid_steps": 3, "seed": 0}
@@ -217,8 +219,9 @@ def small_page() -> Callable[..., str]:
             num_windows=1,
             num_clips=1,
             step_s=0.2,
+            diagnosis=list(diagnosis),
             paper=paper,
         )
-        return report_page(report, pictures or Pictures())
+        return report_page(report, pictures or Pictures(), SequenceScores())
 
     return make

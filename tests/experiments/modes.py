@@ -54,7 +54,7 @@ class SharedStage(WORLD_STAGE):  # type: ignore[misc, valid-type]
     def losses(
         self, forward: nn.Module, batch: Any, samples: slice, *, step: int, meter: Any
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        z = batch.tensors["z"][samples].float()
+        z = batch.tensors["tokens"][samples].float()
         timestamps = batch.tensors["timestamps"][samples]
         count = self.model.config.num_samples_train
         names = [("noise", step, int(number)) for number in batch.samples[samples]]

@@ -105,6 +105,16 @@ def finished(
 
 
 @pytest.fixture(scope="session")
+def finished_int8(
+    tmp_path_factory: pytest.TempPathFactory, clips: Path, backbone_folder: Path, backbone: Backbone
+) -> Path:
+    """The cache of `finished`, stored as int8; not to be changed."""
+    out = tmp_path_factory.mktemp("finished-int8") / "out"
+    run_extraction(_config(clips, backbone_folder, out, {"dtype": "int8"}), backbone=backbone)
+    return out
+
+
+@pytest.fixture(scope="session")
 def digests() -> Callable[[Path], dict[str, str]]:
     """File -> SHA-256 of all files below a folder, but for what tells of time and process."""
 

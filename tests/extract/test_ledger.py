@@ -29,7 +29,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_listing_the_quarantine_reads_no_done_record(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "read_done", None)
+    monkeypatch.setattr(records, "read_file", None)
     ledger.list_quarantined(now=True)
     lines = (ledger.folder / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["clip"] for line in lines] == ["c7", "c8", "c9"]

@@ -1,6 +1,7 @@
 """float16, bfloat16, int8 and zstd: what is stored is what the backbone gave, and stays so."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -58,11 +59,9 @@ def tokens() -> np.ndarray:
 
 
 @pytest.fixture
-def int8_cache(make_config: ConfigMaker, backbone: Backbone) -> Path:
-    """The cache of `finished`, stored as int8."""
-    config = make_config(dtype="int8")
-    run_extraction(config, backbone=backbone)
-    return Path(config.out)
+def int8_cache(finished_int8: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change, where `make_config` writes."""
+    return Path(shutil.copytree(finished_int8, tmp_path / "out"))
 
 
 def test_codes_made_on_the_device_are_those_of_the_format(tokens: np.ndarray) -> None:

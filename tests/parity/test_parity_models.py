@@ -26,7 +26,7 @@ from deltatok.train.models.rope import patch_rope
 from deltatok.train.official import rgb_constants
 from deltatok.train.selection import search as best_of_many
 from deltatok.train.selection.noise import GivenNoise
-from deltatok.train.selection.search import Chunks, select, select_patches
+from deltatok.train.selection.search import Chunks, select
 
 
 def test_backbone_case(backbone_case, comparison):
@@ -237,7 +237,7 @@ def _dinoworld_outputs(case, world, backbone) -> dict[str, Tensor]:
     if world.config.use_bom:
         noise = inputs["train_noise"]
         with collected() as losses:
-            found = select_patches(
+            found = select(
                 world,
                 x,
                 times,

@@ -46,18 +46,14 @@ def test_the_file_is_a_pipeline_and_its_lists_divide_the_clips(make: Any, tmp_pa
 
 def test_the_pipeline_runs(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = init_pipeline(make())
-    words = ["run", str(file), "--set", "patches.frame_size=32", "--set", "patches.num_windows=2"]
-    words += ["--set", "val-patches.frame_size=32"]
-    for stage in ("tokenizer", "world"):
-        words += ["--set", f"{stage}.steps=2", "--set", f"{stage}.warmup_steps=1"]
-        words += ["--set", f"{stage}.batch_size=2"]
-    words += ["--set", "tokenizer.model.num_attention_heads=2"]
-    words += [
-        "--set",
-        "tokenizer.model.intermediate_size=16",
-        "--set",
-        "tokenizer.allow_stuck=true",
-    ]
+    words = ["run", str(file)]
+    for setting in (
+        *("patches.frame_size=32", "patches.num_windows=4", "val-patches.frame_size=32"),
+        *("tokenizer.steps=2", "tokenizer.warmup_steps=1", "tokenizer.allow_stuck=true"),
+        *("tokenizer.batch_size=14", "world.batch_size=2"),  # for 4 windows a clip
+        *("world.steps=2", "world.warmup_steps=1"),
+    ):
+        words += ["--set", setting]
     assert main(words) == 0, capsys.readouterr().err
     assert (tmp_path / "mine" / "report" / "report.html").is_file()
 

@@ -14,6 +14,7 @@ from deltatok.pipeline import preview
 from deltatok.pipeline.commands.shards import main
 from deltatok.pipeline.preview import choose_windows, frame_strips
 from deltatok.shards import DeltaShards, PatchShards, UsageError
+from deltatok.shards.files import size_text
 
 
 class Page(HTMLParser):
@@ -66,12 +67,12 @@ def test_a_patch_page_shows_frames_tokens_and_change(pages: dict[str, str]) -> N
     assert page.headings[3:] == ["Times", "Norms"]
 
 
-def test_a_delta_page_shows_tokens_norms_and_a_map(pages: dict[str, str]) -> None:
+def test_a_delta_page_shows_tokens_and_norms(pages: dict[str, str]) -> None:
     page = Page(pages["deltas"])
     alts = [str(image["alt"]) for image in page.images]
     assert sum(alt.startswith("Tokens of window") for alt in alts) == 2
     assert sum("Distance from the average" in alt for alt in alts) == 2
-    assert page.headings[-3:] == ["Times", "Norms", "Map"]
+    assert page.headings[-2:] == ["Times", "Norms"]
     assert "first tokens, from black: median" in " ".join(alts)
 
 
@@ -98,7 +99,7 @@ def test_what_the_cache_is_stands_below_the_pictures(pages: dict[str, str], kind
     ("num_bytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (25_206_062, "25.2 MB")]
 )
 def test_sizes_are_as_people_write_them(num_bytes: int, text: str) -> None:
-    assert preview.size_text(num_bytes) == text
+    assert size_text(num_bytes) == text
 
 
 def test_a_png_is_one_picture(tiny_run: Path, tmp_path: Path) -> None:

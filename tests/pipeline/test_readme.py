@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +58,14 @@ def test_the_quickstart_table_is_the_one_of_the_committed_figures() -> None:
     spec.loader.exec_module(readme)
     figures = json.loads(readme.FIGURES.read_text(encoding="utf-8"))
     assert readme.BEGIN + readme.section(figures) + readme.END in README
+
+
+def test_the_picture_moves_and_is_small() -> None:
+    path = ROOT / "docs" / "futures.gif"
+    assert f"({path.relative_to(ROOT)})" in README
+    assert path.stat().st_size < 400_000
+    with Image.open(path) as picture:
+        assert getattr(picture, "n_frames", 1) == 7
 
 
 def test_the_two_commands_come_first_and_are_in_the_makefile() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from deltatok.shards import CacheMismatch, DamagedShard, UsageError
+from deltatok.shards import CacheMismatch, DamagedShard, UsageError, records
+from deltatok.shards.cache import finish_cache
 from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import (
     clips_by_shard,
+    count_planned,
     make_plan,
     num_shards,
     read_plan,
@@ -21,21 +23,25 @@ from deltatok.shards.records import (
     Quarantined,
     append_timing,
     done_shards,
+    read_clips,
     read_done,
     write_quarantine,
 )
+from deltatok.shards.schema import parse_json
 
 
 def clips(little: Any, count: int) -> list[Any]:
     return [little.Clip(f"clip{index}.mp4", Path(f"/v/{index}"), index) for index in range(count)]
 
 
-def test_plan_does_not_depend_on_the_order_clips_are_found_in(little: Any) -> None:
+def test_plan_does_not_depend_on_the_order_clips_are_found_in(little: Any, tmp_path: Path) -> None:
     found = clips(little, 50)
     plan = make_plan(found, clips_per_shard=8, seed=3)
     assert make_plan(found[::-1], clips_per_shard=8, seed=3) == plan
     assert make_plan(found, clips_per_shard=8, seed=4) != plan
     assert num_shards(plan) == 7
+    assert write_plan(tmp_path, plan) == plan
+    assert count_planned(tmp_path) == 7
     assert [len(clips_by_shard(plan)[shard]) for shard in range(7)] == [8] * 6 + [2]
     assert {entry.key for entry in plan} == {clip.key for clip in found}
     assert [entry.key for entry in plan[:4]] != sorted(entry.key for entry in plan)[:4]
@@ -116,6 +122,37 @@ def test_done_record_comes_back(little: Any, patches: Any) -> None:
     assert (written.quarantined, written.decoders) == (quarantined, {"a": "pyav"})
     assert read_done(patches.folder, 2) is None
     assert done_shards(patches.folder) == [0, 1]
+
+
+@pytest.mark.parametrize("how", [{}, {"indent": 1}, {"indent": 1, "sort_keys": True}])
+def test_records_are_read_without_their_statistics_however_they_are_written(
+    patches: Any, how: dict[str, Any]
+) -> None:
+    path = patches.folder / "shards/000001.json"
+    record = read_done(patches.folder, 1)
+    assert record is not None and record.statistics
+    value = json.loads(path.read_text())
+    for names in (sorted(value), sorted(value, reverse=True)):
+        path.write_text(json.dumps({name: value[name] for name in names}, **how))
+        assert read_clips(patches.folder, 1) == replace(record, statistics={})
+    assert read_clips(patches.folder, 2) is None
+
+
+def test_closing_a_cache_reads_each_record_once_and_no_statistics(
+    patches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics are nearly all of a record: 100,000 of them took minutes."""
+    read: list[bytes] = []
+
+    def counted(data: bytes, *, where: str) -> Any:
+        read.append(data)
+        return parse_json(data, where=where)
+
+    monkeypatch.setattr(records, "parse_json", counted)
+    again = finish_cache(patches.folder, patches.info.counts)
+    assert again == patches.info
+    assert len(read) == 2
+    assert not any(b"channel_mean" in data for data in read)
 
 
 def test_quarantine_lists_the_entries_of_all_done_records_sorted(patches: Any) -> None:

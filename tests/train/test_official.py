@@ -206,7 +206,7 @@ def test_unknown_tensors_are_no_model(tmp_path):
     [
         ({"class_name": "Unet"}, "wanted one of"),
         ({"class_name": "DepthHead"}, "this is no DepthHead"),
-        ({"overrides": {"depth": 3}}, r"no config field \['depth'\]"),
+        ({"overrides": {"depth": 3}}, "unknown key 'depth'"),
     ],
 )
 def test_wrong_requests_are_refused(state, arguments, message, tmp_path):

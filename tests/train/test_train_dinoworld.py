@@ -164,7 +164,7 @@ def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Mak
     objective = objective_of(dino_config())
     batch = objective.read(1)
     names = [("noise", 1, int(number)) for number in batch.samples]
-    x, times = batch.tensors["x"].float(), batch.tensors["timestamps"]
+    x, times = batch.tensors["tokens"].float(), batch.tensors["timestamps"]
     found, _ = objective.selector.train(NamedWindows(x, times, names), step=1, checks=False)
     assert found.best_losses.shape == (6, 3)
     assert torch.all(found.best_losses < found.mean_losses)

@@ -34,7 +34,7 @@ def objective_of(config: Any, ranks: RankSlice | None = None) -> DeltaWorldObjec
 
 def windows_of(batch: Batch, step: int) -> NamedWindows:
     names = [("noise", step, int(number)) for number in batch.samples]
-    return NamedWindows(batch.tensors["z"].float(), batch.tensors["timestamps"], names)
+    return NamedWindows(batch.tensors["tokens"].float(), batch.tensors["timestamps"], names)
 
 
 def selected(objective: DeltaWorldObjective, step: int) -> Winners:

@@ -1,11 +1,11 @@
 """The arrays of a training step, read from the caches.
 
     TokenizerBatches   patch-token cache -> frames of whole windows, and the pairs to take from them
-    WorldBatches       delta-token cache -> delta tokens and timestamps
+    WindowBatches      delta- or patch-token cache -> tokens and timestamps of whole windows
 
 Nothing here has state: `read(step)` gives the same batch whenever it is called, so a run can stop
 and go on anywhere, and a rank reads its slice of the batch that one process would have read.
-`Prefetcher` has the next batches read by threads of its own while this one is computed: a batch is
+`Prefetcher` has the next batches read by a thread of its own while this one is computed: a batch is
 valid until the next one is asked for.
 """
 
@@ -13,16 +13,17 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import UsageError
+from ...shards.patches.reader import PatchShards
 from .order import Indices, RankSlice, uniforms
-from .residency import WindowSource
+from .residency import Read, WindowSource
 from .stream import DEPTH
 
 T = TypeVar("T")
@@ -31,30 +32,21 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Gives read(start), read(start + 1), ... read(stop - 1), each begun ahead of its turn.
 
-    One thread keeps up with what training eats; more take turns. What `read` raises is raised by
-    `next`.
+    One thread keeps up with what training eats. What `read` raises is raised by `next`.
     """
 
-    def __init__(
-        self, read: Callable[[int], T], *, start: int, stop: int, num_threads: int = 1
-    ) -> None:
+    def __init__(self, read: Callable[[int], T], *, start: int, stop: int) -> None:
         self._read = read
-        self._depth = max(DEPTH, num_threads)
         self._steps = iter(range(start, stop))
-        self._pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="prefetch")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: deque[Future[T]] = deque()
 
     def __enter__(self) -> Self:
-        for _ in range(self._depth):
+        for _ in range(DEPTH):
             self._begin_one()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def next(self) -> T:
@@ -155,25 +147,43 @@ class TokenizerBatches:
         )
 
 
-class WorldBatches:
-    """Whole windows of delta tokens. A sample is a window."""
+class WindowBatches:
+    """Whole windows of delta or of patch tokens. A sample is a window."""
 
     def __init__(
-        self, rows: WindowSource, windows: Indices, *, batch_size: int, seed: int, ranks: RankSlice
+        self,
+        shards: PatchShards | DeltaShards,
+        source: WindowSource,
+        windows: Indices,
+        *,
+        batch_size: int,
+        seed: int,
+        ranks: RankSlice,
     ) -> None:
-        self._rows = rows
+        self._shards = shards
+        self._source = source
         self._slice = ranks.of(batch_size)
-        self._batch_size = batch_size
-        self.order = rows.order(windows, batch_size, seed)
+        self._numbers = np.arange(batch_size)[self._slice]
+        self.order = source.order(windows, batch_size, seed)
 
     def read(self, step: int) -> Batch:
-        """Tensors: z float16 (B, T, D), timestamps float32 (B, T), seconds."""
-        windows = self.order.at(step)[self._slice]
-        z, timestamps = self._rows.read(windows)
+        """Tensors: tokens (B, T, D) or (B, T, N, D), timestamps float32 (B, T), seconds from the
+        first frame."""
+        return self._batch(self._source.read, self.order.at(step)[self._slice], self._numbers)
+
+    def read_to_keep(self, windows: Indices) -> Batch:
+        """Any windows, as a batch that is never written over."""
+        return self._batch(self._source.read_to_keep, windows, windows)
+
+    def _batch(self, read: Read, windows: Indices, numbers: Indices) -> Batch:
+        tokens, *stored = read(windows)
+        if stored:
+            timestamps = stored[0]
+        else:
+            times = self._shards.timestamps_s(windows)
+            timestamps = torch.from_numpy(times - times[:, :1])
         return Batch(
-            tensors={"z": z, "timestamps": timestamps},
-            samples=np.arange(self._batch_size)[self._slice],
-            windows=windows,
+            tensors={"tokens": tokens, "timestamps": timestamps}, samples=numbers, windows=windows
         )
 
 

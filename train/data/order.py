@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,8 +74,7 @@ class RankSlice:
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(NamedTuple):
     """Windows of the cache for training and for validation, int64, each in ascending order."""
 
     training: Indices
@@ -105,7 +104,7 @@ def split_windows(
     return Split(training=np.flatnonzero(~is_validation), validation=np.flatnonzero(is_validation))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchOrder:
     """The windows of every step: each epoch a fresh permutation, its incomplete last batch dropped.
 
@@ -117,7 +116,12 @@ class BatchOrder:
     seed: int
 
     def __post_init__(self) -> None:
-        check_enough(self.windows, self.per_batch)
+        if len(self.windows) < self.per_batch:
+            raise UsageError(
+                f"{len(self.windows)} training windows (validation clips not counted), one batch "
+                f"takes {self.per_batch}: set a smaller batch_size, or extract more clips or more "
+                "windows a clip"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,18 +131,36 @@ class BatchOrder:
     def at(self, step: int) -> Indices:
         """Windows of the global batch of step number `step` (from 0), int64 (per_batch,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(len(self.windows), self.seed, epoch)
+        order = _epoch_order(self, epoch)
         return self.windows[order[position * self.per_batch : (position + 1) * self.per_batch]]
 
+    def draw(self, epoch: int) -> Indices:
+        """A permutation of 0..W-1, int64 (W,)."""
+        return permutation(len(self.windows), self.seed, "order", epoch)
 
-def check_enough(windows: Indices, per_batch: int) -> None:
-    """UsageError where there are too few windows for one batch."""
-    if len(windows) < per_batch:
-        raise UsageError(
-            f"{len(windows)} training windows (validation clips not counted), one batch "
-            f"takes {per_batch}: set a smaller batch_size, or extract more clips or more "
-            "windows a clip"
-        )
+
+@dataclass(frozen=True, eq=False)
+class StreamOrder(BatchOrder):
+    """Whole blocks in a random order, mixed in groups. windows: ascending."""
+
+    block_starts: Indices = field(kw_only=True)
+    """int64 (blocks + 1,): the first window of every block of the cache, and the end."""
+    group_windows: int = field(kw_only=True)
+    """Windows of a group, about: blocks are kept whole."""
+
+    def draw(self, epoch: int) -> Indices:
+        blocks = np.searchsorted(self.block_starts, self.windows, side="right") - 1
+        _, block, counts = np.unique(blocks, return_inverse=True, return_counts=True)
+        order = permutation(len(counts), self.seed, "blocks", epoch)
+        group = np.empty(len(counts), dtype=np.int64)
+        group[order] = (np.cumsum(counts[order]) - counts[order]) // self.group_windows
+        mixed = permutation(len(self.windows), self.seed, "within groups", epoch)
+        return np.lexsort((mixed, group[block])).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=4)  # the epochs at hand: drawing one takes a second for 10 M windows
+def _epoch_order(order: BatchOrder, epoch: int) -> Indices:
+    return order.draw(epoch)
 
 
 def spread(windows: Indices, count: int) -> Indices:
@@ -148,71 +170,6 @@ def spread(windows: Indices, count: int) -> Indices:
     return windows[np.linspace(0, len(windows) - 1, count).astype(np.int64)]
 
 
-@functools.lru_cache(maxsize=4)  # the epochs at hand: drawing one takes a second for 10 M windows
-def _epoch_order(size: int, seed: int, epoch: int) -> Indices:
-    order = permutation(size, seed, "order", epoch)
-    order.setflags(write=False)
-    return order
-
-
 def _unit_hash(key: str) -> float:
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2.0**64
-
-
-@dataclass(frozen=True, eq=False)
-class StreamOrder:
-    """As BatchOrder: the windows of every step, a function of (seed, epoch, step)."""
-
-    windows: Indices
-    """int64 (W,), ascending: what there is."""
-    per_batch: int
-    seed: int
-    block_starts: Indices = field(kw_only=True)
-    """int64 (blocks + 1,): the first window of every block of the cache, and the end."""
-    group_windows: int = field(kw_only=True)
-    """Windows of a group, about: blocks are kept whole."""
-
-    def __post_init__(self) -> None:
-        check_enough(self.windows, self.per_batch)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of one epoch; what is left over is not used in it."""
-        return len(self.windows) // self.per_batch
-
-    def at(self, step: int) -> Indices:
-        """Windows of the global batch of step number `step` (from 0), int64 (per_batch,)."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        sequence = self._sequence(epoch)
-        return sequence[position * self.per_batch : (position + 1) * self.per_batch]
-
-    @functools.cached_property
-    def _sequence(self) -> "functools._lru_cache_wrapper[Indices]":
-        return functools.lru_cache(maxsize=2)(self._make_sequence)
-
-    def _make_sequence(self, epoch: int) -> Indices:
-        blocks = np.searchsorted(self.block_starts, self.windows, side="right") - 1
-        _, block, counts = np.unique(blocks, return_inverse=True, return_counts=True)
-        order = permutation(len(counts), self.seed, "blocks", epoch)
-        group = np.empty(len(counts), dtype=np.int64)
-        group[order] = (np.cumsum(counts[order]) - counts[order]) // self.group_windows
-        mixed = permutation(len(self.windows), self.seed, "within groups", epoch)
-        return self.windows[np.lexsort((mixed, group[block]))]
-
-
-def same_block_share(order: StreamOrder, step: int) -> tuple[float, float]:
-    """How well a batch is shuffled: the share of pairs of its windows that lie in one block, and
-    that share in a batch of a global shuffle. 0..1; the closer the two, the better."""
-    count = order.per_batch
-    if count < 2:
-        return 0.0, 0.0
-    batch = np.searchsorted(order.block_starts, order.at(step), side="right")
-    everything = np.searchsorted(order.block_starts, order.windows, side="right")
-    return _pairs_alike(batch), _pairs_alike(everything)
-
-
-def _pairs_alike(values: Indices) -> float:
-    counts = np.unique(values, return_counts=True)[1].astype(np.float64)
-    total = float(len(values))
-    return float((counts * (counts - 1)).sum() / (total * (total - 1)))

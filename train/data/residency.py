@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -29,13 +29,13 @@ from ..config import Residency, TrainConfig
 from ..engine.devices import Accelerator
 from .order import BatchOrder, Indices, StreamOrder
 from .stream import (
+    NUM_BUFFERS,
     Blocks,
     BufferRing,
     DeltaBlocks,
     PatchBlocks,
     StreamRows,
     Take,
-    buffers_needed,
     fresh,
     gather,
     windows_of_group,
@@ -75,9 +75,6 @@ logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
-NUM_BUFFERS = buffers_needed(1)
-"""For a Prefetcher of one thread."""
-
 PAGE_CACHE_SHARE = 0.9
 """Of the memory that is free, what files read again and again may take of it (a guess)."""
 
@@ -87,23 +84,12 @@ Read = Callable[[Indices], tuple[Tensor, ...]]
 ReadInto = Callable[[Indices, Take], tuple[Tensor, ...]]
 
 
-class Order(Protocol):
-    """Which windows a step sees: BatchOrder or StreamOrder."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
-
-    def at(self, step: int) -> Indices:
-        """Windows of the global batch of a step (from 0), int64 (per_batch,)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class WindowSource:
     """The windows of a cache, w of them at a time, as K tensors (w, ...).
 
-    `read` and `read_any` have a ring of buffers each: what they give is valid until `num_buffers`
-    (window_source) further batches are asked for.
+    `read` and `read_any` have a ring of buffers each: what they give is valid until NUM_BUFFERS
+    further batches are asked for.
     """
 
     read: Read
@@ -112,7 +98,7 @@ class WindowSource:
     """For windows anywhere."""
     read_to_keep: Read
     """For windows anywhere, into memory of their own."""
-    order: Callable[[Indices, int, int], Order]
+    order: Callable[[Indices, int, int], BatchOrder]
     """(windows, per_batch, seed) -> the order in which `read` is fast."""
 
 
@@ -121,23 +107,21 @@ def window_source(
     *,
     residency: Residency,
     device: torch.device = CPU,
-    num_buffers: int = NUM_BUFFERS,
 ) -> WindowSource:
     """Patch cache, K = 1: tokens (w, T, N, D), float16 as stored, float32 of other dtypes. Delta
     cache, K = 2: tokens float16 (w, T, D) and timestamps float32 (w, T), seconds.
 
-    device: where residency `device` keeps and gathers them. num_buffers: batches of one reader that
-    are valid at once.
+    device: where residency `device` keeps and gathers them.
     """
     place = choose_place(memory_bytes(shards), residency=residency, device=device)
     if place in ("device", "memory"):
         loaded = (shards.load(),) if isinstance(shards, PatchShards) else shards.load()
         held = [*map(torch.from_numpy, loaded)]
-        return _held(held, device if place == "device" else CPU, num_buffers)
+        return _held(held, device if place == "device" else CPU)
     blocks: Blocks | None = None
     if place == "stream":
         blocks = PatchBlocks(shards) if isinstance(shards, PatchShards) else DeltaBlocks(shards)
-    return _source(partial(_read_files, shards), blocks, num_buffers)
+    return _source(partial(_read_files, shards), blocks, num_arrays=1)
 
 
 def _read_files(
@@ -195,7 +179,7 @@ def _first_that_fits(size_bytes: int, device: torch.device) -> tuple[Residency, 
     return "stream", "memory does not hold it"
 
 
-def _held(arrays: list[Tensor], device: torch.device, num_buffers: int) -> WindowSource:
+def _held(arrays: list[Tensor], device: torch.device) -> WindowSource:
     held = [array.to(device) for array in arrays]
 
     def from_held(windows: Indices, take: Take) -> tuple[Tensor, ...]:
@@ -204,20 +188,21 @@ def _held(arrays: list[Tensor], device: torch.device, num_buffers: int) -> Windo
             return tuple(tensor[chosen] for tensor in held)
         return tuple(gather(tensor, chosen, take) for tensor in held)
 
-    return _source(from_held, None, len(held) * num_buffers)  # a batch takes one for each
+    return _source(from_held, None, num_arrays=len(held))
 
 
-def _source(read: ReadInto, blocks: Blocks | None, num_buffers: int) -> WindowSource:
-    """blocks: to be streamed, in an order of their own; None: `read` is fast in any order."""
+def _source(read: ReadInto, blocks: Blocks | None, *, num_arrays: int) -> WindowSource:
+    """blocks: to be streamed, in an order of their own; None: `read` is fast in any order.
+    num_arrays: buffers that a batch of `read` takes."""
     in_order: ReadInto = read
-    order: Callable[[Indices, int, int], Order] = BatchOrder
-    per_batch = 1
+    order: Callable[[Indices, int, int], BatchOrder] = BatchOrder
+    in_order_arrays = num_arrays
     if blocks is not None:
         group_windows = windows_of_group(blocks)
         in_order = StreamRows(blocks, group_windows=group_windows)
         order = partial(StreamOrder, block_starts=blocks.starts, group_windows=group_windows)
-        per_batch = len(blocks.buffers(0))
-    rings = BufferRing(per_batch * num_buffers), BufferRing(num_buffers)
+        in_order_arrays = len(blocks.buffers(0))
+    rings = BufferRing(in_order_arrays * NUM_BUFFERS), BufferRing(num_arrays * NUM_BUFFERS)
     return WindowSource(
         read=lambda windows: in_order(windows, rings[0].take),
         read_any=lambda windows: read(windows, rings[1].take),

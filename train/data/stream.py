@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,8 @@ Take = Callable[[tuple[int, ...], np.dtype[Any]], Tensor]
 
 DEPTH = 2
 """Batches that are read ahead: one hides a steady reader, a second its stutters (a guess)."""
-
-
-def buffers_needed(num_threads: int) -> int:
-    """Batches that are in use at once where so many threads read ahead (batches.Prefetcher): one is
-    computed on, the others wait; and threads overtake one another."""
-    return max(DEPTH, num_threads) + num_threads
+NUM_BUFFERS = DEPTH + 1
+"""Batches in use at once: one is computed on, the others wait."""
 
 
 def fresh(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
@@ -75,31 +71,19 @@ PATCH_BLOCK_BYTES = 16 * 2**20
 """Of a block of a patch cache, about: as much at once as a disk needs to be fast (a guess)."""
 
 
-class Blocks(Protocol):
-    """A cache as blocks of windows. K arrays describe a window."""
-
-    starts: Indices
-    """int64 (blocks + 1,): number of the first window of every block, and the end."""
-    row_bytes: int
-    """Of one window."""
-
-    def buffers(self, num_windows: int) -> list[Tensor]:
-        """Room for so many windows: K tensors (num_windows, ...)."""
-
-    def read(self, block: int, out: Sequence[Tensor]) -> None:
-        """Fills `out`, K tensors (n, ...), with the n windows of the block."""
-
-
 class DeltaBlocks:
     """The blocks of the tars: tokens float16 (n, T, D) and timestamps float32 (n, T)."""
 
     def __init__(self, shards: DeltaShards) -> None:
         self._shards = shards
-        self.starts = shards.block_starts
+        self.starts: Indices = shards.block_starts
+        """int64 (blocks + 1,): number of the first window of every block, and the end."""
         num_frames, size = shards.shape
         self.row_bytes = num_frames * (2 * size + 4)
+        """Of one window."""
 
     def buffers(self, num_windows: int) -> list[Tensor]:
+        """Room for so many windows: a tensor (num_windows, ...) for each array of a window."""
         num_frames, size = self._shards.shape
         return [
             torch.empty((num_windows, num_frames, size), dtype=torch.float16),
@@ -107,6 +91,7 @@ class DeltaBlocks:
         ]
 
     def read(self, block: int, out: Sequence[Tensor]) -> None:
+        """Fills `out`, such tensors (n, ...), with the n windows of the block."""
         self._shards.read_block(block, out=out[0].numpy())
         windows = np.arange(self.starts[block], self.starts[block + 1])
         out[1].numpy()[...] = self._shards.timestamps_s(windows)
@@ -132,6 +117,10 @@ class PatchBlocks:
         windows = np.arange(self.starts[block], self.starts[block + 1])
         read = self._shards.stored_tokens if self._raw else self._shards.tokens
         read(windows, out=out[0].numpy())
+
+
+Blocks = DeltaBlocks | PatchBlocks
+"""A cache as blocks of windows. K arrays describe a window."""
 
 
 class StreamRows:

@@ -107,8 +107,8 @@ def save_checkpoint(
             partial = partial_path(final)
             partial.mkdir()
             try:
-                save_tensors(_on_cpu(model.state_dict()), partial / MODEL)
-                save_tensors(_on_cpu(_optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
+                save_tensors(model.state_dict(), partial / MODEL)
+                save_tensors(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
                 write_json(partial / CONFIG, config_json(model))
                 write_json(partial / PROVENANCE, dict(provenance))
                 written = {
@@ -262,10 +262,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def with_size_of_cache(config: SizedT, hidden_size: int, *, cache: str) -> SizedT:

@@ -18,6 +18,7 @@ log.jsonl stays the record: it alone is cut back to the checkpoint that a run go
 import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -25,8 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate.tracking import (  # type: ignore[import-untyped]
@@ -37,11 +37,8 @@ from tqdm import tqdm
 
 from ...shards.cache import flatten
 from ...shards.errors import UsageError
-from ...shards.files import disk_errors, write_bytes
+from ...shards.files import disk_errors, open_append, open_file, write_bytes
 from ...shards.stopwatch import Stopwatch
-
-# accelerate publishes no type information.
-
 
 PROJECT = "deltatok"
 
@@ -58,45 +55,28 @@ def check_trackers(names: Sequence[str]) -> None:
             ) from None
 
 
-class Trackers:
-    """The trackers of one run; none: does nothing."""
-
-    def __init__(
-        self, names: Sequence[str], *, folder: Path, config: Mapping[str, Any], start: int
-    ) -> None:
-        """folder: OUT. start: steps that are trained already."""
-        self._trackers: list[GeneralTracker] = []
-        for name in names:
-            tracker = _make(name, folder, start=start)
-            tracker.start()
-            if start == 0:
-                settings = {name: _plain(value) for name, value in flatten(config).items()}
-                tracker.store_init_configuration(settings)
-            self._trackers.append(tracker)
-
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Values of one line of log.jsonl, as KIND/NAME; validation_NAME is validation/NAME."""
-        named = {f"{kind}/{n.removeprefix(f'{kind}_')}": value for n, value in values.items()}
-        for tracker in self._trackers:
-            tracker.log(named, step=step)
-
-    def close(self) -> None:
-        """Flush and end all."""
-        for tracker in self._trackers:
-            tracker.finish()
-
-
-def _make(name: str, folder: Path, *, start: int) -> GeneralTracker:
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    if name == "tensorboard":  # points after the checkpoint, from before a kill, are hidden
-        return kind("tensorboard", str(folder), purge_step=start + 1)
-    mode = os.environ.get("WANDB_MODE", "offline")
-    return kind(PROJECT, dir=str(folder), name=folder.name, mode=mode)
-
-
-def _plain(value: Any) -> str | int | float | bool:
-    """What is no number, word or truth value, as its text: trackers take no other."""
-    return value if isinstance(value, str | int | float | bool) else str(value)
+def open_trackers(
+    names: Sequence[str], *, folder: Path, config: Mapping[str, Any], start: int
+) -> list[GeneralTracker]:
+    """The trackers of a run. folder: OUT. start: steps that are trained already."""
+    trackers = []
+    for name in names:
+        make = LOGGER_TYPE_TO_CLASS[name]
+        if name == "tensorboard":  # points after the checkpoint, from before a kill, are hidden
+            tracker = make("tensorboard", str(folder), purge_step=start + 1)
+        else:
+            mode = os.environ.get("WANDB_MODE", "offline")
+            tracker = make(PROJECT, dir=str(folder), name=folder.name, mode=mode)
+        tracker.start()
+        if start == 0:  # what is no number, word or truth value as its text: they take no other
+            tracker.store_init_configuration(
+                {
+                    key: value if isinstance(value, str | int | float | bool) else str(value)
+                    for key, value in flatten(config).items()
+                }
+            )
+        trackers.append(tracker)
+    return trackers
 
 
 logger = logging.getLogger(__name__)
@@ -108,11 +88,19 @@ def is_time(step: int, *, every: int, last: int) -> bool:
 
 
 class RunLog:
-    """log.jsonl and the progress line. Lines of steps after `start`, from before a kill, go."""
+    """log.jsonl, the trackers and the progress line. Lines of steps after `start`, from before a
+    kill, go."""
 
     def __init__(
-        self, path: Path, *, start: int, stop: int, enabled: bool, trackers: Trackers
+        self,
+        path: Path,
+        *,
+        start: int,
+        stop: int,
+        enabled: bool,
+        trackers: Sequence[GeneralTracker],
     ) -> None:
+        """enabled: this is the main rank; on any other nothing is written."""
         self._enabled = enabled
         self._path = path
         self._trackers = trackers
@@ -122,19 +110,13 @@ class RunLog:
         if enabled:
             with disk_errors(path):
                 _drop_after(path, start)
-                self._file = path.open("ab", buffering=0)  # closing it has nothing left to write
+                self._file = open_append(path)  # unbuffered: closing it has nothing left to write
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Flush and end all."""
         self._progress.close()
-        self._trackers.close()
+        for tracker in self._trackers:
+            tracker.finish()
         if self._enabled:
             self._file.close()
 
@@ -143,11 +125,13 @@ class RunLog:
         self._progress.update()
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One line. JSON has no infinities: a value that is none is written as null."""
-        if not self._enabled:
-            return
-        line = {"kind": kind, "step": step, **{n: _finite(v) for n, v in values.items()}}
-        self._trackers.write(kind, step, values)
+        """One line; for trackers as KIND/NAME, validation_NAME as validation/NAME. JSON has no
+        infinities: a value that is none is written as null."""
+        finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        line = {"kind": kind, "step": step, **finite}
+        for tracker in self._trackers:
+            named = {f"{kind}/{n.removeprefix(f'{kind}_')}": value for n, value in values.items()}
+            tracker.log(named, step=step)
         with disk_errors(self._path):
             self._file.write((json.dumps(line) + "\n").encode())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -202,7 +186,7 @@ class Meter:
             with self.waiting(name):
                 yield
             return
-        start, end = _event(), _event()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         yield
         end.record()
@@ -238,15 +222,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # elsewhere in kilobytes
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
 def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines of log.jsonl up to `step`; what a kill tore goes."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    with open_file(path) as file:
+        lines = file.read().splitlines(keepends=True)
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     if kept != lines:
         write_bytes(path, b"".join(kept))
@@ -261,7 +242,3 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = value.get("step") if isinstance(value, dict) else None
     return step if isinstance(step, int) else None
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +41,15 @@ from .checkpoints import (
     write_best,
 )
 from .devices import Accelerator, check_compiler, from_main, make_accelerator, on_main
-from .logs import Meter, RunLog, Trackers, check_trackers, is_time
+from .logs import Meter, RunLog, check_trackers, is_time, open_trackers
 from .model_folder import Pretrained
-from .objective import Objective, data_name, nan_report
+from .objective import Objective, data_name
 from .run_folder import TrainingRun, locked
 
 
-class ParameterGroup(TypedDict):
-    """One group as torch.optim takes it, with the names of its parameters."""
-
-    params: list[nn.Parameter]
-    names: list[str]
-    weight_decay: float
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
-    """The decayed and the other trainable parameters, each in the module's order.
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The decayed and the other trainable parameters, each in the module's order, as groups of
+    torch.optim, with the names of their parameters.
 
     Decayed are the weights of linear and convolution layers only; embeddings, norms, layer scales
     and biases are not.
@@ -65,7 +58,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGro
     for path, part in model.named_modules():
         if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             decayed.add(f"{path}.weight" if path else "weight")
-    groups: list[ParameterGroup] = [
+    groups: list[dict[str, Any]] = [
         {"params": [], "names": [], "weight_decay": weight_decay},
         {"params": [], "names": [], "weight_decay": 0.0},
     ]
@@ -115,6 +108,7 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 ModelT = TypeVar("ModelT", bound=Pretrained)
+ShardsT = TypeVar("ShardsT", PatchShards, DeltaShards)
 
 
 class Update(NamedTuple):
@@ -136,7 +130,7 @@ class Trainer:
             objective.unit, accelerator.device, tokens_per_sample=objective.tokens_per_sample
         )
         self.best: Best | None = None
-        if not objective.can_evaluate:
+        if not len(objective.validation):
             logger.warning(
                 "no validation windows: nothing is evaluated and no best checkpoint kept; for "
                 "that, set validation_fraction above 0, or extract more clips"
@@ -162,7 +156,7 @@ class Trainer:
             logger.info("going on after step %d, from %s", self.start, folder)
         groups = parameter_groups(objective.model, self.config.weight_decay)
         optimizer = torch.optim.AdamW(
-            [dict(group) for group in groups],
+            groups,
             lr=self.config.lr,
             fused=accelerator.device.type in ("cpu", "cuda"),  # one kernel, not one a parameter
         )
@@ -187,7 +181,7 @@ class Trainer:
         config, objective, last = self.config, self.objective, self.config.steps
         with (
             Prefetcher(self._read, start=self.start, stop=last) as batches,
-            self._open_log() as log,
+            contextlib.closing(self._open_log()) as log,
             StopRequest() as stop,
         ):
             for step in range(self.start, last):
@@ -213,7 +207,7 @@ class Trainer:
                     values = {**numbers, **speed}
                     on_main(self.accelerator, partial(log.write, "train", done, values))
                 found_best = False
-                if is_time(done, every=config.eval_every, last=last) and objective.can_evaluate:
+                if is_time(done, every=config.eval_every, last=last) and len(objective.validation):
                     values = self._evaluate()
                     on_main(self.accelerator, partial(log.write, "validation", done, values))
                     objective.judge(values, step=done)
@@ -226,15 +220,15 @@ class Trainer:
         on_main(self.accelerator, self._finish)
 
     def _open_log(self) -> RunLog:
-        is_main = self.accelerator.is_main_process
-        trackers = Trackers(
+        run, is_main = self.run, self.accelerator.is_main_process
+        trackers = open_trackers(
             self.config.trackers if is_main else (),
-            folder=self.run.folder,
-            config=self.run.describe()["config"],
+            folder=run.folder,
+            config=run.describe()["config"],
             start=self.start,
         )
         return RunLog(
-            self.run.log_file,
+            run.log_file,
             start=self.start,
             stop=self.config.steps,
             enabled=is_main,
@@ -285,11 +279,9 @@ class Trainer:
         return torch.cat(losses), extras
 
     def _clip(self) -> Tensor:
-        norm: Tensor | None = self.accelerator.clip_grad_norm_(
+        norm: Tensor = self.accelerator.clip_grad_norm_(
             self.objective.model.parameters(), self.config.clip_grad_norm or math.inf
         )
-        if norm is None:
-            raise AssertionError("only DeepSpeed gives no gradient norm; devices.py refuses it")
         return norm.detach()
 
     def _agree(self, losses: Tensor, norm: Tensor, stop_requested: bool) -> Update:
@@ -306,7 +298,7 @@ class Trainer:
             raise DeltatokError(
                 f"step {step + 1}: loss {update.loss}, gradient norm {update.gradient_norm}; the "
                 f"weights were not changed. In the batch of rank {rank} "
-                f"{nan_report(losses, batch, clip_of=self.objective.clip_of)}. Check these clips, "
+                f"{self.objective.nan_report(losses, batch)}. Check these clips, "
                 "or set a lower lr, a longer warm-up or precision float32; run again to go on "
                 "from the last checkpoint"
             )
@@ -357,11 +349,12 @@ class Trainer:
 
     def _position(self, step: int) -> dict[str, int]:
         """Where the loader is after `step` steps, for people: the step alone decides it."""
-        epoch, batch = divmod(step, self.objective.steps_per_epoch)
+        per_epoch = self.objective.order.steps_per_epoch
+        epoch, batch = divmod(step, per_epoch)
         return {
             "epoch": epoch,
             "batch": batch,
-            "batches_per_epoch": self.objective.steps_per_epoch,
+            "batches_per_epoch": per_epoch,
             "ranks": self.accelerator.num_processes,
         }
 
@@ -375,9 +368,9 @@ class Trainer:
 def train_objective(
     command: str,
     config: ConfigT,
-    shards: PatchShards | DeltaShards,
+    shards: ShardsT,
     fresh: tuple[type[ModelT], Any],
-    make: Callable[[ModelT, ConfigT, RankSlice, torch.device], Objective],
+    make: Callable[[ModelT, ShardsT, ConfigT, RankSlice, torch.device], Objective],
 ) -> Path:
     """Train, or go on, or find it done; gives OUT, by then a model folder.
 
@@ -406,7 +399,7 @@ def train_objective(
         logger.info("%s: already trained for %d steps", config.out, config.steps)
         return run.folder
     ranks = RankSlice(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    objective = make(model, config, ranks, accelerator.device)
+    objective = make(model, shards, config, ranks, accelerator.device)
     with locked(run.folder, accelerator):
         Trainer(objective, run, accelerator).train()
     return run.folder

@@ -2,11 +2,13 @@
 
 folder/config.json        {"class": "DeltaTok", every field of its config}; written last
 folder/model.safetensors  the weights under the released parameter names
-folder/provenance.json    what the weights were trained on
+folder/provenance.json    what the weights were trained on: whether they belong to a cache, or to
+                          another model
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ...shards.cache import CacheInfo, compare
 from ...shards.errors import DeltatokError, UsageError
-from ...shards.files import partial_path, publish, write_json
+from ...shards.files import local_path, partial_path, publish, write_json
 from ...shards.schema import Strictness, load
+
+logger = logging.getLogger(__name__)
 
 MODEL = Strictness(
     UsageError,
@@ -49,40 +54,40 @@ class Pretrained(nn.Module):
         self.config = config
 
     def save_pretrained(self, folder: Path | str, provenance: Mapping[str, Any]) -> None:
-        """Write the model folder; existing files of a model are replaced, others left alone."""
-        save_model(self, folder, provenance)
+        """Write the model folder, config.json last; each file under a partial name first. Existing
+        files of a model are replaced, others left alone."""
+        folder = local_path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = partial_path(folder / WEIGHTS)
+        try:
+            save_tensors(self.state_dict(), partial)
+            publish(partial, folder / WEIGHTS)
+        finally:
+            partial.unlink(missing_ok=True)
+        write_json(folder / PROVENANCE, dict(provenance))
+        write_json(folder / CONFIG, config_json(self))
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
-        fields = _read_config(Path(folder), cls.saved_as)
-        config = load(cls.config_class, fields, where=str(Path(folder) / CONFIG), how=MODEL)
+        folder = local_path(folder)
+        got, fields = read_class(folder), _read_json(folder / CONFIG)
+        if got != cls.saved_as:
+            raise UsageError(
+                f"{folder} holds a {got}, wanted a {cls.saved_as}; pass another folder"
+            )
+        del fields["class"]
+        config = load(cls.config_class, fields, where=str(folder / CONFIG), how=MODEL)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, read_tensors(Path(folder) / WEIGHTS), source=str(folder))
+        load_weights(model, read_tensors(folder / WEIGHTS), source=str(folder))
         return model.to(device).eval()
-
-
-def save_model(model: Pretrained, folder: Path | str, provenance: Mapping[str, Any]) -> None:
-    """Write weights, provenance and, last, config.json; each under a partial name first."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(folder / WEIGHTS)
-    try:
-        save_tensors(
-            {name: t.detach().contiguous() for name, t in model.state_dict().items()}, partial
-        )
-        publish(partial, folder / WEIGHTS)
-    finally:
-        partial.unlink(missing_ok=True)
-    write_json(folder / PROVENANCE, dict(provenance))
-    write_json(folder / CONFIG, config_json(model))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a .safetensors file; OSError where the disk refuses."""
     try:
-        save_file(dict(tensors), path)
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
     except SafetensorError as error:  # it wraps what the system said
         raise OSError(str(error)) from error
 
@@ -176,16 +181,6 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """The fields in config.json, after its class was checked."""
-    got = read_class(folder)
-    if got != class_name:
-        raise UsageError(f"{folder} holds a {got}, wanted a {class_name}; pass another folder")
-    values = _read_json(folder / CONFIG)
-    del values["class"]
-    return values
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"{file}: no such file; pass a folder that save_pretrained has written")
@@ -198,3 +193,67 @@ def _read_json(file: Path) -> dict[str, Any]:
             f"{file}: got a {type(value).__name__}, wanted an object; write it again"
         )
     return value
+
+
+SAME_PREPROCESSING = (
+    "preprocessing.patch_size",
+    "preprocessing.image_mean",
+    "preprocessing.image_std",
+    "preprocessing.resize",
+)
+SAME_FEATURES = ("backbone", *SAME_PREPROCESSING)
+"""What makes patch tokens alike. Not the frame size: a model trained at 256 px may be used at
+512 px, as in the paper."""
+
+
+def check_trained_on(folder: str, cache: CacheInfo, *, what: str) -> bool:
+    """Whether the model's provenance names the patch tokens it was trained on; a warning where not.
+
+    CacheMismatch, naming the field, if those are of another backbone or preprocessing than the
+    patch tokens of `cache`. what: the model in messages.
+    """
+    trained_on = read_provenance(folder).get("patches")
+    if not isinstance(trained_on, Mapping):
+        warn_unchecked(what, "patches")
+        return False
+    check_features(cache, trained_on, what=what)
+    return True
+
+
+def check_features(cache: CacheInfo, trained_on: Mapping[str, Any], *, what: str) -> None:
+    """CacheMismatch, naming the field, unless the patch tokens of `cache` are of the backbone and
+    preprocessing of those with the identity `trained_on`."""
+    compare(
+        cache.identity,
+        trained_on,
+        what_got="the cache",
+        what_wanted=f"the provenance of {what}",
+        fields=SAME_FEATURES,
+        advice="give one that was trained on features of this backbone, or extract the cache with "
+        "that one's",
+    )
+
+
+def check_made_by(
+    weights_sha256: str, deltas: Mapping[str, Any], *, what_got: str, what: str
+) -> None:
+    """CacheMismatch, with both hashes, unless the tokenizer of these weights made the delta tokens
+    that a world model was trained on, whose identity is `deltas`."""
+    compare(
+        {"tokenizer": {"weights_sha256": weights_sha256}},
+        deltas,
+        what_got=what_got,
+        what_wanted=f"the provenance of {what}",
+        fields=["tokenizer.weights_sha256"],
+        advice="give the tokenizer that made the delta tokens it was trained on",
+    )
+
+
+def warn_unchecked(what: str, missing: str) -> None:
+    """Say that a model does not say what it was trained on."""
+    logger.warning(
+        "%s does not say what it was trained on: its provenance.json has no %s, so that it belongs "
+        "here is not checked",
+        what,
+        missing,
+    )

@@ -20,7 +20,7 @@ import torch
 
 from ...shards.cache import differences, plain
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import is_partial, remove_partials, write_json
+from ...shards.files import is_partial, open_append, remove_partials, write_json
 from ...shards.schema import STORED, load, read_json
 from ..config import TrainConfig
 from .checkpoints import STATE, find_checkpoints
@@ -46,7 +46,7 @@ def _lock(folder: Path, stack: ExitStack) -> None:
     """Until the stack is left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context((folder / LOCK).open("wb"))
+        file = stack.enter_context(open_append(folder / LOCK))
     except OSError as error:
         raise UsageError(
             f"{folder}: cannot be written ({error.strerror or error}): make room on the disk, or "

@@ -42,11 +42,6 @@ def cut_labels(labels: Tensor, cut: Cut) -> Tensor:
     return torch.cat([F.pad(first, pad, value=value), second])
 
 
-def repeat_for_crops(values: Tensor, cut: Cut) -> Tensor:
-    """What belongs to a whole frame (timestamps, sample numbers), (B, ...) -> (2 B, ...)."""
-    return values if cut.wide is None else torch.cat([values, values])
-
-
 def upsample_predictions(predictions: Tensor, cut: Cut, *, size: tuple[int, int]) -> Tensor:
     """Head outputs (2 B, C, h, w) -> (2 B, C, *size), size that of the cut labels; bilinear.
 
@@ -74,16 +69,6 @@ def upsample_half(predictions: Tensor, cut: Cut, *, second: bool, size: tuple[in
     if second:
         return whole[..., side - height :, side - width :]
     return whole[..., :height, :width]
-
-
-def join_halves(halves: Tensor, cut: Cut, *, size: tuple[int, int]) -> Tensor:
-    """The inverse of cut_labels, for pictures: (2 B, ..., h, w) -> (B, ..., *size)."""
-    if cut.wide is None:
-        return halves
-    first, second = halves.chunk(2)
-    dim = -1 if cut.wide else -2
-    kept = size[dim] // 2
-    return torch.cat([first.narrow(dim, 0, kept), second], dim=dim)
 
 
 def resize(predictions: Tensor, size: tuple[int, int]) -> Tensor:

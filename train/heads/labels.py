@@ -5,8 +5,9 @@ a sample is a crop of a target's frame; as in evaluation, its prediction is enla
 half of the label. Labels are never resized.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,30 +29,6 @@ from ...shards.evaluation.targets import (
 from ...shards.patches.reader import PatchShards
 from ..data.order import Indices, spread
 from .crops import cut_labels, upsample_half
-
-
-class LabelSource(Protocol):
-    """What a head is trained on."""
-
-    kind: Kind
-    num_classes: int
-    """0 for depth."""
-
-    @property
-    def videos(self) -> tuple[list[str], Indices]:
-        """Names, and int64 (W,): of which of them a window is; validation keeps whole ones."""
-
-    def samples(self, windows: Indices) -> Indices:
-        """Numbers window * T + frame of the labelled frames of these windows, int64."""
-
-    def size(self, window: int) -> tuple[int, int]:
-        """Height and width of a window's labels."""
-
-    def read(self, windows: Indices, frames: Indices) -> NDArray[np.uint8] | NDArray[np.float32]:
-        """Labels (B, H, W) of frame `frames[i]` of window `windows[i]`, filled up where smaller."""
-
-    def enlarge(self, prediction: Tensor, window: int) -> Tensor:
-        """A head's output (1, C, h, w) for a window, at the size of its labels."""
 
 
 class ClipFrameLabels:
@@ -92,13 +69,11 @@ class ClipFrameLabels:
     def read(self, windows: Indices, frames: Indices) -> NDArray[np.uint8]:
         """Labels uint8 (B, H, W) of frame `frames[i]` of window `windows[i]`; smaller ones than the
         largest are filled up with IGNORE, below and to the right."""
-        sizes = np.array([self.size(window) for window in windows])
-        filled = np.full((len(windows), *sizes.max(0)), IGNORE, dtype=np.uint8)
-        for target, window, frame in zip(filled, windows, frames, strict=True):
+        rows = []
+        for window, frame in zip(windows, frames, strict=True):
             key = self._keys[self._clip_index[window]]
-            label = self._labels.frame(key, int(self._frame_index[window, frame]))
-            target[: label.shape[0], : label.shape[1]] = label
-        return filled
+            rows.append(self._labels.frame(key, int(self._frame_index[window, frame])))
+        return filled_up(rows, IGNORE)
 
     def _check_windows(self, shards: PatchShards) -> None:
         sizes = np.array([self._labels.size(key) for key in self._keys], dtype=np.int64)
@@ -187,16 +162,7 @@ class TargetLabels:
         """Halves (B, H, W), uint8 classes or float32 metres; smaller ones than the largest are
         filled up with IGNORE or NO_DEPTH, below and to the right."""
         halves = [self._half(int(window)) for window in windows]
-        sizes = np.array([half.shape for half in halves])
-        depth = self.kind == "depth"
-        filled = np.full(
-            (len(halves), *sizes.max(0)),
-            NO_DEPTH if depth else IGNORE,
-            dtype=np.float32 if depth else np.uint8,
-        )
-        for row, half in zip(filled, halves, strict=True):
-            row[: half.shape[0], : half.shape[1]] = half
-        return filled
+        return filled_up(halves, NO_DEPTH if self.kind == "depth" else IGNORE)
 
     def enlarge(self, prediction: Tensor, window: int) -> Tensor:
         """A head's output (1, C, h, w) of a crop, at the size of its half: (1, C, H, W)."""
@@ -252,3 +218,15 @@ class TargetLabels:
             self._kept[target.key] = label
             self._kept_bytes += label.nbytes
         return label
+
+
+LabelSource = ClipFrameLabels | TargetLabels
+
+
+def filled_up(labels: Sequence[NDArray[Any]], value: float) -> NDArray[Any]:
+    """One array (B, H, W) of labels (h, w), `value` below and to the right of smaller ones."""
+    largest = np.array([label.shape for label in labels]).max(0)
+    filled = np.full((len(labels), *largest), value, dtype=labels[0].dtype)
+    for row, label in zip(filled, labels, strict=True):
+        row[: label.shape[0], : label.shape[1]] = label
+    return filled

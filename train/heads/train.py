@@ -9,8 +9,9 @@ Letters: C classes, H, W pixels of the label.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ from ...shards.evaluation.labels import IGNORE, NO_DEPTH
 from ...shards.patches.reader import PatchShards
 from ..config import HeadTrainConfig
 from ..data.batches import Batch
-from ..data.order import BatchOrder, Indices, RankSlice, split_windows, spread
-from ..data.residency import Read, window_source
+from ..data.order import BatchOrder, Indices, RankSlice
+from ..data.residency import Read
 from ..engine.logs import Meter
 from ..engine.loop import train_objective
-from ..engine.objective import Objective, check_validation_finite
+from ..engine.objective import Objective
 from ..models.heads import (
     DepthHead,
     DepthHeadConfig,
@@ -44,46 +45,27 @@ LOG_FLOOR_M = 1e-3
 """Metres added before the logarithm (a guess, as usual)."""
 
 
-class Task(Protocol):
-    """Segmentation or depth."""
-
-    @property
-    def metric(self) -> str:
-        """Name of what `summary` gives, in the log."""
-
-    @property
-    def head_class(self) -> type[SegmentationHead] | type[DepthHead]:
-        """What learns."""
-
-    @property
-    def head_config(self) -> SegmentationHeadConfig | DepthHeadConfig:
-        """Its config."""
-
-    def score(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, what is summed for the metric, and the number of labelled pixels; scalars.
-
-        prediction: float32 (C or 1, H, W), of the label's size; label: (H, W)."""
-
-    def summary(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """The metric of frames, from their sums and counts, (B,) each."""
-
-
 class SegmentationTask:
     """Cross-entropy over the labelled pixels; the share of them that is right."""
 
     metric = "accuracy"
+    """Name of what `summary` gives, in the log."""
     head_class = SegmentationHead
 
     def __init__(self, *, in_size: int, num_classes: int) -> None:
         self.head_config = SegmentationHeadConfig(in_size=in_size, num_classes=num_classes)
 
     def score(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, what is summed for the metric, and the number of labelled pixels; scalars.
+
+        prediction: float32 (C or 1, H, W), of the label's size; label: (H, W)."""
         target = label.long()
         count = (target != IGNORE).sum()
         loss = F.cross_entropy(prediction[None], target[None], ignore_index=IGNORE, reduction="sum")
         return loss / count.clamp(min=1), (prediction.argmax(0) == target).sum(), count
 
     def summary(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """The metric of frames, from their sums and counts, (B,) each."""
         return (sums / counts.clamp(min=1)).mean()
 
 
@@ -97,12 +79,12 @@ class DepthTask:
     head_class = DepthHead
 
     def __init__(self, *, in_size: int, max_depth: float | None) -> None:
-        config = DepthHeadConfig(in_size=in_size)
+        self.head_config = DepthHeadConfig(in_size=in_size)
         if max_depth is not None:
-            config = DepthHeadConfig(in_size=in_size, max_depth=max_depth)
-        self.head_config = config
+            self.head_config = replace(self.head_config, max_depth=max_depth)
 
     def score(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As SegmentationTask's."""
         valid = (label > NO_DEPTH) & (label <= self.head_config.max_depth)
         count = valid.sum()
         metres, wanted = prediction[0], torch.where(valid, label, torch.ones_like(label))
@@ -116,13 +98,17 @@ class DepthTask:
         return torch.sqrt(loss + 1e-8), squares.detach(), count
 
     def summary(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """As SegmentationTask's."""
         return torch.sqrt(sums.sum() / counts.sum().clamp(min=1))
 
 
-def task_of(
-    labels: LabelSource, *, in_size: int, num_classes: int | None, max_depth: float | None
-) -> Task:
+Task = SegmentationTask | DepthTask
+"""What a head learns."""
+
+
+def task_of(config: HeadTrainConfig, labels: LabelSource, *, in_size: int) -> Task:
     """What the head of these labels learns; UsageError for settings that do not go with them."""
+    num_classes, max_depth = config.num_classes, config.max_depth
     if labels.kind == "depth":
         if num_classes is not None:
             raise UsageError(
@@ -146,20 +132,13 @@ def train_head(config: HeadTrainConfig) -> Path:
     """
     shards = PatchShards(config.patches)
     labels = open_labels(config, shards)
-    task = task_of(
-        labels,
-        in_size=shards.shape[2],
-        num_classes=config.num_classes,
-        max_depth=config.max_depth,
-    )
+    task = task_of(config, labels, in_size=shards.shape[2])
     return train_objective(
         "head",
         config,
         shards,
         (task.head_class, task.head_config),
-        lambda model, config, ranks, device: HeadObjective(
-            model, shards, labels, task, config, ranks, device=device
-        ),
+        partial(HeadObjective, labels=labels, task=task),
     )
 
 
@@ -184,44 +163,24 @@ class HeadObjective(Objective):
         self,
         model: SegmentationHead | DepthHead,
         shards: PatchShards,
-        labels: LabelSource,
-        task: Task,
         config: HeadTrainConfig,
         ranks: RankSlice,
-        *,
         device: torch.device,
+        *,
+        labels: LabelSource,
+        task: Task,
     ) -> None:
-        super().__init__(model, shards)
-        self._labels = labels
-        self._task = task
-        self._device = device
-        self._batch_size = config.batch_size
+        super().__init__(model, shards, config, ranks, device, videos=labels.videos)
+        self.tokens_per_sample = shards.shape[1]
+        self._labels, self._task = labels, task
         self._slice = ranks.of(config.batch_size)
-        self._source = window_source(shards, residency=config.residency, device=device)
-        split = split_windows(*labels.videos, config.validation_fraction)
-        samples = labels.samples(split.training)
-        self._order = BatchOrder(samples, config.batch_size, config.seed)
-        frames = labels.samples(spread(split.validation, config.validation_windows))
-        size = EVALUATION_FRAMES_AT_ONCE
-        self._validation = [frames[at : at + size] for at in range(0, len(frames), size)]
-
-    @property
-    def tokens_per_sample(self) -> int:
-        return self._shards.shape[1]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._order.steps_per_epoch
-
-    @property
-    def can_evaluate(self) -> bool:
-        return len(self._validation) > 0
+        self.order = BatchOrder(labels.samples(self._training), config.batch_size, config.seed)
 
     def read(self, step: int) -> Batch:
         """Tensors: features (B, N, D), labels uint8 or float32 (B, H, W), filled up."""
-        numbers = np.arange(self._batch_size)[self._slice]
+        numbers = np.arange(self.order.per_batch)[self._slice]
         # Frames of random windows: not in the order of stream.
-        return self._read(self._source.read_any, self._order.at(step)[self._slice], numbers)
+        return self._read(self._source.read_any, self.order.at(step)[self._slice], numbers)
 
     def losses(
         self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
@@ -232,11 +191,11 @@ class HeadObjective(Objective):
 
     def evaluate(self) -> dict[str, float]:
         scores = []
-        for frames in self._validation:
-            batch = self._read(self._source.read_to_keep, frames, np.arange(len(frames))).to(
-                self._device
-            )
-            check_validation_finite(batch.tensors["features"], batch.windows, clip_of=self.clip_of)
+        validation = self._labels.samples(self.validation)
+        for start in range(0, len(validation), EVALUATION_FRAMES_AT_ONCE):
+            frames = validation[start : start + EVALUATION_FRAMES_AT_ONCE]
+            batch = self._read(self._source.read_to_keep, frames, frames).to(self._device)
+            self.check_finite(batch.tensors["features"], batch.windows)
             scores.append(self._score(self.model, batch, slice(None)))
         losses, sums, counts = (torch.cat(values) for values in zip(*scores, strict=True))
         return {

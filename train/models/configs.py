@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from ...shards.errors import UsageError
 
 
+def check_at_least(least: int, **values: float | None) -> None:
+    """UsageError for the first value that is set and below `least` (or no number)."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UsageError(f"{name} {value}: wanted at least {least}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeltaTokConfig:
     """DeltaTok, as released for a ViT-B/16 backbone (the paper's own form: the three use_qk_norm,
@@ -43,7 +50,8 @@ class DeltaTokConfig:
     """Standard deviation of fresh linear and embedding weights."""
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_at_least(
+            1,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
@@ -103,7 +111,8 @@ class PredictorConfig:
     """Epsilon of every LayerNorm."""
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_at_least(
+            1,
             hidden_size=self.hidden_size,
             predictor_hidden_size=self.predictor_hidden_size,
             predictor_num_hidden_layers=self.predictor_num_hidden_layers,
@@ -160,12 +169,6 @@ class DINOWorldConfig(PredictorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_axes(self.rope_axis_sizes, ("time", "x", "y"))
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UsageError(f"{name} {value}: wanted at least 1")
 
 
 def _check_axes(sizes: tuple[int, ...], axes: tuple[str, ...]) -> None:

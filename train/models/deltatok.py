@@ -12,13 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...shards.errors import DeltatokError
 from ..engine.model_folder import Pretrained
 from .blocks import TokenizerBlock, init_weights
 from .configs import DeltaTokConfig
 from .rope import Rope, patch_rope, with_prefix
-
-__all__ = ["DeltaTok", "DeltaTokConfig", "draw_rope_rescale"]
 
 
 class DeltaTok(Pretrained):
@@ -123,11 +120,6 @@ class DeltaTok(Pretrained):
         return torch.stack(out, dim=1)
 
     def _rope(self, grid: tuple[int, int], x: Tensor, *, rescale: Tensor | float | None) -> Rope:
-        if x.shape[1] != grid[0] * grid[1]:
-            raise DeltatokError(
-                f"{x.shape[1]} patch tokens a frame, the grid {grid} has {grid[0] * grid[1]}; "
-                "pass the (height, width) in patches that the tokens were made with"
-            )
         return patch_rope(
             grid,
             head_dim=self.config.head_dim,

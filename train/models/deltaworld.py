@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from .configs import DeltaWorldConfig
-from .predictor import KeysValues, causal, extend, repeat_batch
-from .world import World, check_timestamps
-
-__all__ = ["DeltaWorldConfig", "DeltaWorldNetwork"]
+from .world import KeysValues, World, causal
 
 
 class DeltaWorldNetwork(World):
@@ -23,8 +20,15 @@ class DeltaWorldNetwork(World):
     config: DeltaWorldConfig
 
     def forward(self, z: Tensor, timestamps: Tensor, queries: Tensor | None = None) -> Tensor:
-        """teacher_forced: the training step's one pass with gradient."""
-        return self.teacher_forced(z, timestamps, queries)
+        """Teacher forcing: predictions (B, T-1, D) of z[:, 1:] from the true tokens before each.
+
+        z (B, T, D), timestamps (B, T), queries (B, T-1, Dp): the selected noise; None: the learned
+        query of a discriminative model.
+        """
+        if queries is None:
+            queries = self.learned_queries(z.shape[0], z.shape[1] - 1)
+        predictions = self.candidates(self.memory(z, timestamps), timestamps, queries[:, :, None])
+        return predictions[:, :, 0]
 
     def predict(
         self,
@@ -40,19 +44,6 @@ class DeltaWorldNetwork(World):
         memory = self.predictor.keys_values(tokens, token_times[..., None])
         out: Tensor = self.predictor(queries, query_times[..., None], memory, visible=visible)
         return out
-
-    def teacher_forced(
-        self, z: Tensor, timestamps: Tensor, queries: Tensor | None = None
-    ) -> Tensor:
-        """Predictions (B, T-1, D) of z[:, 1:] from the true tokens before each.
-
-        z (B, T, D), timestamps (B, T), queries (B, T-1, Dp): the selected noise; None: the learned
-        query of a discriminative model.
-        """
-        if queries is None:
-            queries = self.learned_queries(z.shape[0], z.shape[1] - 1)
-        predictions = self.candidates(self.memory(z, timestamps), timestamps, queries[:, :, None])
-        return predictions[:, :, 0]
 
     def memory(self, z: Tensor, timestamps: Tensor) -> KeysValues:
         """Keys and values of z (B, T, D) but its last token: what teacher forcing may see."""
@@ -80,28 +71,14 @@ class DeltaWorldNetwork(World):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Forecasts (B, S, H, D): each sample's own prediction is appended, then the next is made.
-
-        z_context (B, C, D); timestamps (B, C + H) of context and targets. A generative model takes
-        noise (H, B, S, 1, Dp), already scaled, or draws it from generator; a discriminative one
-        takes neither and has S = 1, whatever num_samples says.
-        """
-        batch, context, _ = z_context.shape
-        check_timestamps(timestamps, context=context, horizon=horizon)
-        queries = self.rollout_queries(
-            batch, horizon=horizon, num_samples=num_samples, noise=noise, generator=generator
+        """Forecasts (B, S, H, D) from z_context (B, C, D); timestamps (B, C + H) of context and
+        targets. noise (H, B, S, 1, Dp), generator: see World._rollout."""
+        forecasts = self._rollout(
+            z_context,
+            timestamps[..., None, None],
+            horizon=horizon,
+            num_samples=num_samples,
+            noise=noise,
+            generator=generator,
         )
-        samples = queries.shape[2]
-        times = timestamps.repeat_interleave(samples, 0)[..., None]
-        memory = self.predictor.keys_values(z_context, timestamps[:, :context, None])
-        memory = repeat_batch(memory, samples)
-        steps: list[Tensor] = []
-        for step in range(horizon):
-            now = times[:, context + step : context + step + 1]
-            if step > 0:
-                memory = extend(
-                    memory,
-                    self.predictor.keys_values(steps[-1], times[:, context + step - 1, None]),
-                )
-            steps.append(self.predictor(queries[step].flatten(0, 1), now, memory))
-        return torch.cat(steps, dim=1).reshape(batch, samples, horizon, -1)
+        return forecasts[:, :, :, 0]

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from .configs import DINOWorldConfig
-from .predictor import KeysValues, causal, extend, first_keys, repeat_batch
-from .world import World, check_timestamps
-
-__all__ = ["DINOWorld", "DINOWorldConfig"]
+from .world import KeysValues, World, causal
 
 
 class DINOWorld(World):
@@ -31,18 +28,7 @@ class DINOWorld(World):
         *,
         grid: tuple[int, int],
     ) -> Tensor:
-        """teacher_forced: the training step's one pass with gradient."""
-        return self.teacher_forced(x, timestamps, queries, grid=grid)
-
-    def teacher_forced(
-        self,
-        x: Tensor,
-        timestamps: Tensor,
-        queries: Tensor | None = None,
-        *,
-        grid: tuple[int, int],
-    ) -> Tensor:
-        """Predictions (B, T-1, N, D) of x[:, 1:] from the true frames before each.
+        """Teacher forcing: predictions (B, T-1, N, D) of x[:, 1:] from the true frames before each.
 
         x (B, T, N, D), timestamps (B, T), queries (B, T-1, Dp): the selected noise; None: the
         learned query of a discriminative model.
@@ -86,11 +72,12 @@ class DINOWorld(World):
         """Predictions (B, S, N, D) of one target position for queries (B, S, Dp): `candidates`
         without a mask, from the frames before it only."""
         patches = grid[0] * grid[1]
+        seen = (position + 1) * patches
         times = timestamps[:, position + 1, None].expand(-1, queries.shape[1])
         out: Tensor = self.predictor(
             queries.repeat_interleave(patches, 1),
             grid_positions(times, grid),
-            first_keys(memory, (position + 1) * patches),
+            [(k[:, :, :seen], v[:, :, :seen]) for k, v in memory],
         )
         return out.reshape(*queries.shape[:2], patches, -1)
 
@@ -105,33 +92,19 @@ class DINOWorld(World):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Forecasts (B, S, H, N, D): each sample's own frame is appended, then the next is made.
-
-        x_context (B, C, N, D); timestamps (B, C + H) of context and targets. A generative model
-        takes noise (H, B, S, 1, Dp), already scaled, or draws it from generator; a discriminative
-        one takes neither and has S = 1, whatever num_samples says.
-        """
-        batch, context = x_context.shape[:2]
-        check_timestamps(timestamps, context=context, horizon=horizon)
-        queries = self.rollout_queries(
-            batch, horizon=horizon, num_samples=num_samples, noise=noise, generator=generator
+        """Forecasts (B, S, H, N, D) from x_context (B, C, N, D); timestamps (B, C + H) of context
+        and targets. noise (H, B, S, 1, Dp), generator: see World._rollout."""
+        positions = grid_positions(timestamps, grid).reshape(
+            *timestamps.shape, grid[0] * grid[1], 3
         )
-        samples = queries.shape[2]
-        patches = grid[0] * grid[1]
-        memory = self.predictor.keys_values(
-            x_context.flatten(1, 2), grid_positions(timestamps[:, :context], grid)
+        return self._rollout(
+            x_context.flatten(1, 2),
+            positions,
+            horizon=horizon,
+            num_samples=num_samples,
+            noise=noise,
+            generator=generator,
         )
-        memory = repeat_batch(memory, samples)
-        positions = grid_positions(timestamps.repeat_interleave(samples, 0), grid)
-        positions = positions.reshape(batch * samples, context + horizon, patches, 3)
-        steps: list[Tensor] = []
-        for step in range(horizon):
-            if step > 0:
-                last = positions[:, context + step - 1]
-                memory = extend(memory, self.predictor.keys_values(steps[-1], last))
-            query = queries[step].flatten(0, 1).expand(-1, patches, -1)
-            steps.append(self.predictor(query, positions[:, context + step], memory))
-        return torch.stack(steps, dim=1).reshape(batch, samples, horizon, patches, -1)
 
 
 def grid_positions(times: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...shards.errors import UsageError
 from ..engine.model_folder import Pretrained
 from .blocks import init_weights
+from .configs import check_at_least
 
 INITIALIZER_RANGE = 0.02  # as the other fresh weights (paper); the release has only trained heads
 DEPTH_FLOOR = 0.1  # released head: every bin keeps some weight, so that the sum is never zero
@@ -29,10 +30,7 @@ class SegmentationHeadConfig:
     """Classes, without the ignored one."""
 
     def __post_init__(self) -> None:
-        if self.in_size < 1 or self.num_classes < 1:
-            raise UsageError(
-                f"in_size {self.in_size}, num_classes {self.num_classes}: wanted at least 1 each"
-            )
+        check_at_least(1, in_size=self.in_size, num_classes=self.num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +47,34 @@ class DepthHeadConfig:
     """Evenly spaced depths that are averaged."""
 
     def __post_init__(self) -> None:
-        if self.in_size < 1 or self.num_bins < 2:
-            raise UsageError(
-                f"in_size {self.in_size}, num_bins {self.num_bins}: wanted at least 1 and 2"
-            )
+        check_at_least(1, in_size=self.in_size)
+        check_at_least(2, num_bins=self.num_bins)
         if not self.min_depth < self.max_depth:
             raise UsageError(
                 f"min_depth {self.min_depth}, max_depth {self.max_depth}: wanted min below max"
             )
 
 
-class SegmentationHead(Pretrained):
+class LinearHead(Pretrained):
+    """BatchNorm and a 1x1 convolution: feature maps (B, D, h, w) -> (B, out_size, h, w)."""
+
+    def __init__(
+        self,
+        config: SegmentationHeadConfig | DepthHeadConfig,
+        out_size: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(config)
+        self.bn = nn.BatchNorm2d(config.in_size)
+        self.head = nn.Conv2d(config.in_size, out_size, kernel_size=1)
+        init_weights(self, std=INITIALIZER_RANGE, layer_scale_init=1.0, generator=generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.head(self.bn(features))
+        return out
+
+
+class SegmentationHead(LinearHead):
     """Feature maps (B, D, h, w) -> class logits (B, C, h, w)."""
 
     config_class = SegmentationHeadConfig
@@ -68,17 +83,10 @@ class SegmentationHead(Pretrained):
     def __init__(
         self, config: SegmentationHeadConfig, *, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__(config)
-        self.bn = nn.BatchNorm2d(config.in_size)
-        self.head = nn.Conv2d(config.in_size, config.num_classes, kernel_size=1)
-        init_weights(self, std=INITIALIZER_RANGE, layer_scale_init=1.0, generator=generator)
-
-    def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.bn(features))
-        return logits
+        super().__init__(config, config.num_classes, generator)
 
 
-class DepthHead(Pretrained):
+class DepthHead(LinearHead):
     """Feature maps (B, D, h, w) -> depth in metres (B, 1, h, w)."""
 
     config_class = DepthHeadConfig
@@ -87,15 +95,12 @@ class DepthHead(Pretrained):
     def __init__(
         self, config: DepthHeadConfig, *, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__(config)
-        self.bn = nn.BatchNorm2d(config.in_size)
-        self.head = nn.Conv2d(config.in_size, config.num_bins, kernel_size=1)
-        init_weights(self, std=INITIALIZER_RANGE, layer_scale_init=1.0, generator=generator)
+        super().__init__(config, config.num_bins, generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """The expected depth: bins weighted by ReLU(logit) + 0.1, normalised."""
         config = self.config
-        weights = F.relu(self.head(self.bn(features)).float()) + DEPTH_FLOOR
+        weights = F.relu(super().forward(features).float()) + DEPTH_FLOOR
         weights = weights / weights.sum(dim=1, keepdim=True)
         bins = torch.linspace(
             config.min_depth, config.max_depth, config.num_bins, device=weights.device

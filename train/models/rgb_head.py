@@ -131,53 +131,37 @@ class _Layer(nn.Module):
         self.attention = _Attention(config)
         self.layernorm_before = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
         self.layernorm_after = nn.LayerNorm(size, eps=LAYER_NORM_EPS)
-        self.intermediate = _Dense(size, config.mlp_size)
-        self.output = _Dense(config.mlp_size, size)
+        self.intermediate = _dense(size, config.mlp_size)
+        self.output = _dense(config.mlp_size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.layernorm_before(x))
-        hidden = F.gelu(self.intermediate(self.layernorm_after(x)))
-        out: Tensor = x + self.output(hidden)
+        hidden = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
+        out: Tensor = x + self.output["dense"](hidden)
         return out
 
 
 class _Attention(nn.Module):
-    """Self-attention; the two inner modules only give the released parameter names."""
+    """Self-attention. The modules within modules only give the released parameter names."""
 
     def __init__(self, config: RGBHeadConfig) -> None:
         super().__init__()
-        self.attention = _Projections(config.hidden_size)
-        self.output = _Dense(config.hidden_size, config.hidden_size)
+        size = config.hidden_size
+        names = ("query", "key", "value")
+        self.attention = nn.ModuleDict({name: nn.Linear(size, size) for name in names})
+        self.output = _dense(size, size)
         self.num_heads = config.num_heads
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:2], self.num_heads, -1)
-        inner = self.attention
-        q = inner.query(x).reshape(shape).transpose(1, 2)
-        k = inner.key(x).reshape(shape).transpose(1, 2)
-        v = inner.value(x).reshape(shape).transpose(1, 2)
-        out: Tensor = self.output(
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        )
+        q, k, v = (part(x).reshape(shape).transpose(1, 2) for part in self.attention.values())
+        gathered = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = self.output["dense"](gathered)
         return out
 
 
-class _Projections(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.query = nn.Linear(size, size)
-        self.key = nn.Linear(size, size)
-        self.value = nn.Linear(size, size)
-
-
-class _Dense(nn.Module):
-    def __init__(self, in_size: int, out_size: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_size, out_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dense(x)
-        return out
+def _dense(in_size: int, out_size: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"dense": nn.Linear(in_size, out_size)})
 
 
 def sine_cosine_table(side: int, size: int) -> Tensor:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from ..models.blocks import PredictorBlock
 from ..models.deltaworld import DeltaWorldNetwork
-from ..models.predictor import causal
 from ..models.rope import AxisRope, axis_rope, rotate_axes
+from ..models.world import causal
 
 ProductsName = Literal["float32", "float64", "bfloat16", "float8"]
 LARGEST = torch.finfo(torch.float8_e4m3fn).max

@@ -58,11 +58,12 @@ Score = Callable[[Tensor, int], Tensor]
 
 @torch.no_grad()
 def select(
-    world: DeltaWorldNetwork,
-    z: Tensor,
+    world: DeltaWorldNetwork | DINOWorld,
+    tokens: Tensor,
     timestamps: Tensor,
     noise: Noise,
     *,
+    grid: tuple[int, int] | None = None,
     num_samples: int,
     num_finalists: int = 1,
     products: ProductsName = "float32",
@@ -71,70 +72,78 @@ def select(
 ) -> Winners:
     """The best of num_samples candidates, predicted with `products` (folded.py).
 
-    z (B, T, D), timestamps (B, T) seconds. chunks None: as many as activations of CPU_MEMORY_MB or
-    GPU_MEMORY_MB allow. chunk_losses: a compiled one.
+    tokens (B, T, D), for DINO-world (B, T, N, D) with its grid; timestamps (B, T) seconds. chunks
+    None: as many as activations of CPU_MEMORY_MB or GPU_MEMORY_MB allow. chunk_losses: a compiled
+    one, for DeltaWorld. DINO-world: one noise query for all patches of a frame, one choice a frame;
+    products float32 or bfloat16.
     """
-    score = chunk_losses or ChunkLosses()
     if chunks is None:
-        chunks = default_chunks(world, z, num_samples=num_samples, products=products)
-    with torch.autocast(z.device.type, enabled=False):
-        weights = weights_of(world, products)
-        projected = project(weights, z)
+        chunks = default_chunks(world, tokens, num_samples=num_samples, products=products)
+    is_low = isinstance(world, DINOWorld) and products == "bfloat16"
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=is_low):
+        if isinstance(world, DINOWorld):
+            scorer = _patch_scorer(world, tokens, timestamps, noise, grid=grid)
+        else:
+            score = chunk_losses or ChunkLosses()
+            scorer = _folded_scorer(world, tokens, timestamps, noise, products, score)
+        found = _search(scorer, tokens, noise, chunks, num_samples, num_finalists)
+    if is_low:  # weights that were cast without gradient must not serve the pass with gradient
+        torch.clear_autocast_cache()
+    return found
 
-        def scorer(part: slice) -> Score:
-            pairs = [pair.windows(part) for pair in projected]
-            folded = fold(weights, pairs, timestamps[part])
-            return partial(score, weights, folded, z[part, 1:], noise.windows(part))
 
-        return _select(scorer, z, noise, chunks, num_samples, num_finalists)
+def _folded_scorer(
+    world: DeltaWorldNetwork,
+    z: Tensor,
+    timestamps: Tensor,
+    noise: Noise,
+    products: ProductsName,
+    score: "ChunkLosses",
+) -> Callable[[slice], Score]:
+    weights = weights_of(world, products)
+    projected = project(weights, z)
+
+    def scorer(part: slice) -> Score:
+        pairs = [pair.windows(part) for pair in projected]
+        folded = fold(weights, pairs, timestamps[part])
+        return partial(score, weights, folded, z[part, 1:], noise.windows(part))
+
+    return scorer
 
 
-@torch.no_grad()
-def select_patches(
+def _patch_scorer(
     world: DINOWorld,
     x: Tensor,
     timestamps: Tensor,
     noise: Noise,
     *,
-    grid: tuple[int, int],
-    num_samples: int,
-    num_finalists: int = 1,
-    products: ProductsName = "float32",
-    chunks: Chunks | None = None,
-) -> Winners:
-    """`select` for DINO-world: one noise query for all patches of a frame; one choice a frame.
+    grid: tuple[int, int] | None,
+) -> Callable[[slice], Score]:
+    """The loss is averaged over the frame's patch tokens. With as many keys as patches nothing is
+    folded; a frame's queries meet the frames before it, without a mask."""
+    if grid is None:
+        raise AssertionError("DINO-world's objective gives a grid")
 
-    x (B, T, N, D); the loss is averaged over the frame's patch tokens. With as many keys as
-    patches nothing is folded; a frame's queries meet the frames before it, without a mask.
-    products: float32 or bfloat16.
-    """
-    if chunks is None:
-        chunks = default_chunks(world, x, num_samples=num_samples, products=products)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=products == "bfloat16"):
+    def scorer(part: slice) -> Score:
+        memory = world.memory(x[part], timestamps[part], grid=grid)
+        drawn = noise.windows(part)
 
-        def scorer(part: slice) -> Score:
-            memory = world.memory(x[part], timestamps[part], grid=grid)
-            drawn = noise.windows(part)
+        def score(first: Tensor, count: int) -> Tensor:
+            queries = drawn.chunk(first, count)
+            frames = [
+                prediction_losses(
+                    world.candidates_at(
+                        memory, timestamps[part], queries[:, at], position=at, grid=grid
+                    )[:, None],
+                    x[part, at + 1 : at + 2],
+                )
+                for at in range(x.shape[1] - 1)
+            ]
+            return torch.cat(frames, dim=1)
 
-            def score(first: Tensor, count: int) -> Tensor:
-                queries = drawn.chunk(first, count)
-                frames = [
-                    prediction_losses(
-                        world.candidates_at(
-                            memory, timestamps[part], queries[:, at], position=at, grid=grid
-                        )[:, None],
-                        x[part, at + 1 : at + 2],
-                    )
-                    for at in range(x.shape[1] - 1)
-                ]
-                return torch.cat(frames, dim=1)
+        return score
 
-            return score
-
-        selection = _select(scorer, x, noise, chunks, num_samples, num_finalists)
-    # Weights that autocast has cast without gradient must not serve the pass with gradient.
-    torch.clear_autocast_cache()
-    return selection
+    return scorer
 
 
 def default_chunks(
@@ -211,8 +220,6 @@ def running_best(chunks: Iterable[Tensor], *, keep: int = 1) -> tuple[Tensor, Te
             indices = torch.cat([indices, index + start], dim=2).gather(2, order)
             total = total + losses.sum(dim=2)
         start += losses.shape[2]
-    if start == 0:
-        raise ValueError("no candidates to choose from: ask for at least one sample")
     return indices, best, total / start
 
 
@@ -224,7 +231,7 @@ def _lowest(losses: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return values[:, :, :keep], indices[:, :, :keep]
 
 
-def _select(
+def _search(
     scorer: Callable[[slice], Score],
     tokens: Tensor,
     noise: Noise,

@@ -3,25 +3,29 @@
 Letters: B batch, P target positions, S samples, Dp channels of a query.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...shards.deltas.reader import DeltaShards
 from ...shards.devices import precision_name
 from ...shards.errors import DeltatokError, UsageError
+from ...shards.patches.reader import PatchShards
 from ..config import DINOWorldTrainConfig, WorldTrainConfig
-from ..data.batches import Batch
-from ..data.order import Indices, seed_for
+from ..data.batches import Batch, WindowBatches, check_frames
+from ..data.order import Indices, RankSlice, seed_for
 from ..engine.devices import check_compiler
 from ..engine.logs import Meter, is_time
 from ..engine.objective import Objective
+from ..losses import smooth_l1
 from ..models.deltaworld import DeltaWorldNetwork
 from ..models.dinoworld import DINOWorld
 from .folded import MULTIPLE, ProductsName
 from .noise import CounterNoise, GivenNoise, Noise
-from .search import ChunkLosses, Winners, default_chunks, select, select_patches
+from .search import ChunkLosses, Winners, default_chunks, select
 
 Names = Sequence[tuple[int | str, ...]]
 """What each window's noise is drawn for."""
@@ -174,21 +178,7 @@ class Selector:
             products=products,
             memory_mb=self._config.selection_memory_mb,
         )
-        if isinstance(model, DeltaWorldNetwork):
-            return select(
-                model,
-                windows.tokens,
-                windows.timestamps,
-                noise,
-                num_samples=num_samples,
-                num_finalists=num_finalists,
-                products=products,
-                chunks=chunks,
-                chunk_losses=chunk_losses,
-            )
-        if self._grid is None:
-            raise AssertionError("DINO-world's objective gives a grid")
-        return select_patches(
+        return select(
             model,
             windows.tokens,
             windows.timestamps,
@@ -198,6 +188,7 @@ class Selector:
             num_finalists=num_finalists,
             products=products,
             chunks=chunks,
+            chunk_losses=chunk_losses,
         )
 
 
@@ -208,28 +199,53 @@ class WorldObjective(Objective):
     unit = "windows"
     best_by = "validation_best_loss"
     model: DeltaWorldNetwork | DINOWorld
-    selector: Selector
 
-    def queries(
+    def __init__(
         self,
-        batch: Batch,
-        samples: slice,
-        tokens: Tensor,
-        timestamps: Tensor,
-        *,
-        step: int,
-        meter: Meter,
-    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
-        """The winners' noise for the batch's `samples`, whose tokens and timestamps these are, None
-        for the learned queries; and scalars for the log."""
-        if not self.model.config.use_bom:
-            return None, {}
-        names = [("noise", step, int(number)) for number in batch.samples[samples]]
-        with meter.computing("selection"):
-            found, extras = self.selector.train(
-                NamedWindows(tokens, timestamps, names), step=step, checks=not meter.is_counting
-            )
-        return found.queries, extras
+        model: DeltaWorldNetwork | DINOWorld,
+        shards: DeltaShards | PatchShards,
+        config: WorldTrainConfig | DINOWorldTrainConfig,
+        ranks: RankSlice,
+        device: torch.device,
+    ) -> None:
+        check_frames(shards.shape[0], least=2)
+        super().__init__(model, shards, config, ranks, device)
+        self.tokens_per_sample = math.prod(shards.shape[:-1])
+        grid = shards.grid if isinstance(shards, PatchShards) else None
+        self._grid = {} if grid is None else {"grid": grid}
+        self.selector = Selector(model, config, device=device, grid=grid)
+        self._batches = WindowBatches(
+            shards,
+            self._source,
+            self._training,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            ranks=ranks,
+        )
+        self.order = self._batches.order
+        # Read once: while training runs, the prefetch thread is the only reader.
+        self._held_out = self._batches.read_to_keep(self.validation)
+        self.check_finite(self._held_out.tensors["tokens"], self.validation)
+
+    def read(self, step: int) -> Batch:
+        return self._batches.read(step)
+
+    def losses(
+        self, forward: nn.Module, batch: Batch, samples: slice, *, step: int, meter: Meter
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        tokens = batch.tensors["tokens"][samples].float()
+        timestamps = batch.tensors["timestamps"][samples]
+        queries: Tensor | None = None
+        extras: Mapping[str, Tensor] = {}
+        if self.model.config.use_bom:
+            names = [("noise", step, int(number)) for number in batch.samples[samples]]
+            with meter.computing("selection"):
+                found, extras = self.selector.train(
+                    NamedWindows(tokens, timestamps, names), step=step, checks=not meter.is_counting
+                )
+            queries = found.queries
+        prediction = forward(tokens, timestamps, queries, **self._grid)
+        return smooth_l1(prediction, tokens[:, 1:]).flatten(1).mean(1), extras
 
     def validation_losses(
         self, tokens: Tensor, timestamps: Tensor, windows: Indices

@@ -70,7 +70,7 @@ def test_dinoworld_rows_equal_teacher_forcing_on_its_own_frames(
             count = len(x) + 1
             queries = None if noise is None else noise[step].expand(1, count - 1, -1)
             padded = torch.cat([x, x[-1:]])[None]
-            made = world.teacher_forced(padded, times[None, :count], queries, grid=cache.grid)
+            made = world(padded, times[None, :count], queries, grid=cache.grid)
             x = torch.cat([x, made[0, -1:]])
         return x[-1]
 

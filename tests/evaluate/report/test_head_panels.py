@@ -13,8 +13,6 @@ from deltatok.shards.errors import UsageError
 from deltatok.train.models.heads import DepthHead, DepthHeadConfig
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig
 
-CPU = torch.device("cpu")
-
 
 def rgb_head(in_size: int = 32) -> RGBHead:
     """A head that draws the mean colour whatever it sees."""
@@ -56,7 +54,7 @@ def window() -> ShownWindow:
 
 
 def test_rgb_tiles_are_what_the_head_draws(window: ShownWindow) -> None:
-    panel = rgb_panel(window, rgb_head(), CPU)
+    panel = rgb_panel(window, rgb_head())
     assert [strip.label for strip in panel.strips] == ["present", "copy last"]
     for strip in panel.strips:
         assert len(strip.tiles) == 3
@@ -66,7 +64,7 @@ def test_rgb_tiles_are_what_the_head_draws(window: ShownWindow) -> None:
 
 def test_depth_tiles_share_one_scale(window: ShownWindow) -> None:
     head = DepthHead(DepthHeadConfig(in_size=32, max_depth=8.0, num_bins=4)).eval()
-    panel = depth_panel(window, head, CPU)
+    panel = depth_panel(window, head)
     label, *rows = panel.strips
     assert label.label.startswith("label, 0 to ")
     assert "2.0 to 4.0 m" in label.alt

@@ -11,10 +11,10 @@ from PIL import Image
 from deltatok.evaluate.report.animation import (
     GAP,
     LINE,
-    Cell,
     draw_moments,
     moving_panel,
     moving_panels,
+    outlined,
 )
 from deltatok.evaluate.report.pictures import Panel, Strip
 from deltatok.evaluate.report.write import Pictures
@@ -57,7 +57,7 @@ def test_futures_part_after_what_was_seen() -> None:
         times_s=TIMES_S,
     )
     assert moving is not None
-    pictures = moments(moving.gif)
+    pictures = moments(moving.gif())
     assert len(pictures) == 5
     for i in range(3):  # all cells show the truth
         assert [cell(pictures[i], column) for column in range(3)] == pytest.approx(
@@ -65,34 +65,53 @@ def test_futures_part_after_what_was_seen() -> None:
         )
     shown = [cell(pictures[4], column) for column in range(3)]
     assert shown == pytest.approx([90, 210, 160], abs=4)  # truth, best, sample
-    with Image.open(io.BytesIO(moving.still[0])) as still:
-        assert [cell(still.convert("RGB"), column) for column in range(3)] == pytest.approx(
-            shown, abs=4
-        )
 
 
-def test_the_text_names_what_is_shown_and_how_it_ends() -> None:
-    whole = panel(strip("truth", 5, 0), strip("sample 4", 2, 0), strip("spread of samples", 2, 0))
+def test_every_place_has_a_tile_for_every_moment_and_its_own_text() -> None:
+    whole = panel(
+        strip("video", 5, 0),
+        strip("truth", 5, 0),
+        *(strip(f"sample {i}", 2, 0) for i in range(4)),
+        strip("spread of samples", 2, 0),
+    )
     moving = moving_panel(whole, times_s=TIMES_S)
     assert moving is not None
-    assert "3 moments that are seen, then 2 of the future" in moving.alt
-    assert "truth, sample 4" in moving.alt
-    assert "About sample 4." in moving.alt
-    assert "spread" not in moving.alt
+    assert moving.num_seen == 3
+    labels = ["video", "truth", "sample 0", "sample 1", "sample 2"]  # three samples, no spread
+    assert [one.label for one in moving.strips] == labels
+    assert [one.alt for one in moving.strips] == [f"About {label}." for label in labels]
+    assert {len(one.tiles) for one in moving.strips} == {5}
+    assert moving.shown_step_s >= 0.4  # slow enough to be followed
+
+
+def test_forecasts_of_classes_have_the_outline_of_the_truth() -> None:
+    truth = np.zeros((SIDE, SIDE, 3), np.uint8)
+    truth[5:15, 5:15] = 200
+    labels = Strip(label="label", alt="l", tiles=(truth,) * 5)
+    moving = moving_panel(panel(labels, strip("sample 1", 2, 100)), times_s=TIMES_S)
+    assert moving is not None
+    assert moving.outlined
+    label, sample = moving.strips
+    np.testing.assert_array_equal(label.tiles, labels.tiles)
+    np.testing.assert_array_equal(sample.tiles[:3], labels.tiles[:3])
+    np.testing.assert_array_equal(sample.tiles[4], outlined(np.full_like(truth, 110), truth))
+    assert sample.tiles[4][5, 10].tolist() == [255] * 3  # on the edge
+    assert sample.tiles[4][10, 10].tolist() == [110] * 3  # inside
+    assert sample.tiles[4][0, 0].tolist() == [110] * 3  # outside
 
 
 def test_a_panel_without_forecasts_does_not_move(small_page: Callable[..., str]) -> None:
     assert moving_panels([[panel(strip("truth", 5, 0))]], [TIMES_S]) == []
-    assert "Possible futures" not in small_page([])
+    assert '<figure class="film"' not in small_page([])
 
 
 def test_a_panel_that_shows_the_past_is_chosen_over_one_that_does_not() -> None:
     labels = panel(strip("label", 1, 0), strip("sample 1", 2, 0))  # of the target alone
     features = panel(strip("truth", 5, 0), strip("sample 1", 2, 0))
     (moving,) = moving_panels([[], [labels], [features]], [TIMES_S])
-    assert "side by side: truth, sample 1" in moving.alt
+    assert [one.label for one in moving.strips] == ["truth", "sample 1"]
     (moving,) = moving_panels([[labels]], [TIMES_S])
-    assert "side by side: label, sample 1" in moving.alt
+    assert [one.label for one in moving.strips] == ["label", "sample 1"]
 
 
 def test_names_cannot_break_the_page_and_motion_can_be_refused(
@@ -100,34 +119,19 @@ def test_names_cannot_break_the_page_and_motion_can_be_refused(
 ) -> None:
     whole = panel(strip("truth", 5, 0), strip('best sample"><b>', 2, 0), strip("sample 1", 2, 0))
     page = small_page([], pictures=Pictures(moving=moving_panels([[whole]], [TIMES_S])))
-    assert "Possible futures" in page
+    assert '<figure class="film"' in page
     tags: list[str] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append(tag)  # type: ignore[method-assign]
     parser.feed(page)
     assert "b" not in tags
     assert "clip" not in tags
-    assert "(prefers-reduced-motion: reduce)" in page
-
-
-def test_photographs_are_kept_small_on_the_page() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 60, (5, 112, 199, 3), dtype=np.uint8) + 90
-    strips = [Strip(label="video", alt="v", tiles=tuple(noise))]
-    strips += [Strip(label=f"sample {i}", alt="s", tiles=tuple(noise[3:])) for i in range(8)]
-    moving = moving_panel(panel(*strips), times_s=TIMES_S)
-    assert moving is not None
-    assert moving.film[1] == "webp"
-    assert len(moving.film[0]) < len(moving.gif)
-    with Image.open(io.BytesIO(moving.film[0])) as film:
-        assert getattr(film, "n_frames", 1) == 5
-    plain = moving_panel(panel(strip("truth", 5, 0), strip("sample 1", 2, 0)), times_s=TIMES_S)
-    assert plain is not None
-    assert plain.film == (plain.gif, "gif")
+    assert "(prefers-reduced-motion: no-preference)" in page
+    assert page.count('type="radio"') == 1 + len(TIMES_S)  # play, or one moment alone
 
 
 def test_names_do_not_run_into_each_other_under_narrow_tiles() -> None:
     tiles = (np.zeros((SIDE, 5, 3), np.uint8),)
-    cells = [Cell(label="a name of some length", tiles=tiles)] * 2
-    (narrow,) = draw_moments(cells, ["now"], columns=2, first_future=1)
+    strips = [Strip(label="a name of some length", alt="", tiles=tiles)] * 2
+    (narrow,) = draw_moments(strips, ["now"], columns=2, first_future=1)
     assert narrow.width > 2 * 100

@@ -19,7 +19,7 @@ from deltatok.evaluate.forecast.run import run_forecast
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TIMEOUT_S = 60.0
-WIDE, NARROW = 1280, 360
+WIDE, NARROW = 1280, 390
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, NAMES)),
@@ -87,7 +87,7 @@ class Browser:
                 return result
             self.events.append(answer)
 
-    def open(self, page: Path, *, width: int, scheme: str) -> None:
+    def open(self, page: Path, *, width: int, scheme: str, motion: str = "no-preference") -> None:
         """Load a page in a window of that width, until all of it is there; unfold all of it."""
         height, mobile = 900, width < 600
         self.events.clear()
@@ -98,7 +98,10 @@ class Browser:
             deviceScaleFactor=1,
             mobile=mobile,
         )
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": motion},
+        ]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
@@ -173,7 +176,7 @@ def test_nothing_is_wider_than_the_window(width: int, browser: Browser) -> None:
     assert browser.ask("window.innerWidth") == width
     assert browser.ask("document.documentElement.scrollWidth") <= width
     outside = """[...document.querySelectorAll('img, h1, h2, h3, p, figure, .panel, li')]
-        .filter(x => !x.closest('.wide') && x.getBoundingClientRect().right > innerWidth + 1)
+        .filter(x => !x.closest('.wide, .view') && x.getBoundingClientRect().right > innerWidth + 1)
         .map(x => x.outerHTML.slice(0, 80))"""
     assert browser.ask(outside) == []
 
@@ -198,11 +201,60 @@ def test_every_picture_is_shown_and_has_a_text(width: int, browser: Browser) -> 
     assert pictures == [[True, True]] * len(pictures)
 
 
+def test_the_first_screen_shows_what_happened(width: int, browser: Browser) -> None:
+    box = "document.querySelector('.film').getBoundingClientRect()"
+    assert browser.ask(f"{box}.bottom + scrollY") <= 900
+    tiles = browser.ask("[...document.querySelectorAll('.view')].map(x => x.clientWidth)")
+    assert min(tiles) > (128 if width == WIDE else 100)
+    if width == WIDE:
+        panels = browser.ask(
+            "[...document.querySelectorAll('.panel img')].map(x => "
+            "x.clientWidth / getComputedStyle(x).getPropertyValue('--tiles'))"
+        )
+        assert min(panels) >= 128
+
+
+def test_pictures_move_without_a_script_and_stop_where_one_chooses(
+    width: int, browser: Browser
+) -> None:
+    shown = """(() => {
+        const image = document.querySelector('.film .view img');
+        const box = image.getBoundingClientRect();
+        const view = image.parentElement.getBoundingClientRect();
+        return Math.round((view.left - box.left) / view.width * 100) / 100;
+    })()"""
+    moving = "document.querySelector('.film .view img').getAnimations()"
+    seen = set()
+    for share in (0.0, 0.15, 0.35, 0.55, 0.95):
+        browser.ask(
+            f"{moving}.forEach(x => {{ x.pause(); x.currentTime = {share} * "
+            "x.effect.getComputedTiming().duration })"
+        )
+        seen.add(browser.ask(shown))
+    assert seen == {0, 1, 3, 5, 6}
+    browser.ask("document.querySelector('.film [value=\"2\"]').click()")
+    assert browser.ask(f"{moving}.length") == 0
+    assert browser.ask(shown) == 2
+    browser.ask("document.querySelector('.film [value=play]').click()")
+    assert browser.ask(f"{moving}.length") == 1
+
+
+def test_who_wants_no_motion_sees_the_last_moment(browser: Browser, page: Path) -> None:
+    browser.open(page, width=WIDE, scheme="light", motion="reduce")
+    assert browser.ask("document.getAnimations().length") == 0
+    assert browser.ask(
+        "getComputedStyle(document.querySelector('.film')).getPropertyValue('--at')"
+    ) == browser.ask(
+        "getComputedStyle(document.querySelector('.film')).getPropertyValue('--steps')"
+    )
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_on_its_ground(browser: Browser, page: Path, scheme: str) -> None:
     browser.open(page, width=NARROW, scheme=scheme)
     colours = browser.ask(
-        """[...document.querySelectorAll('h1, p, td, th, summary, pre, figcaption, li, .name')]
+        """[...document.querySelectorAll('h1, p, td, th, summary, pre, figcaption, li, .name, '
+            + '.clock span, .clock label:not(:has(:checked)), .places strong, .places small')]
         .map(x => {
             let ground = x;
             const seen = y => getComputedStyle(y).backgroundColor;

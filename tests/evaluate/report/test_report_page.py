@@ -1,6 +1,7 @@
 """report.html: one whole file, well-formed, for everybody; and what the tables say."""
 
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.evaluate.report.rows import ReportRow, expected_order, table
 
-VOID = {"meta", "img", "source", "br", "wbr", "link"}
+VOID = {"meta", "img", "source", "br", "wbr", "link", "input"}
 
 
 class Page(HTMLParser):
@@ -85,16 +86,50 @@ def test_page_follows_dark_mode_and_phones(page_text: str) -> None:
     sources = Page(page_text).all("source")
     assert sources
     media = {source["media"] for source in sources}
-    assert media == {"(prefers-color-scheme: dark)", "(prefers-reduced-motion: reduce), print"}
+    assert media == {"(prefers-color-scheme: dark)"}
 
 
-def test_the_page_begins_with_the_result(page_text: str) -> None:
+def test_pictures_come_first_then_numbers_then_tables(page_text: str) -> None:
     page = Page(page_text)
-    kinds = [attributes.get("class") for tag, attributes in page.tags if tag in ("ul", "h2", "li")]
-    assert kinds[:3] == ["result", None, None]
-    assert kinds.index("main") < 6
+    found = [(tag, attributes.get("class")) for tag, attributes in page.tags]
+    film, result = found.index(("figure", "film")), found.index(("ul", "result"))
+    assert film < result < found.index(("table", None))
+    assert ("h2", None) not in found[:result]
+    assert ("li", "main") in found
     assert "best of 6 samples" in page.text
     assert "the target 0.2 s (short, 1 step) and 0.6 s (mid, 3 steps) later" in page.text
+
+
+def test_the_first_picture_shows_truth_best_mean_and_three_samples(page_text: str) -> None:
+    first = page_text[page_text.index('<figure class="film"') :]
+    names = re.findall("<strong>(.*?)</strong>", first[: first.index("</figure>")])
+    assert names[:3] == ["label", "best sample", "mean of samples"]
+    assert [name.split()[0] for name in names[3:6]] == ["sample"] * 3
+    assert len(set(names)) == len(names)
+
+
+def test_every_table_is_followed_by_what_it_says(page_text: str) -> None:
+    parts = re.split(r"<table(?! class=\"facts\">)", page_text)[1:]
+    assert len(parts) >= 4
+    for part in parts:
+        _, _, after = part.partition("</table>")
+        after = after[: after.index("</p>")]
+        assert 'class="reading"' in after
+        assert len(re.sub(r"<[^>]*>", " ", after).split()) > 5
+
+
+def test_a_diagnosis_stands_before_everything(small_page: Callable[..., str]) -> None:
+    found = {
+        "cause": "The tokenizer <ignores> its token.",
+        "measured": {"z_swap_ratio": 1.0123456},
+        "next_step": "Train it for more steps.",
+    }
+    page = small_page(mid(best=0.5), diagnosis=[found])
+    box = page[page.index('class="diagnosis"') : page.index('<ul class="result">')]
+    words = " ".join(re.sub(r"<[^>]*>", " ", box).split())
+    assert "The tokenizer &lt;ignores&gt; its token. z swap ratio 1.012." in words
+    assert "Next: Train it for more steps." in words
+    assert 'class="diagnosis"' not in small_page(mid(best=0.5))
 
 
 def test_names_cannot_break_the_page(page_text: str) -> None:
@@ -129,7 +164,7 @@ def test_frames_of_the_videos_are_shown(tiny: Any, caplog: pytest.LogCaptureFixt
     text = (tiny.root / "report" / "report.html").read_text()
     alts = [picture["alt"] or "" for picture in Page(text).all("img")]
     shown = [alt for alt in alts if alt.startswith("Frames of")]
-    assert len(shown) == 4  # two windows of a.mp4, in both kinds of panel
+    assert len(shown) == 6  # two windows of a.mp4, in both kinds of panel, and moving
     assert all("a.mp4" in alt for alt in shown)
     assert "sub/b.mp4 is not among --videos" in caplog.text
     assert "c.mp4: its pictures have no frames" in caplog.text

@@ -1,12 +1,19 @@
 """The pictures of a report: colours that can be compared, strips that line up, curves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from deltatok.evaluate.forecast.run import windows_to_show
-from deltatok.evaluate.report.panels import ShownWindow, class_panel, feature_panel
+from deltatok.evaluate.report.panels import (
+    ShownWindow,
+    class_panel,
+    feature_panel,
+    most_uncertain_first,
+)
 from deltatok.evaluate.report.pictures import (
     GAP,
     TILE_HEIGHT,
@@ -18,6 +25,7 @@ from deltatok.evaluate.report.pictures import (
 )
 from deltatok.evaluate.report.plots import plot_curves, read_curve
 from deltatok.shards.errors import UsageError
+from deltatok.train.models.heads import SegmentationHead, SegmentationHeadConfig
 
 GRID = (4, 5)
 
@@ -89,14 +97,39 @@ def test_panel_picture_holds_all_strips() -> None:
 
 
 def test_class_panel_shows_the_classes_that_occur() -> None:
-    def segment(tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # type: ignore[type-arg]
-        return np.full(size, 3, np.uint8)
-
-    panel = class_panel(shown(), segment, num_classes=5, class_names=("sky", "road"))
+    head = SegmentationHead(SegmentationHeadConfig(in_size=8, num_classes=5)).eval()
+    with torch.no_grad():
+        for name, values in head.named_parameters():
+            values.zero_()
+            if name.endswith("bias"):
+                values[3] = 1.0
+    panel = class_panel(shown(), head, class_names=("sky", "road"))
     assert [name for name, _ in panel.legend] == ["sky", "road", "class 3"]
     assert [strip.label for strip in panel.strips][:2] == ["label", "present"]
     assert "road 100 %" not in panel.strips[0].alt
     assert "sky 100 %" in panel.strips[0].alt
+
+
+def test_what_a_head_reads_is_smooth_and_features_are_blocks() -> None:
+    head = SegmentationHead(SegmentationHeadConfig(in_size=8, num_classes=2)).eval()
+    classes = class_panel(shown(), head, class_names=()).strips[1].tiles[0]
+    tokens = feature_panel(shown()).strips[1]
+    side = TILE_HEIGHT // GRID[0]
+    blocks = [classes[:side, :side], tokens.tiles[0][:side, :side]]
+    assert tokens.blocks
+    assert len(np.unique(blocks[1].reshape(-1, 3), axis=0)) == 1
+    rows = (classes[::side] != classes[side - 1 :: side]).any()
+    assert rows, "class maps change within a patch"
+
+
+def test_windows_whose_samples_differ_most_come_first() -> None:
+    windows = [
+        replace(shown(), title=str(value), spread=np.full((3, *GRID), value, np.float32))
+        for value in (1, 3, 2)
+    ]
+    plain = [replace(shown(), title=name, spread=None) for name in "ab"]
+    assert [w.title for w in most_uncertain_first(windows)] == ["3", "2", "1"]
+    assert [w.title for w in most_uncertain_first(plain)] == ["a", "b"]
 
 
 def test_classes_have_different_colours_and_ignore_is_grey() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltatok.shards import DeltaShards, PatchShards
-from deltatok.train.data.batches import Batch, Prefetcher, TokenizerBatches, WorldBatches
+from deltatok.train.data.batches import Batch, Prefetcher, TokenizerBatches, WindowBatches
 from deltatok.train.data.order import RankSlice
 from deltatok.train.data.residency import window_source
 
@@ -20,7 +20,8 @@ BATCH_SIZE = 4
 
 def world_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Reader, int]:
     shards = DeltaShards(folder)
-    batches = WorldBatches(
+    batches = WindowBatches(
+        shards,
         window_source(shards, residency=residency),
         np.arange(len(shards)),
         batch_size=BATCH_SIZE,
@@ -45,8 +46,8 @@ def tokenizer_reader(folder: Path, ranks: RankSlice, residency: str) -> tuple[Re
 
 
 def samples_of(batch: Batch) -> tuple[torch.Tensor, ...]:
-    if "z" in batch.tensors:  # in buffers that later batches are read into
-        return batch.tensors["z"].clone(), batch.tensors["timestamps"].clone()
+    if "tokens" in batch.tensors:  # in buffers that later batches are read into
+        return batch.tensors["tokens"].clone(), batch.tensors["timestamps"].clone()
     row, previous, current = batch.tensors["pairs"].T
     frames = batch.tensors["frames"].float()
     return frames[row, previous], frames[row, current]

@@ -1,6 +1,7 @@
 """Streaming: whole blocks in a random order; the same windows as read directly, mixed well."""
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,16 +17,19 @@ from deltatok.shards.errors import CacheMismatch
 from deltatok.shards.tools.export import export_cache
 from deltatok.train.data import residency as sources
 from deltatok.train.data.batches import Prefetcher
-from deltatok.train.data.order import StreamOrder, same_block_share
+from deltatok.train.data.order import StreamOrder
 from deltatok.train.data.residency import choose_place, window_source
 from deltatok.train.data.stream import (
+    NUM_BUFFERS,
     BufferRing,
     DeltaBlocks,
     PatchBlocks,
     StreamRows,
-    buffers_needed,
 )
 from deltatok.train.world import train_world
+
+sys.path.append(str(Path(__file__).parent))
+from shuffling import same_block_share
 
 
 def order_of(num_windows: int, block: int, **changes: Any) -> StreamOrder:
@@ -124,8 +128,8 @@ def test_a_batch_is_valid_until_so_many_further_ones_are_asked_for(
 ) -> None:
     shards = DeltaShards(deltas)
     for name in ("read", "read_any"):
-        read = getattr(window_source(shards, residency=residency, num_buffers=3), name)
-        held: deque[tuple[int, tuple[torch.Tensor, ...]]] = deque(maxlen=3)
+        read = getattr(window_source(shards, residency=residency), name)
+        held: deque[tuple[int, tuple[torch.Tensor, ...]]] = deque(maxlen=NUM_BUFFERS)
         for step in range(20):
             held.append((step, read(np.arange(step, step + 4))))
             for first, (tokens, times) in held:
@@ -139,7 +143,7 @@ def test_what_is_read_to_be_kept_is_never_written_over_nor_costs_a_batch(
     deltas: Path, residency: Any
 ) -> None:
     shards = DeltaShards(deltas)
-    source = window_source(shards, residency=residency, num_buffers=2)
+    source = window_source(shards, residency=residency)
     batch = source.read(np.arange(4))
     kept = [source.read_to_keep(np.arange(step, step + 4)) for step in range(20)]
     assert np.array_equal(batch[0].numpy(), shards.tokens(np.arange(4)))
@@ -150,17 +154,16 @@ def test_what_is_read_to_be_kept_is_never_written_over_nor_costs_a_batch(
         assert np.array_equal(times.numpy(), shards.timestamps_s(np.arange(step, step + 4)))
 
 
-@pytest.mark.parametrize("num_threads", [1, 4])
-def test_no_batch_is_written_over_while_it_is_computed_on(num_threads: int) -> None:
-    """Threads that overtake one another, and a step that looks at its batch as long as it can."""
-    ring, delays = BufferRing(buffers_needed(num_threads)), np.random.default_rng(0)
+def test_no_batch_is_written_over_while_it_is_computed_on() -> None:
+    """A step looks at its batch as long as it can."""
+    ring, delays = BufferRing(NUM_BUFFERS), np.random.default_rng(0)
 
     def read(step: int) -> torch.Tensor:
         batch = ring.take((1000,), np.dtype(np.int64))
         time.sleep(delays.uniform(0, 1e-3))
         return batch.fill_(step)
 
-    with Prefetcher(read, start=0, stop=200, num_threads=num_threads) as batches:
+    with Prefetcher(read, start=0, stop=200) as batches:
         for step in range(200):
             batch = batches.next()
             time.sleep(delays.uniform(0, 1e-3))

@@ -7,8 +7,6 @@ of what each of the two would take (two summands have no order). Else up to roun
 import dataclasses
 import fcntl
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from deltatok.train.world import train_world
 Make = Callable[..., Any]
 
 RANK = """
-import dataclasses, json, sys
+import dataclasses, json, os, socket, sys
 from pathlib import Path
 import torch
 from deltatok.shards import DeltatokError
@@ -33,16 +31,24 @@ from deltatok.train.engine import loop
 from deltatok.train import world
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.models.configs import DeltaWorldConfig
+from deltatok.train.selection.selector import Selector
 from deltatok.train.world import train_world
 def config_of(fields):
     fields["model"]["rope_axis_sizes"] = tuple(fields["model"]["rope_axis_sizes"])
     return WorldTrainConfig(**{**fields, "model": DeltaWorldConfig(**fields["model"])})
 
+with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+child = os.fork()
+rank = 0 if child else 1
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # as torchrun
+
 for fields in json.loads(sys.argv[1]):
     train_world(config_of(fields))
     assert torch.distributed.get_world_size() == 2
 
-rank, config = torch.distributed.get_rank(), config_of(fields)
+config = config_of(fields)
 folder = Path(config.out).parent
 
 # What only one rank meets: each of these must end both, with one exit code.
@@ -54,7 +60,7 @@ def full(*given, **named):
 
 endings = {}
 for name, patched, attribute, broken in (
-    ("regret", world.Selector, "_measure", measured),
+    ("regret", Selector, "_measure", measured),
     ("disk", loop, "save_checkpoint", full),
     ("held", None, "", None),
 ):
@@ -77,29 +83,13 @@ world.DeltaWorldObjective.evaluate = lambda self: {"validation_best_loss": next(
 changed = {"steps": 3, "eval_every": 1, "save_every": 9}
 train_world(dataclasses.replace(config, out=str(folder / "differing"), **changed))
 torch.distributed.destroy_process_group()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def train_on_two_ranks(configs: list[WorldTrainConfig], tmp_path: Path) -> None:
-    """One after the other, in one launch."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    runs = json.dumps([dataclasses.asdict(config) for config in configs])
-    launched = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(script), runs),
-        ]
-    )
-    try:
-        assert launched.wait(timeout=100) == 0
-    finally:
-        launched.terminate()  # it ends its ranks; killed, it would leave them
-        launched.wait()
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path, run_program: Make) -> Path:
     """Folder of the runs, 6 steps of batch 8 each: `one` and `two` ranks; `portions`: one rank
     that takes 4 windows at a time; `moved`: 2 steps so on one rank, 2 on two, 2 on one; `paused`:
     two ranks that stop after 3 steps and go on; and what else RANK does there."""
@@ -141,15 +131,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path) -> Path:
     (folder / "held").mkdir()
     with (folder / "held" / LOCK).open("wb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        train_on_two_ranks(
-            [
-                config("two"),
-                config("moved", steps=4),
-                config("paused", steps=3),
-                config("paused"),
-            ],
-            folder,
-        )
+        configs = [
+            config("two"),
+            config("moved", steps=4),
+            config("paused", steps=3),
+            config("paused"),
+        ]
+        fields = json.dumps([dataclasses.asdict(config) for config in configs])
+        (folder / "ranks.py").write_text(RANK)
+        ended = run_program(folder / "ranks.py", fields)
+        assert ended.returncode == 0, ended.stderr
     train_world(config("moved", micro_batch_size=4))
     return folder
 

@@ -31,7 +31,7 @@ def plain_select_one_by_one(
     """The same by one teacher-forced pass, the training step's own, a sample."""
     losses = []
     for sample in range(noise.shape[2]):
-        prediction = world.teacher_forced(z, timestamps, noise[:, :, sample])
+        prediction = world(z, timestamps, noise[:, :, sample])
         losses.append(smooth_l1(prediction, z[:, 1:]).mean(dim=2))
     stacked = torch.stack(losses, dim=2)
     return stacked.argmin(dim=2), stacked
@@ -44,7 +44,7 @@ def plain_select_patches(
     """The same for DINO-world, x (B, T, N, D): one teacher-forced pass a sample."""
     losses = []
     for sample in range(noise.shape[2]):
-        prediction = world.teacher_forced(x, timestamps, noise[:, :, sample], grid=grid)
+        prediction = world(x, timestamps, noise[:, :, sample], grid=grid)
         losses.append(smooth_l1(prediction, x[:, 1:]).mean(dim=(2, 3)))
     stacked = torch.stack(losses, dim=2)
     return stacked.argmin(dim=2), stacked
