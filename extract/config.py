@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..shards.errors import UsageError
-from ..shards.sampling import SamplingPolicy
+from ..shards.sampling import KINETICS_STRIDE_RANGE_S, SamplingPolicy
 
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _BYTES = {"": 1.0, "b": 1.0} | {
@@ -152,9 +152,6 @@ def positive(value: float) -> bool:
 
 DecoderChoice = Literal["auto", "decord", "torchcodec", "pyav"]
 """Who tries a video first; PyAV reads what the others cannot be trusted with."""
-
-KINETICS_STRIDE_RANGE_S = (1 / 25, 1 / 3)
-"""The paper's gaps between the frames of a training window, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,10 +51,9 @@ from ..shards.plan import make_plan, num_shards, plan_order
 from ..shards.records import Quarantined, quarantined_of, read_all_done
 from ..shards.tools.export import ClipSelection, export_cache
 from ..train.config import TokenizeConfig
-from ..train.encode import write_deltas
+from ..train.encode import draws_of, write_deltas
 from .commands.extract import VideosConfig
 from .fused import DeltaShardWriter
-from .uniform_draws import UniformDraws
 
 SAMPLE_CLIPS = 16
 """Clips that are tried, as far as BUDGET_S allows; at least SAMPLE_CLIPS_PER_WORKER for every
@@ -220,7 +219,7 @@ def plan_extraction(
 
 def plan_encoding(config: TokenizeConfig, *, num_clips: int | None = None) -> CostPlan:
     """What `--patches --tokenizer` would take, from encoding the windows of `num_clips` clips."""
-    patches, draws = PatchShards(config.patches), UniformDraws.from_config(config)
+    patches, draws = PatchShards(config.patches), draws_of(config)
     order = plan_order(patches.keys, seed=config.seed or 0)
 
     def try_out(count: int, out: Path) -> _Trial:

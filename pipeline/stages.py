@@ -263,7 +263,8 @@ def run_pipeline(pipeline: Pipeline, *, life: SignOfLife | None = None) -> dict[
         start = time.monotonic()
         code = COMMANDS[stage.command](["--config", str(file)])
         if code:
-            raise StageFailed(f"stage {stage.name} ended with exit code {code}", code)
+            hint = ": --again makes it anew" if code == CacheMismatch.exit_code else ""
+            raise StageFailed(f"stage {stage.name} ended with exit code {code}{hint}", code)
         seconds = round(time.monotonic() - start, 2)
         state[stage.name]["seconds"] = seconds
         write_json(out / "stages.json", state)

@@ -43,6 +43,9 @@ Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
+KINETICS_STRIDE_RANGE_S = (1 / 25, 1 / 3)
+"""The paper's gaps between the frames of a training window, in seconds."""
+
 CROP_TRIES = 10
 """Tries before the central crop, as torchvision's RandomResizedCrop has it."""
 
@@ -147,6 +150,46 @@ def draw_windows(
         flipped = draws.flip < policy.flip_probability
         windows.append(_window(row, timestamps_s, crop=crop, flipped=flipped))
     return windows
+
+
+class UniformDraws:
+    """Training windows drawn among the stored frames of a `uniform` cache: the paper's gaps and
+    starts by the rule and random numbers of `draw_windows`, but the nearest stored frame, the whole
+    frame and no flip, since crops and flips are made on pixels, which are gone."""
+
+    def __init__(self, *, num_windows: int, num_frames: int, seed: int) -> None:
+        self.num_windows = num_windows
+        self.num_frames = num_frames
+        self._policy = SamplingPolicy(
+            policy="windows",
+            num_frames=num_frames,
+            num_windows=num_windows,
+            time_stride_range=KINETICS_STRIDE_RANGE_S,
+            crop_scale=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+            flip_probability=0.0,
+            fps=None,
+            seed=seed,
+            min_frames=1,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """`sampling` of the cache identity: the deviation from `windows`, in words that a reader of
+        cache.json understands."""
+        return {
+            "policy": "windows from uniform",
+            "num_windows": self.num_windows,
+            "num_frames": self.num_frames,
+            "time_stride_range": list(self._policy.time_stride_range),
+            "frames": "the nearest stored frame; no crop, no flip",
+            "seed": self._policy.seed,
+        }
+
+    def rows(self, key: str, timestamps_s: Float64) -> Int64:
+        """int64 (num_windows, T) into the clip's stored frames, whose times float64 (F,) increase
+        from 0; a function of (seed, key, window)."""
+        draws = draw_windows(self._policy, key, timestamps_s, height=1, width=1)
+        return np.array([draw.frame_index for draw in draws], dtype=np.int64)
 
 
 def sample_frame_indices(timestamps_s: Float32, *, gaps_s: Float32, start_fraction: float) -> Int64:

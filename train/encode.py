@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +48,9 @@ from ..shards.records import (
     shard_path,
     write_quarantine,
 )
+from ..shards.sampling import UniformDraws
 from ..shards.windows import ShardRows
-from .config import TokenizeConfig
+from .config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
 from .data.batches import Prefetcher
 from .data.order import Indices
 from .engine.devices import Accelerator, make_accelerator
@@ -59,25 +60,6 @@ from .engine.model_folder import (
     weights_sha256,
 )
 from .models.deltatok import DeltaTok
-
-
-class WindowDraws(Protocol):
-    """How training windows are drawn among the stored frames of a clip.
-
-    pipeline/ makes one of extract/'s sampling, which train/ does not know.
-    """
-
-    num_windows: int
-    """Windows of a clip."""
-    num_frames: int
-    """T."""
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the draws, as plain JSON values: `sampling` of the cache identity."""
-
-    def rows(self, key: str, timestamps_s: NDArray[np.float64]) -> Indices:
-        """int64 (num_windows, T) into the clip's stored frames, whose times float64 (F,) increase
-        from 0. A function of the arguments and of `identity` alone."""
 
 
 class ShardPart(NamedTuple):
@@ -117,7 +99,7 @@ def stored_windows(patches: PatchShards, part: ShardPart) -> FramePicks:
     return FramePicks(window, frame, clip.astype(np.int32))
 
 
-def drawn_windows(patches: PatchShards, part: ShardPart, draws: WindowDraws) -> FramePicks:
+def drawn_windows(patches: PatchShards, part: ShardPart, draws: UniformDraws) -> FramePicks:
     """`draws.num_windows` windows of every clip of the shard, clip after clip, drawn among all
     frames that are stored of the clip, whatever windows they are stored in."""
     table = patches.table()
@@ -175,7 +157,7 @@ def describe_deltas(
     *,
     autocast_dtype: str,
     parent_fingerprint: str | None,
-    draws: WindowDraws | None = None,
+    draws: UniformDraws | None = None,
 ) -> CacheInfo:
     """cache.json of the delta tokens of these patch tokens under this tokenizer.
 
@@ -214,7 +196,16 @@ def describe_deltas(
     )
 
 
-def write_deltas(config: TokenizeConfig, *, draws: WindowDraws | None = None) -> CacheInfo:
+def draws_of(config: TokenizeConfig) -> UniformDraws:
+    """What the flags ask for, or their defaults."""
+    return UniformDraws(
+        num_windows=DRAWN_WINDOWS if config.num_windows is None else config.num_windows,
+        num_frames=DRAWN_FRAMES if config.num_frames is None else config.num_frames,
+        seed=config.seed or 0,
+    )
+
+
+def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -> CacheInfo:
     """Write the delta-token cache, or what is missing of it; gives its cache.json.
 
     A patch cache that was appended to gives new shards to its delta cache; nothing old is touched.
@@ -305,7 +296,7 @@ class _Encoder:
     patches: PatchShards
     config: TokenizeConfig
     accelerator: Accelerator
-    draws: WindowDraws | None
+    draws: UniformDraws | None
 
     def num_windows(self, part: ShardPart) -> int:
         """How many windows the delta shard of this patch shard has."""
@@ -359,8 +350,8 @@ class _Encoder:
 
 
 def _draws_for(
-    patches: PatchShards, config: TokenizeConfig, draws: WindowDraws | None
-) -> WindowDraws | None:
+    patches: PatchShards, config: TokenizeConfig, draws: UniformDraws | None
+) -> UniformDraws | None:
     """`draws` for a uniform cache, None for any other."""
     policy = patches.info.identity.get("sampling", {}).get("policy")
     if policy == "uniform":

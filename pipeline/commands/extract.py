@@ -183,10 +183,10 @@ def from_dataset(config: "DatasetConfig") -> str:
 
 def from_patches(config: "TokenizeConfig") -> str:
     """Makes the cache; gives what it is."""
-    from ...train.encode import write_deltas
-    from ..uniform_draws import UniformDraws
+    with SignOfLife("starting"):
+        from ...train.encode import draws_of, write_deltas
 
-    write_deltas(config, draws=UniformDraws.from_config(config))
+    write_deltas(config, draws=draws_of(config))
     return "delta-token shards"
 
 

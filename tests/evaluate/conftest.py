@@ -1,7 +1,8 @@
 """A tiny evaluation: a uniform patch cache, models and labels, all made by code in kilobytes."""
 
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from deltatok.evaluate.forecast.config import ForecastConfig
 from deltatok.evaluate.forecast.sequences import SequenceScores
+from deltatok.evaluate.report import plots
 from deltatok.evaluate.report.paper_rows import PaperComparison
 from deltatok.evaluate.report.rows import ReportRow
 from deltatok.evaluate.report.write import Pictures, Report, report_page
@@ -64,6 +68,24 @@ class TinyEvaluation:
         return ForecastConfig(**settings | changes)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_pixels_of_plots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Laying out the one plot of a tiny evaluation is four fifths of its time. Where pages are
+    tested (report/) it is done; elsewhere a plot is drawn and has one pixel."""
+
+    pixel = io.BytesIO()
+    Image.new("RGBA", (1, 1)).save(pixel, "png")
+
+    def render(draw: Callable[[Figure, dict[str, str]], None], ink: dict[str, str]) -> bytes:
+        draw(Figure(layout="constrained"), ink)
+        return pixel.getvalue()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "report" not in request.path.parts:
+            patch.setattr(plots, "_render", render)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_evaluation(tmp_path_factory: pytest.TempPathFactory) -> TinyEvaluation:
     """The tiny evaluation; tests must leave its folders as they are and write elsewhere."""
@@ -100,8 +122,11 @@ def identity(policy: str, backbone: str) -> dict[str, Any]:
     }
 
 
-def write_cache(folder: Path, *, policy: str, backbone: str) -> None:
-    """Five windows of three clips in two shards; features drift, as those of a video do."""
+def write_cache(
+    folder: Path, *, policy: str, backbone: str, tokens: np.ndarray[Any, Any] | None = None
+) -> None:
+    """Five windows of three clips in two shards; features drift, as those of a video do, or are
+    `tokens` (5, T, N, D)."""
     rng = np.random.default_rng(0)
     num_tokens = GRID[0] * GRID[1]
     shape = CacheShape(
@@ -119,8 +144,11 @@ def write_cache(folder: Path, *, policy: str, backbone: str) -> None:
         first = rng.normal(size=(len(clip), 1, num_tokens, HIDDEN_SIZE))
         drift = rng.normal(size=(len(clip), NUM_FRAMES, num_tokens, HIDDEN_SIZE)).cumsum(axis=1)
         index = np.stack([np.arange(NUM_FRAMES) * 6 + 3 * i for i in range(len(clip))])
+        features = first + 0.3 * drift
+        if tokens is not None:
+            features, tokens = tokens[: len(clip)], tokens[len(clip) :]
         rows = ShardRows(
-            tokens=(first + 0.3 * drift).astype(np.float16),
+            tokens=features.astype(np.float16),
             timestamps_s=((index + LATE) / 30).astype(np.float32),
             frame_index=index.astype(np.int32),
             crop=np.tile(np.array([0, 0, 90, 160], np.float32), (len(clip), 1)),

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.extract.config import KINETICS_STRIDE_RANGE_S
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.commands.train import main as train
-from deltatok.pipeline.uniform_draws import UniformDraws
 from deltatok.shards import DeltaShards, PatchShards, UsageError
 from deltatok.shards.files import sha256_file
+from deltatok.shards.sampling import KINETICS_STRIDE_RANGE_S, UniformDraws
 from deltatok.shards.tools.verify import verify_cache
 from deltatok.train.config import TokenizeConfig
 from deltatok.train.encode import write_deltas

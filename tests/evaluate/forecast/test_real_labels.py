@@ -87,7 +87,9 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not FRAMES.is_dir(), reason="no ../shared/eval beside the repository")
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name", ["camvid", "7scenes", pytest.param("davis", marks=pytest.mark.slow)]
+)
 def test_bounds_on_real_frames_equal_an_independent_computation(
     name: str, tmp_path: Path, backbone_folder: Path, make: Any
 ) -> None:
