@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from ..shards.devices import DEVICES, choose_device, precision_name
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.evaluation.labels import ClipLabels
 from ..shards.evaluation.targets import last_frames
-from ..shards.files import write_json
+from ..shards.files import make_folder, write_json
 from ..shards.patches.reader import PatchShards
 from ..shards.tools.info import describe_cache
 from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
 from ..train.models.heads import SegmentationHead
-from .forecast.models import check_patches, check_width
-from .forecast.scores import class_counts, class_map, confusion_matrix
+from .forecast.models import check_model
+from .forecast.scores import class_counts, confusion_matrix, read_maps
 from .forecast.sequences import values
 from .tables import markdown_table
 
@@ -49,40 +49,16 @@ def match_windows(
     unless both hold the same windows of the same videos through the same backbone; `storage` may
     differ.
     """
-    compare(_compared(patches), _compared(reference), what_got=names[0], what_wanted=names[1])
+    described = [
+        {name: value for name, value in cache.info.identity.items() if name != "storage"}
+        | {"shape": asdict(cache.info.shape)}
+        for cache in (patches, reference)
+    ]
+    compare(*described, what_got=names[0], what_wanted=names[1])
     ours, theirs = _windows(patches), _windows(reference)
     our_order = sorted(range(len(ours)), key=ours.__getitem__)
     their_order = sorted(range(len(theirs)), key=theirs.__getitem__)
-    _check_clips(ours, theirs, names=names)
-    for one, other in zip(our_order, their_order, strict=True):
-        if ours[one] != theirs[other]:
-            pairs = zip(("clip", *COLUMNS), ours[one], theirs[other], strict=True)
-            field = next(name for name, mine, its in pairs if mine != its)
-            raise CacheMismatch(
-                f"{names[0]}: {field} of a window of clip {ours[one][0]!r} differs from "
-                f"{names[1]}: both must be extracted from the same videos with the same seed"
-            )
-    return np.array(our_order, dtype=np.int64), np.array(their_order, dtype=np.int64)
-
-
-def _compared(cache: PatchShards) -> dict[str, Any]:
-    identity = {name: value for name, value in cache.info.identity.items() if name != "storage"}
-    return identity | {"shape": asdict(cache.info.shape)}
-
-
-def _windows(cache: PatchShards) -> list[tuple[Any, ...]]:
-    """Of every window the clip's key and the bytes of each of COLUMNS."""
-    table, keys = cache.table(), cache.keys
-    columns = [[row.tobytes() for row in getattr(table, name)] for name in COLUMNS]
-    clips = [keys[clip] for clip in table.clip.tolist()]
-    return list(zip(clips, *columns, strict=True))
-
-
-def _check_clips(
-    ours: list[tuple[Any, ...]], theirs: list[tuple[Any, ...]], *, names: tuple[str, str]
-) -> None:
-    """Raises CacheMismatch unless both have the same clips, and as many windows."""
-    our_clips, their_clips = {window[0] for window in ours}, {window[0] for window in theirs}
+    our_clips, their_clips = ({window[0] for window in windows} for windows in (ours, theirs))
     if different := sorted(our_clips ^ their_clips):
         where = names[0] if different[0] in our_clips else names[1]
         raise CacheMismatch(
@@ -94,20 +70,27 @@ def _check_clips(
             f"{names[0]}: windows is {len(ours)}, but {len(theirs)} in {names[1]}: both must be "
             "extracted from the same videos with the same settings"
         )
+    for one, other in zip(our_order, their_order, strict=True):
+        if ours[one] != theirs[other]:
+            pairs = zip(("clip", *COLUMNS), ours[one], theirs[other], strict=True)
+            field = next(name for name, mine, its in pairs if mine != its)
+            raise CacheMismatch(
+                f"{names[0]}: {field} of a window of clip {ours[one][0]!r} differs from "
+                f"{names[1]}: both must be extracted from the same videos with the same seed"
+            )
+    return np.array(our_order, dtype=np.int64), np.array(their_order, dtype=np.int64)
+
+
+def _windows(cache: PatchShards) -> list[tuple[Any, ...]]:
+    """Of every window the clip's key and the bytes of each of COLUMNS."""
+    table, keys = cache.table(), cache.keys
+    columns = [[row.tobytes() for row in getattr(table, name)] for name in COLUMNS]
+    clips = [keys[clip] for clip in table.clip.tolist()]
+    return list(zip(clips, *columns, strict=True))
 
 
 Pair = tuple[float | None, float | None]
 """A metric of the cache that is judged and of its reference."""
-
-
-class Judge(Protocol):
-    """One way to look at the two caches."""
-
-    def add(self, numbers: NDArray[np.int64], ours: Tensor, theirs: Tensor) -> None:
-        """Takes in windows; `numbers`: theirs in the reference cache, int64 (B,)."""
-
-    def results(self) -> dict[str, Pair]:
-        """Metric -> its values, of everything so far."""
 
 
 @dataclass
@@ -124,6 +107,8 @@ class TokenErrors:
     smallest: float = 1.0
 
     def add(self, _: NDArray[np.int64], ours: Tensor, theirs: Tensor) -> None:
+        """Takes in windows (B, T, N, D) of both caches, and their numbers (B,) in the reference."""
+
         def square(values: Tensor) -> Tensor:
             return values.square().sum(dim=-1).cpu().double()
 
@@ -141,6 +126,7 @@ class TokenErrors:
         self.smallest = min(self.smallest, float(cosine.min()))
 
     def results(self) -> dict[str, Pair]:
+        """Metric -> its values, of everything so far."""
         relative = _root_ratio(self.error, self.size)
         change = self.change / self.num_changes if self.num_changes else 0.0
         against_change = _root_ratio(self.error / self.num_frames, change)
@@ -196,11 +182,11 @@ class SegmentationJudge:
                 label = self._labels.frame(self._keys[self._clips[number]], index)
                 size = (label.shape[0], label.shape[1])
                 for x, counts in zip((ours, theirs), self._counts, strict=True):
-                    grid = self._cache.grid
-                    classes = class_map(self._head, x[row, frame], grid=grid, size=size)
-                    truth = torch.from_numpy(label).to(classes)
+                    tokens, grid = x[row, frame][None], self._cache.grid
+                    classes = read_maps(self._head, tokens, grid=grid, size=size).argmax(dim=1)
+                    truth = torch.from_numpy(label)[None].to(classes)
                     counts += class_counts(
-                        confusion_matrix(classes[None], truth[None], num_classes=self._num_classes)
+                        confusion_matrix(classes, truth, num_classes=self._num_classes)
                     )
 
     def results(self) -> dict[str, Pair]:
@@ -304,7 +290,7 @@ def run_cache_fidelity(config: CacheFidelityConfig) -> dict[str, Any]:
     }
     if config.out is not None:
         try:
-            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(Path(config.out).parent, flag="--out")
             write_json(Path(config.out), result)
         except OSError as error:
             raise UsageError(f"--out {config.out}: cannot be written ({error.strerror})") from None
@@ -341,14 +327,16 @@ def _batches(
         yield theirs, first, second
 
 
-def _judges(config: CacheFidelityConfig, cache: PatchShards, device: torch.device) -> list[Judge]:
-    judges: list[Judge] = [TokenErrors()]
+def _judges(
+    config: CacheFidelityConfig, cache: PatchShards, device: torch.device
+) -> list[TokenErrors | Reconstruction | SegmentationJudge]:
+    """The ways to look at the two caches; `cache` is the reference."""
+    judges: list[TokenErrors | Reconstruction | SegmentationJudge] = [TokenErrors()]
     if config.tokenizer is not None:
         if cache.shape[0] < 2:
             raise UsageError("--tokenizer: windows of one frame have no pairs to reconstruct")
         tokenizer = DeltaTok.from_pretrained(config.tokenizer, device=device)
-        check_width("tokenizer", config.tokenizer, tokenizer.config.hidden_size, cache.info)
-        check_patches("tokenizer", config.tokenizer, cache.info)
+        check_model("tokenizer", config.tokenizer, tokenizer, cache.info)
         bfloat16 = precision_name(config.autocast, device) == "bfloat16"
         judges.append(Reconstruction(tokenizer, grid=cache.grid, bfloat16=bfloat16))
     if config.head is not None and config.labels is not None:
@@ -360,8 +348,7 @@ def _judges(config: CacheFidelityConfig, cache: PatchShards, device: torch.devic
             fields=["sampling.policy"],
         )
         head = SegmentationHead.from_pretrained(config.head, device=device)
-        check_width("head", config.head, head.config.in_size, cache.info)
-        check_patches("head", config.head, cache.info)
+        check_model("head", config.head, head, cache.info)
         labels = ClipLabels(
             config.labels,
             last_frames=last_frames(cache),

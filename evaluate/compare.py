@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ..shards.cache import flatten
 from ..shards.errors import CacheMismatch, UsageError
-from ..shards.files import read_text, write_bytes, write_json
-from ..shards.schema import is_number
+from ..shards.files import make_folder, read_text, write_bytes, write_json
 from .forecast.intervals import Estimate, Resamples
 from .forecast.sequences import Score, SequenceScores, read_sequences
 from .report.html import render_page, value_text
@@ -109,12 +107,9 @@ class ComparedReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(Estimate):
     """One report's number minus the first one's."""
 
-    value: float
-    low: float | None
-    high: float | None
     verdict: str
     """`better` or `worse` where the interval does not hold 0, else `unclear`."""
 
@@ -141,8 +136,6 @@ class Comparison:
     rows: list[ComparedRow]
     differing: dict[str, list[Any]]
     """Setting or origin -> its value in each report, where they differ."""
-    best_of_k: dict[str, list[dict[str, Any]]]
-    """Name -> the report's curve."""
 
 
 def run_compare(config: CompareConfig) -> Comparison:
@@ -158,11 +151,7 @@ def run_compare(config: CompareConfig) -> Comparison:
     for other in runs[1:]:
         check_comparable(runs[0], other)
     found = compare_runs(runs, seed=config.seed)
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be made ({error.strerror})") from None
+    out = make_folder(config.out, flag="--out")
     (out / "compare.json").unlink(missing_ok=True)
     write_bytes(out / "compare.md", compare_markdown(found).encode())
     write_bytes(out / "compare.html", compare_page(found).encode())
@@ -219,7 +208,6 @@ def compare_runs(runs: Sequence[ComparedReport], *, seed: int) -> Comparison:
         num_paired=len(paired),
         rows=[row for row in rows if any(value is not None for value in row.values)],
         differing=_differing(runs),
-        best_of_k={run.name: list(run.report.get("best_of_k", [])) for run in runs},
     )
 
 
@@ -291,8 +279,6 @@ def _read_run(folder: str, name: str) -> ComparedReport:
         ) from None
     if not isinstance(report, dict) or not {"rows", "config", "provenance"} <= report.keys():
         raise UsageError(f"{path}: no report of deltatok-evaluate forecast")
-    if not _is_curve(report.get("best_of_k", [])):
-        raise UsageError(f"{path}: best_of_k is no curve; evaluate again")
     scores = read_sequences(Path(folder))
     found = sum(scores.windows.values())
     if report.get("num_windows", found) != found:  # a file cut off after a line reads well
@@ -301,16 +287,6 @@ def _read_run(folder: str, name: str) -> ComparedReport:
             f"{report['num_windows']!r}: they are not of one run, or one is cut off; evaluate again"
         )
     return ComparedReport(name=name, folder=folder, report=report, scores=scores)
-
-
-def _is_curve(value: Any) -> bool:
-    """Whether it is the best_of_k of a report: points of horizon, k and loss."""
-    return isinstance(value, list) and all(
-        isinstance(point, dict)
-        and point.get("horizon") in HORIZONS
-        and all(is_number(point.get(key)) for key in ("k", "feature_loss"))
-        for point in value
-    )
 
 
 def compare_markdown(found: Comparison) -> str:
@@ -324,7 +300,6 @@ def compare_markdown(found: Comparison) -> str:
 
 def compare_page(found: Comparison) -> str:
     """The whole page, nothing fetched."""
-    has_curves = sum(bool(curve) for curve in found.best_of_k.values()) > 1
     values = {
         "title": _title(found),
         "summary": _summary(found),
@@ -333,7 +308,6 @@ def compare_page(found: Comparison) -> str:
         "missing": _missing(found),
         "differences": _difference_plot(found),
         "tables": tables(found),
-        "best_of_k": _curve_plot(found) if has_curves else None,
         "settings": _settings(found),
         "folders": {run["name"]: run["folder"] for run in found.runs},
     }
@@ -478,32 +452,4 @@ def _draw_differences(
         axes.set(xlabel=f"{METRIC_TITLES[metric]} - that of {names[0]}", title=horizon)
     for i, name in enumerate(names[1:]):
         figure.axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
-    legend_below(figure, columns=3)
-
-
-def _curve_plot(found: Comparison) -> Plot:
-    lines = [
-        f"{name}, {horizon}: {points[-1]['feature_loss']:.4g} with {points[-1]['k']}"
-        for name, curve in found.best_of_k.items()
-        for horizon in HORIZONS
-        if (points := [point for point in curve if point["horizon"] == horizon])
-    ]
-    alt = "Feature loss of the best of k samples. " + "; ".join(lines) + "."
-    return draw_plot(functools.partial(_draw_curves, curves=found.best_of_k), alt=alt)
-
-
-def _draw_curves(
-    figure: Figure, ink: dict[str, str], *, curves: dict[str, list[dict[str, Any]]]
-) -> None:
-    for panel, horizon in enumerate(HORIZONS):
-        axes = figure.add_subplot(1, len(HORIZONS), panel + 1)
-        for i, (name, curve) in enumerate(curves.items()):
-            points = [point for point in curve if point["horizon"] == horizon]
-            x, y = ([point[key] for point in points] for key in ("k", "feature_loss"))
-            if points:
-                axes.plot(x, y, color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
-        axes.set(xlabel="samples k", title=horizon)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.axes[0].set_ylabel("feature loss")
     legend_below(figure, columns=3)

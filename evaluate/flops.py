@@ -5,12 +5,12 @@ default. `paper_table_b` counts norms and activations as well, as the paper's Ta
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
@@ -95,14 +95,10 @@ def count_flops(run: Callable[[], Any], *, count_all: bool = False) -> int:
 def flops_rows(config: FlopsConfig) -> list[FlopsRow]:
     """Every part for one frame size, as released, and what is saved here at equal output."""
     with torch.device("meta"):
-        tokenizer, world, backbone = (
-            DeltaTok(config.tokenizer),
-            DeltaWorldNetwork(config.world),
-            _vit(config),
-        )
-    frame = count_flops(partial(_run_backbone, backbone, config))
-    encode = count_flops(partial(_run_encoder, tokenizer, config, only_z=False))
-    encode_here = count_flops(partial(_run_encoder, tokenizer, config, only_z=True))
+        tokenizer, world = DeltaTok(config.tokenizer), DeltaWorldNetwork(config.world)
+    frame = count_flops(partial(_run_backbone, config))
+    encode = count_flops(partial(_run_released_encoder, tokenizer, config))
+    encode_here = count_flops(partial(_run_encoder, tokenizer, config))
     decode = count_flops(partial(_run_decoder, tokenizer, config))
     frames = (config.num_frames + 1) * frame
     encodes = config.num_frames * encode
@@ -114,12 +110,12 @@ def flops_rows(config: FlopsConfig) -> list[FlopsRow]:
         "encoder, a pair (released)": encode,
         "encoder, a pair (here: last block computes z only)": encode_here,
         "decoder, a frame": decode,
-    }
-    for context in CONTEXTS:
-        rows[f"predictor, one sample, {context} context tokens"] = count_flops(
-            partial(_run_predictor, world, context)
-        )
-    rows |= {
+        **{
+            f"predictor, one sample, {context} context tokens": count_flops(
+                partial(_run_predictor, world, context)
+            )
+            for context in CONTEXTS
+        },
         f"window: backbone, {config.num_frames} frames + 1 black": frames,
         f"window: encode {config.num_frames} pairs (released)": encodes,
         f"window: selection, K = {config.world.num_samples_train}": selection,
@@ -136,15 +132,7 @@ def flops_rows(config: FlopsConfig) -> list[FlopsRow]:
 def paper_table_b(config: FlopsConfig) -> list[FlopsRow]:
     """The paper's Table B for a frame size (it used 256): decoder of plain blocks and predictor,
     norms and activations counted."""
-    plain = DeltaTokConfig(
-        hidden_size=config.tokenizer.hidden_size,
-        num_hidden_layers=config.tokenizer.num_hidden_layers,
-        num_attention_heads=config.tokenizer.num_attention_heads,
-        intermediate_size=config.tokenizer.intermediate_size,
-        use_qk_norm=False,
-        use_gated_attn=False,
-        use_swiglu=False,
-    )
+    plain = replace(config.tokenizer, use_qk_norm=False, use_gated_attn=False, use_swiglu=False)
     with torch.device("meta"):
         tokenizer, world = DeltaTok(plain), DeltaWorldNetwork(config.world)
     rows = [
@@ -168,70 +156,62 @@ def flops_table(columns: Sequence[tuple[str, Sequence[FlopsRow]]]) -> str:
     return markdown_table(header, body) + "\n"
 
 
-def _vit(config: FlopsConfig) -> nn.Module:
-    """The backbone; its weights do not matter, only its products."""
-    model: nn.Module = DINOv3ViTModel(
-        DINOv3ViTConfig(
-            hidden_size=config.tokenizer.hidden_size,
-            num_hidden_layers=config.backbone_layers,
-            num_attention_heads=config.tokenizer.num_attention_heads,
-            intermediate_size=config.tokenizer.intermediate_size,
-            patch_size=config.patch_size,
-            num_register_tokens=config.num_register_tokens,
+def _run_backbone(config: FlopsConfig) -> None:
+    with torch.device("meta"), torch.no_grad():
+        backbone = DINOv3ViTModel(
+            DINOv3ViTConfig(
+                hidden_size=config.tokenizer.hidden_size,
+                num_hidden_layers=config.backbone_layers,
+                num_attention_heads=config.tokenizer.num_attention_heads,
+                intermediate_size=config.tokenizer.intermediate_size,
+                patch_size=config.patch_size,
+                num_register_tokens=config.num_register_tokens,
+            )
         )
-    )
-    return model
+        backbone(pixel_values=torch.empty(1, 3, config.frame_size, config.frame_size))
 
 
-def _run_backbone(backbone: nn.Module, config: FlopsConfig) -> None:
-    with torch.no_grad():
-        backbone(pixel_values=_meta(1, 3, config.frame_size, config.frame_size))
-
-
-def _run_encoder(tokenizer: DeltaTok, config: FlopsConfig, *, only_z: bool) -> None:
-    """only_z: as encode runs; else every block on every token, as the released code does."""
+@torch.no_grad()
+def _run_encoder(tokenizer: DeltaTok, config: FlopsConfig) -> None:
     x = _features(config)
-    with torch.no_grad():
-        if only_z:
-            tokenizer.encode(x, x, grid=config.grid)
-            return
-        rope = patch_rope(
-            config.grid,
-            head_dim=config.tokenizer.head_dim,
-            theta=config.tokenizer.rope_theta,
-            device=x.device,
-        )
-        num_frames = 2 if config.tokenizer.use_delta else 1
-        tokens = _meta(1, 1 + num_frames * x.shape[1], x.shape[2])
-        for block in tokenizer.encoder_blocks:
-            tokens = block(tokens, with_prefix(rope, num_frames=num_frames))
+    tokenizer.encode(x, x, grid=config.grid)
 
 
+@torch.no_grad()
+def _run_released_encoder(tokenizer: DeltaTok, config: FlopsConfig) -> None:
+    """Every block on every token, of which `encode` leaves out what only z is read from."""
+    x = _features(config)
+    rope = patch_rope(
+        config.grid,
+        head_dim=config.tokenizer.head_dim,
+        theta=config.tokenizer.rope_theta,
+        device=x.device,
+    )
+    num_frames = 2 if config.tokenizer.use_delta else 1
+    tokens = _meta(1, 1 + num_frames * x.shape[1], x.shape[2])
+    for block in tokenizer.encoder_blocks:
+        tokens = block(tokens, with_prefix(rope, num_frames=num_frames))
+
+
+@torch.no_grad()
 def _run_decoder(tokenizer: DeltaTok, config: FlopsConfig) -> None:
-    with torch.no_grad():
-        tokenizer.decode(
-            _meta(1, config.tokenizer.hidden_size), _features(config), grid=config.grid
-        )
+    tokenizer.decode(_meta(1, config.tokenizer.hidden_size), _features(config), grid=config.grid)
 
 
+@torch.no_grad()
 def _run_predictor(world: DeltaWorldNetwork, context: int) -> None:
     """One sample's next token."""
-    config = world.config
-    with torch.no_grad():
-        world.predict(
-            _meta(1, 1, config.predictor_hidden_size),
-            _meta(1, 1),
-            _meta(1, context, config.hidden_size),
-            _meta(1, context),
-        )
+    queries = _meta(1, 1, world.config.predictor_hidden_size)
+    z, times = _meta(1, context, world.config.hidden_size), _meta(1, context)
+    world.predict(queries, _meta(1, 1), z, times)
 
 
+@torch.no_grad()
 def _run_selection(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
     z, times = _window(config)
     samples, size = world.config.num_samples_train, world.config.predictor_hidden_size
-    with torch.no_grad():
-        noise = _meta(1, config.num_frames - 1, samples, size)
-        world.candidates(world.memory(z, times), times, noise)
+    noise = _meta(1, config.num_frames - 1, samples, size)
+    world.candidates(world.memory(z, times), times, noise)
 
 
 def _run_winner(world: DeltaWorldNetwork, config: FlopsConfig) -> None:

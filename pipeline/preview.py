@@ -174,7 +174,7 @@ def _strip(
     """The tiles in the shape of the window's crop."""
     aspect = _aspect(reader, window)
     resized = tuple(resize_tile(tile, aspect=aspect, smooth=smooth) for tile in tiles)
-    return Strip(label=label, alt=alt, tiles=resized)
+    return Strip(label=label, alt=alt, tiles=resized, blocks=not smooth)
 
 
 def _aspect(reader: Reader, window: int) -> float:

@@ -2,7 +2,10 @@
 
 Every writer in the house goes through here: a file or folder is built under its partial name
 `NAME.partial-<pid>-<8 hex>` (4 hex digits of the machine, 4 random), flushed to the disk, and
-only then moved onto its final name. `ReadOnlyFile` reads parts of a shard's files.
+only then moved onto its final name.
+
+And what every reader opens: `local_path` refuses addresses, `open_regular` what is no regular file;
+`ReadOnlyFile` reads parts of a shard's files.
 """
 
 import errno
@@ -157,6 +160,18 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}): {advice} and run again; "
             "what is finished stays"
         ) from error
+
+
+def make_folder(folder: Path | str, *, flag: str = "") -> Path:
+    """A folder to write into, made where it is missing. UsageError, naming it and the `flag` that
+    gave it, where it cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder}: cannot be made ({error.strerror}); give another folder".lstrip()
+        ) from None
+    return Path(folder)
 
 
 def check_free(folder: Path, needed_bytes: int, *, what: str, min_free_bytes: int = 0) -> None:
@@ -344,16 +359,17 @@ class ReadOnlyFile:
 
     def read_into(self, buffers: list[NDArray[np.uint8]], offset: int) -> None:
         """Fills the uint8 (n,) `buffers`, one after the other, from `offset` on."""
-        views = [buffer.data for buffer in buffers if buffer.size]
+        views = [buffer.data for buffer in buffers]
+        left = sum(map(len, views))
         try:
-            while views:  # once, unless it is interrupted
+            while left:  # once, unless it is interrupted
                 got = os.preadv(self._descriptor, views, offset)
                 if got == 0:
                     raise damaged_shard(f"{self.path}: ends at byte {offset}, wanted more")
-                offset += got
-                while views and got >= len(views[0]):
+                offset, left = offset + got, left - got
+                while left and got >= len(views[0]):
                     got -= len(views.pop(0))
-                if got:
+                if left:
                     views[0] = views[0][got:]
         except OSError as error:
             raise damaged_shard(f"{self.path}: cannot be read ({error})") from error

@@ -27,6 +27,7 @@ MAY_SKIP = (
     "no Chromium here",
     "pip install deltatok[tensorboard]",  # an extra
     "needs a GPU",
+    "needs a torch without CUDA",
     "C++ compiler",
     "Linux",
 )

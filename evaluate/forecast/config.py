@@ -53,8 +53,8 @@ class ForecastConfig:
     depth_range_m: tuple[float, float] | None = None
     """Depth labels below or above these metres count nowhere; KITTI's own range always holds."""
     futures: str | None = None
-    """Folder of all possible futures, CLIP_KEY.npz (see evaluate/forecast/modes.py): adds mode
-    recall and precision; needs head."""
+    """Folder of all possible futures, CLIP_KEY.npz, of an evaluation cache SEQUENCE.npz will do
+    (see evaluate/forecast/modes.py): adds mode recall and precision; needs a segmentation head."""
     mode_overlap: float = 0.5
     """Overlap (IoU) of two class maps from which on they show the same future, above 0 to 1."""
     class_names: tuple[str, ...] = ()

@@ -13,12 +13,16 @@ a threshold (0.5).
 Any data set whose future is known (a simulator, a game) can supply its futures, as the little world
 does:
 
-    DIR/CLIP_KEY.npz     no pickle; F futures of one clip, those of one frame pair side by side
+    DIR/CLIP_KEY.npz     no pickle; F futures of one clip, those of one frame pair side by side; for
+                         the targets of an evaluation cache TARGET_KEY.npz or SEQUENCE.npz
         context_frame    int32 (F,)        last frame seen, index in presentation order
         target_frame     int32 (F,)        the frame they are pictures of
         probability      float32 (F,)      of each future; those of one frame pair add up to 1
         classes          uint8 (F, H, W)   class map of the target frame, 255 = counts nowhere
         background       int32 ()          class that is not looked at, -1: none
+
+Frames are numbered, and class maps cut into the halves of two crops, as the labels of the cache;
+each crop's forecasts are held against its half.
 
 Letters: M futures, G modes, S forecasts, H, W pixels.
 """
@@ -26,26 +30,27 @@ Letters: M futures, G modes, S forecasts, H, W pixels.
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ...shards.errors import UsageError
 from ...shards.evaluation.labels import IGNORE
 from ...shards.files import open_file, partial_path, publish
 from ...shards.patches.reader import PatchShards
 from ...train.data.order import seed_for
+from ...train.heads.crops import cut_labels
 from ...train.models.heads import SegmentationHead
 from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS
 from .config import ForecastConfig
 from .rollout import HorizonForecast, WindowBatch
-from .scores import segment
+from .scores import class_maps
 from .sequences import Score, SequenceScores
+from .windows import WindowArrangement
 
 _DTYPES = {
     "context_frame": np.int32,
@@ -111,6 +116,10 @@ class FutureFolder:
             raise UsageError(f"--futures {folder}: no such folder")
         self._folder = Path(folder)
         self._read: tuple[str, dict[str, NDArray[np.generic]]] = ("", {})
+
+    def has(self, key: str) -> bool:
+        """Whether there are futures of a clip."""
+        return (self._folder / f"{key}.npz").is_file()
 
     def window(self, key: str, context_frame: int, target_frame: int) -> KnownFutures:
         """What can be at `target_frame` of clip `key` after `context_frame`, the last one seen.
@@ -304,10 +313,11 @@ class ModeScorer:
         config: ForecastConfig,
         cache: PatchShards,
         head: SegmentationHead,
+        windows: WindowArrangement,
     ) -> None:
         """Raises UsageError where `config.futures` is no folder or a clip has none in it."""
         assert config.futures is not None
-        self._config, self._cache, self._head = config, cache, head
+        self._config, self._cache, self._head, self._windows = config, cache, head, windows
         self._folder = FutureFolder(config.futures)
         self._calibration: dict[str, Calibration] = {}
         for horizon in HORIZONS:
@@ -330,15 +340,19 @@ class ModeScorer:
         for position, index in enumerate(batch.indices):
             futures = self._futures(horizon, index)
             modes = find_modes(futures, threshold=self._config.mode_overlap)
+            size = (futures.classes.shape[1], futures.classes.shape[2])
+            crop, sequence = self._windows.crop(index), self._windows.sequence(index)
             for name, features in rows.items():
                 tokens = features[position]
-                found = hits(modes, self._class_maps(tokens, modes))
+                found = hits(
+                    modes,
+                    class_maps(self._head, tokens, grid=self._cache.grid, size=size, crop=crop),
+                )
                 if name == SAMPLES_ROW:
                     draws = seed_for("true draws", self._config.seed, horizon, index)
                     self._calibration.setdefault(horizon, Calibration()).add(modes, found, draws)
-                key = self._cache.keys[int(self._cache.clip_index[index])]
                 for metric, value in zip(MODE_METRICS, mode_values(modes, found), strict=True):
-                    scores.add(Score(horizon, name, metric), seed, key, value, 1)
+                    scores.add(Score(horizon, name, metric), seed, sequence, value, 1)
 
     def probes(self) -> dict[str, Any]:
         """{"modes": {"overlap", horizon: calibration}}, without samples only the overlap."""
@@ -346,10 +360,12 @@ class ModeScorer:
         return {"modes": {"overlap": self._config.mode_overlap, **found}}
 
     def _futures(self, horizon: str, index: int) -> KnownFutures:
+        """What can be at the window's target, in the part of the frame that it shows."""
         config = self._config
         frames = self._cache.frame_index([index])[0, : config.num_frames].tolist()
         seen = frames[config.context_start(horizon) + config.num_context - 1]
-        key = self._cache.keys[int(self._cache.clip_index[index])]
+        names = self._windows.future_names(index)
+        key = next(filter(self._folder.has, names), names[0])
         futures = self._folder.window(key, seen, frames[-1])
         known = futures.classes[futures.classes != IGNORE]
         if known.size and int(known.max()) >= self._head.config.num_classes:
@@ -357,15 +373,11 @@ class ModeScorer:
                 f"clip {key}: its futures have class {int(known.max())}, the head knows 0 to "
                 f"{self._head.config.num_classes - 1} (255 = counts nowhere)"
             )
-        return futures
-
-    def _class_maps(self, tokens: Tensor, modes: Modes) -> NDArray[np.uint8]:
-        """Class maps uint8 (S, H, W), of the futures' size, of features (S, N, D)."""
-        height, width = modes.futures.classes.shape[1:]
-        with torch.autocast(tokens.device.type, enabled=False):
-            maps = segment(self._head, tokens.float(), grid=self._cache.grid, size=(height, width))
-        found: NDArray[np.uint8] = maps.to("cpu", torch.uint8).numpy()
-        return found
+        cut, second = self._windows.crop(index)
+        if cut.wide is None:
+            return futures
+        halves = cut_labels(torch.from_numpy(futures.classes), cut).numpy()
+        return replace(futures, classes=np.split(halves, 2)[second])
 
 
 def reliability(predicted: NDArray[np.float64], true: NDArray[np.float64]) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ tokens, D channels.
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from PIL import Image
 from torch import Tensor
 
 from ...extract.backbone import Autocast, Backbone
-from ...extract.decoding.clip import decode_drawn
 from ...extract.pixels import resize_bilinear
 from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, stored_size
 from ...shards.errors import ClipError, UsageError
@@ -38,7 +36,7 @@ from ...shards.evaluation.targets import windows_of_clips
 from ...shards.files import open_file, write_bytes
 from ...shards.npy import map_npy
 from ...shards.patches.reader import PatchShards
-from ...shards.sampling import WindowDraw
+from ..inference.footage import decode_frames
 from ..inference.parts import check_same_features
 from ..report.rows import HORIZONS
 from .config import ForecastConfig
@@ -85,30 +83,41 @@ class PredictionFolder:
             raise UsageError(f"--predictions {self.root}: no such folder")
         self._wanted = wanted(config, cache)
         self._samples: dict[str, list[Path]] = {}
-        for one in {one.folder: one for one in self._wanted.values()}.values():
+        folders = {one.folder: one for one in self._wanted.values()}
+        for one in folders.values():
             if found := _samples(self.root, one.folder):
                 self._samples[one.folder] = found
                 for path in found:
                     _check_sample(path, len(one.target_frames))
-        self._check_missing(config)
-        counts = {folder: len(found) for folder, found in self._samples.items()}
-        first = next(iter(counts))
-        for folder, count in counts.items():
-            if count != counts[first]:
+        missing = [folder for folder in folders if folder not in self._samples]
+        if missing and not (config.predictions_subset and self.windows()):
+            lines = [json.dumps(asdict(one), sort_keys=True) for one in folders.values()]
+            listing = Path(config.out) / WANTED_FILE
+            write_bytes(listing, "".join(f"{line}\n" for line in lines).encode())
+            shown = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+            raise UsageError(
+                f"--predictions {self.root}: nothing for {len(missing)} of {len(folders)} sequences"
+                f" ({shown}); {listing} lists what is wanted; predict them, or pass "
+                "--predictions-subset to score only targets that have both horizons"
+            )
+        first, *rest = self._samples
+        self.num_samples = len(self._samples[first])
+        for folder in rest:
+            if len(self._samples[folder]) != self.num_samples:
                 raise UsageError(
-                    f"--predictions {self.root}: {count} samples in {folder}, {counts[first]} in "
-                    f"{first}: best of more is better, so all sequences need as many"
+                    f"--predictions {self.root}: {len(self._samples[folder])} samples in {folder}, "
+                    f"{self.num_samples} in {first}: best of more is better, so all sequences need "
+                    "as many"
                 )
-        self.num_samples = counts[first]
         self._last: tuple[str, list[Frames]] | None = None
 
-    def windows(self, num_windows: int) -> list[int]:
+    def windows(self) -> list[int]:
         """The windows that have predictions at every horizon, in order."""
-        return [
+        return sorted(
             window
-            for window in range(num_windows)
+            for window in {window for window, _ in self._wanted}
             if all(self._wanted[window, name].folder in self._samples for name in HORIZONS)
-        ]
+        )
 
     def frames(self, window: int, horizon: str) -> list[Frames]:
         """Every sample's frames (steps, H, W, 3).
@@ -125,30 +134,6 @@ class PredictionFolder:
     def folder(self, window: int, horizon: str) -> Path:
         """Where the predictions of a window lie."""
         return self.root / self._wanted[window, horizon].folder
-
-    def _check_missing(self, config: ForecastConfig) -> None:
-        missing = [one for one in self._wanted.values() if one.folder not in self._samples]
-        names = list(dict.fromkeys(one.folder for one in missing))
-        if not names:
-            return
-        total = len({one.folder for one in self._wanted.values()})
-        if config.predictions_subset and len(names) < total:
-            keys = {window for window, _ in self._wanted}
-            if any(
-                all(self._wanted[window, name].folder in self._samples for name in HORIZONS)
-                for window in keys
-            ):
-                return
-        unique = {one.folder: one for one in self._wanted.values()}.values()
-        lines = "".join(json.dumps(asdict(one), sort_keys=True) + "\n" for one in unique)
-        listing = Path(config.out) / WANTED_FILE
-        write_bytes(listing, lines.encode())
-        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-        raise UsageError(
-            f"--predictions {self.root}: nothing for {len(names)} of {total} sequences ({shown}); "
-            f"{listing} lists what is wanted; predict them, or pass --predictions-subset to score "
-            "only targets that have both horizons"
-        )
 
 
 def wanted(config: ForecastConfig, cache: PatchShards) -> dict[tuple[int, str], Wanted]:
@@ -181,23 +166,16 @@ def _samples(root: Path, folder: str) -> list[Path]:
         inside = list(place.iterdir())
     except OSError:
         return []
-    kept = [
-        path
-        for path in inside
-        if not path.name.startswith(".")
-        and (path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES | {".npy"})
-    ]
-    return _in_order(kept)
+    kept = (path for path in inside if not path.name.startswith("."))
+    suffixes = VIDEO_SUFFIXES | {".npy"}
+    samples = (path for path in kept if path.is_dir() or path.suffix.lower() in suffixes)
+    return sorted(samples, key=_natural)
 
 
-def _in_order(paths: Sequence[Path]) -> list[Path]:
-    """By name, numbers in it by value: frame-2 comes before frame-10."""
-
-    def key(path: Path) -> list[tuple[int, int, str]]:
-        parts = re.split(r"(\d+)", path.name)
-        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-    return sorted(paths, key=key)
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts by name, numbers in it by value: frame-2 comes before frame-10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _check_sample(path: Path, steps: int) -> None:
@@ -247,7 +225,7 @@ def _images(folder: Path) -> list[Path]:
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise UsageError(f"{folder}: no image in it, wanted PNG or JPEG files, one for each step")
-    return _in_order(files)
+    return sorted(files, key=_natural)
 
 
 def _read_images(folder: Path) -> Frames:
@@ -267,18 +245,11 @@ def _read_images(folder: Path) -> Frames:
 
 
 def _read_video(path: Path) -> Frames:
-    def draw(times_s: NDArray[np.float64], height: int, width: int) -> list[WindowDraw]:
-        every = tuple(range(len(times_s)))
-        crop = (0, 0, height, width)
-        stamps = tuple(times_s.tolist())
-        return [WindowDraw(frame_index=every, timestamps_s=stamps, crop=crop, flipped=False)]
-
     try:
         clip = Clip(path.name, path, stored_size(path, None))
-        decoded = decode_drawn(clip, draw=draw, decoder="pyav").frames
+        return decode_frames(clip, lambda times_s: list(range(len(times_s))))[0]
     except ClipError as error:
         raise UsageError(f"{path}: cannot be decoded: {error}") from error
-    return np.stack([decoded[index] for index in sorted(decoded)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,34 +29,40 @@ NoiseName = tuple[int | str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutContext:
-    """C context frames, and the times of all C + H frames."""
+    """C context frames, the true H frames after them, and the times of all."""
 
+    horizon: str
+    names: Sequence[NoiseName]
+    """B of them."""
     x_context: Tensor
     """(B, C, N, D)"""
     z_context: Tensor
     """(B, C, D)"""
+    truth: Tensor
+    """(B, H, N, D)"""
     times: Tensor
     """(B, C + H)"""
-    steps: int
     grid: tuple[int, int]
 
+    @property
+    def steps(self) -> int:
+        """H."""
+        return self.truth.shape[1]
 
-def window_noise(
-    world: WorldModel, config: ForecastConfig, horizon: str, names: Sequence[NoiseName]
-) -> Tensor:
-    """Noise queries (H, B, S, 1, Dp) on the CPU, a function of (seed, horizon, name) for each
-    window, so that neither batch size nor device changes them."""
-    steps = config.steps(horizon)
+
+def window_noise(world: WorldModel, config: ForecastConfig, clip: RolloutContext) -> Tensor:
+    """Noise queries (H, B, S, 1, Dp), drawn on the CPU as a function of (seed, horizon, name) for
+    each window, so that neither batch size nor device changes them."""
     drawn = [
         world.draw_noise(
-            steps,
+            clip.steps,
             config.num_samples,
             1,
-            generator=generator("forecast", config.seed, horizon, *name),
+            generator=generator("forecast", config.seed, clip.horizon, *name),
         )
-        for name in names
+        for name in clip.names
     ]
-    return torch.stack(drawn, dim=1)
+    return torch.stack(drawn, dim=1).to(clip.truth.device)
 
 
 @torch.no_grad()
@@ -109,22 +115,15 @@ sample and window in float32."""
 
 
 def dinoworld_rows(
-    config: ForecastConfig,
-    models: ForecastModels,
-    clip: RolloutContext,
-    truth: Tensor,
-    *,
-    horizon: str,
-    names: Sequence[NoiseName],
+    config: ForecastConfig, models: ForecastModels, clip: RolloutContext
 ) -> dict[str, Tensor]:
     """Row name -> (B, H, N, D): `dinoworld` of a model with a learned query, `dinoworld_best` and
     `dinoworld_mean` of one with noise queries. {} without such models."""
     rows: dict[str, Tensor] = {}
     for world in models.dinoworlds:
         if world.config.use_bom:
-            noise = window_noise(world, config, horizon, names).to(truth.device)
-            samples = roll_out_patches(world, clip, noise=noise)
-            rows["dinoworld_best"], _ = best_sample(samples, truth)
+            samples = roll_out_patches(world, clip, noise=window_noise(world, config, clip))
+            rows["dinoworld_best"], _ = best_sample(samples, clip.truth)
             rows["dinoworld_mean"] = mean_sample(samples)
         else:
             rows["dinoworld"] = roll_out_patches(world, clip, noise=None)[:, 0]
@@ -151,14 +150,7 @@ def roll_out_patches(world: DINOWorld, clip: RolloutContext, *, noise: Tensor | 
 
 
 def regressor_null(
-    config: ForecastConfig,
-    models: ForecastModels,
-    clip: RolloutContext,
-    truth: Tensor,
-    *,
-    horizon: str,
-    noise: Tensor,
-    names: Sequence[NoiseName],
+    config: ForecastConfig, models: ForecastModels, clip: RolloutContext, *, noise: Tensor
 ) -> dict[str, Tensor]:
     """The row `regressor_null`: what best-of-S gives a model that has spread but no modes.
 
@@ -180,14 +172,14 @@ def regressor_null(
             torch.randn(
                 z.shape[1],
                 z.shape[1],
-                generator=generator("regressor null", config.seed, horizon, *name),
+                generator=generator("regressor null", config.seed, clip.horizon, *name),
             )
-            for name in names
+            for name in clip.names
         ]
     )
     draws = centre.float() + gaussian_like(z, weights.to(z.device))
     features = decode_rollout(models.tokenizer, draws, clip.x_context[:, -1], grid=clip.grid)
-    best, _ = best_sample(features.float(), truth)
+    best, _ = best_sample(features.float(), clip.truth)
     return {"regressor_null": best}
 
 
@@ -225,12 +217,8 @@ class HorizonForecast:
     """(B, H, N, D) true features of the target frames."""
     rows: dict[str, Tensor]
     """Row name -> (B, H, N, D)."""
-    open_loop: Tensor
-    """(B, H, N, D): the true pairs' delta tokens, decoded each from the last reconstruction."""
     samples: Tensor | None
     """(B, S, H, N, D) of the world model, None without one."""
-    sample_losses: Tensor | None
-    """(B, S): loss of each sample's last step."""
 
 
 def feature_loss(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -244,28 +232,19 @@ def encode_windows(
     x: Tensor,
     times: Tensor,
     *,
-    black: Tensor,
-    grid: tuple[int, int],
-    names: Sequence[NoiseName] | None = None,
+    names: Sequence[NoiseName],
 ) -> WindowBatch:
     """Delta tokens of windows x (B, T, N, D), open loop from the true features; `names`: what
-    their noise is drawn for, by default their numbers."""
-    z = models.tokenizer.encode_sequence(x, black, grid=grid).float()
-    named = [(index,) for index in indices] if names is None else names
-    return WindowBatch(indices=tuple(indices), names=tuple(named), x=x, times=times, z=z)
+    their noise is drawn for."""
+    z = models.tokenizer.encode_sequence(x, models.black, grid=models.grid).float()
+    return WindowBatch(indices=tuple(indices), names=tuple(names), x=x, times=times, z=z)
 
 
 def forecast_horizon(
-    config: ForecastConfig,
-    models: ForecastModels,
-    batch: WindowBatch,
-    horizon: str,
-    *,
-    black: Tensor,
-    grid: tuple[int, int],
+    config: ForecastConfig, models: ForecastModels, batch: WindowBatch, horizon: str
 ) -> HorizonForecast:
     """Roll out, decode and reconstruct; the clip is the window's part that ends at the target."""
-    steps = config.steps(horizon)
+    tokenizer, grid = models.tokenizer, models.grid
     start = config.context_start(horizon)
     first_target = start + config.num_context
     context = batch.x[:, start:first_target]
@@ -273,45 +252,39 @@ def forecast_horizon(
     last = context[:, -1]
     z_context = batch.z[:, start:first_target]
     if start > 0:  # the clip's first token is black -> its own first frame
-        first = models.tokenizer.encode(black.expand_as(last), context[:, 0], grid=grid)
+        first = tokenizer.encode(models.black.expand_as(last), context[:, 0], grid=grid)
         z_context = torch.cat([first[:, None].float(), z_context[:, 1:]], dim=1)
     clip = RolloutContext(
+        horizon=horizon,
+        names=batch.names,
         x_context=context,
         z_context=z_context,
+        truth=truth,
         times=batch.times[:, start : config.num_frames],
-        steps=steps,
         grid=grid,
     )
     z_true = batch.z[:, None, first_target : config.num_frames]
-    open_loop = decode_rollout(models.tokenizer, z_true, last, grid=grid)[:, 0].float()
     rows = {
         "copy_last": last[:, None].expand_as(truth),
-        "reconstruction": models.tokenizer.reconstruct(truth, last, grid=grid).float(),
-        "reconstruction_open_loop": open_loop,
+        "reconstruction": tokenizer.reconstruct(truth, last, grid=grid).float(),
+        # The true pairs' delta tokens, decoded each from the last reconstruction.
+        "reconstruction_open_loop": decode_rollout(tokenizer, z_true, last, grid=grid)[
+            :, 0
+        ].float(),
         "present": truth,
     }
-    samples, losses = None, None
+    samples = None
     if models.discriminative is not None:
         rows["discriminative"] = roll_out(models, models.discriminative, clip, noise=None)[:, 0]
     if models.world is not None:
-        noise = window_noise(models.world, config, horizon, batch.names).to(last.device)
-        noise = noise * config.noise_scale
+        noise = window_noise(models.world, config, clip) * config.noise_scale
         samples = roll_out(models, models.world, clip, noise=noise)
-        losses = sample_losses(samples, truth)
         rows["best"], _ = best_sample(samples, truth)
         rows["mean"] = mean_sample(samples)
         if config.regressor_null:
-            rows |= regressor_null(
-                config, models, clip, truth, horizon=horizon, noise=noise, names=batch.names
-            )
-    rows |= dinoworld_rows(config, models, clip, truth, horizon=horizon, names=batch.names)
-    return HorizonForecast(
-        truth=truth,
-        rows=rows,
-        open_loop=open_loop,
-        samples=samples,
-        sample_losses=losses,
-    )
+            rows |= regressor_null(config, models, clip, noise=noise)
+    rows |= dinoworld_rows(config, models, clip)
+    return HorizonForecast(truth=truth, rows=rows, samples=samples)
 
 
 def roll_out(
@@ -334,17 +307,10 @@ def seeds_of(config: ForecastConfig) -> list[int]:
 
 
 def more_seeds(
-    config: ForecastConfig,
-    models: ForecastModels,
-    batch: WindowBatch,
-    horizon: str,
-    *,
-    black: Tensor,
-    grid: tuple[int, int],
+    config: ForecastConfig, models: ForecastModels, batch: WindowBatch, horizon: str
 ) -> Iterator[tuple[int, HorizonForecast]]:
     """The forecasts of the seeds after the first, with the rows that a seed changes only."""
     for seed in seeds_of(config)[1:]:
-        seeded = replace(config, seed=seed)
-        forecast = forecast_horizon(seeded, models, batch, horizon, black=black, grid=grid)
+        forecast = forecast_horizon(replace(config, seed=seed), models, batch, horizon)
         rows = {name: row for name, row in forecast.rows.items() if name in SAMPLED_ROWS}
         yield seed, replace(forecast, rows=rows)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ...shards.cache import CacheInfo, compare
+from ...shards.cache import compare
 from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import UsageError
+from ...shards.files import make_folder
 from ...shards.patches.reader import PatchShards
 from ...shards.stopwatch import Stopwatch
+from ...train.losses import log_cosh
 from ...train.models.heads import DepthHead, SegmentationHead
+from ...train.probes import probe_tokenizer
 from ..report.animation import moving_panels
 from ..report.panels import (
     ShownWindow,
@@ -42,11 +44,12 @@ from ..report.plots import Curve, plot_curves, read_curve
 from ..report.rows import HORIZONS, expected_order, table
 from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig
+from .diagnosis import diagnose, diagnosis_text
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
-from .scores import Scorer, check_labels, tokenizer_probes, with_intervals
-from .windows import UniformWindows, WindowArrangement, is_evaluation, open_windows
+from .scores import Scorer, check_labels, with_intervals
+from .windows import WindowArrangement, is_evaluation, open_windows
 
 if TYPE_CHECKING:
     from ...extract.sources.clip import Clip
@@ -70,8 +73,6 @@ class ForecastInputs:
     videos: "dict[str, Clip]"
     """Clip key -> clip; empty without videos."""
     curves: list[Curve]
-    black: Tensor
-    """(N, D) tokens of a black frame."""
     device: torch.device
     predictions: "PredictionRows | None"
     """Another model's frames; None without any."""
@@ -81,7 +82,7 @@ class ForecastInputs:
         batches = self.arrangement.batches()
         if self.predictions is None or not self.config.predictions_subset:
             return batches
-        kept = set(self.predictions.folder.windows(len(self.cache)))
+        kept = set(self.predictions.folder.windows())
         rest = [[window for window in batch if window in kept] for batch in batches]
         return [batch for batch in rest if batch]
 
@@ -101,16 +102,12 @@ class ForecastInputs:
         ahead = times[:, config.num_frames - 1] - times[:, config.num_context - 1]
         return float(np.median(ahead)) / config.mid_steps
 
-    def key(self, index: int) -> str:
-        """The clip of a window."""
-        return self.cache.keys[int(self.cache.clip_index[index])]
-
     def shown_window(
         self, index: int, forecast: HorizonForecast, position: int, truth: Tensor
     ) -> ShownWindow:
         """What the panels of window `index` need: it is number `position` in the mid `forecast`,
         and its true features are `truth` (T, N, D)."""
-        config, key = self.config, self.key(index)
+        config, key = self.config, self.cache.keys[int(self.cache.clip_index[index])]
         frame_index = self.cache.frame_index([index])[0, : config.num_frames].tolist()
         times = self.cache.timestamps_s([index])[0, : config.num_frames]
         _, _, height, width = self.cache.crop[index].tolist()
@@ -151,7 +148,9 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
     """
     cache = PatchShards(config.patches)
     if is_evaluation(cache.info):
-        config = named(config, cache.info)
+        name = cache.info.identity["sampling"].get("dataset")
+        if name and config.dataset == UNNAMED:
+            config = replace(config, dataset=name)
     else:
         compare(
             cache.info.identity,
@@ -169,42 +168,29 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         )
     if not cache.num_windows:
         raise UsageError(f"--patches {config.patches}: no windows; see its quarantine.jsonl")
-    models = load_models(config, cache.info, device)
+    models = load_models(config, cache, device)
+    arrangement = open_windows(config, cache, models.head)
+    videos: dict[str, Clip] = {}
+    if config.videos:
+        from ..report.frames import clips_by_key  # with decoders, which take a while to import
+
+        videos = clips_by_key(config.videos)
+    curves = [read_curve(path) for path in config.curves]
+    predictions = None
+    if config.predictions:
+        from .predictions import PredictionRows  # with decoders and a backbone
+
+        predictions = PredictionRows(config, cache, device)
     return ForecastInputs(
         config=config,
         cache=cache,
         models=models,
-        arrangement=open_windows(config, cache, models.head),
-        videos=_find_videos(config.videos),
-        curves=[read_curve(path) for path in config.curves],
-        black=torch.tensor(cache.black, device=device),
+        arrangement=arrangement,
+        videos=videos,
+        curves=curves,
         device=device,
-        predictions=_open_predictions(config, cache, device),
+        predictions=predictions,
     )
-
-
-def _find_videos(videos: Sequence[str]) -> "dict[str, Clip]":
-    if not videos:
-        return {}
-    from ..report.frames import clips_by_key  # with decoders, which take a while to import
-
-    return clips_by_key(videos)
-
-
-def _open_predictions(
-    config: ForecastConfig, cache: PatchShards, device: torch.device
-) -> "PredictionRows | None":
-    if not config.predictions:
-        return None
-    from .predictions import PredictionRows  # with decoders and a backbone
-
-    return PredictionRows(config, cache, device)
-
-
-def named(config: ForecastConfig, info: CacheInfo) -> ForecastConfig:
-    """The config with the data set's own name, where none was given."""
-    name = info.identity["sampling"].get("dataset")
-    return replace(config, dataset=name) if config.dataset == UNNAMED and name else config
 
 
 def windows_to_show(clip_index: NDArray[np.int64], count: int) -> list[int]:
@@ -240,7 +226,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
     ):
         with watch.at("load"):
-            out = make_folder(config.out)
+            out = make_folder(config.out, flag="--out")
             inputs = open_inputs(config, device)
             config = inputs.config
             if inputs.models.head is not None:
@@ -251,23 +237,30 @@ def run_forecast(config: ForecastConfig) -> Report:
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
         with watch.at("intervals"):
             rows = with_intervals(config, scorer.rows(), scorer.sequences)
+        diagnosis = diagnose(config, rows, probes)
         with watch.at("pictures"):
             pictures = draw_pictures(inputs, shown)
     cache, scored = inputs.cache, list(chain.from_iterable(inputs.batches()))
+    provenance = inputs.models.provenance
+    if inputs.predictions is not None:
+        provenance = provenance | {"predictions": inputs.predictions.provenance()}
     report = Report(
         rows=rows,
         probes=probes,
         best_of_k=scorer.best_of_k(),
         per_class_iou=scorer.per_class_iou(),
-        provenance=inputs.models.provenance | predictions_of(inputs),
+        provenance=provenance,
         seconds=watch.seconds,
         config=asdict(config) | {"device": str(device), "autocast": precision},
         num_windows=len(scored),
         num_clips=len(set(cache.clip_index[scored].tolist())),
         step_s=inputs.step_s(scored),
         paper=compare_with_paper(config, cache.info.identity, head=inputs.models.head),
+        diagnosis=diagnosis,
     )
     write_report(out, report, pictures, scorer.sequences)
+    for fault in diagnosis:
+        logger.warning("%s", diagnosis_text(fault))
     logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)
     return report
 
@@ -277,7 +270,6 @@ def score_windows(
 ) -> tuple[Scorer, ModeScorer | None, list[ShownWindow]]:
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
-    place: dict[str, Any] = {"black": inputs.black, "grid": cache.grid}
     keys = [inputs.arrangement.sequence(index) for index in range(len(cache))]
     scorers = {
         seed: Scorer(replace(config, seed=seed), head=models.head, grid=cache.grid, keys=keys)
@@ -296,16 +288,16 @@ def score_windows(
                 labels = inputs.arrangement.labelled(indices)
             with watch.at("encode"):
                 names = inputs.arrangement.names(indices)
-                batch = encode_windows(models, indices, x, times, names=names, **place)
+                batch = encode_windows(models, indices, x, times, names=names)
                 scorer.add_tokens(batch)
             for horizon in HORIZONS:
                 with watch.at("forecast"):
-                    forecast = forecast_horizon(config, models, batch, horizon, **place)
+                    forecast = forecast_horizon(config, models, batch, horizon)
                 if inputs.predictions is not None:
                     with watch.at("predictions"):
                         rows = inputs.predictions.rows(indices, horizon, forecast.truth)
                         forecast.rows.update(rows)
-                more = more_seeds(config, models, batch, horizon, **place)
+                more = more_seeds(config, models, batch, horizon)
                 for seed, found in chain([(config.seed, forecast)], watch.each("seeds", more)):
                     with watch.at("score"):
                         scorers[seed].add(horizon, found, batch)
@@ -323,13 +315,6 @@ def score_windows(
     return scorer, modes, shown
 
 
-def predictions_of(inputs: ForecastInputs) -> dict[str, Any]:
-    """What the report says of another model's frames; {} without any."""
-    if inputs.predictions is None:
-        return {}
-    return {"predictions": inputs.predictions.provenance()}
-
-
 def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
     """What scores modes, where futures are given."""
     head = inputs.models.head
@@ -337,27 +322,32 @@ def open_modes(inputs: ForecastInputs) -> ModeScorer | None:
         return None
     if not isinstance(head, SegmentationHead):
         raise UsageError("--futures: known futures are class maps; give a segmentation --head")
-    if not isinstance(inputs.arrangement, UniformWindows):
-        raise UsageError("--futures: known futures are of whole frames; give a uniform cache")
-    return ModeScorer(inputs.config, inputs.cache, head)
+    return ModeScorer(inputs.config, inputs.cache, head, inputs.arrangement)
 
 
-def probe(inputs: ForecastInputs) -> dict[str, Any]:
-    """The tokenizer's probes on PROBE_WINDOWS windows, spread evenly over the cache."""
+def probe(inputs: ForecastInputs) -> dict[str, float | None]:
+    """The tokenizer's z_swap_ratio, zero_z_ratio and copy_last_ratio on PROBE_WINDOWS windows,
+    spread evenly over the cache, in log-cosh (the released tokenizer loss); None where there is
+    nothing to divide by."""
     count = min(PROBE_WINDOWS, len(inputs.cache))
     indices = np.linspace(0, len(inputs.cache), count, endpoint=False).astype(int)
     frames, _ = inputs.windows(indices.tolist())
-    return {
-        **tokenizer_probes(
-            inputs.models.tokenizer,
-            frames,
-            grid=inputs.cache.grid,
-            windows_at_once=inputs.config.batch_windows,
-        )
+    found = probe_tokenizer(
+        inputs.models.tokenizer,
+        frames,
+        grid=inputs.cache.grid,
+        loss=log_cosh,
+        windows_at_once=inputs.config.batch_windows,
+    )
+    ratios = {
+        "z_swap_ratio": found.z_swap_ratio,
+        "zero_z_ratio": found.zero_z_ratio,
+        "copy_last_ratio": found.copy_last_ratio,
     }
+    return {name: ratio if np.isfinite(ratio) else None for name, ratio in ratios.items()}
 
 
-def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
+def draw_pictures(inputs: ForecastInputs, shown: Sequence[ShownWindow]) -> Pictures:
     """Panels of the windows that were kept, and the training curves."""
     head, rgb_head = inputs.models.head, inputs.models.rgb_head
     classes, depth, rgb = [], [], []
@@ -378,14 +368,3 @@ def draw_pictures(inputs: ForecastInputs, shown: list[ShownWindow]) -> Pictures:
         rgb=rgb,
         curves=plot_curves(inputs.curves),
     )
-
-
-def make_folder(path: str) -> Path:
-    """The folder for the report, made before the work; UsageError where it cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--out {path}: cannot be made ({error.strerror}); give another folder"
-        ) from None
-    return Path(path)

@@ -24,15 +24,13 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.evaluation.geometry import Cut
 from ...shards.evaluation.labels import IGNORE, NO_DEPTH
-from ...train.heads.crops import cut_labels, resize, upsample_predictions
-from ...train.losses import log_cosh
-from ...train.models.deltatok import DeltaTok
+from ...train.heads.crops import cut_labels, upsample_half, upsample_predictions
 from ...train.models.heads import DepthHead, SegmentationHead, feature_map
-from ...train.probes import participation_ratio, probe_tokenizer
+from ...train.probes import participation_ratio
 from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS, ROW_NAMES, ReportRow
 from .config import ForecastConfig
 from .intervals import Resamples
-from .rollout import HorizonForecast, WindowBatch, feature_loss
+from .rollout import HorizonForecast, WindowBatch, feature_loss, sample_losses
 from .sequences import Score, SequenceScores, values
 
 Head = SegmentationHead | DepthHead
@@ -70,13 +68,39 @@ def label_sums(
 
 
 def read_maps(
-    head: Head, tokens: Tensor, *, grid: tuple[int, int], cut: Cut, size: tuple[int, int]
+    head: Head,
+    tokens: Tensor,
+    *,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    cut: Cut = WHOLE,
 ) -> Tensor:
-    """Logits (P, C, *size) or metres (P, 1, *size) from features (P, N, D) of a frame's crops, at
-    the size of the cut label. In float32 whatever the autocast: logits of bfloat16 tie often, and
-    ties go to the first class."""
+    """Logits (B, C, *size) or metres (B, 1, *size) from features (B, N, D): of whole frames, or of
+    the crops of frames at the size of their cut label. In float32 whatever the autocast: logits of
+    bfloat16 tie often, and ties go to the first class."""
+    return upsample_predictions(_read(head, tokens, grid), cut, size=size)
+
+
+def class_maps(
+    head: SegmentationHead,
+    tokens: Tensor,
+    *,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    crop: tuple[Cut, bool] = (WHOLE, False),
+) -> NDArray[np.uint8]:
+    """Class maps uint8 (B, *size) of features (B, N, D) that show whole frames, or all the same
+    `crop`: how frames are cut, and whether it is the second one. size: of its half of a label."""
+    cut, second = crop
+    logits = upsample_half(_read(head, tokens, grid), cut, second=second, size=size)
+    classes: NDArray[np.uint8] = logits.argmax(dim=1).to("cpu", torch.uint8).numpy()
+    return classes
+
+
+def _read(head: Head, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     with torch.autocast(tokens.device.type, enabled=False):
-        return upsample_predictions(head(feature_map(tokens.float(), grid=grid)), cut, size=size)
+        maps: Tensor = head(feature_map(tokens.float(), grid=grid))
+    return maps
 
 
 def confusion_matrix(predictions: Tensor, label: Tensor, *, num_classes: int) -> Tensor:
@@ -135,38 +159,6 @@ def check_labels(frames: Iterable[LabelledFrame], head: Head) -> None:
         raise UsageError(f"labels: {nothing}; give the labels of these frames, or no --labels")
 
 
-def segment(
-    head: SegmentationHead, tokens: Tensor, *, grid: tuple[int, int], size: tuple[int, int]
-) -> Tensor:
-    """Classes int64 (B, *size) of patch tokens (B, N, D) of whole frames: argmax of the resized
-    logits."""
-    logits: Tensor = head(feature_map(tokens, grid=grid))
-    return resize(logits, size).argmax(dim=1)
-
-
-def class_map(
-    head: SegmentationHead, tokens: Tensor, *, grid: tuple[int, int], size: tuple[int, int]
-) -> Tensor:
-    """Class map int64 (H, W) = size from features (N, D), in float32 whatever the autocast: logits
-    of bfloat16 tie often, and ties go to the first class."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        return segment(head, tokens[None].float(), grid=grid, size=size)[0]
-
-
-def label_of_crop(label: Label, crops: NDArray[np.float32], which: int) -> Label:
-    """Label (H, W) of a whole frame -> (h, w), what crop number `which` shows.
-
-    crops: float32 (P, 4) top, left, height, width in source pixels, together the whole frame.
-    """
-    corner = crops[:, :2].min(axis=0)
-    extent = (crops[:, :2] + crops[:, 2:]).max(axis=0) - corner
-    scale = np.array(label.shape) / extent
-    first = np.rint((crops[which, :2] - corner) * scale).astype(int)
-    last = np.rint((crops[which, :2] + crops[which, 2:] - corner) * scale).astype(int)
-    part: Label = label[first[0] : last[0], first[1] : last[1]]
-    return part
-
-
 class Scorer:
     """Takes every window once, at both horizons, in the order of the cache."""
 
@@ -186,7 +178,6 @@ class Scorer:
         self._label_metric = "miou" if isinstance(head, SegmentationHead) else "rmse"
         self._z: list[Tensor] = []
         self._losses: dict[tuple[str, str], list[list[float]]] = defaultdict(list)  # by step
-        self._open_loop: dict[str, list[float]] = defaultdict(list)
         self._sample_losses: dict[str, list[list[float]]] = defaultdict(list)
         self._spread: dict[str, list[float]] = defaultdict(list)
         self._motion: dict[str, list[float]] = defaultdict(list)
@@ -200,16 +191,20 @@ class Scorer:
         """Take in one horizon's feature losses and probes."""
         for name, row in forecast.rows.items():
             losses = feature_loss(row, forecast.truth).tolist()
-            self._check_finite(losses, name, batch)
             self._losses[horizon, name] += losses
             for index, steps in zip(batch.indices, losses, strict=True):
+                if not np.isfinite(steps).all():
+                    raise DeltatokError(
+                        f"window {index}: the features of the row {name} are not finite; evaluate "
+                        "with --autocast float32, or check the model that made them"
+                    )
                 score = Score(horizon, name, "feature_loss")
                 self._record(score, self._keys[index], steps[-1], 1)
-        self._open_loop[horizon] += feature_loss(forecast.open_loop, forecast.truth)[:, -1].tolist()
         is_first_seed = "copy_last" in forecast.rows
-        if is_first_seed and forecast.samples is not None and forecast.sample_losses is not None:
+        if is_first_seed and forecast.samples is not None:
             truth, last = forecast.truth[:, -1], forecast.rows["copy_last"][:, 0]
-            self._sample_losses[horizon] += forecast.sample_losses.tolist()
+            losses = sample_losses(forecast.samples, forecast.truth).tolist()
+            self._sample_losses[horizon] += losses
             self._spread[horizon] += mean_square_spread(forecast.samples[:, :, -1]).tolist()
             self._motion[horizon] += mean_square_motion(truth, last).tolist()
 
@@ -267,7 +262,11 @@ class Scorer:
         """The probes that come from the forecasts; the page says what they are."""
         probes: dict[str, Any] = {
             "z_participation_ratio": participation_ratio(torch.cat(self._z)),
-            "open_loop_feature_loss": {h: _mean(v) for h, v in self._open_loop.items()},
+            "open_loop_feature_loss": {
+                horizon: _mean([steps[-1] for steps in losses])
+                for (horizon, name), losses in self._losses.items()
+                if name == "reconstruction_open_loop"
+            },
             "feature_loss_by_step": {
                 name: np.mean(self._losses["mid", name], axis=0).tolist()
                 for name in ROW_NAMES
@@ -287,14 +286,6 @@ class Scorer:
         return ReportRow(
             dataset=self._config.dataset, horizon=horizon, row=name, metric=metric, value=value
         )
-
-    def _check_finite(self, losses: list[list[float]], name: str, batch: WindowBatch) -> None:
-        for index, steps in zip(batch.indices, losses, strict=True):
-            if not np.isfinite(steps).all():
-                raise DeltatokError(
-                    f"window {index}: the features of the row {name} are not finite; evaluate "
-                    "with --autocast float32, or check the model that made them"
-                )
 
 
 def with_intervals(
@@ -359,22 +350,6 @@ def spread_ratio(spread: Sequence[float], motion: Sequence[float]) -> float | No
     """Root of (summed spread / summed motion): 0 = all samples alike, 1 = they differ as much as
     the frames do. None where nothing moves."""
     return (sum(spread) / sum(motion)) ** 0.5 if sum(motion) > 0 else None
-
-
-def tokenizer_probes(
-    tokenizer: DeltaTok, frames: Tensor, *, grid: tuple[int, int], windows_at_once: int
-) -> dict[str, float | None]:
-    """z_swap_ratio, zero_z_ratio and copy_last_ratio on frames (V, T, N, D), in log-cosh (the
-    released tokenizer loss); None where there is nothing to divide by."""
-    found = probe_tokenizer(
-        tokenizer, frames, grid=grid, loss=log_cosh, windows_at_once=windows_at_once
-    )
-    ratios = {
-        "z_swap_ratio": found.z_swap_ratio,
-        "zero_z_ratio": found.zero_z_ratio,
-        "copy_last_ratio": found.copy_last_ratio,
-    }
-    return {name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,13 +8,13 @@ labels lie in the data set's own folder.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...shards.cache import CacheInfo
 from ...shards.errors import DamagedShard, UsageError
+from ...shards.evaluation.geometry import Cut
 from ...shards.evaluation.labels import IGNORE, NO_DEPTH, ClipLabels
 from ...shards.evaluation.targets import (
     Target,
@@ -29,35 +29,12 @@ from ...train.models.heads import DepthHead, SegmentationHead
 from ..report.pictures import Tile
 from .config import ForecastConfig
 from .rollout import NoiseName
-from .scores import WHOLE, Head, Label, LabelledFrame, label_of_crop
+from .scores import WHOLE, Head, Label, LabelledFrame
 
 logger = logging.getLogger(__name__)
 
 NUM_CLASSES = {"vspw": 124, "cityscapes": 19, "binary": 2}
 """Classes of the data sets whose label rule fixes them."""
-
-
-class WindowArrangement(Protocol):
-    """The windows of a cache in batches, with their labels."""
-
-    def batches(self) -> list[list[int]]:
-        """Every window once; windows of one target stay together, the first crop first."""
-
-    def names(self, indices: list[int]) -> list[NoiseName]:
-        """What each window's noise is drawn for."""
-
-    def sequence(self, index: int) -> str:
-        """What a window belongs to: windows of one sequence are alike, and resampled together."""
-
-    def labelled(self, indices: list[int]) -> list[LabelledFrame]:
-        """The labels of the target frames of a batch; none without labels."""
-
-    def shown_frames(self, index: int) -> tuple[Tile, ...]:
-        """What a window shows, for pictures; none where it is not known here."""
-
-    def shown_labels(self, index: int) -> tuple[Label, ...]:
-        """Labels of a window for pictures: of all frames, of the target alone, or none; each
-        covers what the window shows."""
 
 
 class UniformWindows:
@@ -71,36 +48,46 @@ class UniformWindows:
         self._labels = labels
 
     def batches(self) -> list[list[int]]:
+        """Every window once, in the order of the cache."""
         size = self._config.batch_windows
         numbers = list(range(len(self._cache)))
         return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def names(self, indices: list[int]) -> list[NoiseName]:
+        """What each window's noise is drawn for."""
         return [(index,) for index in indices]
 
     def sequence(self, index: int) -> str:
+        """What a window belongs to: windows of one sequence are alike, and resampled together."""
         return self._cache.keys[int(self._cache.clip_index[index])]
 
+    def crop(self, index: int) -> tuple[Cut, bool]:
+        """How the window's frames are cut, and whether it shows the second of their crops."""
+        return WHOLE, False
+
+    def future_names(self, index: int) -> list[str]:
+        """What the file of a window's known futures may be called, without its suffix."""
+        return [self.sequence(index)]
+
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
+        """The labels of the target frames of a batch; none without labels."""
         if self._labels is None:
             return []
-        target = self._config.num_frames - 1
-        frames = self._cache.frame_index(indices)[:, target].tolist()
-        keys = map(self.sequence, indices)
+        targets = self._cache.frame_index(indices)[:, self._config.num_frames - 1].tolist()
+        keys = list(map(self.sequence, indices))
+        labels = map(self._labels.frame, keys, targets)
         return [
-            LabelledFrame(
-                sequence=key,
-                positions=(position,),
-                cut=WHOLE,
-                label=self._labels.frame(key, frame),
-            )
-            for position, (key, frame) in enumerate(zip(keys, frames, strict=True))
+            LabelledFrame(sequence=key, positions=(position,), cut=WHOLE, label=label)
+            for position, (key, label) in enumerate(zip(keys, labels, strict=True))
         ]
 
     def shown_frames(self, index: int) -> tuple[Tile, ...]:
-        return ()  # --videos has them
+        """What a window shows, for pictures; none here: --videos has them."""
+        return ()
 
     def shown_labels(self, index: int) -> tuple[Label, ...]:
+        """Labels of a window for pictures: of all frames, of the target alone, or none; each
+        covers what the window shows."""
         if self._labels is None:
             return ()
         frames = self._cache.frame_index([index])[0, : self._config.num_frames].tolist()
@@ -108,7 +95,8 @@ class UniformWindows:
 
 
 class EvaluationWindows:
-    """The crops of labelled targets; the target is the last frame of its windows."""
+    """The crops of labelled targets, as `UniformWindows`; the target is the last frame of its
+    windows."""
 
     def __init__(self, config: ForecastConfig, cache: PatchShards, head: Head | None) -> None:
         """Check cache, targets and head against one another.
@@ -123,7 +111,12 @@ class EvaluationWindows:
         self._head = head
         self._targets = read_targets(config.patches)
         self._crops = windows_of_clips(cache)
-        _check_length(config, cache)
+        if cache.shape[0] != config.num_frames:
+            raise UsageError(
+                f"--patches {config.patches}: windows of {cache.shape[0]} frames that end at the "
+                f"labelled one, but num_context + mid_steps = {config.num_frames}; set "
+                "--num-context and --mid-steps so that they are as many"
+            )
         for key, crops in self._crops.items():
             if key not in self._targets or len(crops) > 2:
                 raise DamagedShard(
@@ -134,7 +127,6 @@ class EvaluationWindows:
         if head is not None:
             for target in self._targets.values():
                 _check_head(config, head, target)
-        self._check_labels()
         missing = cache.info.counts.get("quarantined", 0)
         if missing:
             logger.warning(
@@ -145,7 +137,8 @@ class EvaluationWindows:
             )
 
     def batches(self) -> list[list[int]]:
-        """As many whole targets at once as batch_windows allows, one at least; as stored."""
+        """As many whole targets at once as batch_windows allows, one at least; as stored. The first
+        (left or top) crop of a target comes first."""
         batches: list[list[int]] = []
         for crops in sorted(self._crops.values(), key=min):
             if batches and len(batches[-1]) + len(crops) <= self._config.batch_windows:
@@ -164,21 +157,29 @@ class EvaluationWindows:
     def sequence(self, index: int) -> str:
         return self._targets[self._key(index)].sequence
 
+    def crop(self, index: int) -> tuple[Cut, bool]:
+        crops = self._crops[self._key(index)]
+        return cut_of_crops(self._cache.crop[crops]), crops.index(index) == 1
+
+    def future_names(self, index: int) -> list[str]:
+        """The target's key, its sequence's, and that of the video it is in, as an extraction of the
+        videos' folder names it."""
+        target = self._targets[self._key(index)]
+        video = [name.split("/", 1)[-1] for name in target.frames if len(target.frames) == 1]
+        return [target.key, target.sequence, *video]
+
     def labelled(self, indices: list[int]) -> list[LabelledFrame]:
         if self._config.labels is None:
             return []
-        frames = []
-        for key in dict.fromkeys(map(self._key, indices)):
-            crops = self._crops[key]
-            frames.append(
-                LabelledFrame(
-                    sequence=self._targets[key].sequence,
-                    positions=tuple(indices.index(window) for window in crops),
-                    cut=cut_of_crops(self._cache.crop[crops]),
-                    label=self._label(key),
-                )
+        return [
+            LabelledFrame(
+                sequence=self._targets[key].sequence,
+                positions=tuple(indices.index(window) for window in self._crops[key]),
+                cut=cut_of_crops(self._cache.crop[self._crops[key]]),
+                label=self._label(key),
             )
-        return frames
+            for key in dict.fromkeys(map(self._key, indices))
+        ]
 
     def shown_frames(self, index: int) -> tuple[Tile, ...]:
         if self._config.labels is None:
@@ -194,16 +195,7 @@ class EvaluationWindows:
             return ()
         key = self._key(index)
         crops = self._cache.crop[self._crops[key]]
-        which = self._crops[key].index(index)
-        return (label_of_crop(self._label(key), crops, which),)
-
-    def _check_labels(self) -> None:
-        """Every label is there; UsageError for the first that is not, before any work."""
-        if self._config.labels is not None:
-            root = Path(self._config.labels)
-            for key in self._crops:
-                if not (root / self._targets[key].label).is_file():
-                    load_label(self._targets[key], root)  # says what is missing
+        return (label_of_crop(self._label(key), crops, self._crops[key].index(index)),)
 
     def _key(self, index: int) -> str:
         return self._cache.keys[int(self._cache.clip_index[index])]
@@ -212,11 +204,36 @@ class EvaluationWindows:
         target, config = self._targets[key], self._config
         label = load_label(target, str(config.labels))
         if isinstance(self._head, SegmentationHead):
-            _check_classes(config, self._head, target, label)
+            classes = label[label != IGNORE]
+            num_classes = self._head.config.num_classes
+            if classes.size and int(classes.max()) >= num_classes:
+                raise UsageError(
+                    f"target {key}: its label has class {int(classes.max())}, the head "
+                    f"{config.head} knows 0 to {num_classes - 1} ({IGNORE} = ignore); give the "
+                    "head of these labels"
+                )
         elif config.depth_range_m is not None:
             low, high = config.depth_range_m
             label = np.where((label >= low) & (label <= high), label, np.float32(NO_DEPTH))
         return label
+
+
+WindowArrangement = UniformWindows | EvaluationWindows
+"""The windows of a cache in batches, with their labels."""
+
+
+def label_of_crop(label: Label, crops: NDArray[np.float32], which: int) -> Label:
+    """Label (H, W) of a whole frame -> (h, w), what crop number `which` shows.
+
+    crops: float32 (P, 4) top, left, height, width in source pixels, together the whole frame.
+    """
+    corner = crops[:, :2].min(axis=0)
+    extent = (crops[:, :2] + crops[:, 2:]).max(axis=0) - corner
+    scale = np.array(label.shape) / extent
+    first = np.rint((crops[which, :2] - corner) * scale).astype(int)
+    last = np.rint((crops[which, :2] + crops[which, 2:] - corner) * scale).astype(int)
+    part: Label = label[first[0] : last[0], first[1] : last[1]]
+    return part
 
 
 def is_evaluation(info: CacheInfo) -> bool:
@@ -252,42 +269,16 @@ def open_windows(
     return UniformWindows(config, cache, labels)
 
 
-def _check_length(config: ForecastConfig, cache: PatchShards) -> None:
-    if cache.shape[0] != config.num_frames:
-        raise UsageError(
-            f"--patches {config.patches}: windows of {cache.shape[0]} frames that end at the "
-            f"labelled one, but num_context + mid_steps = {config.num_frames}; set --num-context "
-            "and --mid-steps so that they are as many"
-        )
-
-
 def _check_head(config: ForecastConfig, head: Head, target: Target) -> None:
-    wanted: dict[str, Any] = {"segmentation": SegmentationHead, "depth": DepthHead}
-    if target.kind not in wanted:
-        raise UsageError(
-            f"target {target.key}: labels of kind {target.kind!r}, wanted one of "
-            f"{', '.join(wanted)}; a newer release may know it"
-        )
-    if not isinstance(head, wanted[target.kind]):
+    wanted = SegmentationHead if target.kind == "segmentation" else DepthHead
+    if not isinstance(head, wanted):
         raise UsageError(
             f"--head {config.head}: a {type(head).__name__}, but the label of target {target.key} "
-            f"is of kind {target.kind}; give a {wanted[target.kind].__name__}"
+            f"is of kind {target.kind}; give a {wanted.__name__}"
         )
     known = NUM_CLASSES.get(target.rule.name)
     if isinstance(head, SegmentationHead) and known not in (None, head.config.num_classes):
         raise UsageError(
             f"--head {config.head}: {head.config.num_classes} classes, the labels of target "
             f"{target.key} ({target.rule.name}) have {known}; give a head of this data set"
-        )
-
-
-def _check_classes(
-    config: ForecastConfig, head: SegmentationHead, target: Target, label: NDArray[Any]
-) -> None:
-    classes = label[label != IGNORE]
-    if classes.size and int(classes.max()) >= head.config.num_classes:
-        raise UsageError(
-            f"target {target.key}: its label has class {int(classes.max())}, the head "
-            f"{config.head} knows 0 to {head.config.num_classes - 1} ({IGNORE} = ignore); give the "
-            "head of these labels"
         )

@@ -4,9 +4,10 @@ Videos are decoded by extract/'s own rules, so that a frame is the one that a ca
 T frames of H x W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from ...shards.errors import ClipError, DeltatokError, UsageError
 from ...shards.sampling import WindowDraw
+
+if TYPE_CHECKING:
+    from ...extract.sources.clip import Clip
 
 Frames = NDArray[np.uint8] | Tensor
 Video = Frames | str | Path
@@ -105,7 +109,6 @@ def frame_planes(frame: NDArray[np.uint8]) -> Tensor:
 
 def _look_at_file(path: Path, glance: Glance) -> Footage:
     # Decoders are imported for files only: arrays need none.
-    from ...extract.decoding.clip import decode_drawn
     from ...extract.sources.find import find_clips
 
     clips = find_clips([path])
@@ -113,40 +116,49 @@ def _look_at_file(path: Path, glance: Glance) -> Footage:
         raise UsageError(
             f"{path}: {len(clips)} videos, wanted one; give one of them, e.g. {clips[0].key}"
         )
-    clip = clips[0]
-    rows: tuple[list[int], list[int]] = ([], [])
+    num_seen = 0
     refused: UsageError | None = None  # what decoders take for a fault of the video
 
-    def draw(times_s: NDArray[np.float64], height: int, width: int) -> list[WindowDraw]:
-        nonlocal rows, refused
+    def choose(times_s: NDArray[np.float64]) -> list[int]:
+        nonlocal num_seen, refused
         try:
-            rows = glance.rows(times_s)
+            seen, after = glance.rows(times_s)
         except UsageError as error:
             refused = error
             raise
-        both = (*rows[0], *rows[1])
+        num_seen = len(seen)
+        return [*seen, *after]
+
+    try:
+        frames, times = decode_frames(clips[0], choose)
+    except ClipError as error:
+        if refused is not None:
+            raise refused from None
+        raise DeltatokError(f"{path}: cannot be decoded: {error}") from error
+    return Footage(seen=frames[:num_seen], times_s=times[:num_seen], after=frames[num_seen:])
+
+
+def decode_frames(
+    clip: "Clip", choose: Callable[[NDArray[np.float64]], list[int]]
+) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
+    """The frames (C, H, W, 3) of a clip that `choose` takes by the times of all, and their times.
+    ClipError for a clip that cannot be decoded."""
+    from ...extract.decoding.clip import decode_drawn
+
+    def draw(times_s: NDArray[np.float64], height: int, width: int) -> list[WindowDraw]:
+        rows = choose(times_s)
         return [
             WindowDraw(
-                frame_index=both,
-                timestamps_s=tuple(times_s[list(both)].tolist()),
+                frame_index=tuple(rows),
+                timestamps_s=tuple(times_s[rows].tolist()),
                 crop=(0, 0, height, width),
                 flipped=False,
             )
         ]
 
-    try:
-        decoded = decode_drawn(clip, draw=draw, decoder="pyav")
-    except ClipError as error:
-        if refused is not None:
-            raise refused from None
-        raise DeltatokError(f"{path}: cannot be decoded: {error}") from error
-    window, num_seen = decoded.windows[0], len(rows[0])
-    frames = np.stack([decoded.frames[index] for index in window.frame_index])
-    return Footage(
-        seen=frames[:num_seen],
-        times_s=window.timestamps_s[:num_seen],
-        after=frames[num_seen:],
-    )
+    decoded = decode_drawn(clip, draw=draw, decoder="pyav")
+    window = decoded.windows[0]
+    return np.stack([decoded.frames[row] for row in window.frame_index]), window.timestamps_s
 
 
 def _check_times(

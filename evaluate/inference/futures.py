@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shards.errors import UsageError
-from ...shards.files import local_path, write_bytes
+from ...shards.files import local_path, make_folder, write_bytes
 from ...train.models.heads import feature_map
 from ..forecast.rollout import decode_rollout
 from ..report.animation import draw_moments, gif_bytes, write_mp4
@@ -30,6 +30,14 @@ from ..report.pictures import (
     resize_tile,
 )
 from .parts import Parts
+
+PCA_TOKENS = 20_000
+"""Tokens that the colours are fitted on, at most (a guess; 3 numbers are fitted for each of D)."""
+EMPTY = 225
+"""Grey of a tile without a picture."""
+
+Draw = Callable[[Tensor], Tile]
+"""Features (N, D) -> a tile of TILE_HEIGHT."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +112,7 @@ class Futures:
             output: Tensor = head(feature_map(features.float(), grid=self.grid))
         return output
 
-    def most_different(self, count: int) -> list[int]:
+    def most_diverse(self, count: int) -> list[int]:
         """Numbers of the samples that differ most at the last step, the most typical first."""
         return most_diverse(self.features[:, -1], count)
 
@@ -112,61 +120,39 @@ class Futures:
         """A PNG: the frames seen, what came (where known), the samples that differ most, mean and
         spread. show: "features" (colours) or "head" (what it reads); by default the head's if
         there is one. Gives the path."""
-
-        return save_grid(self, local_path(path), num_samples=num_samples, show=show)
+        strips = [
+            Strip(label="video", alt="Frames seen, and those that came.", tiles=_video(self)),
+            *(
+                Strip(label=label, alt=label, tiles=tiles)
+                for label, tiles in _rows(self, num_samples, show)
+            ),
+        ]
+        if len(self) > 1:
+            strips.append(Strip(label="spread", alt="spread of the samples", tiles=_spread(self)))
+        columns = tuple(map(_seconds, (*self.seen_s, *self.times_s)))
+        panel = Panel(title="", columns=columns, strips=tuple(strips))
+        return _write(local_path(path), png_bytes(panel_image(panel)))
 
     def save_mp4(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
         """The same as a video, samples side by side, in real time; ends in .gif: a GIF."""
-
-        return save_video(self, local_path(path), num_samples=num_samples, show=show)
-
-
-PCA_TOKENS = 20_000
-"""Tokens that the colours are fitted on, at most (a guess; 3 numbers are fitted for each of D)."""
-EMPTY = 225
-"""Grey of a tile without a picture."""
-
-Draw = Callable[[Tensor], Tile]
-"""Features (N, D) -> a tile."""
-
-
-def save_grid(futures: Futures, path: Path, *, num_samples: int, show: str | None) -> Path:
-    """See `Futures.save_grid`."""
-    rows = _rows(futures, num_samples, show)
-    strips = [
-        Strip(label="video", alt="Frames seen, and those that came.", tiles=_video(futures)),
-        *(Strip(label=label, alt=label, tiles=tiles) for label, tiles in rows),
-    ]
-    if len(futures) > 1:
-        strips.append(Strip(label="spread", alt="spread of the samples", tiles=_spread(futures)))
-    columns = (*futures.seen_s, *futures.times_s)
-    panel = Panel(
-        title="", columns=tuple(_seconds(time_s) for time_s in columns), strips=tuple(strips)
-    )
-    _write(path, png_bytes(panel_image(panel)))
-    return path
-
-
-def save_video(futures: Futures, path: Path, *, num_samples: int, show: str | None) -> Path:
-    """See `Futures.save_mp4`."""
-    kind = path.suffix.lower()
-    if kind not in (".mp4", ".gif"):
-        raise UsageError(f"{path}: wanted a name that ends in .mp4 or .gif")
-    video = _video(futures)
-    seen = video[: len(futures.seen)]
-    cells = [Strip(label="video", alt="", tiles=video)]
-    for label, tiles in _rows(futures, num_samples, show):
-        cells.append(Strip(label=label, alt="", tiles=(*seen, *tiles)))
-    captions = [f"seen {_seconds(time_s)}" for time_s in futures.seen_s]
-    captions += [f"forecast {_seconds(time_s)}" for time_s in futures.times_s]
-    columns = 3 if len(cells) > 4 else len(cells)
-    pictures = draw_moments(cells, captions, columns=columns, first_future=len(seen))
-    step_s = futures.times_s[0]
-    if kind == ".gif":
-        _write(path, gif_bytes(pictures, step_s=step_s))
-    else:
+        path = local_path(path)
+        kind = path.suffix.lower()
+        if kind not in (".mp4", ".gif"):
+            raise UsageError(f"{path}: wanted a name that ends in .mp4 or .gif")
+        video = _video(self)
+        seen = video[: len(self.seen)]
+        cells = [Strip(label="video", alt="", tiles=video)]
+        for label, tiles in _rows(self, num_samples, show):
+            cells.append(Strip(label=label, alt="", tiles=(*seen, *tiles)))
+        captions = [f"seen {_seconds(time_s)}" for time_s in self.seen_s]
+        captions += [f"forecast {_seconds(time_s)}" for time_s in self.times_s]
+        columns = 3 if len(cells) > 4 else len(cells)
+        pictures = draw_moments(cells, captions, columns=columns, first_future=len(seen))
+        step_s = self.times_s[0]
+        if kind == ".gif":
+            return _write(path, gif_bytes(pictures, step_s=step_s))
         write_mp4(path, pictures, step_s=step_s)
-    return path
+        return path
 
 
 def _rows(
@@ -176,7 +162,7 @@ def _rows(
     draw = _drawing(futures, show)
     rows = []
     if len(futures) > 1:
-        for number in futures.most_different(num_samples):
+        for number in futures.most_diverse(num_samples):
             tiles = tuple(draw(features) for features in futures.features[number])
             rows.append((f"sample {number + 1}", tiles))
     label = "mean" if len(futures) > 1 else "forecast"
@@ -227,9 +213,10 @@ def _array(values: Tensor) -> NDArray[np.float32]:
     return array
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes) -> Path:
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error}); give another file") from error
+    return path

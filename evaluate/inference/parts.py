@@ -21,7 +21,7 @@ from ...extract.backbone import Backbone
 from ...extract.pixels import RESIZE_RULE
 from ...shards.cache import compare, read_cache_info
 from ...shards.errors import DeltatokError, UsageError
-from ...shards.files import read_text, write_json
+from ...shards.files import make_folder, read_text, write_json
 from ...train.engine.model_folder import (
     SAME_PREPROCESSING,
     check_made_by,
@@ -82,19 +82,16 @@ class Parts:
 
         A backbone from the hub is named, not copied.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"{folder}: cannot be made ({error.strerror}); give another folder"
-            ) from error
+        make_folder(folder)
         for name, model in (("world", self.world), ("tokenizer", self.tokenizer)):
             model.save_pretrained(folder / name, read_provenance(self.folders[name]))
         if self.head is not None:
             self.head.save_pretrained(folder / "head", read_provenance(self.folders["head"]))
+        hub_id = None
         if "backbone" in self.folders:
             _copy_backbone(self.folders["backbone"], folder / "backbone")
-        hub_id = None if "backbone" in self.folders else self.backbone.name
+        else:
+            hub_id = self.backbone.name
         write_json(folder / PARTS_FILE, {"backbone": hub_id, "frame_size": self.frame_size})
 
 
@@ -115,15 +112,19 @@ def load_parts(
     """
     world_folder = find_world(folder)
     provenance = read_provenance(world_folder)
-    deltas = provenance.get("deltas")
-    deltas = deltas if isinstance(deltas, Mapping) else {}
-    patches = deltas.get("patches")
-    patches = patches if isinstance(patches, Mapping) else {}
+    deltas = _object(provenance, "deltas")
+    patches = _object(deltas, "patches")
     places = nearby(folder, world_folder)
 
-    wanted = deltas.get("tokenizer", {}).get("weights_sha256")
+    wanted = _object(deltas, "tokenizer").get("weights_sha256")
     if tokenizer is None:
-        tokenizer = find_tokenizer(world_folder, wanted, places)
+        tokenizer = find_part(
+            "tokenizer",
+            world_folder,
+            wanted,
+            [place for place in places if _class_of(place) == "DeltaTok"],
+            hash_weights=lambda place: weights_sha256(DeltaTok.from_pretrained(place)),
+        )
     loaded_tokenizer = DeltaTok.from_pretrained(tokenizer)
     world_name = f"the world model {world_folder}"
     if wanted is None:
@@ -132,9 +133,16 @@ def load_parts(
         sha256 = weights_sha256(loaded_tokenizer)
         check_made_by(sha256, deltas, what_got=f"tokenizer {tokenizer}", what=world_name)
 
-    wanted = patches.get("backbone", {}).get("weights_sha256")
+    wanted = _object(patches, "backbone").get("weights_sha256")
     if backbone is None:
-        backbone = find_backbone(world_folder, wanted, places, load_backbone)
+        backbone = find_part(
+            "backbone",
+            world_folder,
+            wanted,
+            [place for place in places if (place / "preprocessor_config.json").is_file()],
+            hash_weights=lambda place: load_backbone(str(place)).identity()["weights_sha256"],
+            hub_id=_recorded_hub_id(world_folder),
+        )
     loaded_backbone = load_backbone(str(backbone))
     if patches:
         check_same_features(
@@ -150,7 +158,7 @@ def load_parts(
         head = find_head(wanted, places)
     elif read_class(head) not in HEADS:
         raise UsageError(f"head {head}: a {read_class(head)}, wanted one of {', '.join(HEADS)}")
-    size = frame_size or patches.get("preprocessing", {}).get("frame_size")
+    size = frame_size or _object(patches, "preprocessing").get("frame_size")
     size = size or read_parts(world_folder).get("frame_size")
     if size is None:
         raise UsageError(
@@ -169,7 +177,18 @@ def load_parts(
         black=loaded_backbone.black_tokens(int(size)).to(device),
         folders={name: path for name, path in found.items() if path.is_dir()},
     )
-    _check_widths(parts)
+    widths = {
+        "tokenizer": parts.tokenizer.config.hidden_size,
+        "world model": parts.world.config.hidden_size,
+    }
+    if parts.head is not None:
+        widths["head"] = parts.head.config.in_size
+    for name, got in widths.items():
+        if got != parts.backbone.hidden_size:
+            raise UsageError(
+                f"the {name} has {got} channels, the backbone's tokens have "
+                f"{parts.backbone.hidden_size}"
+            )
     return parts
 
 
@@ -195,17 +214,6 @@ def check_same_features(
         fields=["backbone.weights_sha256", *SAME_PREPROCESSING],
         advice="give the backbone that made them",
     )
-
-
-def _check_widths(parts: Parts) -> None:
-    width = parts.backbone.hidden_size
-    others = {"tokenizer": parts.tokenizer.config.hidden_size}
-    others["world model"] = parts.world.config.hidden_size
-    if parts.head is not None:
-        others["head"] = parts.head.config.in_size
-    for name, got in others.items():
-        if got != width:
-            raise UsageError(f"the {name} has {got} channels, the backbone's tokens have {width}")
 
 
 def _copy_backbone(source: Path, target: Path) -> None:
@@ -249,55 +257,34 @@ def nearby(folder: Path, world_folder: Path) -> list[Path]:
     return list(places.values())
 
 
-def find_tokenizer(world_folder: Path, wanted: str | None, places: Sequence[Path]) -> Path:
-    """The one of `places` that holds the tokenizer with the weights `wanted` (sha256).
-
-    Raises UsageError that names where was looked, if none does.
-    """
-    candidates = [place for place in places if _class_of(place) == "DeltaTok"]
-    for place in candidates:
-        if wanted is not None and weights_sha256(DeltaTok.from_pretrained(place)) == wanted:
-            return place
-    raise UsageError(_not_found("tokenizer", world_folder, wanted, candidates))
-
-
-def find_backbone(
+def find_part(
+    part: str,
     world_folder: Path,
     wanted: str | None,
-    places: Sequence[Path],
-    load_backbone: Callable[[str], Backbone],
+    candidates: Sequence[Path],
+    *,
+    hash_weights: Callable[[Path], str],
+    hub_id: str | None = None,
 ) -> str | Path:
-    """The one of `places` that holds the backbone with the weights `wanted` (sha256), or the hub
-    id that the world's delta cache names.
+    """The one of `candidates` that holds the weights `wanted` (sha256), else `hub_id`.
 
     Raises UsageError that names where was looked, if there is neither.
     """
-    candidates = [place for place in places if (place / "preprocessor_config.json").is_file()]
-    for place in candidates:
-        if wanted is not None:
-            try:
-                found = load_backbone(str(place)).identity()["weights_sha256"]
-            except UsageError as error:
-                logger.info("%s: no backbone that can be loaded: %s", place, error)
-                continue
-            if found == wanted:
+    for place in candidates if wanted is not None else ():
+        try:
+            if hash_weights(place) == wanted:
                 return place
-    hub_id = _recorded_hub_id(world_folder)
-    if hub_id is None:
-        raise UsageError(_not_found("backbone", world_folder, wanted, candidates))
-    return hub_id
-
-
-def _not_found(
-    part: str, world_folder: Path, wanted: str | None, candidates: Sequence[Path]
-) -> str:
+        except UsageError as error:
+            logger.info("%s: no %s that can be loaded: %s", place, part, error)
+    if hub_id is not None:
+        return hub_id
     if wanted is None:
-        return (
+        raise UsageError(
             f"{world_folder}: its provenance.json does not say which {part} it was trained with; "
             f"pass {part}="
         )
-    looked = ", ".join(str(place) for place in candidates) or "none there"
-    return (
+    looked = ", ".join(map(str, candidates)) or "none there"
+    raise UsageError(
         f"{world_folder}: its {part} (weights sha256 {wanted}) is not beside it (looked at: "
         f"{looked}); pass {part}="
     )
@@ -307,10 +294,9 @@ def find_head(backbone_sha256: str | None, places: Sequence[Path]) -> Path | Non
     """The one head beside the world that was trained on the same backbone, if there is one."""
     found = []
     for place in places:
-        if _class_of(place) in HEADS and (place / "provenance.json").is_file():
-            trained_on = read_provenance(place).get("patches")
-            weights = trained_on.get("backbone", {}) if isinstance(trained_on, Mapping) else {}
-            if backbone_sha256 is not None and weights.get("weights_sha256") == backbone_sha256:
+        if _class_of(place) in HEADS and backbone_sha256 is not None:
+            trained_on = _object(_read_json(place / "provenance.json"), "patches")
+            if _object(trained_on, "backbone").get("weights_sha256") == backbone_sha256:
                 found.append(place)
     if len(found) > 1:
         names = ", ".join(str(place) for place in found)
@@ -320,8 +306,7 @@ def find_head(backbone_sha256: str | None, places: Sequence[Path]) -> Path | Non
 
 def _recorded_deltas(world_folder: Path) -> Path | None:
     """The delta cache that a run folder's train.json names, if it is there."""
-    config = _read_json(world_folder / "train.json").get("config")
-    deltas = config.get("deltas") if isinstance(config, Mapping) else None
+    deltas = _object(_read_json(world_folder / "train.json"), "config").get("deltas")
     return Path(deltas) if isinstance(deltas, str) and Path(deltas).is_dir() else None
 
 
@@ -352,6 +337,12 @@ def _class_of(folder: Path) -> str | None:
     """What config.json calls its model; None without one of ours."""
     name = _read_json(folder / "config.json").get("class")
     return name if isinstance(name, str) else None
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field that is an object; {} where it is not there, or is something else."""
+    value = values.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

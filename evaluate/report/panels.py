@@ -17,7 +17,7 @@ from ...shards.evaluation.labels import IGNORE, NO_DEPTH
 from ...train.models.heads import DepthHead, SegmentationHead, feature_map
 from ...train.models.rgb_head import RGBHead
 from ..forecast.rollout import HorizonForecast
-from ..forecast.scores import Head, Label, class_map
+from ..forecast.scores import Head, Label, class_maps
 from .pictures import (
     Panel,
     Strip,
@@ -215,8 +215,8 @@ def read_classes(
     score."""
     width, height = tile_size(aspect)
     with torch.no_grad():
-        found = class_map(head, tokens, grid=grid, size=(height, width))
-    return found.to("cpu", torch.uint8).numpy()
+        found: ClassMap = class_maps(head, tokens[None], grid=grid, size=(height, width))[0]
+    return found
 
 
 def _forecasts(window: ShownWindow, names: Sequence[str]) -> list[tuple[str, Features]]:

@@ -6,7 +6,6 @@ versions of a picture; the page shows the one that fits the reader's colour sche
 
 import io
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -19,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ...shards.errors import UsageError
 from ...shards.files import read_text
+from ...shards.schema import is_number
 from .rows import HORIZONS, ROW_LABELS, ReportRow, find_value
 
 _LIGHT = {"ink": "#24292f", "faint": "#d0d7de"}
@@ -64,37 +64,27 @@ def read_curve(path: str) -> Curve:
     """The losses (keys that end with "loss") of a run folder or of a log.jsonl.
 
     Raises:
-        UsageError: no such file, a line that is no JSON, or no loss in it. A last line without
-            its newline, as a killed run leaves it, is not read.
+        UsageError: no such file or none of text, a line that is no JSON, or no loss in it. A last
+            line without its newline, as a killed run leaves it, is not read.
     """
     file = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
+    losses: dict[str, tuple[list[int], list[float]]] = {}
     try:
         text = read_text(file)
-    except OSError as error:
-        raise UsageError(f"--curves {path}: {file} cannot be read ({error.strerror})") from None
-    losses: dict[str, tuple[list[int], list[float]]] = {}
-    whole_lines = text[: text.rfind("\n") + 1].splitlines()
-    for number, line in enumerate(whole_lines, start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"--curves {path}: line {number} is no JSON ({error})") from None
-        _add_losses(losses, entry)
+        for entry in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
+            if not isinstance(entry, dict) or not is_number(entry.get("step")):
+                continue
+            for key, value in entry.items():
+                if key.endswith("loss") and is_number(value):
+                    steps, values = losses.setdefault(key, ([], []))
+                    steps.append(entry["step"])
+                    values.append(float(value))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--curves {path}: {file} cannot be read ({error})") from None
     if not losses:
         raise UsageError(f'--curves {path}: no line with a "step" and a loss; give a training run')
     name = file.parent.name if file.name == "log.jsonl" else file.stem
     return Curve(name=name or str(file), losses=losses)
-
-
-def _add_losses(losses: dict[str, tuple[list[int], list[float]]], entry: Any) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-        return
-    for key, value in entry.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key.endswith("loss") and is_number and math.isfinite(value):
-            steps, values = losses.setdefault(key, ([], []))
-            steps.append(entry["step"])
-            values.append(float(value))
 
 
 def plot_curves(curves: Sequence[Curve]) -> list[Plot]:

@@ -61,7 +61,8 @@ class Report:
     step_s: float
     """Seconds of a step, the median over the windows."""
     diagnosis: list[dict[str, Any]] = field(default_factory=list)
-    """[{"cause", "measured", "next_step"}]: why the numbers are not as they should be, if known."""
+    """[{"cause", "measured", "next_step"}]: why the numbers are not as they should be, if known:
+    forecast/diagnosis.py."""
     paper: PaperComparison | None = None
     """Whether the paper's rows may stand beside these; None: it has none of this data set."""
 

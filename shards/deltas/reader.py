@@ -290,8 +290,8 @@ class DeltaShards(CacheReader[np.float16]):
         items = flat.view(f"V{self._row_bytes}")[:, 0]
         order = np.argsort(numbers)
         shards, windows = self._locate(numbers[order])
-        edges = np.flatnonzero(np.diff(shards, prepend=-1, append=-1)).tolist()
-        for begin, end in itertools.pairwise(edges):
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+        for begin, end in itertools.pairwise(edges if len(shards) else ()):
             shard = int(shards[begin])
             layout = self._layout(shard)
             chosen = layout.offsets[windows[begin:end]] // layout.stride

@@ -122,8 +122,11 @@ def identity(policy: str, backbone: str) -> dict[str, Any]:
     }
 
 
-def write_cache(folder: Path, *, policy: str, backbone: str) -> None:
-    """Five windows of three clips in two shards; features drift, as those of a video do."""
+def write_cache(
+    folder: Path, *, policy: str, backbone: str, tokens: np.ndarray[Any, Any] | None = None
+) -> None:
+    """Five windows of three clips in two shards; features drift, as those of a video do, or are
+    `tokens` (5, T, N, D)."""
     rng = np.random.default_rng(0)
     num_tokens = GRID[0] * GRID[1]
     shape = CacheShape(
@@ -141,8 +144,11 @@ def write_cache(folder: Path, *, policy: str, backbone: str) -> None:
         first = rng.normal(size=(len(clip), 1, num_tokens, HIDDEN_SIZE))
         drift = rng.normal(size=(len(clip), NUM_FRAMES, num_tokens, HIDDEN_SIZE)).cumsum(axis=1)
         index = np.stack([np.arange(NUM_FRAMES) * 6 + 3 * i for i in range(len(clip))])
+        features = first + 0.3 * drift
+        if tokens is not None:
+            features, tokens = tokens[: len(clip)], tokens[len(clip) :]
         rows = ShardRows(
-            tokens=(first + 0.3 * drift).astype(np.float16),
+            tokens=features.astype(np.float16),
             timestamps_s=((index + LATE) / 30).astype(np.float32),
             frame_index=index.astype(np.int32),
             crop=np.tile(np.array([0, 0, 90, 160], np.float32), (len(clip), 1)),

@@ -222,12 +222,6 @@ def test_damaged_scores_are_refused_by_line(
         compare(tmp_path, one, other)
 
 
-@pytest.mark.parametrize("curve", [7, [{"horizon": "mid"}], [{"horizon": "x", "k": 1}]])
-def test_a_damaged_curve_is_refused(made: MakeReport, tmp_path: Path, curve: Any) -> None:
-    with pytest.raises(UsageError, match="best_of_k is no curve"):
-        compare(tmp_path, made("a", losses(1)), made("b", losses(1), best_of_k=curve))
-
-
 def test_the_result_is_said_first_in_words(made: MakeReport, tmp_path: Path) -> None:
     one, worse, same = made("a", losses(1)), made("b", losses(2, shift=0.3)), made("c", losses(3))
     compare(tmp_path, one, worse, same)

@@ -7,15 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 
+from deltatok.evaluate.forecast.config import ForecastConfig
 from deltatok.evaluate.forecast.modes import KnownFutures, ModeScorer, write_futures
 from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.scores import segment
+from deltatok.evaluate.forecast.scores import class_maps
 from deltatok.evaluate.forecast.sequences import SequenceScores
+from deltatok.evaluate.forecast.windows import UniformWindows
 from deltatok.evaluate.report.rows import find_row, find_value
 from deltatok.evaluate.report.write import Report
 from deltatok.shards.errors import UsageError
+from deltatok.shards.evaluation.targets import windows_of_clips
 from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.models.heads import SegmentationHead
 
@@ -34,10 +39,10 @@ def known(shared_evaluation: Any, tmp_path_factory: pytest.TempPathFactory) -> s
         frames = cache.frame_index([index])[0].tolist()
         tokens = torch.tensor(cache.tokens([index])[0])
         with torch.no_grad():
-            maps = segment(head, tokens[[6, 5]], grid=cache.grid, size=SIZE)
+            maps = class_maps(head, tokens[[6, 5]], grid=cache.grid, size=SIZE)
         found = KnownFutures(
             probability=np.array([0.6, 0.4]),
-            classes=maps.numpy().astype(np.uint8),
+            classes=maps,
             background=-1,
         )
         pairs = {(frames[3], frames[6]): found, (frames[5], frames[6]): found}
@@ -95,14 +100,13 @@ def test_every_sample_counts_at_its_last_step(shared_evaluation: Any, known: str
     forecast = HorizonForecast(
         truth=x[:, 4:],
         rows={"present": samples[:, 0], "mean": samples[:, 2]},
-        open_loop=x[:, 4:],
         samples=samples,
-        sample_losses=None,
     )
     batch = WindowBatch(indices=(0,), names=((0,),), x=x, times=torch.zeros(1, 7), z=x[..., 0])
     scores, sequence = SequenceScores(), cache.keys[int(cache.clip_index[0])]
     with torch.no_grad():
-        ModeScorer(config, cache, head).add("mid", forecast, batch, seed=0, scores=scores)
+        scorer = ModeScorer(config, cache, head, UniformWindows(config, cache, None))
+        scorer.add("mid", forecast, batch, seed=0, scores=scores)
     found = {score[1:]: part[0][sequence][0, 0] for score, part in scores.parts.items()}
     assert found["samples", "mode_recall"] == 1
     assert found["samples", "mode_precision"] == pytest.approx(2 / 3)
@@ -216,3 +220,79 @@ def test_settings_of_no_use_are_refused(
 def test_report_json_is_strict_json(report: Report) -> None:
     text = (Path(report.config["out"]) / "report.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in report.json"))
+
+
+HALVES = {0: np.s_[:, :17], 1: np.s_[:, 17:]}
+"""Of class maps 20 x 34, what left and right crops are scored on."""
+
+
+def read_half(head: SegmentationHead, tokens: torch.Tensor, *, second: bool) -> NDArray[np.uint8]:
+    """What a head reads from one of two overlapping crops (N, D), for its half (20, 17)."""
+    with torch.no_grad():
+        logits = head(tokens.T.reshape(1, 32, 3, 3).float())
+    square = F.interpolate(logits, size=(20, 20), mode="bilinear", align_corners=False)
+    classes = square.argmax(dim=1)[0, :, 3:] if second else square.argmax(dim=1)[0, :, :17]
+    return classes.numpy().astype(np.uint8)
+
+
+@pytest.mark.parametrize("named_by", ["target", "sequence"])
+def test_crops_of_an_evaluation_cache_are_held_against_their_half_of_known_futures(
+    write_evaluation_cache: Any, make: Any, tmp_path: Path, named_by: str
+) -> None:
+    """Futures of whole frames: what the head reads from both crops' true targets (0.6), and from
+    the frame that `copy_last` shows at the short horizon (0.4)."""
+    write_evaluation_cache(tmp_path / "patches", tmp_path / "labels")
+    cache = PatchShards(tmp_path / "patches")
+    make.write_models(tmp_path, cache.info.identity)
+    head = SegmentationHead.from_pretrained(tmp_path / "head")
+    alike: list[bool] = []
+    files: dict[str, dict[tuple[int, int], KnownFutures]] = {}
+    for key, crops in windows_of_clips(cache).items():  # left, right
+        classes = np.empty((2, 20, 34), np.uint8)
+        for crop, window in enumerate(crops):
+            tokens = torch.tensor(cache.tokens([window])[0])
+            for future, frame in enumerate((6, 5)):
+                half = read_half(head, tokens[frame], second=crop == 1)
+                classes[future][HALVES[crop]] = half
+            alike.append(bool((classes[0][HALVES[crop]] == classes[1][HALVES[crop]]).all()))
+        known = KnownFutures(probability=np.array([0.6, 0.4]), classes=classes, background=-1)
+        frames = cache.frame_index([crops[0]])[0].tolist()
+        pairs = {(frames[3], frames[6]): known, (frames[5], frames[6]): known}
+        name = key if named_by == "target" else key.rsplit("/", 1)[0]
+        files.setdefault(name, {}).update(pairs)
+    for name, pairs in files.items():
+        write_futures(tmp_path / "futures", name, pairs, background=-1)
+    folders = ("patches", "labels", "tokenizer", "world", "discriminative", "head", "futures")
+    config = ForecastConfig(
+        **{folder: str(tmp_path / folder) for folder in folders},
+        out=str(tmp_path / "out"),
+        num_samples=3,
+        num_pictures=0,
+        mode_overlap=1.0,
+        device="cpu",
+    )
+    report, merged = run_forecast(config), float(np.mean(alike))
+    assert merged < 0.5
+    for row, probability in (("present", 0.6), ("copy_last", 0.4)):
+        assert value(report, "short", row, "mode_precision") == 1
+        recall = merged + (1 - merged) * 0.5
+        assert value(report, "short", row, "mode_recall") == pytest.approx(recall)
+        weighted = merged + (1 - merged) * probability
+        assert value(report, "short", row, "mode_recall_weighted") == pytest.approx(weighted)
+    assert value(report, "mid", "samples", "mode_precision") == 0  # of random models
+    text = (tmp_path / "out" / "sequences.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert sorted(line["sequence"] for line in lines) == ["a", "town/b"]
+    assert all("mode_recall" in line["scores"]["mid"]["samples"] for line in lines)
+
+
+def test_a_target_without_futures_is_named(
+    write_evaluation_cache: Any, make: Any, tmp_path: Path
+) -> None:
+    write_evaluation_cache(tmp_path / "patches", tmp_path / "labels")
+    make.write_models(tmp_path, PatchShards(tmp_path / "patches").info.identity)
+    (tmp_path / "futures").mkdir()
+    folders = ("patches", "labels", "tokenizer", "head", "futures", "out")
+    paths = {folder: str(tmp_path / folder) for folder in folders}
+    with pytest.raises(UsageError, match=r"clip \S+/0000.9: no futures"):
+        run_forecast(ForecastConfig(**paths, device="cpu"))

@@ -57,9 +57,7 @@ def test_spread_of_a_report_is_held_against_the_motion_up_to_the_target() -> Non
     forecast = HorizonForecast(
         truth=x[:, 4:],
         rows={"copy_last": x[:, 3:4].expand(1, 3, 1, 1)},
-        open_loop=x[:, 4:],
         samples=samples,
-        sample_losses=torch.zeros(1, 2),
     )
     scorer.add("mid", forecast, batch)
     assert scorer.probes()["sample_spread"] == {"mid": pytest.approx(1 / 4)}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from deltatok.evaluate.forecast.config import ForecastConfig
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.scores import label_of_crop
+from deltatok.evaluate.forecast.windows import label_of_crop
 from deltatok.evaluate.report.rows import HORIZONS, find_value
 from deltatok.evaluate.report.write import Report
 from deltatok.shards.patches.reader import PatchShards

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from deltatok.evaluate.forecast.rollout import best_sample, mean_sample, sample_losses
 from deltatok.evaluate.forecast.scores import (
     class_counts,
+    class_maps,
     confusion_matrix,
-    segment,
     squared_errors,
 )
 from deltatok.evaluate.forecast.sequences import values
@@ -84,10 +84,10 @@ def test_depth_error_is_over_all_valid_pixels_of_the_set():
     assert values("rmse", sums[None], counts[None]) == pytest.approx((4 / 3) ** 0.5)
 
 
-def test_segment_gives_classes_of_the_asked_size():
+def test_class_maps_have_the_asked_size():
     head = SegmentationHead(SegmentationHeadConfig(in_size=4, num_classes=3)).eval()
     with torch.no_grad():
-        classes = segment(head, torch.randn(2, 6, 4), grid=(2, 3), size=(8, 12))
+        classes = class_maps(head, torch.randn(2, 6, 4), grid=(2, 3), size=(8, 12))
     assert classes.shape == (2, 8, 12)
     assert classes.max() < 3
 

@@ -1,5 +1,6 @@
 """The pictures of a report: colours that can be compared, strips that line up, curves."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,15 +178,24 @@ def test_curve_plot_has_a_light_and_a_dark_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("log", "message"),
     [
         (None, "cannot be read"),
-        ("nonsense\n", "line 1 is no JSON"),
-        ('{"step": 1}\n', "no line with"),
+        (b"nonsense\n", "cannot be read"),
+        (b"\xff\xfe\x00\n", "cannot be read"),
+        (b"[" * 100_000 + b"\n", "cannot be read"),
+        (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n", "no line with"),
+        (b'{"step": 1}\n', "no line with"),
     ],
 )
-def test_curve_of_no_use_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / "log.jsonl").write_text(text)
+def test_curve_of_no_use_is_refused(tmp_path: Path, log: bytes | None, message: str) -> None:
+    if log is not None:
+        (tmp_path / "log.jsonl").write_bytes(log)
     with pytest.raises(UsageError, match=message):
+        read_curve(str(tmp_path))
+
+
+def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(UsageError, match="no regular file"):
         read_curve(str(tmp_path))

@@ -63,6 +63,25 @@ def test_a_head_and_a_report_from_the_targets(
     assert {("present", "miou"), ("copy_last", "miou")} <= rows
 
 
+def test_known_futures_serve_the_targets_as_they_serve_the_uniform_cache(
+    tiny_inputs: Path, tiny_run: Path, targets_cache: Path, tmp_path: Path
+) -> None:
+    """The same clips, futures and features: the same mode scores of every row without noise."""
+    world, scores = tiny_inputs / "world", []
+    caches = {targets_cache: world, tiny_run / "val-patches": world / "labels" / "val"}
+    for number, (cache, labels) in enumerate(caches.items()):
+        out = tmp_path / str(number)
+        words = ["forecast", "--patches", cache, "--labels", labels, "--out", out]
+        words += ["--tokenizer", tiny_run / "tokenizer", "--head", tiny_run / "head"]
+        words += ["--futures", world / "futures", "--num-pictures", 0]
+        assert evaluate([str(word) for word in words]) == 0
+        rows = json.loads((out / "report.json").read_text())["rows"]
+        modes = [row for row in rows if row["metric"].startswith("mode")]
+        scores.append([(row["horizon"], row["row"], row["metric"], row["value"]) for row in modes])
+    assert len(scores[0]) == 3 * 2 * 3  # rows, horizons, metrics
+    assert scores[0] == scores[1]
+
+
 def test_the_command_says_where_the_cache_is(
     tiny_inputs: Path, targets_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
