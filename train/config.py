@@ -103,6 +103,9 @@ class TrainConfig:
     """Steps between two checkpoints; a kill loses at most this many."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept: the newest ones, beside the one that validates best."""
+    skip_damaged: bool = False
+    """Go on from the checkpoint before where the newest one is damaged. That one is set aside, as
+    checkpoints/damaged-step-NNNNNNNN, and its steps are trained again."""
     device: Device = "auto"
     """Where to compute; auto: cuda, else mps, else cpu."""
     trackers: tuple[TrackerName, ...] = ()
@@ -112,7 +115,7 @@ class TrainConfig:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {
             *("out", "steps", "device", "residency", "micro_batch_size"),
-            *("log_every", "eval_every", "save_every", "keep_checkpoints"),
+            *("log_every", "eval_every", "save_every", "keep_checkpoints", "skip_damaged"),
             *("compile", "compile_mode", "trackers"),
             "start_from",  # compared by the weights' sha256, not by the path
         }

@@ -8,7 +8,6 @@ released default: 64 channels a head, the rotary axes, a delta (not frame) token
 rather than DINOWorld. The caller overrides it where it is wrong.
 """
 
-import json
 import pickle
 import struct
 import zipfile
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..shards.errors import DeltatokError, UsageError
-from ..shards.files import partial_path, publish, read_text, sha256_file
-from ..shards.schema import load
+from ..shards.files import partial_path, publish, sha256_file
+from ..shards.schema import load, read_json
 from .engine.model_folder import Pretrained, compare_tensors, load_weights, read_class, read_tensors
 from .models.deltatok import DeltaTok
 from .models.deltaworld import DeltaWorldNetwork
@@ -81,7 +80,7 @@ def rgb_constants(backbone_folder: Path | str) -> dict[str, Any]:
     tensors = read_tensors(folder / "model.safetensors")
     try:
         weight, bias = tensors["norm.weight"], tensors["norm.bias"]
-        preprocessor = json.loads(read_text(folder / "preprocessor_config.json"))
+        preprocessor = read_json(folder / "preprocessor_config.json")
         mean, std = preprocessor["image_mean"], preprocessor["image_std"]
     except (KeyError, OSError, ValueError) as error:
         raise UsageError(

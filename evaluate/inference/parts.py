@@ -20,7 +20,7 @@ from torch import Tensor
 from ...extract.backbone import Backbone
 from ...extract.pixels import RESIZE_RULE
 from ...shards.cache import compare, read_cache_info
-from ...shards.errors import DeltatokError, UsageError
+from ...shards.errors import DamagedShard, DeltatokError, UsageError
 from ...shards.files import make_folder, read_text, write_json
 from ...train.engine.model_folder import (
     SAME_PREPROCESSING,
@@ -276,6 +276,8 @@ def find_part(
                 return place
         except UsageError as error:
             logger.info("%s: no %s that can be loaded: %s", place, part, error)
+        except DamagedShard as error:  # perhaps of another world model
+            logger.warning("%s", error)
     if hub_id is not None:
         return hub_id
     if wanted is None:

@@ -220,6 +220,7 @@ def change_provenance(folder: Path, change: dict[str, Any]) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
     provenance = json.loads((folder / "provenance.json").read_text())
     (folder / "provenance.json").write_text(json.dumps(provenance | change))
+    (folder / "checksums.json").unlink()
 
 
 @pytest.fixture(scope="session")

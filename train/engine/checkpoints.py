@@ -4,13 +4,15 @@
                                                           a model folder like any other
                                  /optimizer.safetensors   PARAMETER.exp_avg, .exp_avg_sq, .step
                                  /state.json              step, the best step so far, where the
-                                                          loader is, what train.json says, and the
-                                                          SHA-256 of the other files
+                                                          loader is, what train.json says, and
+                                                          size and SHA-256 of the other files
+    OUT/checkpoints/damaged-step-00001000                 one that skip_damaged has set aside
     OUT/best.json                 which checkpoint validates best, and its value
 
 Written as a whole folder under a partial name, flushed, then renamed: what has the name is whole.
-Kept are the newest and the best. Which is the best stands in every state.json; best.json repeats
-the newest one's. No random state is in there, since nothing in training has any (data/order.py).
+Kept are the newest (two, unless keep_checkpoints says otherwise) and the best. Which is the best
+stands in every state.json; best.json repeats the newest one's. No random state is in there, since
+nothing in training has any (data/order.py).
 
 A checkpoint of an earlier version, without checksums, is read all the same: names, shapes and
 dtypes of its tensors are checked, a changed value in it is not found.
@@ -19,7 +21,7 @@ dtypes of its tensors are checked, a changed value in it is not found.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,26 +30,30 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import disk_errors, partial_path, publish, remove, sha256_file, write_json
+from ...shards.files import disk_errors, partial_path, publish, remove, write_json
 from ...shards.schema import STORED, load, read_json
 from ..config import DINOWorldTrainConfig, TokenizerTrainConfig, TrainConfig, WorldTrainConfig
 from ..data.order import generator
 from .model_folder import (
     CONFIG,
+    FILES,
     PROVENANCE,
+    STATE,
     WEIGHTS,
     Pretrained,
+    check_files,
     compare_tensors,
     config_json,
+    file_table,
     load_weights,
     read_tensors,
     save_tensors,
     weights_sha256,
 )
 
-MODEL, OPTIMIZER, STATE = WEIGHTS, "optimizer.safetensors", "state.json"
-FILES = (MODEL, OPTIMIZER, CONFIG, PROVENANCE)
-"""Files of a checkpoint whose SHA-256 its state.json names."""
+MODEL, OPTIMIZER = WEIGHTS, "optimizer.safetensors"
+CHECKED = (*FILES, OPTIMIZER)
+"""Files of a checkpoint for which its state.json vouches."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 logger = logging.getLogger(__name__)
@@ -65,7 +71,8 @@ NOT_IN_THE_WEIGHTS = frozenset(
 """Fields of a model's config that may differ from those of the weights a run starts from."""
 
 
-def _path(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies; folder: OUT/checkpoints."""
     return folder / f"step-{step:08d}"
 
 
@@ -101,7 +108,7 @@ def save_checkpoint(
 
     DeltatokError, with the older checkpoints untouched, if the disk refuses.
     """
-    final = _path(folder, step)
+    final = checkpoint_path(folder, step)
     with disk_errors(final):
         if not final.exists():
             partial = partial_path(final)
@@ -114,7 +121,7 @@ def save_checkpoint(
                 written = {
                     "step": step,
                     "best": None if best is None else asdict(best),
-                    "files": {name: sha256_file(partial / name) for name in FILES},
+                    "files": file_table(partial, CHECKED),
                 }
                 write_json(partial / STATE, {**state, **written})
                 publish(partial, final)
@@ -129,34 +136,26 @@ def save_checkpoint(
     return final
 
 
-def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint whose files are all there and as they were written.
-
-    DamagedShard naming the file otherwise, and what to do.
-    """
+def check_checkpoint(checkpoint: Path) -> None:
+    """DamagedShard, naming the file, unless all files are there, and as they were written."""
     for name in (MODEL, OPTIMIZER):
         file = checkpoint / name
         try:
             if not file.is_file():  # opening a pipe would wait for somebody to write to it
-                raise FileNotFoundError("no such file")
+                raise FileNotFoundError("no regular file")
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise _damaged(file, f"not readable ({error})") from error
+            raise DamagedShard(f"{file}: not readable ({error})") from error
+    file = checkpoint / STATE
     try:
-        values: dict[str, Any] = read_json(checkpoint / STATE)
-        state = load(_State, values, where=str(checkpoint / STATE), how=STORED)
+        step = load(_State, read_json(file), where=str(file), how=STORED).step
     except DamagedShard as error:
-        raise _damaged(checkpoint / STATE, f"not readable ({error})") from error
-    if checkpoint.name != _path(checkpoint.parent, state.step).name:
-        raise _damaged(checkpoint / STATE, f"of step {state.step}, not of {checkpoint.name}")
-    if not state.files:
+        raise DamagedShard(f"{file}: not readable ({error})") from error
+    if checkpoint.name != checkpoint_path(checkpoint.parent, step).name:
+        raise DamagedShard(f"{file}: of step {step}, not of {checkpoint.name}")
+    if not check_files(checkpoint, CHECKED):
         logger.warning("%s has no checksums: an earlier version wrote it", checkpoint)
-    for name, wanted in state.files.items():
-        file = checkpoint / name
-        if name not in FILES or not file.is_file() or sha256_file(file) != wanted:
-            raise _damaged(file, "not what was written (another SHA-256 than in state.json)")
-    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,38 +163,33 @@ class _State:
     """What state.json says of the checkpoint itself."""
 
     step: int
-    files: dict[str, str] = field(default_factory=dict)
-    """Name -> SHA-256."""
 
 
-def _damaged(file: Path, problem: str) -> DamagedShard:
-    return DamagedShard(
-        f"{file}: {problem}: remove the folder {file.parent} and run again, to go on from the "
-        "checkpoint before, or from the beginning if there is none"
-    )
+def set_aside(checkpoint: Path) -> None:
+    """Takes a damaged checkpoint's name from it, so that its step can be trained and saved again;
+    one that was set aside before at that step goes."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    remove(aside)
+    checkpoint.rename(aside)
 
 
 def write_best(folder: Path, best: Best | None) -> None:
     """OUT/best.json beside OUT/checkpoints, `folder`; none as long as nothing was evaluated."""
     if best is not None:
-        name, file = f"{folder.name}/{_path(folder, best.step).name}", folder.parent / "best.json"
+        name = f"{folder.name}/{checkpoint_path(folder, best.step).name}"
+        file = folder.parent / "best.json"
         with disk_errors(file):
             write_json(file, {**asdict(best), "model": name})
 
 
-def read_best(checkpoint: Path, state: Mapping[str, Any]) -> Best | None:
-    """The best evaluation up to a checkpoint, if what was saved then is still there.
-
-    state: what check_checkpoint gave.
-    """
-    if state.get("best") is None:
-        return None
+def read_best(checkpoint: Path) -> Best | None:
+    """The best evaluation up to a checkpoint, if what was saved then is still there."""
     file = checkpoint / STATE
-    try:
-        best = load(Best, state["best"], where="best", how=STORED)
-    except DamagedShard as error:
-        raise _damaged(file, str(error)) from error
-    return best if _path(checkpoint.parent, best.step).is_dir() else None
+    stored = read_json(file).get("best")
+    if stored is None:
+        return None
+    best = load(Best, stored, where=f"{file}: best", how=STORED)
+    return best if checkpoint_path(checkpoint.parent, best.step).is_dir() else None
 
 
 def _folder_with_optimizer(folder: Path) -> Path:
@@ -214,36 +208,40 @@ def load_checkpoint(checkpoint: Path, model: Pretrained) -> None:
     """Put the checkpoint's weights in place; DamagedShard unless names, shapes and dtypes fit."""
     tensors, wanted = read_tensors(checkpoint / MODEL), model.state_dict()
     if problems := compare_tensors(wanted, tensors, dtypes=True):
-        raise _damaged(checkpoint / MODEL, "; ".join(problems))
+        raise DamagedShard(f"{checkpoint / MODEL}: {'; '.join(problems)}")
     model.load_state_dict(tensors, assign=True)
 
 
-def load_optimizer(checkpoint: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's optimizer state in place, beside the model's parameters.
+def read_optimizer(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The checkpoint's optimizer state: PARAMETER.exp_avg, .exp_avg_sq, .step.
 
     DamagedShard unless every parameter that has a state has AdamW's whole one, of its own shape.
     """
     tensors = read_tensors(checkpoint / OPTIMIZER)
     # A parameter that no gradient reached (a learned query that nothing asked) has no state.
     with_state = {name.rpartition(".")[0] for name in tensors}
-    states = {
-        name: _wanted_state(parameter)
+    wanted = {
+        f"{name}.{key}": value
         for name, parameter in model.named_parameters()
         if name in with_state
-    }
-    wanted = {
-        f"{name}.{key}": value for name, state in states.items() for key, value in state.items()
+        for key, value in _wanted_state(parameter).items()
     }
     if problems := compare_tensors(wanted, tensors, dtypes=True):
-        raise _damaged(checkpoint / OPTIMIZER, "; ".join(problems))
+        raise DamagedShard(f"{checkpoint / OPTIMIZER}: {'; '.join(problems)}")
+    return tensors
+
+
+def set_optimizer(
+    tensors: Mapping[str, Tensor], *, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put what read_optimizer gave in place, beside the model's parameters."""
     parameters = dict(model.named_parameters())
-    for name, state in states.items():
-        parameter = parameters[name]
-        for key in state:
-            # A fused AdamW counts its steps on the device, any other on the CPU.
-            on_cpu = key == "step" and not optimizer.defaults.get("fused")
-            device = "cpu" if on_cpu else parameter.device
-            optimizer.state[parameter][key] = tensors[f"{name}.{key}"].to(device)
+    for name, tensor in tensors.items():
+        of, _, key = name.rpartition(".")
+        # A fused AdamW counts its steps on the device, any other on the CPU.
+        on_cpu = key == "step" and not optimizer.defaults.get("fused")
+        device = "cpu" if on_cpu else parameters[of].device
+        optimizer.state[parameters[of]][key] = tensor.to(device)
 
 
 def _wanted_state(parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -303,8 +301,6 @@ def initialise(
             f"start_from {start_from}: no model there, wanted {CONFIG} and {WEIGHTS}: "
             "give a run that has ended, or a checkpoint, RUN/checkpoints/step-NNNNNNNN"
         )
-    if (start_from / STATE).exists():
-        check_checkpoint(start_from)
     source = model_class.from_pretrained(start_from)
     wanted = asdict(config)
     for name, value in asdict(source.config).items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shards.deltas.reader import DeltaShards
-from ...shards.errors import DeltatokError, Stopped, UsageError
+from ...shards.errors import DamagedShard, DeltatokError, Stopped, UsageError
 from ...shards.files import disk_errors
 from ...shards.interrupts import StopRequest
 from ...shards.patches.reader import PatchShards
@@ -31,12 +31,15 @@ from ..data.residency import resolve_residency
 from .checkpoints import (
     Best,
     check_checkpoint,
+    checkpoint_path,
     find_checkpoints,
     initialise,
     load_checkpoint,
-    load_optimizer,
     read_best,
+    read_optimizer,
     save_checkpoint,
+    set_aside,
+    set_optimizer,
     start_folder,
     write_best,
 )
@@ -129,7 +132,6 @@ class Trainer:
         self.meter = Meter(
             objective.unit, accelerator.device, tokens_per_sample=objective.tokens_per_sample
         )
-        self.best: Best | None = None
         if not len(objective.validation):
             logger.warning(
                 "no validation windows: nothing is evaluated and no best checkpoint kept; for "
@@ -139,21 +141,24 @@ class Trainer:
         if self.config.compile:
             check_compiler(accelerator.device)
         on_main(accelerator, run.begin)
+        self.best: Best | None = None
         self.start = 0
-        checkpoints = find_checkpoints(run.checkpoints)
-        if checkpoints:
-            self.start, folder = checkpoints[-1]
-            if self.start > self.config.steps:
-                raise UsageError(
-                    f"{run.folder}: {self.start} steps are trained, steps asks for "
-                    f"{self.config.steps}: set steps higher, or another out"
-                )
-            state = check_checkpoint(folder)
-            run.check_checkpoint(folder)
+        on_main(accelerator, self._find_start)
+        self.start = int(from_main({"step": self.start})["step"])
+        optimizer_state: dict[str, Tensor] = {}
+        if self.start:
+            folder = checkpoint_path(run.checkpoints, self.start)
             load_checkpoint(folder, objective.model)
-            self.best = read_best(folder, state)
+            optimizer_state = read_optimizer(folder, objective.model)
+            self.best = read_best(folder)
             on_main(accelerator, partial(write_best, run.checkpoints, self.best))
             logger.info("going on after step %d, from %s", self.start, folder)
+        elif self.config.start_optimizer and (source := start_folder(self.config)) is not None:
+            try:
+                check_checkpoint(source)
+                optimizer_state = read_optimizer(source, objective.model)
+            except DamagedShard as error:
+                raise DamagedShard(f"{error}: start from another checkpoint") from error
         groups = parameter_groups(objective.model, self.config.weight_decay)
         optimizer = torch.optim.AdamW(
             groups,
@@ -164,12 +169,55 @@ class Trainer:
             objective.model.compile(mode=self.config.compile_mode)
         self.forward: nn.Module
         self.forward, self.optimizer = accelerator.prepare(objective.model, optimizer)
-        if checkpoints:
-            load_optimizer(folder, model=objective.model, optimizer=optimizer)
-        elif self.config.start_optimizer and (source := start_folder(self.config)) is not None:
-            load_optimizer(source, model=objective.model, optimizer=optimizer)
+        set_optimizer(optimizer_state, model=objective.model, optimizer=optimizer)
         self.raw_optimizer = optimizer
         objective.model.train()
+
+    def _find_start(self) -> None:
+        """The step of the newest checkpoint, 0 without any; with skip_damaged of the newest that is
+        whole, and those that are not are set aside.
+
+        DamagedShard naming the file, and what to do; CacheMismatch for one of another run.
+        """
+        run = self.run
+        damaged: list[tuple[Path, DamagedShard]] = []
+        for step, folder in reversed(find_checkpoints(run.checkpoints)):
+            try:
+                check_checkpoint(folder)
+                run.check_checkpoint(folder)
+                load_checkpoint(folder, self.objective.model)
+                read_optimizer(folder, self.objective.model)
+                read_best(folder)
+            except DamagedShard as error:
+                damaged.append((folder, error))
+                continue
+            self.start = step
+            break
+        if damaged and not (self.config.skip_damaged and self.start):
+            newest, problem = damaged[0]
+            advice = (
+                f"remove the folder {newest} and run again: there is none before it that is whole"
+            )
+            if self.start:
+                advice = (
+                    f"give --skip-damaged to go on from the checkpoint before, after step "
+                    f"{self.start}; or remove the folder {newest}"
+                )
+            raise DamagedShard(f"{problem}: {advice}") from problem
+        for folder, problem in damaged:
+            logger.warning(
+                "%s: the checkpoint is set aside as damaged-%s; going on after step %d, whose "
+                "checkpoint is whole",
+                problem,
+                folder.name,
+                self.start,
+            )
+            set_aside(folder)
+        if self.start > self.config.steps:
+            raise UsageError(
+                f"{run.folder}: {self.start} steps are trained, steps asks for "
+                f"{self.config.steps}: set steps higher, or another out"
+            )
 
     def train(self) -> None:
         """Train to the end and write the model.

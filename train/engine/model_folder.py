@@ -1,16 +1,16 @@
-"""Model folders: config.json, model.safetensors, provenance.json; saved and loaded strictly.
+"""Model folders: saved and loaded strictly.
 
-folder/config.json        {"class": "DeltaTok", every field of its config}; written last
+folder/config.json        {"class": "DeltaTok", every field of its config}
 folder/model.safetensors  the weights under the released parameter names
 folder/provenance.json    what the weights were trained on: whether they belong to a cache, or to
                           another model
+folder/checksums.json     size and SHA-256 of these three; written last
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...shards.cache import CacheInfo, compare
-from ...shards.errors import DeltatokError, UsageError
-from ...shards.files import local_path, partial_path, publish, write_json
-from ...shards.schema import Strictness, load
+from ...shards.errors import DamagedShard, DeltatokError, UsageError
+from ...shards.files import local_path, partial_path, publish, sha256_file, write_json
+from ...shards.records import StoredFile
+from ...shards.schema import STORED, Strictness, load, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ MODEL = Strictness(
 )
 """config.json has every field of the model's config, and nothing else."""
 CONFIG, WEIGHTS, PROVENANCE = "config.json", "model.safetensors", "provenance.json"
+CHECKSUMS, STATE = "checksums.json", "state.json"
+FILES = (CONFIG, WEIGHTS, PROVENANCE)
+"""Of a model; a checkpoint, which is a model folder too, has more."""
 
 
 class Pretrained(nn.Module):
@@ -54,8 +58,8 @@ class Pretrained(nn.Module):
         self.config = config
 
     def save_pretrained(self, folder: Path | str, provenance: Mapping[str, Any]) -> None:
-        """Write the model folder, config.json last; each file under a partial name first. Existing
-        files of a model are replaced, others left alone."""
+        """Write the model folder, checksums.json last; each file under a partial name first.
+        Existing files of a model are replaced, others left alone."""
         folder = local_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         partial = partial_path(folder / WEIGHTS)
@@ -66,11 +70,16 @@ class Pretrained(nn.Module):
             partial.unlink(missing_ok=True)
         write_json(folder / PROVENANCE, dict(provenance))
         write_json(folder / CONFIG, config_json(self))
+        write_json(folder / CHECKSUMS, {"files": file_table(folder, FILES)})
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> Self:
         """The model of a folder, in eval mode. DeltatokError if anything does not fit exactly."""
         folder = local_path(folder)
+        advice = (
+            f": restore the folder from a copy, or remove {CHECKSUMS} if you changed it yourself"
+        )
+        check_files(folder, FILES, advice=advice)
         got, fields = read_class(folder), _read_json(folder / CONFIG)
         if got != cls.saved_as:
             raise UsageError(
@@ -82,6 +91,48 @@ class Pretrained(nn.Module):
             model = cls(config)
         load_weights(model, read_tensors(folder / WEIGHTS), source=str(folder))
         return model.to(device).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checksums:
+    """What checksums.json, and state.json of a checkpoint, say of the files beside them."""
+
+    files: dict[str, StoredFile | str] = field(default_factory=dict)
+    """By name; the SHA-256 alone in checkpoints of an earlier version."""
+
+
+def file_table(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files, for checksums.json and state.json."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        for name in names
+    }
+
+
+def check_files(folder: Path, names: Sequence[str], *, advice: str = "") -> bool:
+    """Whether checksums.json, or state.json in a checkpoint, vouches for files of the folder.
+
+    DamagedShard naming the first of `names` that is not what was written. An earlier version wrote
+    a folder without checksums, or somebody changed it and took them away: it is loaded as it is.
+    """
+    teller = next((file for n in (CHECKSUMS, STATE) if (file := folder / n).exists()), None)
+    if teller is None:
+        return False
+    table = load(_Checksums, read_json(teller), where=str(teller), how=STORED).files
+    for name in names:
+        file, wanted = folder / name, table.get(name)
+        if wanted is None:
+            continue
+        check_regular(file)
+        sha256 = wanted if isinstance(wanted, str) else wanted.sha256
+        got = sha256_file(file)
+        if got != sha256:
+            size = "" if isinstance(wanted, str) else f" of {wanted.bytes} bytes"
+            raise DamagedShard(
+                f"{file}: not what was written: got {file.stat().st_size} bytes of SHA-256 {got}, "
+                f"{teller.name} says {sha256}{size}{advice}"
+            )
+    return bool(table)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -114,8 +165,7 @@ def read_provenance(folder: Path | str) -> dict[str, Any]:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. DeltatokError if it is absent or damaged."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file; pass a folder that save_pretrained has written")
+    check_regular(file)
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -181,17 +231,20 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+def check_regular(file: Path) -> None:
+    """UsageError where there is no such file, DamagedShard where it is a pipe, a folder or a
+    device: opening a pipe would wait for somebody to write to it."""
+    if not file.exists():
         raise UsageError(f"{file}: no such file; pass a folder that save_pretrained has written")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DeltatokError(f"{file}: not readable as JSON ({error}); write it again") from error
+    if not file.is_file():
+        raise DamagedShard(f"{file}: not readable (no regular file); copy or train it again")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    check_regular(file)
+    value = read_json(file)
     if not isinstance(value, dict):
-        raise DeltatokError(
-            f"{file}: got a {type(value).__name__}, wanted an object; write it again"
-        )
+        raise DamagedShard(f"{file}: got a {type(value).__name__}, wanted an object")
     return value
 
 

@@ -23,8 +23,9 @@ from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import is_partial, open_append, remove_partials, write_json
 from ...shards.schema import STORED, load, read_json
 from ..config import TrainConfig
-from .checkpoints import STATE, find_checkpoints
+from .checkpoints import find_checkpoints
 from .devices import Accelerator, on_main
+from .model_folder import STATE
 
 LOCK = "run.lock"
 """An empty file in OUT; the system drops the lock when its holder ends, however it ends."""

@@ -2,7 +2,8 @@
 
 Letters: B batch, D channels of a patch token, h, w patches of a frame, C classes or depth bins.
 Feature maps are float (B, D, h, w), the patch tokens of one frame, row-major (`feature_map`).
-As released: BatchNorm and a 1x1 convolution; depth: 256 bins, ReLU + 0.1, normalised.
+As released: BatchNorm (over the batches of all ranks) and a 1x1 convolution; depth: 256 bins, ReLU
++ 0.1, normalised.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ...shards.errors import UsageError
 from ..engine.model_folder import Pretrained
+from .batch_norm import RankBatchNorm2d
 from .blocks import init_weights
 from .configs import check_at_least
 
@@ -65,7 +67,7 @@ class LinearHead(Pretrained):
         generator: torch.Generator | None,
     ) -> None:
         super().__init__(config)
-        self.bn = nn.BatchNorm2d(config.in_size)
+        self.bn = RankBatchNorm2d(config.in_size)
         self.head = nn.Conv2d(config.in_size, out_size, kernel_size=1)
         init_weights(self, std=INITIALIZER_RANGE, layer_scale_init=1.0, generator=generator)
 

@@ -180,6 +180,7 @@ def test_a_world_model_of_another_tokenizer_is_refused_with_both_hashes(
     }
     provenance = folders.root / "world" / "provenance.json"
     provenance.write_text(json.dumps({"deltas": deltas}))
+    provenance.with_name("checksums.json").unlink()
     with pytest.raises(CacheMismatch, match=r"tokenizer\.weights_sha256.*cccc") as caught:
         run_forecast(folders.config())
     given = weights_sha256(DeltaTok.from_pretrained(folders.root / "tokenizer"))

@@ -295,10 +295,24 @@ def test_a_part_that_is_not_there_is_asked_for(copied: Path, part: str) -> None:
     assert "sha256" in str(refused.value)
 
 
+@pytest.mark.parametrize("part", ["world-model", "tokenizer"])
+def test_a_part_with_a_flipped_bit_is_named(
+    copied: Path, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = copied / part / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DeltatokError) as refused:
+        DeltaWorld.from_pretrained(copied / "world-model", device="cpu")
+    assert f"{file}: not what was written" in caplog.text + str(refused.value)
+
+
 def test_a_model_without_provenance_takes_what_it_is_given_with_a_warning(
     copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (copied / "world-model" / "provenance.json").write_text("{}")
+    (copied / "world-model" / "checksums.json").unlink()
     given: dict[str, Any] = {"tokenizer": copied / "tokenizer", "backbone": copied / "backbone"}
     with pytest.raises(UsageError, match="pass tokenizer="):
         DeltaWorld.from_pretrained(copied / "world-model", device="cpu")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,14 @@ def is_refused(patches: Path, checkpoint: Path, words: str) -> None:
 
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "config.json", "provenance.json"])
 def test_a_flipped_bit_is_found(patches: Path, checkpoint: Path, name: str) -> None:
-    data = bytearray((checkpoint / name).read_bytes())
-    data[-9] ^= 1
-    (checkpoint / name).write_bytes(data)
+    flip(checkpoint / name)
     is_refused(patches, checkpoint, rf"{CHECKPOINT}/{name}: not what was written")
 
 
 def test_a_run_does_not_start_from_a_checkpoint_with_a_flipped_bit(
     patches: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    data = bytearray((checkpoint / MODEL).read_bytes())
-    data[-9] ^= 1
-    (checkpoint / MODEL).write_bytes(data)
+    flip(checkpoint / MODEL)
     with pytest.raises(DamagedShard, match=rf"{CHECKPOINT}/{MODEL}: not what was written"):
         train_tokenizer(config_of(patches, tmp_path / "next", start_from=str(checkpoint)))
     for out in (checkpoint, checkpoint.parent.parent):
@@ -186,6 +183,72 @@ def test_a_best_value_that_is_no_number_is_refused(
     state["best"]["value"] = value
     (checkpoint / STATE).write_text(json.dumps(state))
     is_refused(patches, checkpoint, rf"{CHECKPOINT}/{STATE}: ")
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def three(patches: Path, trained: Path, tmp_path: Path) -> Path:
+    """A run of six steps, with checkpoints after 2, 4 and 6; validation was best after 2."""
+    shutil.copytree(trained, tmp_path / "run")
+    out = train_tokenizer(config_of(patches, tmp_path / "run", steps=6, keep_checkpoints=3))
+    assert [path.name[-1] for path in sorted((out / "checkpoints").iterdir())] == ["2", "4", "6"]
+    return out
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+@pytest.mark.parametrize("damaged", [(6,), (6, 4)])
+def test_damaged_checkpoints_are_skipped_if_asked(
+    patches: Path,
+    three: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damaged: tuple[int, ...],
+    has_checksums: bool,
+) -> None:
+    for step in damaged:
+        checkpoint = three / f"checkpoints/step-{step:08d}"
+        if has_checksums:
+            flip(checkpoint / OPTIMIZER)
+        else:
+            forget_checksums(checkpoint)
+            tensors = load_file(checkpoint / OPTIMIZER)
+            one_missing(tensors)
+            save_file(tensors, checkpoint / OPTIMIZER)
+    config = config_of(patches, three, steps=8)
+    before = min(damaged) - 2
+    with pytest.raises(DamagedShard, match=rf"{OPTIMIZER}: .*--skip-damaged .* step {before};"):
+        train_tokenizer(config)
+    gone_on = train_tokenizer(replace(config, skip_damaged=True, keep_checkpoints=4))
+    for step in damaged:
+        assert f"step-{step:08d}/{OPTIMIZER}: " in caplog.text
+        assert (three / f"checkpoints/damaged-step-{step:08d}").is_dir()
+    assert f"going on after step {before}" in caplog.text
+    whole = train_tokenizer(config_of(patches, tmp_path / "whole", steps=8, keep_checkpoints=4))
+    names = [MODEL, *(f"checkpoints/step-{step:08d}/{OPTIMIZER}" for step in (4, 6, 8))]
+    for name in names:
+        assert (gone_on / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_skipped(patches: Path, three: Path) -> None:
+    for checkpoint in (three / "checkpoints").iterdir():
+        flip(checkpoint / MODEL)
+    with pytest.raises(DamagedShard, match=rf"step-00000006/{MODEL}: .*none before it"):
+        train_tokenizer(config_of(patches, three, steps=8, skip_damaged=True))
+    assert len(list((three / "checkpoints").iterdir())) == 3
+
+
+def test_a_run_does_not_start_from_a_damaged_model_folder(
+    patches: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = checkpoint.parent.parent
+    flip(run / MODEL)
+    with pytest.raises(DamagedShard, match=rf"run/{MODEL}: not what was written"):
+        train_tokenizer(config_of(patches, tmp_path / "next", start_from=str(run)))
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(

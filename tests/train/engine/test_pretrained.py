@@ -1,6 +1,7 @@
 """Model folders come back bit for bit, and anything that does not fit is refused with its name."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltatok.shards.errors import DeltatokError, UsageError
+from deltatok.shards.errors import DamagedShard, DeltatokError, UsageError
+from deltatok.shards.files import sha256_file
 from deltatok.train.engine.model_folder import read_class, read_provenance, weights_sha256
 from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 from deltatok.train.models.deltatok import DeltaTok
@@ -54,7 +56,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def forget_checksums(folder: Path) -> None:
+    """As an earlier version wrote it, or as somebody leaves it who changed it."""
+    (folder / "checksums.json").unlink()
+
+
 def edit_config(folder: Path, **changes: object) -> None:
+    forget_checksums(folder)
     values = json.loads((folder / "config.json").read_text()) | changes
     kept = {name: value for name, value in values.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
@@ -87,13 +95,14 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     model.save_pretrained(tmp_path / "a", {})
     model.save_pretrained(tmp_path / "b", {})
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["config.json", "model.safetensors", "provenance.json"]
+    assert names == ["checksums.json", "config.json", "model.safetensors", "provenance.json"]
     assert all(
         (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names
     )
 
 
 def test_every_problem_with_the_weights_is_listed(folder):
+    forget_checksums(folder)
     tensors = load_file(folder / "model.safetensors")
     del tensors["norm.bias"], tensors["z_embed.weight"]
     tensors["extra"] = torch.zeros(1)
@@ -111,6 +120,7 @@ def test_every_problem_with_the_weights_is_listed(folder):
 
 
 def test_half_precision_weights_are_loaded_as_float32(folder):
+    forget_checksums(folder)
     tensors = load_file(folder / "model.safetensors")
     save_file({name: value.half() for name, value in tensors.items()}, folder / "model.safetensors")
     loaded = DeltaTok.from_pretrained(folder)
@@ -147,12 +157,45 @@ def test_missing_file_is_named(folder, name):
         DeltaTok.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("has_checksums", [True, False])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_truncated_file_is_named(folder, name):
+def test_truncated_file_is_named(folder, name, has_checksums):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(DeltatokError, match=rf"{name}: not readable"):
+    if not has_checksums:
+        forget_checksums(folder)
+    with pytest.raises(DeltatokError, match=name):
         DeltaTok.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "provenance.json"])
+def test_a_flipped_bit_is_refused_by_the_files_name_and_both_hashes(folder, name):
+    wanted = sha256_file(folder / name)
+    data = bytearray((folder / name).read_bytes())
+    data[-4] ^= 1
+    (folder / name).write_bytes(data)
+    got = sha256_file(folder / name)
+    with pytest.raises(DamagedShard, match=rf"{name}: not what was written.*{got}.*{wanted}"):
+        DeltaTok.from_pretrained(folder)
+
+
+def test_a_folder_without_checksums_is_loaded(folder):
+    forget_checksums(folder)
+    assert DeltaTok.from_pretrained(folder).config == TOKENIZER
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "provenance.json", "checksums.json"]
+)
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(folder, name, has_checksums):
+    if not has_checksums:
+        forget_checksums(folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(DamagedShard, match=f"{name}: .*no regular file"):
+        DeltaTok.from_pretrained(folder)
+        read_provenance(folder)
 
 
 def test_hash_changes_with_one_weight_and_with_a_name():

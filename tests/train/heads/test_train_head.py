@@ -1,5 +1,10 @@
 """The linear segmentation head learns from labels, and refuses those that do not fit the cache."""
 
+import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import torch
 from deltatok.shards import CacheMismatch, PatchShards, UsageError
 from deltatok.train.config import HeadTrainConfig
 from deltatok.train.engine.devices import check_compiler
-from deltatok.train.engine.model_folder import read_provenance
+from deltatok.train.engine.model_folder import read_provenance, read_tensors
 from deltatok.train.heads.train import train_head
 from deltatok.train.models.heads import SegmentationHead
 
@@ -171,3 +176,47 @@ def test_head_of_generated_code_equals_the_eager_one(
     for line, other in zip(log_lines(eager), log_lines(compiled), strict=True):
         assert line.pop("kind") == other.pop("kind")
         assert line == pytest.approx(other, rel=1e-4)
+
+
+RANK = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from deltatok.train.config import HeadTrainConfig
+from deltatok.train.heads.train import train_head
+for fields in json.loads(sys.argv[1]):
+    train_head(HeadTrainConfig(**fields))
+    assert torch.distributed.get_world_size() == 2
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_train_the_head_of_one(head_config: Make, tmp_path: Path) -> None:
+    """BatchNorm's statistics are over the batches of all ranks; also of a run that changes from two
+    ranks to one, and of one that was stopped."""
+
+    def config(name: str, steps: int) -> HeadTrainConfig:
+        return head_config(out=str(tmp_path / name), steps=steps, lr=0.1)
+
+    train_head(config("one", 8))
+    runs = [config("two", 8), config("moved", 4), config("paused", 4), config("paused", 8)]
+    (tmp_path / "rank.py").write_text(RANK)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(tmp_path / "rank.py")),
+            json.dumps([dataclasses.asdict(run) for run in runs]),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=100,
+    )
+    train_head(config("moved", 8))
+    one, two, moved, paused = (
+        read_tensors(tmp_path / name / "model.safetensors")
+        for name in ("one", "two", "moved", "paused")
+    )
+    for name, wanted in one.items():
+        assert torch.allclose(two[name], wanted, rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(moved[name], wanted, rtol=1e-4, atol=1e-5), name
+        assert torch.equal(paused[name], two[name])
