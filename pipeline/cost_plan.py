@@ -434,7 +434,7 @@ def plan_text(plan: CostPlan) -> str:
         plan.break_even_epochs,
         plan.device_peak_bytes,
     )
-    others = [f"{name} {size_text(size)}" for name, size in plan.other_bytes.items()]
+    others = [f"{name} about {size_text(size)}" for name, size in plan.other_bytes.items()]
     lines = [
         "nothing has been written yet; this is what it would take",
         f"clips      {plan.clips} ({size_text(plan.source_bytes)}), {plan.probed} tried, "
@@ -446,7 +446,7 @@ def plan_text(plan: CostPlan) -> str:
         f"windows    {plan.windows} of {plan.frames // max(plan.windows, 1)} frames: {plan.frames} "
         f"frames in {plan.shards} shards, {plan.files} files",
         f"bytes      {size_text(plan.bytes)}, {size_text(plan.bytes / frames)} a frame; "
-        f"other ways to store them: about {', '.join(others)}",
+        f"other ways to store them: {', '.join(others)}",
         f"clock      about {hours_text(plan.clock_hours)} with one device"
         + (f", the slowest stage: {plan.slowest_stage}" if plan.slowest_stage else ""),
         f"device     {plan.device}: {plan.frames_per_s:.3g} frames/s, all stages overlapped",

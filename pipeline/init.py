@@ -149,10 +149,10 @@ def init_pipeline(config: InitConfig) -> Path:
         f"{lists['val'].name}); {shape}.",
         f"storage: {windows} windows a clip of {NUM_FRAMES} frames as {dtype}: about "
         f"{patch_gb:,.1f} GB of patch tokens below {out}.",
-        "what it will take, before it runs: add --plan to a stage's own command, or look at",
-        f"`deltatok-pipeline plan {file}`.",
+        f"what is done and what would run: deltatok-pipeline plan {file}",
     ]
-    text = "".join(f"# {line}".rstrip() + "\n" for line in head) + f"out: {out}\nstages:\n"
+    text = "".join(f"# {line}".rstrip() + "\n" for line in head)
+    text += f"out: {out}\ngigabytes: {patch_gb:.2g}\nstages:\n"
     for comment, stage in _stages(config, SIZES[name], windows, dtype, width, counts[0], lists):
         first, *rest = yaml.safe_dump(
             stage, sort_keys=False, allow_unicode=True, width=1000

@@ -100,8 +100,8 @@ class Stage:
     """A key of COMMANDS."""
     settings: Any
     """The command's config, as nested plain values."""
-    seconds: float = 60.0
-    """About how long it takes; for the ETA only."""
+    seconds: float = 0.0
+    """About how long it takes, for the time left; 0: nobody knows."""
 
     def __post_init__(self) -> None:
         if self.command not in COMMANDS:
@@ -244,15 +244,16 @@ def run_pipeline(pipeline: Pipeline, *, life: SignOfLife | None = None) -> dict[
         StageFailed: a command ended with another exit code than 0; run again to go on.
     """
     out, state, todo = Path(pipeline.out), read_state(pipeline), stages_to_run(pipeline)
-    began, expected = time.monotonic(), sum(stage.seconds for stage in todo)
+    began, expected = time.monotonic(), expected_s(todo)
     pace, done_s = 1.0, 0.0
     for number, stage in enumerate(pipeline.stages, 1):
         place = f"[{number}/{len(pipeline.stages)}] {stage.name}"
         if stage not in todo:
             log.info("%s: done before", place)
             continue
-        gone, left = clock(time.monotonic() - began), clock(pace * (expected - done_s))
-        log.info("%s: %s (%s gone, about %s to go)", place, stage.command, gone, left)
+        left = f", about {clock(pace * (expected - done_s))} to go" if expected else ""
+        gone = clock(time.monotonic() - began)
+        log.info("%s: %s (%s gone%s)", place, stage.command, gone, left)
         if life is not None:
             life.doing = f"at stage {stage.name}"
         file = out / "stages" / f"{stage.name}.yaml"
@@ -269,8 +270,13 @@ def run_pipeline(pipeline: Pipeline, *, life: SignOfLife | None = None) -> dict[
         state[stage.name]["seconds"] = seconds
         write_json(out / "stages.json", state)
         done_s += stage.seconds
-        pace = (time.monotonic() - began) / max(done_s, 1e-9)
+        pace = (time.monotonic() - began) / done_s if done_s else 1.0
     return {stage.name: float(state[stage.name]["seconds"]) for stage in pipeline.stages}
+
+
+def expected_s(stages: Sequence[Stage]) -> float:
+    """Of all of them; 0 where of one nobody knows."""
+    return sum(stage.seconds for stage in stages) if all(s.seconds for s in stages) else 0.0
 
 
 def clock(seconds: float) -> str:

@@ -18,6 +18,7 @@ from ..stages import (
     check_folders,
     clock,
     differences_of,
+    expected_s,
     forget,
     read_pipeline,
     run_pipeline,
@@ -207,6 +208,8 @@ def _run(words: list[str]) -> None:
     values = json.loads((report / "report.json").read_text(encoding="utf-8"))
     values["seconds"] = values.get("seconds", {}) | {"stages": seconds}
     write_json(report / "report.json", values)
+    for fault in values.get("diagnosis", []):
+        print(f"{fault['cause']} {fault['next_step']}")
     print(values["expected_order"]["text"])
     print(f"report: {(report / 'report.html').resolve().as_uri()}")
 
@@ -215,16 +218,19 @@ def _plan_text(pipeline: Pipeline) -> str:
     """What is done and what would run, how long and how large."""
     todo, lines = stages_to_run(pipeline), []
     for stage in pipeline.stages:
-        state = f"about {clock(stage.seconds)}" if stage in todo else "done"
+        state = "to run" if stage in todo else "done"
+        if stage in todo and stage.seconds:
+            state += f", about {clock(stage.seconds)}"
         if found := differences_of(pipeline, stage):
             state = f"was run otherwise: {'; '.join(found[:3])}"
         lines.append(f"  {stage.name:<16} {stage.command:<28} {state}")
-    minutes = sum(stage.seconds for stage in todo) / 60
-    disk = f", {pipeline.gigabytes:g} GB of disk" if pipeline.gigabytes else ""
     head = f"{len(todo)} of {len(lines)} stages to run into {pipeline.out}"
+    if seconds := expected_s(todo):
+        head += f": about {seconds / 60:.0f} minutes on two CPU cores"
+    if todo and pipeline.gigabytes:
+        head += f", {pipeline.gigabytes:g} GB of disk"
     if todo:
-        head += f": about {minutes:.0f} minutes on two CPU cores{disk}; stopped, it goes on when "
-        head += "started again"
+        head += "; stopped, it goes on when started again"
     return "\n".join([head, *lines])
 
 
