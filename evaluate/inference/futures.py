@@ -120,6 +120,7 @@ class Futures:
         """A PNG: the frames seen, what came (where known), the samples that differ most, mean and
         spread. show: "features" (colours) or "head" (what it reads); by default the head's if
         there is one. Gives the path."""
+        path = local_path(path)
         strips = [
             Strip(label="video", alt="Frames seen, and those that came.", tiles=_video(self)),
             *(
@@ -131,7 +132,7 @@ class Futures:
             strips.append(Strip(label="spread", alt="spread of the samples", tiles=_spread(self)))
         columns = tuple(map(_seconds, (*self.seen_s, *self.times_s)))
         panel = Panel(title="", columns=columns, strips=tuple(strips))
-        return _write(local_path(path), png_bytes(panel_image(panel)))
+        return _write(path, png_bytes(panel_image(panel)))
 
     def save_mp4(self, path: str | Path, *, num_samples: int = 4, show: str | None = None) -> Path:
         """The same as a video, samples side by side, in real time; ends in .gif: a GIF."""
