@@ -79,6 +79,8 @@ MAY_CHANGE = frozenset(
     }
 )
 """Settings of which no result depends."""
+SETTLED_S = 60.0
+"""Of work, after which what it took counts as much as what was expected."""
 log = logging.getLogger(__name__)
 
 
@@ -276,7 +278,8 @@ def run_pipeline(pipeline: Pipeline, *, life: SignOfLife | None = None) -> dict[
         state[stage.name]["seconds"] = seconds
         write_json(out / "stages.json", state)
         done_s += stage.seconds
-        pace = (time.monotonic() - began) / done_s if done_s else 1.0
+        # As expected at first, more and more as it goes: the first stages are short.
+        pace = (time.monotonic() - began + SETTLED_S) / (done_s + SETTLED_S)
     return {stage.name: float(state[stage.name]["seconds"]) for stage in pipeline.stages}
 
 
