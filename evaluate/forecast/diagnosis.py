@@ -58,6 +58,7 @@ def _tokenizer(config: ForecastConfig, probes: Mapping[str, Any]) -> list[dict[s
     measured = {"copy_last_ratio": copied, "z_swap_ratio": swap}
     measured |= {"zero_z_ratio": probes["zero_z_ratio"], "steps": _steps(config.tokenizer)}
     again = "then write the delta tokens and train the world models again."
+    longer = "Train it for more --steps (the quickstart's small one takes 1200)"
     escape = (
         "into another --out with --set model.layer_scale_init=0.1 (or --wide-pair-fraction 0.5)"
     )
@@ -70,10 +71,10 @@ def _tokenizer(config: ForecastConfig, probes: Mapping[str, Any]) -> list[dict[s
             _fault(
                 f"{cause}, or its decoder ignores the delta token.",
                 measured,
-                f"Train it for more --steps; if the ratios stay, train it {escape}; {again}",
+                f"{longer}; if the ratios stay, train it {escape}; {again}",
             )
         ]
-    return [_fault(f"{cause}.", measured, f"Train it for more --steps; {again}")]
+    return [_fault(f"{cause}.", measured, f"{longer}; {again}")]
 
 
 def _world(

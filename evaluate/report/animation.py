@@ -34,8 +34,8 @@ MAX_SAMPLES = 3
 EMPTY = 90
 """Grey of a place where there is nothing to show."""
 FIRST_CHOICE = ("video", "truth", "label", "best sample", "mean of samples")
-"""Strips that are shown if there are any; then MAX_SAMPLES samples, in order, but not the best one
-again; then OTHERS."""
+"""Strips that are shown if there are any; then MAX_SAMPLES samples, in order, without the best one
+where others are left; then OTHERS."""
 OTHERS = ("discriminative", "predictions, best", "copy last")
 MIN_STEP_S = 0.4
 """A moment is shown for so long at least (a guess): faster, eight places cannot be followed."""
@@ -196,13 +196,11 @@ def _choose(strips: Sequence[Strip]) -> list[Strip]:
     """FIRST_CHOICE in its order, then samples, then OTHERS; MAX_CELLS at most."""
     by_label = {strip.label.split(", 0 to")[0]: strip for strip in strips}  # of depth: the scale
     chosen = [by_label[label] for label in FIRST_CHOICE if label in by_label]
+    samples = [strip for strip in strips if strip.label.startswith("sample ")]
     best = by_label.get("best sample")
-    samples = [
-        strip
-        for strip in strips
-        if strip.label.startswith("sample ")
-        and (best is None or not np.array_equal(strip.tiles, best.tiles))
-    ]
+    twice = [one for one in samples if best and np.array_equal(one.tiles, best.tiles)]
+    if len(samples) > MAX_SAMPLES and len(twice) == 1:
+        samples = [one for one in samples if one is not twice[0]]
     others = [by_label[label] for label in OTHERS if label in by_label]
     return [*chosen, *samples[:MAX_SAMPLES], *others][:MAX_CELLS]
 

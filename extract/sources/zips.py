@@ -73,15 +73,6 @@ class BadZip(DeltatokError):
     """The archive cannot be read as a zip; the text says why."""
 
 
-@dataclass(frozen=True)
-class Directory:
-    """Where the list of entries lies in the archive."""
-
-    offset: int
-    size: int
-    num_entries: int
-
-
 class ZipEntry(NamedTuple):  # made 136 million times: a third of what a dataclass takes
     """One entry as the directory describes it."""
 
@@ -105,20 +96,21 @@ class ZipEntry(NamedTuple):  # made 136 million times: a third of what a datacla
         return self.header_offset + _LOCAL_HEADER.size + len(self.name) + self.stored_bytes
 
 
-def find_directory(parts: ArchiveFile) -> Directory:
-    """Where the directory lies; BadZip for an archive that is cut short or was changed."""
-    tail_bytes = min(parts.size, _END.size + _MAX_COMMENT)
-    tail_start = parts.size - tail_bytes
-    tail = parts.pread(tail_bytes, tail_start)
+def find_directory(archive: ArchiveFile) -> tuple[int, int, int]:
+    """First byte, bytes and entries of the directory; BadZip for an archive that is cut short or
+    was changed."""
+    tail_bytes = min(archive.size, _END.size + _MAX_COMMENT)
+    tail_start = archive.size - tail_bytes
+    tail = archive.pread(tail_bytes, tail_start)
     found = tail.rfind(b"PK\5\6")
     if found < 0 or len(tail) - found < _END.size:
         raise BadZip("no directory at its end: it is cut short, lacks its last part, or is no zip")
     end_offset = tail_start + found
     _, disk, first_disk, here, total, size, offset, _ = _END.unpack_from(tail, found)
-    locator = parts.pread(_LOCATOR64.size, max(0, end_offset - _LOCATOR64.size))
+    locator = archive.pread(_LOCATOR64.size, max(0, end_offset - _LOCATOR64.size))
     if len(locator) == _LOCATOR64.size and locator.startswith(b"PK\6\7"):
         end_offset = _LOCATOR64.unpack(locator)[2]
-        end64 = parts.pread(_END64.size, end_offset)
+        end64 = archive.pread(_END64.size, end_offset)
         if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):
             raise BadZip("its zip64 end record is not where it should be: a part is missing")
         _, _, _, _, disk, first_disk, here, total, size, offset = _END64.unpack(end64)
@@ -129,10 +121,10 @@ def find_directory(parts: ArchiveFile) -> Directory:
             f"its directory of {size} bytes should lie at {offset}, but ends at {end_offset}: a "
             "part is missing, or something was added before the archive"
         )
-    return Directory(offset, size, total)
+    return offset, size, total
 
 
-def read_entries(parts: ArchiveFile, offset: int, size: int) -> Iterator[ZipEntry]:
+def read_entries(archive: ArchiveFile, offset: int, size: int) -> Iterator[ZipEntry]:
     """The entries listed in these bytes of the directory, in order; BadZip where they are not
     whole records."""
     data, start, end = b"", offset, offset + size
@@ -140,7 +132,7 @@ def read_entries(parts: ArchiveFile, offset: int, size: int) -> Iterator[ZipEntr
     while start + position < end:
         if len(data) - position < _MAX_RECORD and start + len(data) < end:
             start, position = start + position, 0
-            data = parts.pread(min(_BLOCK_BYTES, end - start), start)
+            data = archive.pread(min(_BLOCK_BYTES, end - start), start)
         try:
             (signature, _, _, flags, method, _, _, crc, stored, size_bytes, *lengths) = (
                 _RECORD.unpack_from(data, position)
@@ -355,13 +347,13 @@ def _read_directory(
     archive: ArchiveFile, path: Path
 ) -> tuple[dict[bytes, _Folder], list[ZipEntry], SampleMetadata]:
     """Every folder that has frames, every video, and what other entries say of the videos."""
-    directory = find_directory(archive)
+    offset, size, num_listed = find_directory(archive)
     folders: dict[bytes, _Folder] = {}
     videos: list[ZipEntry] = []
     about: list[ZipEntry] = []
     num_entries = 0
     current, folder = b"", _Folder()
-    for entry in read_entries(archive, directory.offset, directory.size):
+    for entry in read_entries(archive, offset, size):
         num_entries += 1
         parent, _, name = entry.name.rpartition(b"/")
         match = FRAME_NAME.fullmatch(name)
@@ -382,8 +374,8 @@ def _read_directory(
         if folder.runs and folder.runs[-1][1] == start:
             start = folder.runs.pop()[0]
         folder.runs.append((start, end))
-    if num_entries != directory.num_entries:
-        raise BadZip(f"lists {num_entries} entries, its end says {directory.num_entries}")
+    if num_entries != num_listed:
+        raise BadZip(f"lists {num_entries} entries, its end says {num_listed}")
     metadata = SampleMetadata(path)
     for entry in about if videos else []:
         metadata.read(_without_dots(entry_name(entry.name)), _content(archive, entry))

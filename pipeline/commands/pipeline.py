@@ -208,6 +208,8 @@ def _run(words: list[str]) -> None:
     values = json.loads((report / "report.json").read_text(encoding="utf-8"))
     values["seconds"] = values.get("seconds", {}) | {"stages": seconds}
     write_json(report / "report.json", values)
+    for fault in values.get("diagnosis", []):
+        print(f"{fault['cause']} {fault['next_step']}")
     print(values["expected_order"]["text"])
     print(f"report: {(report / 'report.html').resolve().as_uri()}")
 

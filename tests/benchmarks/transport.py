@@ -15,11 +15,11 @@ costs this process, its copy included: memory_cpu_s_per_gb, file_cpu_s_per_gb.
 import argparse
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable
-from multiprocessing import Pipe, get_context
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), help="[720 1280]")
     arguments = parser.parse_args()
     size = (arguments.frames, *arguments.size)
-    space = np.zeros((*size, 3), np.uint8)
+    space = np.ones((*size, 3), np.uint8)  # its memory is there before anything is timed
     with TemporaryDirectory() as folder:
         script = Path(folder) / "worker.py"
         script.write_text(WORKER)
@@ -112,24 +112,23 @@ def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple
 
 def _socket_rate(num_clips: int, space: NDArray[np.uint8]) -> float:
     """Bytes/s (median) of clips that another process sends; each is copied to `space` as well."""
-    ours, theirs = Pipe()
+    ours, theirs = socket.socketpair()
     sender = get_context("fork").Process(target=_send, args=(theirs, num_clips, space.nbytes))
     sender.start()
     received = np.empty_like(space)
-    ours.recv_bytes_into(received.data.cast("B"))
-    times_s = [time.perf_counter()]
-    for _ in range(num_clips):
-        ours.recv_bytes_into(received.data.cast("B"))
+    times_s = []
+    for _ in range(num_clips + 1):
+        ours.recv_into(received.data.cast("B"), 0, socket.MSG_WAITALL)
         _copy(received, space)
         times_s.append(time.perf_counter())
     sender.join()
     return space.nbytes / float(np.median(np.diff(times_s)))
 
 
-def _send(connection: Connection, num_clips: int, num_bytes: int) -> None:
+def _send(connection: socket.socket, num_clips: int, num_bytes: int) -> None:
     data = np.ones(num_bytes, np.uint8)
     for _ in range(num_clips + 1):
-        connection.send_bytes(data.data)
+        connection.sendall(data.data)
 
 
 def _copy(frames: Iterable[NDArray[np.uint8]], space: NDArray[np.uint8]) -> None:

@@ -8,18 +8,7 @@ import pytest
 
 from deltatok.pipeline import doctor
 from deltatok.pipeline.commands.pipeline import main
-from deltatok.pipeline.doctor import Finding, examine
-
-
-def found(folder: Path) -> dict[str, Finding]:
-    return {finding.part: finding for finding in examine(folder, offline=True)}
-
-
-def test_every_part_is_named_and_the_decoders_decode(tmp_path: Path) -> None:
-    parts = found(tmp_path / "not" / "there")
-    assert {"Python", "torch", "codecs", "PyAV", "decord", "disk", "DINOv3"} <= parts.keys()
-    assert parts["PyAV"].state == "ok"
-    assert "H.264" in parts["PyAV"].text
+from deltatok.pipeline.doctor import Finding
 
 
 @pytest.mark.parametrize(
@@ -59,14 +48,16 @@ def test_without_what_everything_needs_the_exit_code_tells(
     assert "not_there" in said.out
 
 
-def test_without_network_or_gpu_it_says_so_and_ends_with_0(
+def test_every_part_is_named_also_without_network_or_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert main(["doctor", "--out", str(tmp_path)]) == 0
+    assert main(["doctor", "--out", str(tmp_path / "not" / "there")]) == 0
     said = capsys.readouterr().out
+    for name in ("Python", "torch", "codecs", "PyAV", "decord", "disk", "DINOv3", "decodes H.264"):
+        assert name in said
     assert "the hub gives no answer" in said
     assert "none that torch can use" in said
 

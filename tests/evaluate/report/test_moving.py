@@ -84,6 +84,18 @@ def test_every_place_has_a_tile_for_every_moment_and_its_own_text() -> None:
     assert moving.shown_step_s >= 0.4  # slow enough to be followed
 
 
+def test_the_best_sample_is_not_shown_twice_unless_all_are_alike() -> None:
+    best = strip("best sample", 2, 10)
+    samples = [strip(f"sample {grey}", 2, grey) for grey in (10, 50, 100, 150)]
+    moving = moving_panel(panel(strip("truth", 5, 0), best, *samples), times_s=TIMES_S)
+    assert moving is not None
+    assert [one.label for one in moving.strips[2:]] == ["sample 50", "sample 100", "sample 150"]
+    alike = [strip(f"sample {i}", 2, 10) for i in range(4)]
+    moving = moving_panel(panel(strip("truth", 5, 0), best, *alike), times_s=TIMES_S)
+    assert moving is not None
+    assert [one.label for one in moving.strips[2:]] == ["sample 0", "sample 1", "sample 2"]
+
+
 def test_forecasts_of_classes_have_the_outline_of_the_truth() -> None:
     truth = np.zeros((SIDE, SIDE, 3), np.uint8)
     truth[5:15, 5:15] = 200

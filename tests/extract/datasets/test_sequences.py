@@ -51,6 +51,12 @@ def test_the_stride_is_the_nearest_whole_frame(write_sequence, config):
     assert policy.stride_s == 1 / 15
 
 
+def test_sequence_whose_name_no_cache_can_hold_is_refused(write_sequence, config):
+    root = write_sequence("two\nlines", _names(*range(20)), _names(19))
+    with pytest.raises(UsageError, match=r"two\\nlines/00019': a name that a cache cannot hold"):
+        find_targets(config("sequences", root, **PATTERNS))
+
+
 def test_numbers_in_names_are_numbers(write_sequence, config):
     root = write_sequence("car", [f"frame{i}" for i in range(1, 20)], ["frame19"])
     _, (clip,) = find_targets(config("sequences", root, **PATTERNS))

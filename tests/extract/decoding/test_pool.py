@@ -68,7 +68,9 @@ def decode(request, starting):
     draw = WindowDraw((0, 1), (0.0, 0.04), (0, 0, 64, 64), False)
     other = WindowDraw((1, 0), (0.04, 0.0), (0, 0, 64, 64), True)
     level = int(key.split()[-1]) if "number" in key else 1
-    frames = {index: np.full((64, 64, 3), level * index, np.uint8) for index in (0, 1)}
+    size = (64, 64 + 32 * (level * 5 % 7), 3)  # larger and smaller ones in turn
+    size = size if "number" in key else (64, 64, 3)
+    frames = {index: np.full(size, level * index, np.uint8) for index in (0, 1)}
     return DecodedClip(key, "pyav" if again else "decord", [draw, other], frames)
 
 worker.main(sys.argv[1:], decode=decode)

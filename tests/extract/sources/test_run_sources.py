@@ -62,18 +62,23 @@ def test_archive_gives_the_cache_that_the_folder_gives(
 LATIN = os.fsdecode(b"caf\xe9.mp4")
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "list", "list of labels", "tar", "newline"])
+@pytest.mark.parametrize(
+    "kind", ["file", "folder", "list", "list of labels", "tar", "zip, newline", "newline"]
+)
 def test_name_that_no_cache_can_hold_is_refused_before_anything_is_written(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     folder, out = tmp_path / "videos", tmp_path / "out"
     folder.mkdir()
     shutil.copy(clips / "c0.mp4", folder / "plain.mp4")
-    name = "two\nlines.mp4" if kind == "newline" else LATIN
+    name = "two\nlines.mp4" if "newline" in kind else LATIN
     given = {"file": folder / name, "list": folder / "l.txt", "list of labels": folder / "l.csv"}
     if kind == "tar":
         with tarfile.open(folder / "w.tar", "w") as tar:
             tar.add(clips / "c1.mp4", arcname=name)
+    elif kind == "zip, newline":
+        with zipfile.ZipFile(folder / "w.zip", "w") as archive:
+            archive.write(clips / "c1.mp4", name)
     elif kind == "list of labels":
         (folder / "l.csv").write_bytes(b"path,label\nplain.mp4,caf\xe9.mp4\n")
     else:
@@ -81,7 +86,7 @@ def test_name_that_no_cache_can_hold_is_refused_before_anything_is_written(
         (folder / "l.txt").write_bytes(b"plain.mp4\ncaf\xe9.mp4\n")
     words = ["--videos", str(given.get(kind, folder)), "--backbone", "none", "--out", str(out)]
     assert extract(words) == 2
-    shown = r"'two\nlines.mp4'" if kind == "newline" else r"b'caf\xe9.mp4'"
+    shown = r"'two\nlines.mp4'" if "newline" in kind else r"b'caf\xe9.mp4'"
     assert shown in capsys.readouterr().err.replace("w/", "")
     assert not out.exists()
 
