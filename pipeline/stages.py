@@ -198,18 +198,24 @@ def _recorded(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
     return settings
 
 
-def check_folders(pipeline: Pipeline, again: str) -> None:
-    """Raises CacheMismatch, naming the stage and what differs, where a stage was run with other
-    settings or by another version; again: the command that makes stages anew, without their
-    names."""
+def check_folders(pipeline: Pipeline, command: str) -> None:
+    """Raises CacheMismatch, naming the stages and what differs, where stages were run with other
+    settings or by another version; command: the one that runs the pipeline."""
+    otherwise: dict[str, str] = {}
+    made: list[Path] = []
     for stage in pipeline.stages:
+        follows = stage.reads_any(made)
         found = differences_of(pipeline, stage)
-        if found and not stage.command.startswith(REPLACES):
-            raise CacheMismatch(
-                f"{pipeline.out}: stage {stage.name} was run otherwise ({'; '.join(found[:5])}): "
-                "give another --out, the settings it was run with, or make it and all that is made "
-                f"of it again: {again} {stage.name}"
-            )
+        if found and not follows and not stage.command.startswith(REPLACES):
+            otherwise[stage.name] = f"stage {stage.name} was run otherwise ({'; '.join(found[:5])})"
+        if follows or stage.name in otherwise:
+            made += stage.outputs
+    if otherwise:
+        again = " ".join(f"--again {name}" for name in otherwise)
+        raise CacheMismatch(
+            f"{pipeline.out}: {', '.join(otherwise.values())}: give another --out, the settings it "
+            f"was run with, or make it and all that is made of it again: {command} {again}"
+        )
 
 
 def forget(pipeline: Pipeline, names: Sequence[str]) -> list[Path]:

@@ -192,11 +192,11 @@ def _run(words: list[str]) -> None:
     if arguments.kind == "plan":
         print(_plan_text(pipeline))
         return
-    again = "quickstart" if is_quickstart else f"run {file}"
+    named = "quickstart" if is_quickstart else f"run {file}"
     out = f" --out {arguments.out}" if arguments.out else ""
     for folder in forget(pipeline, arguments.again):
         print(f"removed {folder}", file=sys.stderr)
-    check_folders(pipeline, f"deltatok-pipeline {again}{out} --again")
+    check_folders(pipeline, f"deltatok-pipeline {named}{out}")
     print(_plan_text(pipeline), file=sys.stderr)
     # A file of one's own may run for days into a log, where its stages' own lines are enough.
     with SignOfLife("at work") if is_quickstart or sys.stderr.isatty() else nullcontext() as life:
