@@ -79,6 +79,8 @@ MAY_CHANGE = frozenset(
     }
 )
 """Settings of which no result depends."""
+SETTLED_S = 60.0
+"""Of work, after which what it took counts as much as what was expected."""
 log = logging.getLogger(__name__)
 
 
@@ -198,18 +200,24 @@ def _recorded(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
     return settings
 
 
-def check_folders(pipeline: Pipeline, again: str) -> None:
-    """Raises CacheMismatch, naming the stage and what differs, where a stage was run with other
-    settings or by another version; again: the command that makes stages anew, without their
-    names."""
+def check_folders(pipeline: Pipeline, command: str) -> None:
+    """Raises CacheMismatch, naming the stages and what differs, where stages were run with other
+    settings or by another version; command: the one that runs the pipeline."""
+    otherwise: dict[str, str] = {}
+    made: list[Path] = []
     for stage in pipeline.stages:
+        follows = stage.reads_any(made)
         found = differences_of(pipeline, stage)
-        if found and not stage.command.startswith(REPLACES):
-            raise CacheMismatch(
-                f"{pipeline.out}: stage {stage.name} was run otherwise ({'; '.join(found[:5])}): "
-                "give another --out, the settings it was run with, or make it and all that is made "
-                f"of it again: {again} {stage.name}"
-            )
+        if found and not follows and not stage.command.startswith(REPLACES):
+            otherwise[stage.name] = f"stage {stage.name} was run otherwise ({'; '.join(found[:5])})"
+        if follows or stage.name in otherwise:
+            made += stage.outputs
+    if otherwise:
+        again = " ".join(f"--again {name}" for name in otherwise)
+        raise CacheMismatch(
+            f"{pipeline.out}: {', '.join(otherwise.values())}: give another --out, the settings it "
+            f"was run with, or make it and all that is made of it again: {command} {again}"
+        )
 
 
 def forget(pipeline: Pipeline, names: Sequence[str]) -> list[Path]:
@@ -270,7 +278,8 @@ def run_pipeline(pipeline: Pipeline, *, life: SignOfLife | None = None) -> dict[
         state[stage.name]["seconds"] = seconds
         write_json(out / "stages.json", state)
         done_s += stage.seconds
-        pace = (time.monotonic() - began) / done_s if done_s else 1.0
+        # As expected at first, more and more as it goes: the first stages are short.
+        pace = (time.monotonic() - began + SETTLED_S) / (done_s + SETTLED_S)
     return {stage.name: float(state[stage.name]["seconds"]) for stage in pipeline.stages}
 
 

@@ -36,7 +36,7 @@ from .records import (
     Verify,
     check_files,
     file_problems,
-    read_all_done,
+    iterate_clips,
     read_index,
     read_indexed,
 )
@@ -276,7 +276,7 @@ def _shard_entries(
     index = None
     if verify == "size" and info.complete and many and known is not None:
         index = read_index(folder, sha256=known["sha256"])
-    records = read_all_done(folder) if index is None else []
+    records = [record for record, _ in iterate_clips(folder)] if index is None else []
     entries: Sequence[DoneRecord | IndexEntry] = records if index is None else index
     if info.complete:
         _check_totals(folder, info, entries)

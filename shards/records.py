@@ -260,10 +260,11 @@ def read_index(folder: Path, *, sha256: str) -> list[IndexEntry] | None:
 
 
 def read_indexed(folder: Path, entry: IndexEntry) -> DoneRecord:
-    """The done-record that `entry` tells of; DamagedShard if there is another one."""
+    """The done-record that `entry` tells of, without statistics; DamagedShard if there is another
+    one."""
     path = shard_path(folder, entry.shard, ".json")
     data = read_file(path)
-    record = _parse_done(folder, entry.shard, data)
+    record = _parse_clips(folder, entry.shard, data)
     indexed = (entry.record.sha256, entry.rows, entry.keys)
     if (hashlib.sha256(data).hexdigest(), record.rows, record.keys) != indexed:
         raise DamagedShard(

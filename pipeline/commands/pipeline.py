@@ -4,6 +4,7 @@ import and export of the released checkpoints.
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -103,11 +104,12 @@ def _add_own(kinds: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    from ..init import InitConfig, init_pipeline
-
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     del given["kind"]
-    file = init_pipeline(InitConfig(**given | {"videos": tuple(given["videos"])}))
+    with SignOfLife("looking at the videos"):
+        from ..init import InitConfig, init_pipeline
+
+        file = init_pipeline(InitConfig(**given | {"videos": tuple(given["videos"])}))
     print(f"wrote {file}; start it with: deltatok-pipeline run {file}")
 
 
@@ -192,11 +194,12 @@ def _run(words: list[str]) -> None:
     if arguments.kind == "plan":
         print(_plan_text(pipeline))
         return
-    again = "quickstart" if is_quickstart else f"run {file}"
-    out = f" --out {arguments.out}" if arguments.out else ""
+    same = ["quickstart"] if is_quickstart else ["run", str(file)]
+    same += ["--out", arguments.out] if arguments.out else []
+    same += [word for setting in arguments.set for word in ("--set", setting)]
     for folder in forget(pipeline, arguments.again):
         print(f"removed {folder}", file=sys.stderr)
-    check_folders(pipeline, f"deltatok-pipeline {again}{out} --again")
+    check_folders(pipeline, f"deltatok-pipeline {shlex.join(same)}")
     print(_plan_text(pipeline), file=sys.stderr)
     # A file of one's own may run for days into a log, where its stages' own lines are enough.
     with SignOfLife("at work") if is_quickstart or sys.stderr.isatty() else nullcontext() as life:

@@ -3,13 +3,13 @@
     python tests/benchmarks/transport.py --json FILE
 
 A process that decodes nothing sends a clip of random frames again and again, through the pool's
-own code: in memory files, and in temporary files as on systems without them. The pool's side copies
-every clip once, as cropping does. Beside it: the same copy of a clip that lies in this process
-already, and the same clip through a socket.
+own code: in memory files, and in temporary files as on systems without them. This side copies every
+clip once, as cropping does. Beside it, in the same run: a clip that is sent by a socket, and one
+that lies in this process already; copied likewise.
 
-JSON: bytes/s, medians over the clips: memory, file, socket, copy; the ratios of the first three to
-the last; clip_bytes; and what counts where many processes share one pool: CPU seconds that a GB
-costs this process, its copy included: memory_cpu_s_per_gb, file_cpu_s_per_gb.
+JSON: clip_bytes; of each way (memory, file, socket, copy) bytes_per_s, the median over the clips,
+and what counts where many processes share one pool: cpu_s_per_gb, the CPU seconds that a GB costs
+this process; and of the first three over the copy: bytes/s, and the copy's CPU seconds over theirs.
 """
 
 import argparse
@@ -18,10 +18,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +33,8 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.decoding.clip import DecodedClip
 from deltatok.extract.decoding.pool import DecodePool
 from deltatok.extract.sources.clip import Clip
+
+Frame = NDArray[np.uint8]
 
 WORKER = """
 import sys
@@ -54,7 +59,8 @@ def main() -> None:
     """Runs the benchmark; prints the result and writes it to --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")
-    parser.add_argument("--clips", type=int, default=20, help="clips each way [20]")
+    parser.add_argument("--clips", type=int, default=10, help="clips each way in a round [10]")
+    parser.add_argument("--rounds", type=int, default=4, help="[4]")
     parser.add_argument("--frames", type=int, default=32, help="frames in a clip [32]")
     parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), help="[720 1280]")
     arguments = parser.parse_args()
@@ -64,76 +70,79 @@ def main() -> None:
         script = Path(folder) / "worker.py"
         script.write_text(WORKER)
         command = [sys.executable, "-P", str(script), *map(str, size)]
-        rates = {"memory": _rate(command, arguments.clips, space)}
-        if hasattr(os, "memfd_create"):
-            del os.memfd_create
-        rates["file"] = _rate(command, arguments.clips, space)
-    socket_rate = _socket_rate(arguments.clips, space)
-    frames = list(np.ones_like(space))
-    times_s = [time.perf_counter()]
-    for _ in range(arguments.clips):
-        _copy(frames, space)
-        times_s.append(time.perf_counter())
-    copy_rate = space.nbytes / float(np.median(np.diff(times_s)))
-    result = {
-        "memory_bytes_per_s": rates["memory"][0],
-        "file_bytes_per_s": rates["file"][0],
-        "socket_bytes_per_s": socket_rate,
-        "copy_bytes_per_s": copy_rate,
-        "memory_over_copy": rates["memory"][0] / copy_rate,
-        "file_over_copy": rates["file"][0] / copy_rate,
-        "socket_over_copy": socket_rate / copy_rate,
-        "memory_cpu_s_per_gb": rates["memory"][1],
-        "file_cpu_s_per_gb": rates["file"][1],
-        "clip_bytes": space.nbytes,
-    }
+        own = list(np.ones_like(space))
+        ways: dict[str, Callable[[], Iterable[Iterable[Frame]]]] = {
+            "memory": lambda: _from_pool(command, arguments.clips),
+            "file": lambda: _from_pool_without_memory_files(command, arguments.clips),
+            "socket": lambda: _from_socket(arguments.clips, space),
+            "copy": lambda: repeat(own, arguments.clips + 1),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(arguments.rounds):  # in turns: what else the machine does slows all alike
+            for name, clips in ways.items():
+                _measure(clips(), space, seconds[name], cpu_seconds[name])
+    result: dict[str, Any] = {"clip_bytes": space.nbytes}
+    rates = {name: space.nbytes / float(np.median(times)) for name, times in seconds.items()}
+    costs = {name: float(np.mean(t)) / space.nbytes * 1e9 for name, t in cpu_seconds.items()}
+    for name in ways:
+        result[name] = {"bytes_per_s": rates[name], "cpu_s_per_gb": costs[name]}
+    for name in ("memory", "file", "socket"):
+        ratios = {"rate": rates[name] / rates["copy"], "cpu": costs["copy"] / costs[name]}
+        result[f"{name}_over_copy"] = ratios
     text = json.dumps(result, indent=1)
     arguments.json.write_text(f"{text}\n")
     print(text)
 
 
-def _rate(command: list[str], num_clips: int, space: NDArray[np.uint8]) -> tuple[float, float]:
-    """Bytes/s (median) and CPU seconds a GB of this process, from the second clip on; every clip
-    is copied to `space`."""
+def _measure(
+    clips: Iterable[Iterable[Frame]], space: Frame, seconds: list[float], cpu_seconds: list[float]
+) -> None:
+    """Copies the frames of every clip to `space`, uint8 (T, H, W, 3); appends the time and the CPU
+    time of this process that each takes, from the second on."""
+    before: tuple[float, float] | None = None
+    for clip in clips:
+        for copy, frame in zip(space, clip, strict=True):
+            copy[...] = frame
+        now = time.perf_counter(), time.process_time()
+        if before is not None:
+            seconds.append(now[0] - before[0])
+            cpu_seconds.append(now[1] - before[1])
+        before = now
+
+
+def _from_pool(command: list[str], num_clips: int) -> Iterator[Iterable[Frame]]:
     policy = ExtractConfig(videos=("unused",), out="unused").sampling_policy()
     clips = [Clip(str(number), Path("unused"), 1) for number in range(num_clips + 1)]
     with DecodePool(policy, num_workers=1, timeout_s=60, worker_command=command) as pool:
-        decoded = pool.decode(clips)
-        next(decoded)
-        times_s, cpu_s = [time.perf_counter()], time.process_time()
-        for clip in decoded:
+        for clip in pool.decode(clips):
             if not isinstance(clip, DecodedClip):
                 raise SystemExit(f"the decoding process failed: {clip.reason}")
-            _copy(clip.frames.values(), space)
-            times_s.append(time.perf_counter())
-        cpu_s_per_gb = (time.process_time() - cpu_s) / (num_clips * space.nbytes / 1e9)
-        return space.nbytes / float(np.median(np.diff(times_s))), cpu_s_per_gb
+            yield clip.frames.values()
 
 
-def _socket_rate(num_clips: int, space: NDArray[np.uint8]) -> float:
-    """Bytes/s (median) of clips that another process sends; each is copied to `space` as well."""
+def _from_pool_without_memory_files(
+    command: list[str], num_clips: int
+) -> Iterator[Iterable[Frame]]:
+    with patch.object(os, "memfd_create", side_effect=OSError, create=True):
+        yield from _from_pool(command, num_clips)
+
+
+def _from_socket(num_clips: int, space: Frame) -> Iterator[Iterable[Frame]]:
     ours, theirs = socket.socketpair()
     sender = get_context("fork").Process(target=_send, args=(theirs, num_clips, space.nbytes))
     sender.start()
     received = np.empty_like(space)
-    times_s = []
     for _ in range(num_clips + 1):
         ours.recv_into(received.data.cast("B"), 0, socket.MSG_WAITALL)
-        _copy(received, space)
-        times_s.append(time.perf_counter())
+        yield received
     sender.join()
-    return space.nbytes / float(np.median(np.diff(times_s)))
 
 
 def _send(connection: socket.socket, num_clips: int, num_bytes: int) -> None:
     data = np.ones(num_bytes, np.uint8)
     for _ in range(num_clips + 1):
         connection.sendall(data.data)
-
-
-def _copy(frames: Iterable[NDArray[np.uint8]], space: NDArray[np.uint8]) -> None:
-    for copy, frame in zip(space, frames, strict=True):
-        copy[...] = frame
 
 
 if __name__ == "__main__":

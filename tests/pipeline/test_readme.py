@@ -30,6 +30,11 @@ MEASURED = [  # the start of a row; its JSON; keys and format of every ratio in 
             ("patches_1024/random_pairs_over_memmap", ".2f"),
         ),
     ),
+    (
+        "frames from a decoding",
+        "transport.json",
+        (("memory_over_copy/rate", ".2f"), ("socket_over_copy/rate", ".2f")),
+    ),
     ("extraction end", "extraction.json", (("end_to_end_over_forward", ".2f"),)),
     ("the same with 4", "extraction_4_windows.json", (("end_to_end_over_forward", ".2f"),)),
     (

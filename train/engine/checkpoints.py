@@ -296,7 +296,7 @@ def initialise(
     model = model_class(config, generator=generator(seed, "first weights"))  # type: ignore[call-arg]
     if start_from is None:
         return model, None
-    if not (start_from / CONFIG).is_file():
+    if not (start_from / CONFIG).exists():
         raise UsageError(
             f"start_from {start_from}: no model there, wanted {CONFIG} and {WEIGHTS}: "
             "give a run that has ended, or a checkpoint, RUN/checkpoints/step-NNNNNNNN"

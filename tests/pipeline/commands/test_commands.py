@@ -69,7 +69,7 @@ def test_a_stage_of_other_settings_is_named_before_anything_runs(
     tiny_inputs: Path, tiny_run: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(tiny_inputs / "tiny.yaml"), "--out", str(tiny_run), "--set", "head.lr=0.5"]
-    again = f"deltatok-pipeline run {words[0]} --out {tiny_run} --again head"
+    again = f"deltatok-pipeline run {words[0]} --out {tiny_run} --set head.lr=0.5 --again head"
     fails(pipeline, ["run", *words], 4, "stage head", "lr: 0.5", again)
     assert pipeline(["plan", *words]) == 0
     assert "head             deltatok-train head          was run otherwise" in (

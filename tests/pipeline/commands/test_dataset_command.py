@@ -104,7 +104,7 @@ def test_a_plan_counts_targets_and_writes_nothing(
     assert "clips      2 " in said
     assert "quarantine 0 %" in said
     assert "windows    2 of 7 frames: 14 frames" in said
-    assert "other ways to store them: about int8" in said
+    assert "other ways to store them: int8" in said
     assert not (tmp_path / "cache").exists()
 
 

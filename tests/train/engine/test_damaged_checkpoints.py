@@ -251,6 +251,14 @@ def test_a_run_does_not_start_from_a_damaged_model_folder(
         train_tokenizer(config_of(patches, tmp_path / "next", start_from=str(run)))
 
 
+def test_a_run_does_not_start_from_a_pipe(patches: Path, checkpoint: Path, tmp_path: Path) -> None:
+    run = checkpoint.parent.parent
+    (run / "config.json").unlink()
+    os.mkfifo(run / "config.json")
+    with pytest.raises(DamagedShard, match=r"run/config\.json: .*no regular file"):
+        train_tokenizer(config_of(patches, tmp_path / "next", start_from=str(run)))
+
+
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(
     patches: Path, checkpoint: Path
 ) -> None:

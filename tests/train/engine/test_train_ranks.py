@@ -88,7 +88,7 @@ if child:
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a module that two workers share would make it thrice
 def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path, run_program: Make) -> Path:
     """Folder of the runs, 6 steps of batch 8 each: `one` and `two` ranks; `portions`: one rank
     that takes 4 windows at a time; `moved`: 2 steps so on one rank, 2 on two, 2 on one; `paused`:
