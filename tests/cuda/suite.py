@@ -6,7 +6,8 @@
 What asks for the CPU, or for nothing, computes on cuda:0. `auto` stays float32, so that tests which
 compare numbers go on comparing them; with --bfloat16 it is what it is on a GPU. A right test may
 fail here: one that hands CPU tensors to a model, or calls numpy() on a result, would on a GPU too.
-Not part of `make test`. The JSON has, for every test: outcome, problems, waits, launches.
+Not part of `make test`. The JSON has, for every test: outcome, problems, training steps, and waits
+and launches by line, a step where there were any (evaluations and checkpoints are in them).
 """
 
 import argparse
@@ -31,43 +32,69 @@ class OnCuda:
     def __init__(self, *, bfloat16: bool) -> None:
         self.bfloat16 = bfloat16
         self.runs: dict[str, dict[str, Any]] = {}
+        self.device: PretendedDevice
+        self.steps = 0
+        """Training steps of the test at hand."""
 
-    @pytest.fixture(autouse=True, scope="session")
-    def _everything_on_cuda(self) -> Iterator[None]:
-        from deltatok.extract.backbone import Backbone
-        from deltatok.shards import devices
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self) -> Iterator[None]:
+        """One device for the session, on which session fixtures may lie."""
+        with pytest.MonkeyPatch.context() as patch, pretend_cuda() as self.device:
+            self._send_to_cuda(patch)
+            return (yield)
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Counts what belongs to one test."""
+        self.steps, before = 0, len(self.device.problems)
+        self.device.counts.clear()
+        result = yield
+        self.runs.setdefault(item.nodeid, {}).update(
+            problems=dict(Counter(self.device.problems[before:])),
+            steps=self.steps,
+            **self.device.counts.table(steps=max(1, self.steps)),
+        )
+        return result
+
+    def _send_to_cuda(self, patch: pytest.MonkeyPatch) -> None:
         for room in ("extract", "train", "evaluate", "shards", "pipeline"):
             importlib.import_module(f"deltatok.pipeline.commands.{room}")
-        choose, load = devices.choose_device, Backbone.load.__func__  # type: ignore[attr-defined]
+        # Not before: pytest rewrites the assertions of what its plugins are made of.
+        from deltatok.extract.backbone import Backbone
+        from deltatok.shards import devices
+        from deltatok.train.engine import devices as train_devices
+        from deltatok.train.engine.loop import Trainer
+
+        fetch, choose = Trainer._fetch, devices.choose_device
+        load = Backbone.load.__func__  # type: ignore[attr-defined]
+
+        def fetched(trainer: Any, batches: Any) -> Any:
+            self.steps += 1
+            return fetch(trainer, batches)
 
         def chosen(name: str, **kwargs: Any) -> torch.device:
             return choose("cuda" if name in ("cpu", "auto") else name, **kwargs)
 
-        def loaded(cls: Any, name: str, *, device: Any = "cpu", **kwargs: Any) -> Backbone:
+        def loaded(cls: Any, name: str, *, device: Any = "cpu", **kwargs: Any) -> Any:
             there = "cuda:0" if str(device) == "cpu" else device
             return load(cls, name, device=there, **kwargs)
 
         def precision(name: str, device: torch.device) -> str:
             return "float32" if name == "auto" else name
 
-        with pytest.MonkeyPatch.context() as patch:
-            for module in [m for n, m in sys.modules.items() if n.startswith("deltatok.")]:
-                if hasattr(module, "choose_device"):
-                    patch.setattr(module, "choose_device", chosen)
-                if hasattr(module, "precision_name") and not self.bfloat16:
-                    patch.setattr(module, "precision_name", precision)
-            patch.setattr(Backbone, "load", classmethod(loaded))
-            yield
+        def accelerator(device: str, precision: str) -> Any:
+            return accelerate("auto" if device == "cpu" else device, precision)
 
-    @pytest.fixture(autouse=True)
-    def _pretended(self, request: pytest.FixtureRequest) -> Iterator[PretendedDevice]:
-        with pretend_cuda() as device:
-            yield device
-        counts = device.counts
-        self.runs.setdefault(request.node.nodeid, {}).update(
-            problems=dict(Counter(device.problems)), **counts.table()
-        )
+        accelerate = train_devices.make_accelerator
+        others = {"choose_device": chosen, "make_accelerator": accelerator}
+        if not self.bfloat16:
+            others["precision_name"] = precision
+        for module in [m for n, m in sys.modules.items() if n.startswith("deltatok.")]:
+            for name, other in others.items():
+                if hasattr(module, name):
+                    patch.setattr(module, name, other)
+        patch.setattr(Backbone, "load", classmethod(loaded))
+        patch.setattr(Trainer, "_fetch", fetched)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         run = self.runs.setdefault(report.nodeid, {})
@@ -79,15 +106,21 @@ class OnCuda:
     def table(self) -> dict[str, Any]:
         """All runs, and their sums."""
         waits: Counter[str] = Counter()
+        launches: dict[str, float] = {}
         problems: Counter[str] = Counter()
-        for run in self.runs.values():
+        for name, run in self.runs.items():
             problems.update(run.get("problems", {}))
             for row in run.get("waits", ()):
-                waits[f"{row['what']} at {row['line']}"] += int(row["per_step"])
+                waits[f"{row['what']} at {row['line']}"] += round(
+                    row["per_step"] * max(1, run["steps"])
+                )
+            if run.get("steps"):
+                launches[name] = run["launches_per_step"]
         return {
             "outcomes": Counter(run.get("outcome", "none") for run in self.runs.values()),
             "problems": problems,
             "waits": dict(waits.most_common()),
+            "launches_per_step": launches,
             "tests": self.runs,
         }
 

@@ -58,8 +58,9 @@ def test_bfloat16_trains(cuda: PretendedDevice, trains: Trains, trainer: str) ->
 @pytest.mark.parametrize(
     ("trainer", "residency"),
     [
-        *(("tokenizer", residency) for residency in ("memory", "map", "stream")),
-        ("world", "stream"),
+        ("tokenizer", "memory"),
+        ("tokenizer", "stream"),
+        ("world", "map"),
         ("dinoworld", "memory"),
     ],
 )  # the others of this file have residency `device`
@@ -77,7 +78,6 @@ def test_every_residency_trains_the_same(
     [
         ("world", "float32", 2),
         ("world", "bfloat16", 2),
-        ("world", "float8", 1),
         ("world", "float8", 2),
         ("dinoworld", "float32", 1),
         ("dinoworld", "bfloat16", 2),
@@ -97,15 +97,6 @@ def test_every_selection_dtype_trains(
         validation_fraction=0.0,
     )
     assert all(values.isfinite().all() for values in weights.values())
-
-
-def test_a_resumed_run_is_the_whole_one(
-    cuda: PretendedDevice, trains: Trains, tmp_path: Path
-) -> None:
-    trains("world", "cuda", steps=2)
-    resumed = trains("world", "cuda", steps=3)
-    whole = trains("world", "cuda", steps=3, out=str(tmp_path / "whole"))
-    assert all(torch.equal(values, whole[name]) for name, values in resumed.items())
 
 
 FIRST, LOG_EVERY = 2, 3
