@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A command, and a dot every two seconds as long as it runs.
 dots = $(1) & pid=$$!; while kill -0 $$pid 2> /dev/null; do printf .; sleep 2; done; echo; wait $$pid
 
-.PHONY: setup quickstart test test-all lint clean
+.PHONY: setup quickstart test test-slow lint clean
 
 setup: $(VENV)/.done
 
@@ -24,10 +24,10 @@ quickstart: setup
 	$(BIN)/deltatok-pipeline quickstart
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m "not slow"
 
-test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 
-from ..extract.decoding.container import read_index
+from ..extract.decoding.clip import opened_clip
+from ..extract.decoding.container import VideoFile, read_index
 from ..extract.sources.clip import Clip
 from ..extract.sources.find import find_clips
 from ..shards.devices import choose_device
@@ -218,19 +219,22 @@ def _gpu_bytes(device: str) -> float:
 
 def _probe(clips: Sequence[Clip]) -> str:
     """What some of the clips are like; UsageError if none can be opened."""
-    videos = [clip for clip in clips if isinstance(clip.path, Path) and clip.path.is_file()]
-    if not videos:
-        return "not probed (archives or folders of frames)"
-    reasons, seconds, heights = [], [], []
-    chosen = np.linspace(0, len(videos) - 1, min(PROBED, len(videos))).astype(int)
-    for clip in (videos[number] for number in chosen):
+    reasons, seconds, heights, num_images = [], [], [], 0
+    chosen = np.linspace(0, len(clips) - 1, min(PROBED, len(clips))).astype(int)
+    for clip in (clips[number] for number in chosen):
         try:
-            index = read_index(clip.path)
+            with opened_clip(clip) as opened:
+                if not isinstance(opened, VideoFile):
+                    num_images += 1
+                    continue
+                index = read_index(opened)
         except ClipError as error:
             reasons.append(f"{clip.key}: {error}")
             continue
         seconds.append(float(index.times_s[-1] - index.times_s[0]))
         heights.append(index.first_frame.shape[0])
+    if num_images and not seconds:
+        return "folders of frames, not probed"
     if not seconds:
         raise UsageError(f"none of {len(reasons)} videos that were tried can be read: {reasons[0]}")
     bad = f", {len(reasons)} of {len(chosen)} tried cannot be read" if reasons else ""

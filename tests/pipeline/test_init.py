@@ -1,6 +1,8 @@
 """A pipeline file for one's own videos: what it holds, and that it runs."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +72,18 @@ def test_a_folder_without_videos_is_refused(make: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="empty"):
         init_pipeline(make(videos=(str(tmp_path / "empty"),)))
     assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+def test_videos_inside_an_archive_are_probed(
+    make: Any, tiny_inputs: Path, tmp_path: Path, suffix: str
+) -> None:
+    train = tiny_inputs / "world" / "train"
+    archive = shutil.make_archive(str(tmp_path / "clips"), suffix, train)
+    inside = init_pipeline(make(videos=(archive,))).read_text()
+    beside = init_pipeline(make(file=str(tmp_path / "beside.yaml"))).read_text()
+    probed = [re.findall(r"about [\d.]+ s long, \d+ pixels high", text) for text in (inside, beside)]
+    assert probed[0] == probed[1] != []
 
 
 def test_videos_that_cannot_be_read_are_refused(make: Any, tmp_path: Path) -> None:
