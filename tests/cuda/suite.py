@@ -121,8 +121,14 @@ class OnCuda:
             "problems": problems,
             "waits": dict(waits.most_common()),
             "launches_per_step": launches,
-            "tests": self.runs,
+            "tests": {name: _short(run) for name, run in self.runs.items()},
         }
+
+
+def _short(run: dict[str, Any]) -> dict[str, Any]:
+    """Without the lines, where nothing was trained."""
+    lines = ("waits", "copies", "launches")
+    return {name: value for name, value in run.items() if run.get("steps") or name not in lines}
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ class Counts:
                 found[line] += count
         return dict(found)
 
-    def table(self, *, steps: int = 1, most: int = 40) -> dict[str, object]:
+    def table(self, *, steps: int = 1, most: int = 8) -> dict[str, object]:
         """For JSON: waits, copies and launches a step, the largest first."""
 
         def rows(counter: Counter[tuple[str, str]]) -> list[dict[str, object]]:
