@@ -82,7 +82,9 @@ def test_videos_inside_an_archive_are_probed(
     archive = shutil.make_archive(str(tmp_path / "clips"), suffix, train)
     inside = init_pipeline(make(videos=(archive,))).read_text()
     beside = init_pipeline(make(file=str(tmp_path / "beside.yaml"))).read_text()
-    probed = [re.findall(r"about [\d.]+ s long, \d+ pixels high", text) for text in (inside, beside)]
+    probed = [
+        re.findall(r"about [\d.]+ s long, \d+ pixels high", text) for text in (inside, beside)
+    ]
     assert probed[0] == probed[1] != []
 
 
