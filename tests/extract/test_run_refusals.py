@@ -78,7 +78,7 @@ def test_features_beyond_float16_name_the_clip(
     config = make_config()
     large = Backbone.load(config.backbone)
     large.model.get_parameter("norm.weight").mul_(1e6)
-    with pytest.raises(DeltatokError, match=r"clip 'c\d\.mp4'.* 0 of .* not finite and \d+ beyond"):
+    with pytest.raises(DeltatokError, match=r"clip 'c\d\.mp4'.*float16"):
         run_extraction(config, backbone=large)
     assert not list((Path(config.out) / "shards").iterdir())
 
