@@ -5,6 +5,7 @@ stages of a pipeline may run in one process on different devices and in differen
 both belong to the `Accelerator` of a command, and accelerate is left with the ranks.
 """
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -93,10 +94,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def leave_group() -> None:
     """End this process's part in a group of CPU processes, if it is in one.
 
-    Its threads else abort a process that ends while they run, and the exit code is lost.
+    Its threads else abort a process that ends while they run, and the exit code is lost. Models
+    that were wrapped hold the group, too, some of them in reference cycles: those go first.
     """
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        gc.collect()
         group.destroy_process_group()
 
 

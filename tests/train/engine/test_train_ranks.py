@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from deltatok.shards import DeltatokError
 from deltatok.train.engine import loop
+from deltatok.train.engine.devices import leave_group
 from deltatok.train import world
 from deltatok.train.config import WorldTrainConfig
 from deltatok.train.models.configs import DeltaWorldConfig
@@ -82,7 +83,7 @@ values = iter([0.5, 0.4, 0.6] if rank == 0 else [0.5, 0.6, 0.4])
 world.DeltaWorldObjective.evaluate = lambda self: {"validation_best_loss": next(values)}
 changed = {"steps": 3, "eval_every": 1, "save_every": 9}
 train_world(dataclasses.replace(config, out=str(folder / "differing"), **changed))
-torch.distributed.destroy_process_group()
+leave_group()
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

@@ -183,11 +183,12 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from deltatok.train.config import HeadTrainConfig
+from deltatok.train.engine.devices import leave_group
 from deltatok.train.heads.train import train_head
 for fields in json.loads(sys.argv[1]):
     train_head(HeadTrainConfig(**fields))
     assert torch.distributed.get_world_size() == 2
-torch.distributed.destroy_process_group()
+leave_group()
 """
 
 
