@@ -86,6 +86,11 @@ class HubStore(Store):
     def replace(self, name: str, data: bytes) -> None:
         self._commit([(name, data)])
 
+    def delete(self, name: str) -> None:
+        if self._is_there(name):
+            with self._errors(name):
+                self._api.delete_file(f"{self._folder}{name}", **self._where)
+
     def probe(self) -> None:
         """Makes the data set, private, where there is none."""
         with self._errors(""):

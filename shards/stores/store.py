@@ -17,7 +17,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +126,10 @@ class Store(ABC):
     @abstractmethod
     def replace(self, name: str, data: bytes) -> None:
         """Writes a file, whatever was there before."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Removes a file; a missing one is fine."""
 
     @abstractmethod
     def probe(self) -> None:
@@ -274,6 +278,10 @@ class ObjectStore(Store):
     def replace(self, name: str, data: bytes) -> None:
         with self._errors(name, writing=True):
             self._obstore.put(self._store, name, data)
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError), self._errors(name, writing=True):
+            self._obstore.delete(self._store, [name])
 
     def probe(self) -> None:
         name = f"{PROBE}-{os.getpid()}-{time.time_ns()}"
