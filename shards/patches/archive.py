@@ -150,8 +150,11 @@ class ShardFile:
         while at < len(directory):
             entry, at = self._entry(directory, at)
             entries.append(entry)
-        if len(entries) != num_members or not entries:
-            raise self._error(f"{len(entries)} members, its end says {num_members}")
+        if at != len(directory) or len(entries) != num_members or not entries:
+            raise self._error(
+                f"{len(entries)} members in {at} bytes, its end says {num_members} in "
+                f"{len(directory)}"
+            )
         entries.sort(key=lambda entry: entry.header_at)
         members: list[Member] = []
         for entry, end in zip(entries, [*(e.header_at for e in entries[1:]), start], strict=True):
