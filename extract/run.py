@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..shards.cache import open_cache
+from ..shards.devices import memory_errors
 from ..shards.errors import CacheMismatch, DeltatokError
 from ..shards.files import disk_errors, remove_partials
 from ..shards.interrupts import StopRequest
@@ -152,13 +153,9 @@ def run_extraction(
             ledger, shards = _begin(run, clips, part)
         if shards:
             num_mine = sum(len(ledger.plan[shard]) for shard in ledger.plan if shard in part)
-            try:
+            doing = f"backbone, {config.frame_size} pixels"
+            with memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"):
                 make_shards(run, shards, ledger, num_clips=num_mine)
-            except torch.OutOfMemoryError as error:
-                raise DeltatokError(
-                    f"the backbone ran out of memory with batches of {run.batch_frames} frames of "
-                    f"{config.frame_size} pixels: lower batch_frames and run again"
-                ) from error
         with disk_errors(run.out):
             ledger = close_cache(
                 run.out, num_frames=config.num_frames, changed=bool(shards), part=part
