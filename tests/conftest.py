@@ -44,6 +44,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder of golden cases for tests/parity; may be given several times "
         "(default: tests/golden, and ../shared/golden where it is present)",
     )
+    parser.addoption(
+        "--device",
+        default=None,
+        help="where tests/gpu and the golden cases compute; cpu is tests/gpu's dry form "
+        "(default: tests/gpu cuda, golden cases cpu)",
+    )
+    parser.addoption(
+        "--arithmetic",
+        action="append",
+        choices=("float32", "tf32", "bfloat16"),
+        default=None,
+        help="of the golden cases; may be given several times (default: float32)",
+    )
 
 
 def pytest_report_header() -> str:

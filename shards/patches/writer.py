@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -313,6 +312,8 @@ def _statistics(sums: Sequence[_Sums], shift: NDArray[np.float32], *, count: int
 
 
 def _crc32c(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    import google_crc32c  # by the first chunk, as in zarr_arrays.py
+
     return np.array([google_crc32c.value(data)], dtype="<u4").view(np.uint8)
 
 
