@@ -147,7 +147,7 @@ def to_host(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cud
         # Elsewhere than from cuda no event would tell when a copy without a wait is over.
         copies[name] = tensor.detach().contiguous().to("cpu", non_blocking=tensor.is_cuda)
         if tensor.is_cuda and copied is None:
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     if copied is not None:
         copied.record()
     return copies, copied
