@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
 
 from ..shards.cache import open_cache
 from ..shards.devices import memory_errors
-from ..shards.errors import CacheMismatch, DeltatokError
+from ..shards.errors import CacheMismatch
 from ..shards.files import disk_errors, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.plan import (
