@@ -42,6 +42,7 @@ def clips(little: Any, numbers: Any) -> dict[str, Any]:
 
 def planned(little: Any, folder: Path, numbers: Any, **how: Any) -> Plan:
     found = clips(little, numbers).values()
+    folder.mkdir(exist_ok=True)
     return write_plan(folder, make_plan(found, **{"clips_per_shard": 2, "seed": 3, **how}))
 
 
@@ -226,6 +227,7 @@ def test_mended_plan_fills_in_what_had_no_bytes_in_its_part_alone(
 
 def test_copied_plan_is_the_same_bytes(little: Any, tmp_path: Path) -> None:
     plan = planned(little, tmp_path / "a", range(17))
+    (tmp_path / "b").mkdir()
     copied_plan(plan, tmp_path / "b").commit()
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
