@@ -25,7 +25,7 @@ from ..shards.records import (
     DoneRecord,
     Quarantined,
     done_shards,
-    read_clips,
+    read_done,
     remove_done,
     write_quarantine,
 )
@@ -140,7 +140,7 @@ class Ledger:
         none: list[PlanEntry] = []
         strangers = ((shard, none) for shard in sorted(done) if shard >= plan.num_shards)
         for shard, entries in chain(plan.shards(done), strangers):
-            record = read_clips(folder, shard)
+            record = read_done(folder, shard)
             if record is not None:
                 _check_clips(folder, record, entries)
                 ledger.add(record)
@@ -150,7 +150,7 @@ class Ledger:
         """Counts the shards that other processes finished since."""
         for shard in done_shards(self.folder):
             if shard < self.plan.num_shards and shard not in self.windows:
-                record = read_clips(self.folder, shard)
+                record = read_done(self.folder, shard)
                 if record is not None:
                     self.add(record)
 

@@ -8,7 +8,7 @@
 
 A line of a part is a shard, in order. A part never changes: its name ends in the beginning of its
 hash, and plan.json, written last, says which parts count. So a plan is read by shard, and no
-process holds all of it but the one that makes it: that needs about 300 bytes a clip beside the
+process holds all of it but the one that makes it: that needs about 200 bytes a clip beside the
 clips themselves (`make_plan`), everything else one part at a time.
 
 The order of clips and of windows comes from hashes, not from a random generator, so that it is the
@@ -298,7 +298,7 @@ def make_plan(
 ) -> Iterator[PlanEntry]:
     """The clips dealt into shards of `clips_per_shard`, in an order fixed by `seed` and the keys.
 
-    Entries are made as they are taken. Until then about 300 bytes a clip are held, 100 of them
+    Entries are made as they are taken. Until then about 200 bytes a clip are held, 100 of them
     until the last is: keys and hashes to sort. Raises UsageError at once for two clips of one key,
     or a key that is empty or no valid text.
     """
