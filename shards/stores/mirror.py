@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CacheMismatch, DamagedShard, UsageError
-from ..files import local_path, write_bytes
+from ..files import is_address, local_path, write_bytes
 from ..schema import ADVICE, MAX_JSON_BYTES, STORED, load, parse_json, read_json
-from .store import Store, is_address, open_store
+from .store import Store, open_store
 
 CACHE_DIR = "DELTATOK_CACHE_DIR"
 CACHE_LIMIT = "DELTATOK_CACHE_LIMIT_GB"

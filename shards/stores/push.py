@@ -16,7 +16,7 @@ from ..errors import CacheMismatch, DamagedShard, damaged_shard
 from ..files import disk_errors, local_path, sha256_file, write_bytes
 from ..index import INDEX, ShardColumns, read_index
 from ..plan import PLAN, Plan
-from ..records import QUARANTINE, DoneRecord, iterate_done, read_done, shard_path
+from ..records import DoneRecord, iterate_done, read_done, shard_path
 from ..schema import MAX_JSON_BYTES, parse_json
 from .store import NewFile, Store, new_file, open_store
 

@@ -13,7 +13,6 @@ of several writers exactly one wins, and the others find out whether it wrote th
 import functools
 import hashlib
 import os
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
-from ..files import disk_errors, partial_path, publish, sha256_file
-
-SCHEMES = ("s3", "gs", "az", "file", "hf")
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+from ..files import check_address, disk_errors, partial_path, publish, sha256_file
 
 PROBE = "probe.deltatok"
 MAX_OBJECT_BYTES = 5 * 10**9
@@ -60,11 +56,6 @@ class NewFile(NamedTuple):
     sha256: str
 
 
-def is_address(text: str) -> bool:
-    """Whether it is of the form scheme://..."""
-    return _ADDRESS.match(text) is not None
-
-
 def open_store(url: str) -> "Store":
     """The store of an address; nothing is asked of it yet.
 
@@ -76,19 +67,12 @@ def open_store(url: str) -> "Store":
 
 @functools.lru_cache(maxsize=64)
 def _open_store(url: str, _pid: int) -> "Store":
-    found = _ADDRESS.match(url)
-    scheme = found[1].lower() if found else ""
-    if scheme == "hf":
+    check_address(url)
+    if url.startswith("hf:"):
         from .hub import HubStore
 
         return HubStore(url)
-    if scheme in SCHEMES:
-        return ObjectStore(url)
-    raise UsageError(
-        f"{url}: an address of {scheme or 'no scheme'}, wanted a path on this machine or one of "
-        f"{', '.join(f'{known}://' for known in SCHEMES)} (all but hf:// need "
-        "pip install 'deltatok[cloud]')"
-    )
+    return ObjectStore(url)
 
 
 def forget_stores() -> None:

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import DeltatokError, UsageError
-from ..files import local_path, remove, sha256_file, write_bytes
+from ..files import is_address, local_path, remove, sha256_file, write_bytes
 from ..schema import read_json
 from .mirror import cache_dir
-from .store import NewFile, Store, StoredObject, is_address, new_file, open_store
+from .store import NewFile, Store, StoredObject, new_file, open_store
 
 UPLOAD = "upload.json"
 THREADS = 8
