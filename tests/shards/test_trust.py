@@ -203,7 +203,7 @@ def test_a_cache_that_is_a_link_itself_is_read(patches: Any, tmp_path: Path) -> 
     assert verify_cache(tmp_path / "link").problems == []
 
 
-@pytest.mark.parametrize("name", ["cache.json", "plan.jsonl", "black.npy", "shards/000000.json"])
+@pytest.mark.parametrize("name", ["cache.json", "plan.json", "black.npy", "shards/000000.json"])
 def test_pipes_and_devices_in_place_of_files_are_refused_at_once(patches: Any, name: str) -> None:
     for make in (os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero")):
         path = patches.folder / name
