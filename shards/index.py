@@ -67,7 +67,7 @@ class ShardColumns:
 
     def file(self, place: int) -> StoredFile:
         """The file of a shard that has one."""
-        return StoredFile(bytes=int(self.bytes[place]), sha256=self.sha256[place].tobytes().hex())
+        return StoredFile(bytes=int(self.bytes[place]), sha256=bytes(self.sha256[place]).hex())
 
     @staticmethod
     def concatenate(parts: "Iterable[ShardColumns]") -> "ShardColumns":
@@ -191,7 +191,7 @@ def _columns(shards: Sequence[int], lines: Sequence[Any]) -> ShardColumns:
         ("rows", rows, MAX_ROWS),
         ("bytes", sizes, MAX_COUNT),
     ):
-        if not set(map(type, column)) <= {int} or not 0 <= min(column, default=0):
+        if not set(map(type, column)) <= {int} or not min(column, default=0) >= 0:
             raise ValueError(f"{name}: wanted integers from 0")
         if max(column, default=0) > most:
             raise ValueError(f"{name} is {max(column)}, wanted at most {most}")

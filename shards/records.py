@@ -173,8 +173,11 @@ def remove_done(folder: Path | str, shard: int) -> None:
 def done_shards(folder: Path | str) -> list[int]:
     """The numbers of the finished shards, ascending."""
     shards = Path(folder) / "shards"
-    names = os.listdir(shards) if shards.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := _RECORD_NAME.fullmatch(name)))
+    if not shards.is_dir():
+        return []
+    with os.scandir(shards) as entries:  # a name at a time
+        matches = (_RECORD_NAME.fullmatch(entry.name) for entry in entries)
+        return sorted(int(match[1]) for match in matches if match)
 
 
 def iterate_done(folder: Path | str) -> Iterator[DoneRecord]:

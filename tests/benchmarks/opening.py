@@ -50,7 +50,7 @@ def main() -> int:
             cache = Path(folder) / name
             make(cache, format=format, shards=arguments.shards, channels=arguments.channels)
             start = time.process_time()
-            finish_cache(cache, {"clips": arguments.shards * CLIPS})
+            finish_cache(cache)
             finish_s = time.process_time() - start
             opens, seconds = measured(lambda r=reader, c=cache: r(c, verify="size"))
             records_s = measured(lambda c=cache: read_all_done(c), repeats=1)[1]
@@ -105,16 +105,16 @@ def make(folder: Path, *, format: str, shards: int, channels: int) -> None:
         keys = [f"class{shard % 700:03d}/video_{shard:06d}_{clip:02d}.mp4" for clip in range(CLIPS)]
         entries += [PlanEntry(key=key, source=key, size_bytes=1, shard=shard) for key in keys]
         data = shard_path(folder, shard, ".zarr.zip" if patches else ".tar")
-        files = {f"shards/{data.name}": {"bytes": 10**8, "sha256": "0" * 64}}
-        numbers = [float(channel) / 7 for channel in range(channels)]
         record = DoneRecord(
             shard=shard,
-            keys=keys,
+            clips=CLIPS,
+            keys_sha256=keys_sha256(keys),
             rows=ROWS,
-            files=files,
-            statistics={"channel_mean": numbers, "channel_std": numbers, "abs_max": 1.0},
+            file=StoredFile(bytes=10**8, sha256="0" * 64),
+            abs_max=1.0,
+            decoder="pyav",
         )
-        value = {"format_version": 1, **record.__dict__}
+        value = {"format_version": 1, **asdict(record)}
         shard_path(folder, shard, ".json").write_bytes(json_bytes(value))
         data.touch()
     write_plan(folder, entries)

@@ -129,7 +129,7 @@ def test_leftover_partials_do_not_disturb_readers(patches: Any, deltas: Any) -> 
         (folder / "shards/000007.json.partial-1-0123abcd").write_text("{")
         (folder / "cache.json.partial-1-0123abcd").write_text("{")
         reader(folder)
-        finish_cache(folder, {})
+        finish_cache(folder)
         assert len(verify_cache(folder).problems) == 3
 
 

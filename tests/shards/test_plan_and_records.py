@@ -63,7 +63,7 @@ def test_closing_a_cache_reads_each_record_once(
         return parse_json(data, where=where)
 
     monkeypatch.setattr(records, "parse_json", counted)
-    again = finish_cache(patches.folder, patches.info.counts)
+    again = finish_cache(patches.folder)
     assert again == patches.info
     assert len(read) == 2
 

@@ -41,7 +41,7 @@ def labelled(reader: Any, little: Any) -> Any:
     plan = [replace(entry, **known(entry.key)) for entry in Plan.open(reader.folder)]
     (reader.folder / "plan.json").unlink()
     write_plan(reader.folder, plan)
-    finish_cache(reader.folder, {"clips": 6})
+    finish_cache(reader.folder)
     return type(reader)(reader.folder)
 
 

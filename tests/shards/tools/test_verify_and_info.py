@@ -117,7 +117,7 @@ def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
     assert "000000.json: is not the done-record that index.jsonl tells of" in problems[0].text
     assert "quarantine.jsonl: does not list" in problems[1].text
     write_quarantine(patches.folder)
-    finish_cache(patches.folder, {})
+    finish_cache(patches.folder)
     assert verify_cache(patches.folder, deep=True).problems == []
     assert describe_cache(patches.folder)["quarantined"] == 1
 
