@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from ..shards.cache import open_cache
-from ..shards.errors import CacheMismatch, DeltatokError
+from ..shards.devices import memory_errors
+from ..shards.errors import CacheMismatch
 from ..shards.files import disk_errors, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.plan import (
@@ -153,13 +152,9 @@ def run_extraction(
         if shards:
             num_done = sum(n for shard, n in enumerate(ledger.clips.tolist()) if shard in part)
             num_mine = num_done + sum(map(len, shards.values()))
-            try:
+            doing = f"backbone, {config.frame_size} pixels"
+            with memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"):
                 make_shards(run, shards, ledger, num_clips=num_mine)
-            except torch.OutOfMemoryError as error:
-                raise DeltatokError(
-                    f"the backbone ran out of memory with batches of {run.batch_frames} frames of "
-                    f"{config.frame_size} pixels: lower batch_frames and run again"
-                ) from error
         with disk_errors(run.out):
             totals = close_cache(run.out, changed=bool(shards), part=part)
     summary = ExtractionSummary(

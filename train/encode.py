@@ -33,7 +33,7 @@ from ..shards.cache import (
     reopen_cache,
 )
 from ..shards.deltas.writer import write_delta_shard
-from ..shards.devices import precision_name
+from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
 from ..shards.interrupts import StopRequest
@@ -240,6 +240,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     encoder = _Encoder(model.to(accelerator.device), patches, config, accelerator, draws)
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
+        memory_errors("encoding", lambda: f"lower batch_windows, now {config.batch_windows}"),
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
         StopRequest() as stop,
     ):

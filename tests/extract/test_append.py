@@ -52,7 +52,7 @@ def test_new_clips_become_new_shards_and_old_ones_are_not_touched(
     assert run_extraction(appending, backbone=backbone).shards_done_now == 2
     assert shards.items() <= _times(old / "shards").items()
     assert parts.items() < _times(old / "plan").items()
-    assert [entry.shard for entry in Plan.open(old)[6:]] == [3, 3, 4]
+    assert [entry.shard for entry in list(Plan.open(old))[6:]] == [3, 3, 4]
     new = read_cache_info(old)
     assert (new.fingerprint, new.complete) == (info.fingerprint, True)
     assert new.counts == {"clips": 9, "quarantined": 1, "windows": 24, "frames": 96, "shards": 5}
