@@ -48,7 +48,7 @@ _LOCAL_FIELDS: tuple[list[int], ...] = (
     [_PADDING_FIELD, _ZIP64_FIELD],
 )
 _BEYOND_16, _BEYOND_32 = 0xFFFF, 0xFFFFFFFF
-_NO_FLAGS = 0
+_NO_FLAGS, _ZIP64_VERSION = 0, 45
 
 _TAIL_BYTES = 65_536
 """Of the end of the file, read at once: the central directory and, of up to 4,000 frames, the index
@@ -94,7 +94,7 @@ class Member:
     crc: int
     """crc32 of its data."""
     common: tuple[int, ...]
-    """What its own header has to say as well: version, flags, method, time, date, crc32."""
+    """What its own header has to say as well: flags, method, time, date, crc32."""
 
 
 class ShardFile:
@@ -150,8 +150,11 @@ class ShardFile:
         while at < len(directory):
             entry, at = self._entry(directory, at)
             entries.append(entry)
-        if len(entries) != num_members:
-            raise self._error(f"{len(entries)} members, its end says {num_members}")
+        if at != len(directory) or len(entries) != num_members or not entries:
+            raise self._error(
+                f"{len(entries)} members in {at} bytes, its end says {num_members} in "
+                f"{len(directory)}"
+            )
         entries.sort(key=lambda entry: entry.header_at)
         members: list[Member] = []
         for entry, end in zip(entries, [*(e.header_at for e in entries[1:]), start], strict=True):
@@ -200,17 +203,17 @@ class ShardFile:
         fields = directory[at : at + _CENTRAL.size]
         if len(fields) < _CENTRAL.size or fields[:4] != _CENTRAL_SIGNATURE:
             raise self._error("its central directory is damaged")
-        (_, _, *common, crc, stored, size, name_bytes, extra_bytes, comment) = _CENTRAL.unpack(
-            fields
-        )[:13]
+        _, _, version, *common, crc, stored, size, name_bytes, extra_bytes, comment = (
+            _CENTRAL.unpack(fields)[:13]
+        )
         disk, _, attributes, header_at = _CENTRAL.unpack(fields)[13:]
         end_of_name = at + _CENTRAL.size + name_bytes
         name = directory[at + _CENTRAL.size : end_of_name].decode("latin-1")
         extra = directory[end_of_name : end_of_name + extra_bytes]
         where = f"member {shown(name)}"
-        if common[1:3] != [_NO_FLAGS, zipfile.ZIP_STORED]:
+        if common[:2] != [_NO_FLAGS, zipfile.ZIP_STORED] or version > _ZIP64_VERSION:
             raise self._error(
-                f"{where} has method {common[2]} and flags {common[1]:#x}, wanted 0 and 0: stored "
+                f"{where} has method {common[1]} and flags {common[0]:#x}, wanted 0 and 0: stored "
                 "as it is, its sizes before it"
             )
         if stat.S_IFMT(attributes >> 16) not in (0, stat.S_IFREG) or disk or comment:
@@ -241,7 +244,9 @@ class ShardFile:
     def _check_header(self, member: Member) -> None:
         """Raises DamagedShard unless the header before the data says what the directory says."""
         data = self.read(member.header_at, member.offset - member.header_at)
-        signature, *common, stored, size, name_bytes, extra_bytes = _LOCAL.unpack_from(data)
+        signature, version, *common, stored, size, name_bytes, extra_bytes = _LOCAL.unpack_from(
+            data
+        )
         name, extra = data[_LOCAL.size :][:name_bytes], data[_LOCAL.size + name_bytes :]
         kinds = []
         while extra:
@@ -255,6 +260,7 @@ class ShardFile:
             or (name.decode("latin-1"), size, stored) != (member.name, member.size, member.size)
             or len(data) != _LOCAL.size + name_bytes + extra_bytes
             or kinds not in _LOCAL_FIELDS
+            or version > _ZIP64_VERSION
         ):
             raise self._error(
                 f"the header of member {member.name} at byte {member.header_at} says something "

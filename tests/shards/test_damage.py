@@ -116,7 +116,6 @@ def test_any_flipped_byte_of_the_index_raises(little: Any, patches: Any) -> None
             PatchShards(patches.folder).tokens([0])
 
 
-@pytest.mark.usefixtures("unsampled")
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_flipped_byte_of_a_column_raises_on_read(little: Any, patches: Any, name: str) -> None:
     little.flip_byte(patches.folder / "shards/000001.zarr.zip", 0, member=name)

@@ -110,7 +110,7 @@ def test_made_up_json_gives_data_or_our_errors(
     cache = request.getfixturevalue(kind)
     folder = cache.folder
     value = json.loads(cache.read(name))
-    for key in ("backbone", "preprocessing", "statistics", "software", "decoders"):
+    for key in ("backbone", "preprocessing", "software", "other_decoders"):
         for inner in (value, value.get("identity", {})):
             if isinstance(inner, dict) and key in inner:
                 inner[key] = {}  # their contents are nobody's business but describe_cache's
