@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache import read_cache_info, refresh_derived, reopen_cache
-from ..errors import DamagedShard
+from ..errors import DamagedShard, DeltatokError
 from ..files import remove_partials
 from ..plan import PLAN_FOLDER
-from ..records import remove_done, shard_path, write_quarantine
+from ..records import read_done, remove_done, shard_path, write_quarantine
 from .verify import VerifyReport, data_path, is_untouched
 
 
@@ -63,13 +63,19 @@ def repair_cache(folder: Path | str, report: VerifyReport) -> Repaired:
 
 
 def _remove_shard(folder: Path, shard: int) -> list[str]:
-    """The promise first, then the file that it is about."""
+    """The promise first, then the file that it is about; if it cannot be read, that stays."""
     record_path = shard_path(folder, shard, ".json")
+    try:
+        record = read_done(folder, shard)
+    except DeltatokError:
+        record = None
     if record_path.is_dir() and not record_path.is_symlink():
         return []  # no file of ours
     remove_done(folder, shard)
     removed = [record_path.relative_to(folder).as_posix()]
     path = data_path(folder, read_cache_info(folder), shard)
+    if record is None or record.file is None:
+        return removed
     if path.is_symlink() or path.is_file():
         path.unlink()
         removed.append(path.relative_to(folder).as_posix())

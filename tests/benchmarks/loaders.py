@@ -151,7 +151,6 @@ def make_patches(folder: Path, side: int, gigabytes: float) -> Path:
             keys=[key],
         )
         write_patch_shard(folder, shard, rows, dtype="float16", seed=0)
-    windows = num_shards * shard_windows
     finish_cache(folder)
     return folder
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from deltatok.shards import (
 )
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.files import json_bytes
-from deltatok.shards.plan import PlanEntry, write_plan
-from deltatok.shards.records import DoneRecord, read_all_done, shard_path
+from deltatok.shards.plan import PlanEntry, keys_sha256, write_plan
+from deltatok.shards.records import DoneRecord, StoredFile, iterate_done, shard_path
 
 ROWS, CLIPS = 64, 16
 REPEATS = 3
@@ -53,7 +54,7 @@ def main() -> int:
             finish_cache(cache)
             finish_s = time.process_time() - start
             opens, seconds = measured(lambda r=reader, c=cache: r(c, verify="size"))
-            records_s = measured(lambda c=cache: read_all_done(c), repeats=1)[1]
+            records_s = measured(lambda c=cache: list(iterate_done(c)), repeats=1)[1]
             figures[name] = {
                 "finish_cpu_s": round(finish_s, 3),
                 "open_s": round(seconds, 3),

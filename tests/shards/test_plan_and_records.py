@@ -50,7 +50,7 @@ def test_done_record_names_the_decoder_of_each_clip_once(
     assert record is not None
     assert record.decoder == most
     assert record.other_decoders == {keys[clip]: decoder for clip, decoder in others}
-    assert record.decoders() == named
+    assert record.decoders(keys) == named
 
 
 def test_closing_a_cache_reads_each_record_once(

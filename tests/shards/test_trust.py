@@ -110,7 +110,7 @@ def test_a_finished_cache_opens_by_cache_json_and_index_alone(
         assert reader.keys == [entry.key for entry in cache.plan]
         planned = seen[len(opened) :]
     assert opened == [("open", "cache.json"), ("open", INDEX)]
-    assert [name for _, name in planned][0] == "plan.json"
+    assert planned[0] == ("open", "plan.json")
     assert len(planned) == 2
     wanted = cache.expected["tokens"].astype(np.float16)
     np.testing.assert_array_equal(reader.tokens([7, 2, 10]).astype(np.float16), wanted[[7, 2, 10]])
