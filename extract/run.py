@@ -39,7 +39,7 @@ from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
-from .ledger import Ledger, Part, close_cache, reopen
+from .ledger import Ledger, Part, check_quarantined, close_cache, reopen
 from .progress import Progress
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
 from .sources.clip import Clip
@@ -151,24 +151,22 @@ def run_extraction(
             ledger, shards = _begin(run, clips, part)
         del clips  # those of other processes' shards are not needed any more
         if shards:
-            num_done = sum(count for shard, count in ledger.clips.items() if shard in part)
+            num_done = sum(n for shard, n in enumerate(ledger.clips.tolist()) if shard in part)
             num_mine = num_done + sum(map(len, shards.values()))
             doing = f"backbone, {config.frame_size} pixels"
             with memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"):
                 make_shards(run, shards, ledger, num_clips=num_mine)
         with disk_errors(run.out):
-            ledger = close_cache(
-                run.out, num_frames=config.num_frames, changed=bool(shards), part=part
-            )
+            totals = close_cache(run.out, changed=bool(shards), part=part)
     summary = ExtractionSummary(
-        **ledger.counts(num_frames=config.num_frames),
-        bytes=sum(ledger.size_bytes.values()),
+        **totals.counts,
+        bytes=totals.size_bytes,
         shards_done_now=len(shards),
         seconds=time.monotonic() - start_s,
         slowest_stage=run.watch.slowest(),
     )
-    if not ledger.missing:  # else whoever closes the cache says so
-        ledger.check(config.max_quarantined)
+    if totals.is_complete:  # else whoever closes the cache says so
+        check_quarantined(run.out, summary.quarantined, summary.clips, most=config.max_quarantined)
     return summary
 
 
@@ -194,7 +192,7 @@ def make_shards(
 
     def note_done(record: DoneRecord) -> None:
         ledger.add(record)
-        progress.add_written(ledger.size_bytes[record.shard])
+        progress.add_written(0 if record.file is None else record.file.bytes)
         _tell_done(run, record, ledger)
 
     with (
@@ -255,7 +253,7 @@ def _begin(
     to_make = {
         shard
         for shard in range(plan.num_shards)
-        if shard in part and (shard not in ledger.windows or shard in again)
+        if shard in part and (not ledger.is_done(shard) or shard in again)
     }
     shards = _clips_of_shards(plan, to_make, by_key)
     if to_make:
@@ -319,8 +317,8 @@ def _tell_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
         "shard %06d: %d windows of %d clips; %d of %d shards done",
         record.shard,
         record.rows,
-        len(record.keys),
-        len(ledger.windows),
+        record.clips,
+        ledger.num_done,
         ledger.plan.num_shards,
     )
     ledger.check_certain(run.config.max_quarantined)

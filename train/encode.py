@@ -45,7 +45,6 @@ from ..shards.records import (
     iterate_done,
     read_done,
     shard_path,
-    write_quarantine,
 )
 from ..shards.sampling import UniformDraws
 from ..shards.schema import plain
@@ -69,6 +68,10 @@ class ShardPart(NamedTuple):
     windows: Indices
     first_key: int
 
+    def keys(self, patches: PatchShards) -> list[str]:
+        """Of its clips that have windows."""
+        return patches.keys[self.first_key : self.first_key + self.record.clips]
+
 
 class FramePicks(NamedTuple):
     """Where the frames of n windows lie in a patch cache."""
@@ -84,11 +87,11 @@ class FramePicks(NamedTuple):
 def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
-    for record, _ in iterate_done(folder):
+    for record in iterate_done(folder):
         yield ShardPart(record, np.arange(window, window + record.rows), key)
         if record.rows:
             window += record.rows
-            key += len(record.keys)
+            key += record.clips
 
 
 def stored_windows(patches: PatchShards, part: ShardPart) -> FramePicks:
@@ -106,7 +109,7 @@ def drawn_windows(patches: PatchShards, part: ShardPart, draws: UniformDraws) ->
     clips = patches.clip_index[part.windows] - part.first_key
     picked_windows = [np.empty((0, draws.num_frames), dtype=np.int64)]
     picked_frames = [np.empty((0, draws.num_frames), dtype=np.int64)]
-    for clip, key in enumerate(part.record.keys):
+    for clip, key in enumerate(part.keys(patches)):
         own = part.windows[clips == clip]
         # A slow clip repeats frames, and windows may overlap: every shown frame counts once.
         _, first = np.unique(table.frame_index[own], return_index=True)
@@ -118,7 +121,7 @@ def drawn_windows(patches: PatchShards, part: ShardPart, draws: UniformDraws) ->
     return FramePicks(
         window=np.concatenate(picked_windows),
         frame=np.concatenate(picked_frames),
-        clip=np.repeat(np.arange(len(part.record.keys)), draws.num_windows).astype(np.int32),
+        clip=np.repeat(np.arange(part.record.clips), draws.num_windows).astype(np.int32),
     )
 
 
@@ -259,18 +262,8 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     accelerator.wait_for_everyone()
     num_windows = sum(map(encoder.num_windows, work))
     if accelerator.is_main_process and not read_cache_info(out).complete:
-        quarantined = write_quarantine(out)
         remove_strangers(out)
-        finish_cache(
-            out,
-            {
-                "clips": plan.num_clips,
-                "quarantined": len(quarantined),
-                "windows": num_windows,
-                "frames": num_windows * info.shape.num_frames,
-                "shards": len(work),
-            },
-        )
+        finish_cache(out)
     accelerator.wait_for_everyone()
     logger.info("%d windows of delta tokens are in %s", num_windows, out)
     return read_cache_info(out)
@@ -294,7 +287,7 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     for part in work:
         shard = part.record.shard
         done = read_done(out, shard)
-        if done is not None and set(done.keys) != set(part.record.keys):
+        if done is not None and done.keys_sha256 != part.record.keys_sha256:
             if read_cache_info(out).complete:
                 reopen_cache(out)
             logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
@@ -313,7 +306,7 @@ class _Encoder:
         """How many windows the delta shard of this patch shard has."""
         if self.draws is None:
             return part.record.rows
-        return len(part.record.keys) * self.draws.num_windows
+        return part.record.clips * self.draws.num_windows
 
     def rows(self, part: ShardPart, meter: Meter) -> ShardRows:
         """The rows of the delta shard of one patch shard."""
@@ -321,7 +314,7 @@ class _Encoder:
             picks = stored_windows(self.patches, part)
         else:
             picks = drawn_windows(self.patches, part, self.draws)
-        table = self.patches.table()
+        table, keys = self.patches.table(), part.keys(self.patches)
         return ShardRows(
             tokens=self._encode(picks, meter),
             timestamps_s=table.timestamps_s[picks.window, picks.frame],
@@ -329,8 +322,8 @@ class _Encoder:
             crop=table.crop[picks.window[:, 0]],
             flipped=table.flipped[picks.window[:, 0]],
             clip=picks.clip,
-            keys=part.record.keys,
-            decoders=part.record.decoders(),
+            keys=keys,
+            decoders=part.record.decoders(keys),
             quarantined=part.record.quarantined,
         ).from_first_frame()
 

@@ -124,7 +124,7 @@ def test_shard_without_windows_is_only_a_done_record(little: Any, patches: Any) 
     record = write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
     assert (record.rows, record.files) == (0, {})
     assert not (patches.folder / "shards/000000.zarr.zip").exists()
-    little.finish_cache(patches.folder, {})
+    little.finish_cache(patches.folder)
     np.testing.assert_array_equal(
         PatchShards(patches.folder).load(), patches.expected["tokens"][5:].astype(np.float16)
     )
