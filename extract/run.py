@@ -10,7 +10,7 @@
 import logging
 import time
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from ..shards.plan import (
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
 from ..shards.stopwatch import Stopwatch
+from ..shards.stores.upload import out_folder
 from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
@@ -131,6 +132,7 @@ def run_extraction(
     start_s = time.monotonic()
     part = part or Part.of_this_process(config.shard_of)
     check_installed(config.decoder)
+    config = replace(config, out=str(out_folder(config.out)))
     policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
     with StopRequest(time_limit_s=config.time_limit_s) as stop:

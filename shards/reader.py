@@ -42,6 +42,7 @@ from .records import (
     read_quarantine,
     shard_path,
 )
+from .stores.mirror import RemoteFile, expect, is_mirror, local_folder, present
 from .windows import WindowColumns
 
 EAGER_SHARDS = 500
@@ -71,9 +72,9 @@ class CacheReader(ABC, Generic[Scalar]):
         """
         if verify not in ("size", "sha256"):
             raise UsageError(f"verify is {verify!r}, wanted 'size' or 'sha256'")
-        self.folder: Path = Path(folder)
-        """The folder of the cache."""
-        self.info: CacheInfo = read_cache_info(folder, format=format)
+        self.folder: Path = local_folder(folder)
+        """The folder of the cache; of one at an address that of its mirror."""
+        self.info: CacheInfo = read_cache_info(self.folder, format=format)
         """The cache.json."""
         self._verify = verify
         self._lost: set[str] | None = None
@@ -87,7 +88,7 @@ class CacheReader(ABC, Generic[Scalar]):
         """int64 (shards + 1,): the first window of every shard that has any, and the end."""
         self._is_checked = np.zeros(len(self._shards), dtype=np.bool_)
         self._begin()
-        if len(self._shards) <= EAGER_SHARDS:
+        if len(self._shards) <= EAGER_SHARDS and not is_mirror(self.folder):
             with ThreadPoolExecutor(max_workers=check_threads()) as pool:
                 places = range(len(self._shards))
                 list(pool.map(lambda shard: self._check_file(shard, "size"), places))
@@ -126,8 +127,22 @@ class CacheReader(ABC, Generic[Scalar]):
         `clip` indexing into its own keys."""
 
     def _path(self, shard: int) -> Path:
-        """The file of the shard of this number among those that have windows."""
-        return shard_path(self.folder, int(self._shards.shard[shard]), self._suffix)
+        """The file of the shard of this number among those that have windows; of a cache at an
+        address it is there afterwards."""
+        return present(self.folder, self._file(shard))
+
+    def _file(self, shard: int) -> RemoteFile:
+        name = shard_path(Path(), int(self._shards.shard[shard]), self._suffix).as_posix()
+        file = self._shards.file(shard)
+        return RemoteFile(name, file.bytes, file.sha256)
+
+    def expect(self, windows: NDArray[np.int64]) -> None:
+        """Says which windows (n,) will be read next, in this order: their shards, of a cache at an
+        address, are fetched meanwhile."""
+        if is_mirror(self.folder):
+            shards, _ = self._locate(windows)
+            _, first = np.unique(shards, return_index=True)
+            expect(self.folder, [self._file(shard) for shard in shards[np.sort(first)].tolist()])
 
     def _check(self, shard: int) -> None:
         """Holds the file of a shard against the index when the process uses it first: DamagedShard

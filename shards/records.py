@@ -31,6 +31,7 @@ from typing import Any, Literal
 from .errors import CacheMismatch, DamagedShard, damaged_shard
 from .files import flush, open_append, publish, remove, sha256_file, write_bytes, write_json
 from .schema import ADVICE, STORED, load, parse_json, read_file, shown
+from .stores.upload import shard_done, shard_taken_back
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -114,6 +115,7 @@ def write_done(folder: Path | str, record: DoneRecord) -> None:
         shard_path(Path(folder), record.shard, ".json"),
         {"format_version": RECORD_VERSION, **asdict(record)},
     )
+    shard_done(Path(folder), record.shard)
 
 
 def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
@@ -166,6 +168,7 @@ def remove_done(folder: Path | str, shard: int) -> None:
     """Takes the promise back: from now on the shard is not done."""
     path = shard_path(Path(folder), shard, ".json")
     if path.exists():
+        shard_taken_back(Path(folder), shard)
         path.unlink()
         flush(path.parent)
 

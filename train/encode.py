@@ -35,7 +35,7 @@ from ..shards.cache import (
 from ..shards.deltas.writer import write_delta_shard
 from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
-from ..shards.files import remove, remove_partials
+from ..shards.files import remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
@@ -44,10 +44,12 @@ from ..shards.records import (
     append_timing,
     iterate_done,
     read_done,
-    shard_path,
+    remove_done,
 )
 from ..shards.sampling import UniformDraws
 from ..shards.schema import plain
+from ..shards.stores.mirror import fetch_records
+from ..shards.stores.upload import out_folder, take_records
 from ..shards.windows import ShardRows
 from .config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
 from .data.batches import Prefetcher
@@ -84,7 +86,7 @@ class FramePicks(NamedTuple):
     """int32 (n,), index into the shard's keys."""
 
 
-def shard_parts(folder: str) -> Iterator[ShardPart]:
+def shard_parts(folder: Path) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
     for record in iterate_done(folder):
@@ -217,7 +219,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     on tokens of another kind, or config.out holds another cache; UsageError for draws that the
     cache has no use for, or needs; Stopped after a SIGTERM or Ctrl-C.
     """
-    patches, out = PatchShards(config.patches), Path(config.out)
+    patches, out = PatchShards(config.patches), out_folder(config.out)
     draws = _draws_for(patches, config, draws)
     accelerator = make_accelerator(config.device, config.autocast)
     model = DeltaTok.from_pretrained(config.tokenizer)
@@ -229,7 +231,8 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
         parent_fingerprint=patches.fingerprint,
         draws=draws,
     )
-    plan, work = Plan.open(config.patches), list(shard_parts(config.patches))
+    fetch_records(patches.folder, patches.info.counts.get("shards", 0))
+    plan, work = Plan.open(patches.folder), list(shard_parts(patches.folder))
     if accelerator.is_main_process:
         open_cache(out, info)
         _follow_plan(out, plan)
@@ -263,6 +266,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     num_windows = sum(map(encoder.num_windows, work))
     if accelerator.is_main_process and not read_cache_info(out).complete:
         remove_strangers(out)
+        take_records(out)
         finish_cache(out)
     accelerator.wait_for_everyone()
     logger.info("%d windows of delta tokens are in %s", num_windows, out)
@@ -291,7 +295,7 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
             if read_cache_info(out).complete:
                 reopen_cache(out)
             logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
-            remove(shard_path(out, shard, ".json"))
+            remove_done(out, shard)
 
 
 @dataclass(frozen=True)

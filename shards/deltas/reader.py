@@ -326,7 +326,7 @@ class DeltaShards(CacheReader[np.float16]):
         inside = int(np.searchsorted(layout.starts, first - self.shard_starts[shard]))
         self._mapped(shard)  # its size is checked
         offset = layout.blocks[inside].tokens_offset
-        ReadOnlyFile(layout.path).read_into([filled.reshape(-1).view(np.uint8)], offset)
+        ReadOnlyFile(self._path(shard)).read_into([filled.reshape(-1).view(np.uint8)], offset)
         return filled
 
     def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
@@ -364,7 +364,9 @@ class DeltaShards(CacheReader[np.float16]):
         """The mapped tar as one item of a window's bytes at every multiple of its stride."""
         rows = self._rows.get(shard)
         if rows is None:
-            rows = _map_rows(self._layout(shard), row_bytes=self._row_bytes)
+            layout = self._layout(shard)
+            self._path(shard)  # there again, should it have made room for others
+            rows = _map_rows(layout, row_bytes=self._row_bytes)
             while len(self._rows) >= self._max_mapped:
                 self._rows.pop(next(iter(self._rows)), None)
             self._rows[shard] = rows

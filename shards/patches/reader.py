@@ -314,7 +314,7 @@ class PatchShards(CacheReader[np.float32]):
     def _open_shard(self, shard: int) -> tuple[ShardFile, list[str]]:
         """The file of a shard, held against the index, and its keys."""
         self._check(shard)
-        file = open_shard(self.folder, int(self._shards.shard[shard]), self.info)
+        file = ShardFile(self._path(shard), member_names(self.dtype))
         return file, read_keys(file, self.info, sha256=self._keys_sha256(shard))
 
     def _frames(self, frames: ArrayLike | None, num_windows: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ CACHE_LIMIT = "DELTATOK_CACHE_LIMIT_GB"
 """Environment variables; the flags --cache-dir and --cache-limit-gb set them."""
 
 MIRROR = "mirror.json"
+NOT_NEEDED = ("NOTICE.txt",)
 MAX_TOP_BYTES = 2**31
 KEPT_SHARE = 0.9
 """Of the limit, after room was made: so that not every fetch has to look through all shards."""
@@ -117,8 +119,13 @@ def _top_files(info: dict[str, Any], where: str) -> Iterator[RemoteFile]:
         file = load(_Stored, entry, where=f"{where}: files.{name}", how=STORED)
         if "/" in name or name in (".", "..", MIRROR):
             raise DamagedShard(f"{where}: names the file {name!r}: {ADVICE}")
-        if file.bytes <= MAX_TOP_BYTES:
+        if name not in NOT_NEEDED and file.bytes <= MAX_TOP_BYTES:
             yield RemoteFile(name, file.bytes, file.sha256)
+
+
+def is_mirror(folder: Path) -> bool:
+    """Whether a folder is the mirror of an address."""
+    return _mirror(folder, os.getpid()) is not None
 
 
 def present(folder: Path, file: RemoteFile) -> Path:
@@ -127,6 +134,16 @@ def present(folder: Path, file: RemoteFile) -> Path:
     if mirror is not None:
         mirror.fetch(file)
     return folder / file.name
+
+
+def fetch_records(folder: Path, num_shards: int) -> None:
+    """Has all done-records of a mirror there; nothing for another folder."""
+    mirror = _mirror(folder, os.getpid())
+    names = (f"shards/{shard:06d}.json" for shard in range(num_shards if mirror else 0))
+    missing = [name for name in names if not (folder / name).exists()]
+    if mirror is not None and missing:
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(mirror.fetch_record, missing))
 
 
 def expect(folder: Path, files: Sequence[RemoteFile]) -> None:
@@ -163,6 +180,10 @@ class Mirror:
             self._ahead.discard(file.name)
             self._lock.notify_all()
         self._fetch(file)
+
+    def fetch_record(self, name: str) -> None:
+        """A file of which nothing promises the hash."""
+        self._store.fetch(name, self.folder / name, size=None, sha256=None)
 
     def expect(self, files: Sequence[RemoteFile]) -> None:
         """These next, in the background; what was expected before and not yet begun is not."""
@@ -218,7 +239,7 @@ class Mirror:
         root = self.folder.parent
         with _alone(root, "eviction"):
             found = []
-            for path in root.glob("*/shards/*"):
+            for path in root.glob("*/shards/*[!n]"):  # all but done-records
                 try:
                     status = path.stat()
                 except FileNotFoundError:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..cache import CacheInfo, data_suffix, parse_cache_info, read_cache_info
 from ..errors import CacheMismatch, DamagedShard, damaged_shard
-from ..files import disk_errors, local_path, sha256_file, write_bytes
+from ..files import disk_errors, is_partial, local_path, sha256_file, write_bytes
 from ..index import INDEX, ShardColumns, read_index
 from ..plan import PLAN, Plan
-from ..records import DoneRecord, iterate_done, read_done, shard_path
+from ..records import DoneRecord, StoredFile, iterate_done, read_done, shard_path
 from ..schema import MAX_JSON_BYTES, parse_json
 from .store import NewFile, Store, new_file, open_store
 
@@ -131,13 +131,13 @@ def pull(url: str, folder: Path | str, *, progress: Progress) -> Transfer:
     if (folder / "cache.json").exists():
         if read_cache_info(folder).fingerprint != info.fingerprint:
             raise CacheMismatch(f"{folder}: holds another cache: give another folder")
-    elif folder.is_dir() and {path.name for path in folder.iterdir()} - {"shards", *info.files}:
+    elif folder.is_dir() and _strangers(folder, info):
         raise CacheMismatch(f"{folder}: holds something else: give a new or empty folder")
     for name, entry in info.files.items():
         _fetch(store, folder, name, size=entry["bytes"], sha256=entry["sha256"])
     for part in Plan.open(folder).parts:
         _fetch(store, folder, part.file, size=part.bytes, sha256=part.sha256)
-    shards = read_index(folder, sha256=info.files[INDEX]["sha256"])
+    shards = read_index(folder, StoredFile(**info.files[INDEX]))
 
     def take(place: int) -> int:
         number, moved = int(shards.shard[place]), 0
@@ -154,6 +154,11 @@ def pull(url: str, folder: Path | str, *, progress: Progress) -> Transfer:
     with disk_errors(folder):
         write_bytes(folder / "cache.json", data)
     return Transfer(len(shards), moved, int(shards.bytes.sum()))
+
+
+def _strangers(folder: Path, info: CacheInfo) -> set[str]:
+    ours = {"shards", "plan", *info.files}
+    return {path.name for path in folder.iterdir() if not is_partial(path)} - ours
 
 
 def read_remote_info(store: Store) -> tuple[bytes, CacheInfo]:

@@ -13,6 +13,8 @@ import functools
 import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +31,7 @@ BEFORE_SHARDS = ("channel_scale.npy", "black.npy", "NOTICE.txt", "plan.json", "c
 MUTABLE = ("plan.json", "quarantine.jsonl", "index.jsonl", "cache.json")
 """Files that are replaced; the others are created once."""
 _SUFFIXES = (".zarr.zip", ".tar")
+_RECORD = re.compile(r"shards/[0-9]{6,9}\.json")
 
 
 def out_folder(place: Path | str) -> Path:
@@ -45,7 +48,7 @@ def out_folder(place: Path | str) -> Path:
     store.probe()
     folder = cache_dir() / "uploads" / hashlib.sha256(store.url.encode()).hexdigest()[:16]
     try:
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / UPLOAD, json.dumps({"url": store.url}).encode())
     except OSError as error:
         raise UsageError(
@@ -78,6 +81,22 @@ def top_changed(folder: Path, name: str) -> None:
     store = _store_of(folder)
     if store is not None:
         _send_top(store, folder, name)
+
+
+def take_records(folder: Path) -> None:
+    """Fetches, into an upload folder, the done-records that other machines have sent since."""
+    store = _store_of(folder)
+    if store is not None:
+        there = {item.name: item for item in store.list("shards/")}
+        _take_all(store, folder, _records_of(there))
+
+
+def top_begun(folder: Path, name: str) -> None:
+    """The first cache.json of a cache was written: in an upload folder, creates it in the store;
+    CacheMismatch where another run has begun another cache there."""
+    store = _store_of(folder)
+    if store is not None:
+        store.create([new_file(folder, name)])
 
 
 @functools.lru_cache(maxsize=64)
@@ -127,9 +146,9 @@ def _take_over(store: Store, folder: Path) -> None:
             for part in sorted(folder.glob("plan/*.jsonl")) if name == "plan.json" else ():
                 _send_top(store, folder, f"plan/{part.name}")
             _send_top(store, folder, name)
-    records = {name for name in there if name.startswith("shards/") and name.endswith(".json")}
+    records = _records_of(there)
     ours = {f"shards/{path.name}" for path in (folder / "shards").glob("*.json")}
-    for name in sorted(ours - records):
+    for name in sorted(ours - records.keys()):
         shard = int(Path(name).stem)
         if read_json(folder / name)["file"] is None or any(
             (folder / "shards" / f"{shard:06d}{suffix}").is_file() for suffix in _SUFFIXES
@@ -137,8 +156,16 @@ def _take_over(store: Store, folder: Path) -> None:
             _send_shard(store, folder, shard)
         else:  # its data was taken out of the store, or is another run's
             remove(folder / name)
+    _take_all(store, folder, records)
+
+
+def _records_of(there: Mapping[str, StoredObject]) -> dict[str, StoredObject]:
+    return {name: file for name, file in there.items() if _RECORD.fullmatch(name)}
+
+
+def _take_all(store: Store, folder: Path, files: Mapping[str, StoredObject]) -> None:
     with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(lambda name: _take(store, folder, there[name]), sorted(records)))
+        list(threads.map(lambda name: _take(store, folder, files[name]), sorted(files)))
 
 
 def _take(store: Store, folder: Path, file: StoredObject) -> None:
