@@ -149,6 +149,8 @@ MAX_COUNT = 2**53
 """The largest integer that every JSON reader keeps exact."""
 Place = Annotated[str, "cache"]
 """The folder of a cache, or its address (s3://..., see stores/)."""
+PathOrAddress = Annotated[str, "address"]
+"""Likewise, of which nothing is mirrored or uploaded."""
 NONE_WORDS = ("none", "null")
 STORED_NAMES = {
     int: f"an integer from 0 to {MAX_COUNT}",

@@ -21,7 +21,6 @@ from ..schema import MAX_JSON_BYTES, parse_json
 from .store import NewFile, Store, new_file, open_store
 
 THREADS = 8
-CARD = "README.md"
 
 Progress = Callable[[int], None]
 """Called with the bytes of each shard that is there now."""
@@ -40,11 +39,11 @@ class Transfer:
 
 
 def push(
-    folder: Path | str, url: str, *, progress: Progress, card: bytes | None = None
+    folder: Path | str, url: str, *, progress: Progress, beside: Mapping[str, bytes] | None = None
 ) -> Transfer:
     """Copies the finished cache in `folder` to the store at `url`.
 
-    card: a README.md to put beside it. Raises CacheMismatch for a cache that is not finished, and
+    beside: other files to put there, by name (a README.md and its picture). Raises CacheMismatch for a cache that is not finished, and
     where another one lies at `url`; DamagedShard for a shard that is not as its done-record says;
     else what stores raise.
     """
@@ -55,11 +54,13 @@ def push(
     store = open_store(url)
     store.probe()
     _check_is_ours(store, info)
+    for name, data_beside in (beside or {}).items():
+        store.replace(name, data_beside)
     there = {item.name for item in store.list("shards/")}
     moved = num_shards = num_bytes = 0
 
     def send(records: Sequence[DoneRecord]) -> int:
-        files = [file for record in records for file in shard_files(folder, info, record)]
+        files = [file for record in records for file in _shard_files(folder, info, record)]
         store.create(files)
         for record in records:
             progress(record.file.bytes if record.file else 0)
@@ -82,21 +83,19 @@ def push(
             step = store.shards_at_once
             parts = [batch[start : start + step] for start in range(0, len(batch), step)]
             moved += sum(threads.map(send, parts))
-    push_top(store, folder, info, card=card)
+    _push_top(store, folder, info)
     return Transfer(num_shards, moved, num_bytes)
 
 
-def push_top(store: Store, folder: Path, info: CacheInfo, *, card: bytes | None = None) -> None:
+def _push_top(store: Store, folder: Path, info: CacheInfo) -> None:
     """The files beside the shards of a finished cache, cache.json last."""
-    push_plan(store, folder)
+    _push_plan(store, folder)
     for name in sorted(info.files.keys() - {PLAN}):
         store.replace(name, (folder / name).read_bytes())
-    if card is not None:
-        store.replace(CARD, card)
     store.replace("cache.json", (folder / "cache.json").read_bytes())
 
 
-def push_plan(store: Store, folder: Path) -> None:
+def _push_plan(store: Store, folder: Path) -> None:
     """The plan: its parts, which never change, then plan.json."""
     plan = Plan.open(folder)
     there = {item.name for item in store.list("plan/")}
@@ -106,7 +105,7 @@ def push_plan(store: Store, folder: Path) -> None:
     store.replace(PLAN, (folder / PLAN).read_bytes())
 
 
-def shard_files(folder: Path, info: CacheInfo, record: DoneRecord) -> list[NewFile]:
+def _shard_files(folder: Path, info: CacheInfo, record: DoneRecord) -> list[NewFile]:
     """A shard's data and, behind it, its done-record; DamagedShard if the data is not as the
     record says."""
     files = []
@@ -127,7 +126,7 @@ def pull(url: str, folder: Path | str, *, progress: Progress) -> Transfer:
     raise.
     """
     folder, store = local_path(folder), open_store(url)
-    data, info = read_remote_info(store)
+    data, info = _read_remote_info(store)
     if (folder / "cache.json").exists():
         if read_cache_info(folder).fingerprint != info.fingerprint:
             raise CacheMismatch(f"{folder}: holds another cache: give another folder")
@@ -161,7 +160,7 @@ def _strangers(folder: Path, info: CacheInfo) -> set[str]:
     return {path.name for path in folder.iterdir() if not is_partial(path)} - ours
 
 
-def read_remote_info(store: Store) -> tuple[bytes, CacheInfo]:
+def _read_remote_info(store: Store) -> tuple[bytes, CacheInfo]:
     """The cache.json of a finished cache: its bytes, and what they say."""
     data = store.read("cache.json", max_bytes=MAX_JSON_BYTES)
     if data is None:
