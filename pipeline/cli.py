@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(body: Callable[[], None]) -> int:
     """Run one command's body; print its error, if any, and give the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "accelerate", "matplotlib", "fontTools"):
+    for noisy in ("httpx", "httpx2", "accelerate", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         # From the first import on; what a run may not be torn out of takes the signal itself.

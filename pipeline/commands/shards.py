@@ -24,7 +24,7 @@ from ...shards.files import (
     write_json,
 )
 from ...shards.patches.reader import PatchShards
-from ...shards.schema import Place
+from ...shards.schema import PathOrAddress, Place
 from ...shards.stores.card import dataset_card
 from ...shards.stores.mirror import local_folder
 from ...shards.stores.push import pull, push
@@ -142,7 +142,7 @@ class PreviewConfig:
 class PushConfig:
     """A cache and an address."""
 
-    places: tuple[Place, ...]
+    places: tuple[PathOrAddress, ...]
     """DIR, the folder of a finished cache, and URL, where it goes."""
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class PushConfig:
 class PullConfig:
     """An address and a folder."""
 
-    places: tuple[Place, ...]
+    places: tuple[PathOrAddress, ...]
     """URL, where a finished cache lies, and DIR, a new folder (or one that was begun by this
     command)."""
 
@@ -493,9 +493,8 @@ def push_cache(config: PushConfig) -> str:
     if url.startswith("hf:") and info.complete:
         from ..preview import make_preview, preview_png
 
-        reader = (
-            PatchShards(folder) if info.format == PATCHES else DeltaShards(folder, verify="size")
-        )
+        is_patches = info.format == PATCHES
+        reader = PatchShards(folder) if is_patches else DeltaShards(folder, verify="size")
         beside["preview.png"] = preview_png(make_preview(reader, num_windows=CARD_WINDOWS))
         beside["README.md"] = dataset_card(info, url, size_bytes=size_bytes)
     with _bytes_moved("push", size_bytes) as progress:
@@ -514,4 +513,8 @@ def pull_cache(config: PullConfig) -> str:
 @contextmanager
 def _bytes_moved(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None) as bar:
-        yield lambda size: bar.update(size) and None
+
+        def add(size: int) -> None:
+            bar.update(size)
+
+        yield add

@@ -5,7 +5,7 @@ comes last; into a folder likewise, so that what is half there is no finished ca
 held against the SHA-256 that the cache promises, before it is sent and after it was fetched.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -43,9 +43,9 @@ def push(
 ) -> Transfer:
     """Copies the finished cache in `folder` to the store at `url`.
 
-    beside: other files to put there, by name (a README.md and its picture). Raises CacheMismatch for a cache that is not finished, and
-    where another one lies at `url`; DamagedShard for a shard that is not as its done-record says;
-    else what stores raise.
+    beside: other files to put there, by name (a README.md and its picture). Raises CacheMismatch
+    for a cache that is not finished, and where another one lies at `url`; DamagedShard for a shard
+    that is not as its done-record says; else what stores raise.
     """
     folder = local_path(folder)
     info = read_cache_info(folder)
