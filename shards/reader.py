@@ -17,7 +17,7 @@ import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -52,6 +52,10 @@ not die of a missing one on its last day; it takes a second at most (a guess).""
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 """What `tokens` gives: float32 for patch tokens, float16 for delta tokens."""
+
+Opened = TypeVar("Opened")
+OPEN_TRIES = 5
+"""Of a file that others keep taking the room of (a guess)."""
 
 MAX_NAMES_SHOWN = 5
 """Known labels or splits that an error lists."""
@@ -130,6 +134,18 @@ class CacheReader(ABC, Generic[Scalar]):
         """The file of the shard of this number among those that have windows; of a cache at an
         address it is there afterwards."""
         return present(self.folder, self._file(shard))
+
+    def _opened(self, shard: int, open_path: Callable[[Path], Opened]) -> Opened:
+        """`open_path` of the shard's file; again where, in a mirror, it had to make room for
+        others in between."""
+        for _ in range(OPEN_TRIES - 1):
+            path = self._path(shard)
+            try:
+                return open_path(path)
+            except DamagedShard:
+                if path.exists() or not is_mirror(self.folder):
+                    raise
+        return open_path(self._path(shard))
 
     def _file(self, shard: int) -> RemoteFile:
         name = shard_path(Path(), int(self._shards.shard[shard]), self._suffix).as_posix()
