@@ -24,7 +24,7 @@ from ..shards.records import (
     DoneRecord,
     Quarantined,
     done_shards,
-    read_clips,
+    read_done,
     remove_done,
     write_quarantine,
 )
@@ -137,7 +137,7 @@ class Ledger:
         """
         ledger = cls(folder, plan)
         for shard in done_shards(folder):
-            record = read_clips(folder, shard)
+            record = read_done(folder, shard)
             if record is not None:
                 _check_clips(folder, record, plan.get(shard, []))
                 ledger.add(record)
@@ -147,7 +147,7 @@ class Ledger:
         """Counts the shards that other processes finished since."""
         for shard in done_shards(self.folder):
             if shard in self.plan and shard not in self.windows:
-                record = read_clips(self.folder, shard)
+                record = read_done(self.folder, shard)
                 if record is not None:
                     self.add(record)
 

@@ -28,7 +28,7 @@ from .files import (
     write_json,
 )
 from .plan import PLAN, count_planned
-from .records import INDEX, StoredFile, index_line, iterate_clips
+from .records import INDEX, StoredFile, index_line, iterate_done
 from .schema import ADVICE, STORED, is_number, load, read_json, shown
 
 PATCHES = "deltatok-patches"
@@ -311,7 +311,7 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
     folder = Path(folder)
     info = read_cache_info(folder)
     index, done, num_windows = bytearray(), [], 0
-    for _, entry in iterate_clips(folder):
+    for _, entry in iterate_done(folder):
         index += index_line(entry)
         done.append(entry.shard)
         num_windows += entry.rows
@@ -357,7 +357,7 @@ def refresh_derived(folder: Path | str) -> list[str]:
         write_bytes(folder / NOTICE, wanted)
         written.append(NOTICE)
     if info.complete and INDEX in info.files:
-        index = b"".join(index_line(entry) for _, entry in iterate_clips(folder))
+        index = b"".join(index_line(entry) for _, entry in iterate_done(folder))
         if hashlib.sha256(index).hexdigest() != info.files[INDEX]["sha256"]:
             reopen_cache(folder)
         elif not _is_same(folder / INDEX, info, index):

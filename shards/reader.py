@@ -36,7 +36,7 @@ from .records import (
     Verify,
     check_files,
     file_problems,
-    iterate_clips,
+    iterate_done,
     read_index,
     read_indexed,
 )
@@ -99,7 +99,7 @@ class CacheReader(ABC, Generic[Scalar]):
             entry = self._entries[shard]
             record = entry if isinstance(entry, DoneRecord) else read_indexed(self.folder, entry)
             if not self._is_hashed:
-                check_files(self.folder, record, depth="sample")
+                check_files(self.folder, record, depth="size")
             self._records[shard] = record
         return self._records[shard]
 
@@ -276,7 +276,7 @@ def _shard_entries(
     index = None
     if verify == "size" and info.complete and many and known is not None:
         index = read_index(folder, sha256=known["sha256"])
-    records = [record for record, _ in iterate_clips(folder)] if index is None else []
+    records = [record for record, _ in iterate_done(folder)] if index is None else []
     entries: Sequence[DoneRecord | IndexEntry] = records if index is None else index
     if info.complete:
         _check_totals(folder, info, entries)

@@ -43,8 +43,8 @@ from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
 from ..shards.records import (
     DoneRecord,
     append_timing,
-    iterate_clips,
-    read_clips,
+    iterate_done,
+    read_done,
     shard_path,
     write_quarantine,
 )
@@ -84,7 +84,7 @@ class FramePicks(NamedTuple):
 def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
-    for record, _ in iterate_clips(folder):
+    for record, _ in iterate_done(folder):
         yield ShardPart(record, np.arange(window, window + record.rows), key)
         if record.rows:
             window += record.rows
@@ -245,7 +245,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     ):
         for part in mine:
             shard = part.record.shard
-            if read_clips(out, shard) is None:
+            if read_done(out, shard) is None:
                 if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
@@ -282,7 +282,7 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     quarantine before."""
     for part in work:
         shard = part.record.shard
-        done = read_clips(out, shard)
+        done = read_done(out, shard)
         if done is not None and set(done.keys) != set(part.record.keys):
             if read_cache_info(out).complete:
                 reopen_cache(out)
@@ -319,7 +319,7 @@ class _Encoder:
             flipped=table.flipped[picks.window[:, 0]],
             clip=picks.clip,
             keys=part.record.keys,
-            decoders=part.record.decoders,
+            decoders=part.record.decoders(),
             quarantined=part.record.quarantined,
         ).from_first_frame()
 

@@ -49,7 +49,7 @@ from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
 from ..plan import PlanEntry, clips_by_shard, plan_order, read_plan, write_plan
 from ..reader import known_names
-from ..records import DoneRecord, iterate_clips, read_clips, write_quarantine
+from ..records import DoneRecord, iterate_done, read_done, write_quarantine
 from ..windows import ShardRows, WindowColumns
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class SourceCache:
         """By key, the done-record of the clip's shard."""
         return {
             key: record
-            for record, _ in iterate_clips(self.reader.folder)
+            for record, _ in iterate_done(self.reader.folder)
             for key in (*record.keys, *(entry.clip for entry in record.quarantined))
         }
 
@@ -160,7 +160,7 @@ def export_cache(
     if scale is not None:
         write_channel_scale(out, scale)
     for number, (shard, entries) in enumerate(shards.items(), start=1):
-        if read_clips(out, shard) is None:
+        if read_done(out, shard) is None:
             keys = [entry.key for entry in entries]
             _write_shard(out, shard, {key: clips[key] for key in keys}, info, compression)
         if progress is not None:
@@ -285,7 +285,7 @@ def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compressi
     for key in keys:
         windows = clips[key].reader.table().take(clips[key].windows[key])
         parts.append(replace(windows, clip=np.zeros(len(windows), np.int32), keys=[key]))
-    decoders = {key: records[key].decoders for key in keys}
+    decoders = {key: records[key].decoders() for key in keys}
     rows = ShardRows(
         **vars(WindowColumns.concatenate(parts)),
         tokens=tokens,
@@ -379,7 +379,7 @@ def _check_room(
     num_windows = sum(
         len(clips[entry.key].windows[entry.key])
         for shard, entries in shards.items()
-        if read_clips(out, shard) is None
+        if read_done(out, shard) is None
         for entry in entries
     )
     needed_bytes = int(num_windows * values * dtype.itemsize * SPARE)

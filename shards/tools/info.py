@@ -36,7 +36,7 @@ def describe_cache(folder: Path | str) -> dict[str, Any]:
         "channels": shape.hidden_size,
         "dtype": _lookup(info.identity, "storage", "dtype"),
         "bytes": sum(int(entry["bytes"]) for record in records for entry in record.files.values()),
-        "abs_max": max((_abs_max(record.statistics) for record in records), default=0.0),
+        "abs_max": max((record.abs_max for record in records), default=0.0),
         "provenance": _provenance(info),
         "backbone": info.backbone,
         "licence": info.licence,
@@ -72,8 +72,3 @@ def _lookup(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
-
-
-def _abs_max(statistics: Mapping[str, Any]) -> float:
-    value = statistics.get("abs_max", 0.0)
-    return float(value) if isinstance(value, int | float) else 0.0

@@ -5,14 +5,14 @@ Readers stop at the first thing that is wrong; this goes on, for `deltatok-shard
     shards      files against their done-records; with `deep` every value, time and crop
     folder      cache.json, black.npy, scales, plan, index, quarantine, and what belongs to nobody
 
-Statistics of stored values are taken again while a shard is read, and held against its done-record:
-sums in float64 over all tokens; the writer's are partly in float32, hence the tolerances.
+The largest value, and how many float16 could not hold, are taken again while a shard is read, and
+held against its done-record.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,55 +47,30 @@ from ..records import (
     record_problems,
     shard_path,
 )
-from ..schema import is_number, read_file, read_json, shown
+from ..schema import read_file, read_json
 from ..windows import WindowColumns
 
-_OF_STD = 1e-3
-"""Of a channel's standard deviation: what mean and deviation may differ by."""
-_OF_MAX = 1e-6
-"""And of the largest value, for channels that hardly vary."""
 
+class _Range:
+    """Of the values of one shard."""
 
-class StoredStatistics:
-    """Of the values of one shard, D channels."""
-
-    def __init__(self, num_channels: int) -> None:
-        self._sums = np.zeros(num_channels)
-        self._squares = np.zeros(num_channels)
-        self._count = 0
-        self._abs_max = 0.0
-        self._beyond_float16 = 0
+    def __init__(self) -> None:
+        self.abs_max = 0.0
+        self.beyond_float16 = 0
 
     def add(self, values: NDArray[Any]) -> None:
         """Takes tokens (..., D), finite."""
-        tokens = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        magnitude = np.abs(tokens)
-        self._abs_max = max(self._abs_max, float(magnitude.max()))
-        self._beyond_float16 += int(np.count_nonzero(magnitude > FLOAT16_MAX))
-        self._sums += tokens.sum(axis=0)
-        self._squares += np.einsum("nd,nd->d", tokens, tokens)
-        self._count += len(tokens)
+        largest = max(float(values.max()), -float(values.min()))
+        self.abs_max = max(self.abs_max, largest)
+        if largest > FLOAT16_MAX:
+            self.beyond_float16 += int(np.count_nonzero(np.abs(values) > FLOAT16_MAX))
 
-    def check(self, said: Mapping[str, Any], *, where: str) -> None:
-        """Raises DamagedShard unless `said`, the `statistics` of the done-record, are these."""
-        mean = self._sums / self._count
-        std = np.sqrt(np.maximum(self._squares / self._count - mean * mean, 0.0))
-        allowed = _OF_STD * std + _OF_MAX * self._abs_max
-        for name, got, tolerance in (
-            ("channel_mean", mean, allowed),
-            ("channel_std", std, allowed),
-            ("abs_max", self._abs_max, 0.0),
-            ("beyond_float16", self._beyond_float16, 0.0),
-        ):
-            # Delta shards do not count values beyond float16: they are float16.
-            value = said.get(name, 0 if name == "beyond_float16" else None)
-            numbers = value if isinstance(value, list) else [value]
-            known = len(numbers) == np.size(got) and all(map(is_number, numbers))
-            if not known or (np.abs(np.array(numbers, np.float64) - got) > tolerance).any():
-                raise DamagedShard(
-                    f"{where}: statistics.{name} is {shown(value)}, the shard's values give "
-                    f"{shown(got)}"
-                )
+    def check(self, record: DoneRecord, *, where: str) -> None:
+        """Raises DamagedShard unless the done-record says the same."""
+        for name in ("abs_max", "beyond_float16"):
+            said, got = getattr(record, name), getattr(self, name)
+            if said != got:
+                raise DamagedShard(f"{where}: {name} is {said}, the shard's values give {got}")
 
 
 KNOWN_NAMES = {
@@ -167,7 +142,7 @@ def verify_cache(
     progress: Callable[[int, int, int], None] | None = None,
 ) -> VerifyReport:
     """Checks presence, sizes, SHA-256, counts and leftovers; with `deep` also decodes every chunk
-    and looks at checksums, dtypes, shapes, values, times, crops and statistics.
+    and looks at checksums, dtypes, shapes, values, times and crops.
 
     progress: called with (shards done, shards in all, bytes done) after every shard. Raises
     UsageError, CacheMismatch or DamagedShard only where nothing can be checked: no such folder, no
@@ -226,7 +201,7 @@ def _check_shard(
     if record is None:  # taken back just now
         return None, []
     problems = list(_shard_problems(folder, info, record, deep))
-    return replace(record, statistics={}, decoders={}), problems
+    return replace(record, other_decoders={}), problems
 
 
 def _shard_problems(
@@ -259,17 +234,15 @@ def _shard_problems(
 
 def verify_values(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
     """Reads every value of a shard; raises DamagedShard or CacheMismatch at the first fault."""
-    statistics = StoredStatistics(info.shape.hidden_size)
+    found = _Range()
     if info.format == PATCHES:
-        _read_patches(folder, info, record, statistics)
+        _read_patches(folder, info, record, found)
     else:
-        _read_deltas(folder, info, record, statistics)
-    statistics.check(record.statistics, where=str(shard_path(folder, record.shard, ".json")))
+        _read_deltas(folder, info, record, found)
+    found.check(record, where=str(shard_path(folder, record.shard, ".json")))
 
 
-def _read_patches(
-    folder: Path, info: CacheInfo, record: DoneRecord, statistics: StoredStatistics
-) -> None:
+def _read_patches(folder: Path, info: CacheInfo, record: DoneRecord, found: _Range) -> None:
     group = shard_path(folder, record.shard, ".zarr")
     check_attributes(group, record, info)
     _check_description(group, info, record)
@@ -288,7 +261,7 @@ def _read_patches(
                 raise damaged_shard(
                     f"{tokens.path}: window {window}, frame {index} has values that are not finite"
                 )
-            statistics.add(values[0])
+            found.add(values[0])
 
 
 def _check_description(group: Path, info: CacheInfo, record: DoneRecord) -> None:
@@ -309,9 +282,7 @@ def _check_description(group: Path, info: CacheInfo, record: DoneRecord) -> None
             )
 
 
-def _read_deltas(
-    folder: Path, info: CacheInfo, record: DoneRecord, statistics: StoredStatistics
-) -> None:
+def _read_deltas(folder: Path, info: CacheInfo, record: DoneRecord, found: _Range) -> None:
     path, shape = shard_path(folder, record.shard, ".tar"), info.shape
     blocks = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
     rows = sum(block.num_windows for block in blocks)
@@ -324,7 +295,7 @@ def _read_deltas(
     for block in blocks:
         tokens = read_tokens(path, block)
         _check_finite(tokens, f"{path}: {block.tokens.name}")
-        statistics.add(tokens)
+        found.add(tokens)
 
 
 def _check_windows(table: WindowColumns, *, where: str) -> None:

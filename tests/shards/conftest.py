@@ -198,13 +198,6 @@ def flip_byte(path: Path, position: int) -> None:
 
 
 @pytest.fixture
-def unsampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little files are hashed whole before a shard is read; of large ones only samples are, and
-    the damage is met where the numbers are read. With this, little files are like large ones."""
-    monkeypatch.setattr("deltatok.shards.reader.check_files", lambda *_, **__: None)
-
-
-@pytest.fixture
 def patches(tmp_path: Path) -> Little:
     return make_patches(tmp_path / "patches")
 

@@ -90,7 +90,6 @@ def test_a_tar_that_shrinks_after_opening_is_a_damaged_shard(deltas: Any) -> Non
         reader.tokens([10])
 
 
-@pytest.mark.usefixtures("unsampled")
 def test_a_flipped_byte_of_any_frame_raises_on_read_and_is_found_by_verify(
     little: Any, patches: Any
 ) -> None:
@@ -115,7 +114,6 @@ def test_a_flipped_byte_of_any_frame_raises_on_read_and_is_found_by_verify(
     assert "shard 000000" in problems[0].text
 
 
-@pytest.mark.usefixtures("unsampled")
 def test_any_flipped_byte_of_the_index_raises(little: Any, patches: Any) -> None:
     path = patches.folder / "shards/000000.zarr/tokens/c/0/0/0/0"
     good = path.read_bytes()
@@ -126,7 +124,6 @@ def test_any_flipped_byte_of_the_index_raises(little: Any, patches: Any) -> None
             PatchShards(patches.folder).tokens([0])
 
 
-@pytest.mark.usefixtures("unsampled")
 @pytest.mark.parametrize("name", PATCH_FILES[4:])
 def test_a_flipped_byte_of_a_column_raises_on_read(little: Any, patches: Any, name: str) -> None:
     little.flip_byte(patches.folder / "shards/000001.zarr" / name, 0)
@@ -134,7 +131,6 @@ def test_a_flipped_byte_of_a_column_raises_on_read(little: Any, patches: Any, na
         PatchShards(patches.folder).timestamps_s([0])
 
 
-@pytest.mark.usefixtures("unsampled")
 def test_a_flipped_byte_of_a_tar_is_found_by_sha256_on_opening_and_by_verify(
     little: Any, deltas: Any
 ) -> None:
@@ -190,9 +186,8 @@ def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
     from deltatok.shards.patches.writer import write_patch_shard
 
     monkeypatch.setattr(token_encoder, "is_storable", lambda *_, **__: True)
-    monkeypatch.setattr(token_encoder, "_statistics", lambda *_, **__: {})
     rows = patches.rows[0]
-    rows.tokens[2, 1, 0, 0] = np.inf
+    rows.tokens[2, 1, 0, 0] = np.nan
     write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
     problems = verify_cache(patches.folder, deep=True).problems
     assert len(problems) == 1
@@ -221,8 +216,11 @@ def test_verify_finds_values_that_are_not_finite_behind_good_checksums(
         ({"files": {"shards/x": {"bytes": -1, "sha256": "0" * 64}}}, "bytes is -1"),
         ({"files": {"shards/x": {"bytes": 1, "sha256": "zz"}}}, "64 hex digits"),
         ({"files": {"shards/x": 3}}, "wanted a JSON object"),
-        ({"statistics": None}, "statistics is None"),
-        ({"decoders": {"a": 1}}, "decoders.a is 1, wanted text"),
+        ({"abs_max": None}, "abs_max is None, wanted a number"),
+        ({"abs_max": "1"}, "abs_max is '1', wanted a number"),
+        ({"beyond_float16": -1}, "beyond_float16 is -1"),
+        ({"decoder": 3}, "decoder is 3, wanted text"),
+        ({"other_decoders": {"a": 1}}, "other_decoders.a is 1, wanted text"),
         ({"quarantined": [{}]}, "no field 'clip'"),
         ({"quarantined": 7}, "quarantined is 7"),
     ],

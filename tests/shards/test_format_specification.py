@@ -34,7 +34,7 @@ def names_in(value: Any, *, below: frozenset[str]) -> set[str]:
     return inner | set(value)
 
 
-FREE = frozenset({"config", "software", "files", "counts", "decoders", "backbone"})
+FREE = frozenset({"config", "software", "files", "counts", "other_decoders", "backbone"})
 """Objects whose keys are not ours, or named by the data."""
 
 

@@ -101,7 +101,6 @@ def test_frames_that_cannot_be_are_refused(
         PatchShards(patches.folder).tokens([0], frames=frames)
 
 
-@pytest.mark.usefixtures("unsampled")
 @pytest.mark.parametrize("once", [True, False])
 def test_frame_damaged_after_its_first_reading(
     patches: Any, flip: Callable[[Path, int], None], once: bool

@@ -23,7 +23,6 @@ from deltatok.shards.records import (
     Quarantined,
     append_timing,
     done_shards,
-    read_clips,
     read_done,
     write_quarantine,
 )
@@ -116,32 +115,40 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
 
 def test_done_record_comes_back(little: Any, patches: Any) -> None:
     quarantined = [Quarantined(clip="x", stage="decode", reason="no frames", attempts=2)]
-    rows = replace(patches.rows[1], decoders={"a": "pyav"}, quarantined=quarantined)
+    rows = replace(patches.rows[1], quarantined=quarantined)
     written = write_patch_shard(patches.folder, 1, rows, dtype="float16", seed=7)
     assert read_done(patches.folder, 1) == written
-    assert (written.quarantined, written.decoders) == (quarantined, {"a": "pyav"})
+    assert written.quarantined == quarantined
     assert read_done(patches.folder, 2) is None
     assert done_shards(patches.folder) == [0, 1]
 
 
-@pytest.mark.parametrize("how", [{}, {"indent": 1}, {"indent": 1, "sort_keys": True}])
-def test_records_are_read_without_their_statistics_however_they_are_written(
-    patches: Any, how: dict[str, Any]
+@pytest.mark.parametrize(
+    ("decoders", "most", "others"),
+    [
+        ({}, None, []),
+        ({0: "pyav", 1: "pyav", 2: "pyav"}, "pyav", []),
+        ({0: "decord", 1: "pyav", 2: "decord"}, "decord", [(1, "pyav")]),
+        ({0: "pyav", 2: "decord"}, "decord", [(0, "pyav"), (1, None)]),
+    ],
+)
+def test_done_record_names_the_decoder_of_each_clip_once(
+    patches: Any, decoders: dict[int, str], most: str | None, others: list[tuple[int, str | None]]
 ) -> None:
-    path = patches.folder / "shards/000001.json"
+    keys = patches.rows[1].keys
+    named = {keys[clip]: decoder for clip, decoder in decoders.items()}
+    rows = replace(patches.rows[1], decoders=named)
+    write_patch_shard(patches.folder, 1, rows, dtype="float16", seed=7)
     record = read_done(patches.folder, 1)
-    assert record is not None and record.statistics
-    value = json.loads(path.read_text())
-    for names in (sorted(value), sorted(value, reverse=True)):
-        path.write_text(json.dumps({name: value[name] for name in names}, **how))
-        assert read_clips(patches.folder, 1) == replace(record, statistics={})
-    assert read_clips(patches.folder, 2) is None
+    assert record is not None
+    assert record.decoder == most
+    assert record.other_decoders == {keys[clip]: decoder for clip, decoder in others}
+    assert record.decoders() == named
 
 
-def test_closing_a_cache_reads_each_record_once_and_no_statistics(
+def test_closing_a_cache_reads_each_record_once(
     patches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Statistics are nearly all of a record: 100,000 of them took minutes."""
     read: list[bytes] = []
 
     def counted(data: bytes, *, where: str) -> Any:
@@ -152,7 +159,6 @@ def test_closing_a_cache_reads_each_record_once_and_no_statistics(
     again = finish_cache(patches.folder, patches.info.counts)
     assert again == patches.info
     assert len(read) == 2
-    assert not any(b"channel_mean" in data for data in read)
 
 
 def test_quarantine_lists_the_entries_of_all_done_records_sorted(patches: Any) -> None:

@@ -23,7 +23,6 @@ def test_reader_gives_what_plain_zarr_gives(patches: Any) -> None:
         np.testing.assert_array_equal(getattr(reader, name)(np.arange(11)), plain)
 
 
-@pytest.mark.usefixtures("unsampled")
 def test_reader_reads_a_shard_that_zarr_encoded_itself(patches: Any) -> None:
     """Zarr puts the chunks of a shard in another order than ours; the index says where."""
     path = patches.folder / "shards/000001.zarr"

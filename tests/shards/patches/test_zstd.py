@@ -43,7 +43,6 @@ def test_other_readers_read_compressed_shards(little: Any, tmp_path: Path, dtype
     np.testing.assert_array_equal(zarr.open_array(str(path), mode="r")[...], wanted)
 
 
-@pytest.mark.usefixtures("unsampled")
 def test_reader_reads_a_compressed_shard_that_zarr_encoded_itself(
     little: Any, tmp_path: Path
 ) -> None:
@@ -106,7 +105,6 @@ def test_damaged_frames_are_refused_or_give_a_full_frame(seed: int) -> None:
         assert "here" in str(error)
 
 
-@pytest.mark.usefixtures("unsampled")
 def test_a_flipped_byte_of_a_compressed_frame_raises(little: Any, tmp_path: Path) -> None:
     cache = little.make_patches(tmp_path / "cache", compression="zstd")
     path = cache.folder / "shards/000000.zarr/tokens/c/0/0/0/0"
@@ -115,7 +113,6 @@ def test_a_flipped_byte_of_a_compressed_frame_raises(little: Any, tmp_path: Path
         PatchShards(cache.folder).tokens([0])
 
 
-@pytest.mark.usefixtures("unsampled")
 def test_an_index_with_gaps_or_overlaps_is_refused(little: Any, tmp_path: Path) -> None:
     cache = little.make_patches(tmp_path / "cache", compression="zstd")
     path = cache.folder / "shards/000000.zarr/tokens/c/0/0/0/0"
