@@ -128,12 +128,14 @@ def _tests(section: dict[str, Any]) -> Iterator[str]:
                 "in": figures["worst_name"],
             }
         text = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
+        if test["outcome"] == "skipped":
+            text = test["reason"]
         if text or test["outcome"] != "passed":
             rows.append([name.removeprefix("test_"), test["outcome"], text])
     if rows:
         yield _table(["test", "outcome", "figures"], rows)
     for name, test in tests.items():
-        if "reason" in test:
+        if test["outcome"] == "failed":
             yield f"\n{name}, {test['outcome']}:\n\n```\n{test['reason']}\n```"
 
 

@@ -1,4 +1,4 @@
-"""Proves and times everything on one GPU, without a network, in --minutes (`make gpu`).
+r"""Proves and times everything on one GPU, without a network, in --minutes (`make gpu`).
 
     python tests/gpu/run.py                                  the GPU; writes beside this file
     python tests/gpu/run.py --out DIR --only parity world    elsewhere, some sections
@@ -9,7 +9,8 @@ safetensors, psutil, pyyaml and pytest; the project need not be installed. What 
 (av for videos; zarr, numcodecs, google-crc32c, webdataset for caches) is looked for, and the
 section or test skipped by the package's name. They install beside any torch:
 
-    pip install --no-deps --target DIR av zarr numcodecs google-crc32c webdataset donfig braceexpand
+    pip install --no-deps --target DIR 'av<19' zarr numcodecs google-crc32c donfig \
+        webdataset braceexpand
     PYTHONPATH=DIR python tests/gpu/run.py
 
 A section is a process of its own with a part of the minutes: one that fails, hangs or kills its
@@ -118,20 +119,19 @@ def run_section(name: str, *, device: str, out: Path, lines: Path) -> int:
 
 
 def begin_section(
-    name: str, *, device: str, out: Path, limit_s: float, folder: Path
+    name: str, command: list[str], *, folder: Path, limit_s: float, env: dict[str, str]
 ) -> dict[str, Any]:
-    """Runs the section; what became of it: status, seconds, tests or figures, and its last words
-    if it failed."""
+    """Runs the command of a section; what became of it: status, seconds, tests or figures, and its
+    last words if it failed."""
     lines, said = folder / "lines", folder / "said"
-    words = [sys.executable, str(Path(__file__)), "--section", name, "--device", device]
     began_s = time.monotonic()
     with said.open("wb") as file:
         process = subprocess.Popen(
-            [*words, "--out", str(out), "--lines", str(lines)],
+            [*command, "--lines", str(lines)],
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=env,
             start_new_session=True,
         )
         code: int | None = None
@@ -195,7 +195,7 @@ def describe(device: str) -> dict[str, Any]:
         "versions": {name: version for name, version in versions.items() if version},
         "not_installed": [name for name, version in versions.items() if not version],
     }
-    if device.startswith("cuda"):
+    if device == "cuda":
         place = torch.device(device)
         driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found |= {
@@ -223,15 +223,15 @@ def _said(words: list[str]) -> str | None:
         return None
 
 
-def make_importable(folder: Path) -> None:
-    """In this process's children deltatok is this tree, with a version, installed or not."""
+def environment(folder: Path) -> dict[str, str]:
+    """Of the sections: deltatok is this tree, with a version, installed or not."""
     (folder / "deltatok").symlink_to(ROOT)
     metadata = folder / "deltatok-0.dist-info" / "METADATA"
     if _version("deltatok") is None:
         metadata.parent.mkdir()
         metadata.write_text("Metadata-Version: 2.1\nName: deltatok\nVersion: 0\n")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def write(report: dict[str, Any], out: Path) -> None:
@@ -252,7 +252,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     report = {**describe(arguments.device), "sections": {}}
     names = [name for name in SECTIONS if name in (arguments.only or SECTIONS)]
     with TemporaryDirectory() as folder:
-        make_importable(Path(folder))
+        env = environment(Path(folder))
         unit_s = 60 * arguments.minutes / sum(SECTIONS[name].share for name in names)
         for number, name in enumerate(names):
             # Half of what the later ones are to have, at least, is left to them.
@@ -260,9 +260,9 @@ def run_all(arguments: argparse.Namespace) -> int:
             limit_s = max(1.0, until_s - time.monotonic() - later * unit_s / 2)
             (work := Path(folder) / str(number)).mkdir()
             print(f"{name} (at most {limit_s:.0f} s) ...", end=" ", flush=True)
-            found = begin_section(
-                name, device=arguments.device, out=out, limit_s=limit_s, folder=work
-            )
+            command = [sys.executable, __file__, "--section", name, "--out", str(out)]
+            command += ["--device", arguments.device]
+            found = begin_section(name, command, folder=work, limit_s=limit_s, env=env)
             report["sections"][name] = found
             print(f"{found['status']} in {found['seconds']:.0f} s", flush=True)
             write(report, out)
@@ -276,7 +276,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu [cuda]")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the dry form [cuda]"
+    )
     parser.add_argument("--out", type=Path, help=f"folder of the report [{TESTS}]")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all sections [8]")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections [all]")
@@ -285,7 +287,7 @@ def main() -> int:
     arguments = parser.parse_args()
     import torch
 
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is seen here (the dry form: --device cpu --out DIR)")
     if arguments.out is None:
         if arguments.device == "cpu":

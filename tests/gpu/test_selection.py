@@ -136,8 +136,8 @@ def test_float8_takes_what_this_code_gives_it_and_nothing_else(float8: torch.dev
     right = multiply(x[0], weight[0].t(), scale_a=x[1], scale_b=weight[1].t().contiguous())
     wanted = (x[0].float() * x[1]) @ (weight[0].float() * weight[1]).t()
     torch.testing.assert_close(right.float(), wanted, rtol=2e-2, atol=2e-2)
-    if float8.type != "cuda":
-        return  # the CPU takes more
+    if float8.type != "cuda" or torch.cuda.get_device_capability(float8) >= (10, 0):
+        return  # these take more
     with pytest.raises((RuntimeError, ValueError)):
         multiply(x[0], weight[0].t().contiguous(), scale_a=x[1], scale_b=weight[1].t())
     narrow = weight[0][:, :24].contiguous()

@@ -69,15 +69,25 @@ def compiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_compiled_run_is_the_eager_one_but_for_rounding(
-    compiles: None, trains: Trains, record_property: Record, trainer: str
+    compiles: None,
+    trains: Trains,
+    log_lines: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
+    record_property: Record,
+    trainer: str,
 ) -> None:
+    """By its losses: Adam makes much of the rounding of a gradient that is nearly zero."""
     eager, compiled = (
-        trains(trainer, name, compile=name == "compiled", precision="float32", steps=3)
+        trains(trainer, name, compile=name == "compiled", precision="float32", steps=4)
         for name in ("eager", "compiled")
     )
-    difference = largest_difference(eager, compiled)
-    record_property("largest_difference_of_a_weight", difference)
-    assert difference < 2e-4
+    record_property("largest_difference_of_a_weight", largest_difference(eager, compiled))
+    one, other = (
+        [line["loss"] for line in log_lines(tmp_path / name, kinds=("train",))]
+        for name in ("eager", "compiled")
+    )
+    assert len(one) == 4
+    assert other == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
