@@ -29,17 +29,16 @@ from ..shards.cache import (
     CacheShape,
     finish_cache,
     open_cache,
-    plain,
     read_cache_info,
     reopen_cache,
 )
 from ..shards.deltas.writer import write_delta_shard
-from ..shards.devices import precision_name
+from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
-from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
+from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
 from ..shards.records import (
     DoneRecord,
     append_timing,
@@ -49,6 +48,7 @@ from ..shards.records import (
     write_quarantine,
 )
 from ..shards.sampling import UniformDraws
+from ..shards.schema import plain
 from ..shards.windows import ShardRows
 from .config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
 from .data.batches import Prefetcher
@@ -226,13 +226,10 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
         parent_fingerprint=patches.fingerprint,
         draws=draws,
     )
-    plan, work = read_plan(config.patches), list(shard_parts(config.patches))
+    plan, work = Plan.open(config.patches), list(shard_parts(config.patches))
     if accelerator.is_main_process:
         open_cache(out, info)
-        if (longer := longer_plan(out, plan)) is not None:
-            reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
-            replace_plan(out, longer)
-        write_plan(out, plan)
+        _follow_plan(out, plan)
         remove_partials(out)
         remove_partials(out / "shards")
         _forget_outdated(out, work)
@@ -240,6 +237,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     encoder = _Encoder(model.to(accelerator.device), patches, config, accelerator, draws)
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
+        memory_errors("encoding", lambda: f"lower batch_windows, now {config.batch_windows}"),
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
         StopRequest() as stop,
     ):
@@ -262,10 +260,11 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     num_windows = sum(map(encoder.num_windows, work))
     if accelerator.is_main_process and not read_cache_info(out).complete:
         quarantined = write_quarantine(out)
+        remove_strangers(out)
         finish_cache(
             out,
             {
-                "clips": len(plan),
+                "clips": plan.num_clips,
                 "quarantined": len(quarantined),
                 "windows": num_windows,
                 "frames": num_windows * info.shape.num_frames,
@@ -275,6 +274,18 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     accelerator.wait_for_everyone()
     logger.info("%d windows of delta tokens are in %s", num_windows, out)
     return read_cache_info(out)
+
+
+def _follow_plan(out: Path, plan: Plan) -> None:
+    """Makes `plan`, of the patch cache, that of the delta cache; one that is there may be its
+    beginning, or that of before clips were tried again."""
+    if (out / PLAN).exists():
+        stored = Plan.open(out)
+        if stored == plan:
+            return
+        begins(stored, plan, may_be_mended=True)
+        reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
+    copied_plan(plan, out).commit()
 
 
 def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
