@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A command, and a dot every two seconds as long as it runs.
 dots = $(1) & pid=$$!; while kill -0 $$pid 2> /dev/null; do printf .; sleep 2; done; echo; wait $$pid
 
-.PHONY: setup quickstart test test-slow test-lowest test-newest lint clean
+.PHONY: setup quickstart test test-slow test-lowest test-newest gpu lint clean
 
 setup: $(VENV)/.done
 
@@ -35,6 +35,10 @@ test-lowest:
 
 test-newest:
 	PYTHON=$(PYTHON) .ci/bounds newest
+
+# Where there is a GPU. Installs nothing: tests/gpu/run.py says what it needs.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/run.py
 
 lint: setup
 	$(BIN)/ruff check .
