@@ -1,6 +1,6 @@
 """run_extraction: videos in, a cache out, resumable after any kill, by any number of processes.
 
-    find clips -> cache.json -> plan.jsonl -> for every shard of this process's part that has no
+    find clips -> cache.json -> plan.json -> for every shard of this process's part that has no
     done-record: decode -> crop, resize, flip -> backbone -> convert -> write -> done-record
     -> once all shards are done: quarantine.jsonl, index.jsonl, cache.json marked complete
 
@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from ..shards.cache import open_cache
-from ..shards.errors import CacheMismatch, DeltatokError
+from ..shards.devices import memory_errors
+from ..shards.errors import CacheMismatch
 from ..shards.files import disk_errors, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.plan import (
     PLAN,
-    clips_by_shard,
-    extend_plan,
+    Plan,
+    PlanEntry,
+    check_same_clips,
+    longer_plan,
     make_plan,
     mended_plan,
-    read_plan,
-    replace_plan,
     write_plan,
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
@@ -40,7 +39,7 @@ from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
-from .ledger import Ledger, Part, Plan, close_cache, reopen
+from .ledger import Ledger, Part, close_cache, reopen
 from .progress import Progress
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
 from .sources.clip import Clip
@@ -150,15 +149,13 @@ def run_extraction(
         )
         with disk_errors(run.out):
             ledger, shards = _begin(run, clips, part)
+        del clips  # those of other processes' shards are not needed any more
         if shards:
-            num_mine = sum(len(ledger.plan[shard]) for shard in ledger.plan if shard in part)
-            try:
+            num_done = sum(count for shard, count in ledger.clips.items() if shard in part)
+            num_mine = num_done + sum(map(len, shards.values()))
+            doing = f"backbone, {config.frame_size} pixels"
+            with memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"):
                 make_shards(run, shards, ledger, num_clips=num_mine)
-            except torch.OutOfMemoryError as error:
-                raise DeltatokError(
-                    f"the backbone ran out of memory with batches of {run.batch_frames} frames of "
-                    f"{config.frame_size} pixels: lower batch_frames and run again"
-                ) from error
         with disk_errors(run.out):
             ledger = close_cache(
                 run.out, num_frames=config.num_frames, changed=bool(shards), part=part
@@ -252,51 +249,62 @@ def _begin(
     remove_partials(out)
     remove_partials(out / "shards")
     by_key = {clip.key: clip for clip in clips}
-    plan = _follow_plan(run, list(by_key.values()))
+    plan = _follow_plan(run, by_key)
     ledger = Ledger.read(out, plan)
     again = set(ledger.in_quarantine) if config.retry_quarantined else set()
-    to_make = [
-        shard for shard in plan if shard in part and (shard not in ledger.windows or shard in again)
-    ]
-    _check_sources(out, plan, to_make, by_key)
+    to_make = {
+        shard
+        for shard in range(plan.num_shards)
+        if shard in part and (shard not in ledger.windows or shard in again)
+    }
+    shards = _clips_of_shards(plan, to_make, by_key)
     if to_make:
         reopen(out)
-    for shard in again.intersection(to_make):
+    for shard in sorted(again & to_make):
         ledger.take_back(shard)
-    return ledger, {shard: [by_key[entry.key] for entry in plan[shard]] for shard in to_make}
+    return ledger, shards
 
 
-def _follow_plan(run: RunContext, clips: Sequence[Clip]) -> Plan:
-    """The plan for `clips`. One that is there is followed, or with --append made longer; with
-    --retry-quarantined clips that were not there, and now are, are filled in.
+def _follow_plan(run: RunContext, clips: Mapping[str, Clip]) -> Plan:
+    """The plan for `clips`, by key. One that is there is followed, or with --append made longer;
+    with --retry-quarantined clips that were not there, and now are, are filled in.
 
     Raises CacheMismatch if it is for other clips, without --append. Several processes may do so at
     once: each would write the same bytes.
     """
     config, out = run.config, run.out
-    num_clips = clips_per_shard(config)
-    if config.append and (out / PLAN).exists():
-        known = {entry.key for entry in read_plan(out)}
-        if not known.issuperset(clip.key for clip in clips):
-            reopen(out)  # first: a finished cache.json tells the hash of its plan
-        plan = extend_plan(out, clips, clips_per_shard=num_clips, seed=config.seed)
-        return clips_by_shard(plan)
-    made = make_plan(clips, clips_per_shard=num_clips, seed=config.seed)
-    if config.retry_quarantined and (mended := mended_plan(out, made)) is not None:
-        reopen(out)
-        replace_plan(out, mended)
-    return clips_by_shard(write_plan(out, made))
+    num_clips, seed = clips_per_shard(config), config.seed
+    if not (out / PLAN).exists():
+        return write_plan(out, make_plan(clips.values(), clips_per_shard=num_clips, seed=seed))
+    plan = stored = Plan.open(out)
+    if config.retry_quarantined:
+        plan = mended_plan(plan, clips)
+    if config.append:
+        plan = longer_plan(plan, clips, clips_per_shard=num_clips, seed=seed)
+    else:
+        check_same_clips(plan, clips)
+    if plan != stored:
+        reopen(out)  # first: a finished cache.json tells the hash of its plan
+        plan.commit()
+    return plan
 
 
-def _check_sources(folder: Path, plan: Plan, shards: Sequence[int], known: Container[str]) -> None:
-    """Raises CacheMismatch unless all clips that are still to be read are among those given."""
-    missing = [entry for shard in shards for entry in plan[shard] if entry.key not in known]
+def _clips_of_shards(
+    plan: Plan, shards: Container[int], clips: Mapping[str, Clip]
+) -> dict[int, list[Clip]]:
+    """Number -> clips in plan order, of these shards; CacheMismatch unless all are in `clips`."""
+    found: dict[int, list[Clip]] = {}
+    missing: list[PlanEntry] = []
+    for shard, entries in plan.shards(shards):
+        missing += [entry for entry in entries if entry.key not in clips]
+        found[shard] = [clips[entry.key] for entry in entries if entry.key in clips]
     if missing:
         raise CacheMismatch(
-            f"{folder}: clip {missing[0].key!r} is in a shard that is not done, but not among the "
-            f"videos given ({len(missing)} such clips; it came from {missing[0].source}): give the "
-            "old videos as well"
+            f"{plan.folder}: clip {missing[0].key!r} is in a shard that is not done, but not among "
+            f"the videos given ({len(missing)} such clips; it came from {missing[0].source}): give "
+            "the old videos as well"
         )
+    return found
 
 
 def _tell_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
@@ -313,6 +321,6 @@ def _tell_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
         record.rows,
         len(record.keys),
         len(ledger.windows),
-        len(ledger.plan),
+        ledger.plan.num_shards,
     )
     ledger.check_certain(run.config.max_quarantined)

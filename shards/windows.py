@@ -4,6 +4,7 @@ Extraction fills `ShardRows` and the writers take them; the readers give `Window
 of T frames.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CacheMismatch
-from .records import Quarantined
+from .records import DoneRecord, Quarantined
 
 COLUMNS = ("timestamps_s", "frame_index", "crop", "flipped", "clip")
 
@@ -110,3 +111,20 @@ class ShardRows(WindowColumns):
     """Clip -> the decoder that read it, where that is known."""
     quarantined: list[Quarantined] = field(default_factory=list)
     """The shard's clips that have no windows."""
+
+    def record(self, shard: int, *, abs_max: float, beyond_float16: int = 0) -> DoneRecord:
+        """What the done-record of the shard of these rows says, but for its files."""
+        counted = Counter(self.decoders.values())
+        decoder = max(sorted(counted), key=counted.__getitem__, default=None)
+        others = {key: self.decoders.get(key) for key in self.keys}
+        return DoneRecord(
+            shard=shard,
+            keys=list(self.keys),
+            rows=len(self.tokens),
+            files={},
+            abs_max=abs_max,
+            beyond_float16=beyond_float16,
+            decoder=decoder,
+            other_decoders={key: other for key, other in others.items() if other != decoder},
+            quarantined=list(self.quarantined),
+        )

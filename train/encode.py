@@ -29,26 +29,26 @@ from ..shards.cache import (
     CacheShape,
     finish_cache,
     open_cache,
-    plain,
     read_cache_info,
     reopen_cache,
 )
 from ..shards.deltas.writer import write_delta_shard
-from ..shards.devices import precision_name
+from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
-from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
+from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
 from ..shards.records import (
     DoneRecord,
     append_timing,
-    iterate_clips,
-    read_clips,
+    iterate_done,
+    read_done,
     shard_path,
     write_quarantine,
 )
 from ..shards.sampling import UniformDraws
+from ..shards.schema import plain
 from ..shards.windows import ShardRows
 from .config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
 from .data.batches import Prefetcher
@@ -84,7 +84,7 @@ class FramePicks(NamedTuple):
 def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
-    for record, _ in iterate_clips(folder):
+    for record, _ in iterate_done(folder):
         yield ShardPart(record, np.arange(window, window + record.rows), key)
         if record.rows:
             window += record.rows
@@ -226,13 +226,10 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
         parent_fingerprint=patches.fingerprint,
         draws=draws,
     )
-    plan, work = read_plan(config.patches), list(shard_parts(config.patches))
+    plan, work = Plan.open(config.patches), list(shard_parts(config.patches))
     if accelerator.is_main_process:
         open_cache(out, info)
-        if (longer := longer_plan(out, plan)) is not None:
-            reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
-            replace_plan(out, longer)
-        write_plan(out, plan)
+        _follow_plan(out, plan)
         remove_partials(out)
         remove_partials(out / "shards")
         _forget_outdated(out, work)
@@ -240,12 +237,13 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     encoder = _Encoder(model.to(accelerator.device), patches, config, accelerator, draws)
     mine = work[accelerator.process_index :: accelerator.num_processes]
     with (
+        memory_errors("encoding", lambda: f"lower batch_windows, now {config.batch_windows}"),
         tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
         StopRequest() as stop,
     ):
         for part in mine:
             shard = part.record.shard
-            if read_clips(out, shard) is None:
+            if read_done(out, shard) is None:
                 if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
                 meter = Meter("windows", accelerator.device)
@@ -262,10 +260,11 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     num_windows = sum(map(encoder.num_windows, work))
     if accelerator.is_main_process and not read_cache_info(out).complete:
         quarantined = write_quarantine(out)
+        remove_strangers(out)
         finish_cache(
             out,
             {
-                "clips": len(plan),
+                "clips": plan.num_clips,
                 "quarantined": len(quarantined),
                 "windows": num_windows,
                 "frames": num_windows * info.shape.num_frames,
@@ -277,12 +276,24 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     return read_cache_info(out)
 
 
+def _follow_plan(out: Path, plan: Plan) -> None:
+    """Makes `plan`, of the patch cache, that of the delta cache; one that is there may be its
+    beginning, or that of before clips were tried again."""
+    if (out / PLAN).exists():
+        stored = Plan.open(out)
+        if stored == plan:
+            return
+        begins(stored, plan, may_be_mended=True)
+        reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
+    copied_plan(plan, out).commit()
+
+
 def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     """Has delta shards made again whose patch shard was made again since, with clips that were in
     quarantine before."""
     for part in work:
         shard = part.record.shard
-        done = read_clips(out, shard)
+        done = read_done(out, shard)
         if done is not None and set(done.keys) != set(part.record.keys):
             if read_cache_info(out).complete:
                 reopen_cache(out)
@@ -319,7 +330,7 @@ class _Encoder:
             flipped=table.flipped[picks.window[:, 0]],
             clip=picks.clip,
             keys=part.record.keys,
-            decoders=part.record.decoders,
+            decoders=part.record.decoders(),
             quarantined=part.record.quarantined,
         ).from_first_frame()
 

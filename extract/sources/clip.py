@@ -147,9 +147,12 @@ class SampleMetadata:
         self._fields: dict[str, dict[str, Any]] = {}
         self._bad: list[str] = []
 
-    def read(self, name: str, content: bytes) -> None:
-        """Takes what a member of this name says; notes it where that is nothing."""
+    def read(self, name: str, content: bytes | None) -> None:
+        """Takes what a member of this name says; notes it where that is nothing, or where there is
+        no content to be had (None)."""
         try:
+            if content is None:
+                raise ValueError("no content")
             if name.lower().endswith(".cls"):
                 fields: Any = {"label": content.decode().strip()}
             else:

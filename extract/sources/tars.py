@@ -49,7 +49,7 @@ def find_in_tar(path: Path) -> Iterator[ClipCandidate]:
                 elif name.suffix.lower() in SampleMetadata.SUFFIXES and member.isreg():
                     small = member.size <= SampleMetadata.MAX_BYTES
                     file = tar.extractfile(member) if small else None
-                    metadata.read(name.as_posix(), b"" if file is None else file.read())
+                    metadata.read(name.as_posix(), None if file is None else file.read())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): check it") from error
     except UsageError:

@@ -382,14 +382,14 @@ def _read_directory(
     return folders, videos, metadata
 
 
-def _content(archive: ArchiveFile, entry: ZipEntry) -> bytes:
-    """Of a small entry; empty where there is none to be had."""
+def _content(archive: ArchiveFile, entry: ZipEntry) -> bytes | None:
+    """Of a small entry; None where it cannot be had."""
     name = entry_name(entry.name)
     try:
         _check_size(name, entry, max_bytes=SampleMetadata.MAX_BYTES, what="metadata")
         return b"".join(_unpack(archive, name, entry, _data_start(archive, entry)))
     except ClipError:
-        return b""
+        return None
 
 
 def _joined(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

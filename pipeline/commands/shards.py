@@ -42,7 +42,7 @@ class VerifyConfig:
     dir: str
     """A cache folder."""
     deep: bool = False
-    """Decode everything: checksums of chunks, finite values, shapes, times, crops, statistics."""
+    """Decode everything: checksums of chunks, finite values, shapes, times, crops."""
     repair: bool = False
     """Remove partial work and damaged shards, so that they are made again; refused where a process
     is seen writing to DIR."""

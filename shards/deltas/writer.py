@@ -5,7 +5,6 @@ Same rows, same bytes: fixed owner, mode and time.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,15 +61,7 @@ def write_delta_shard(
     except BaseException:
         remove(partial)
         raise
-    record = DoneRecord(
-        shard=shard,
-        keys=list(rows.keys),
-        rows=num_windows,
-        files={},
-        statistics=_statistics(rows.tokens) if num_windows else {},
-        decoders=dict(rows.decoders),
-        quarantined=list(rows.quarantined),
-    )
+    record = rows.record(shard, abs_max=float(np.abs(rows.tokens).max(initial=0)))
     return commit_shard(folder, record, partial=partial, suffix=".tar")
 
 
@@ -106,12 +97,3 @@ def _write_tar(path: Path, rows: ShardRows, order: NDArray[np.intp], *, block_wi
                     ).encode(),
                 }
             )
-
-
-def _statistics(tokens: NDArray[np.float16]) -> dict[str, Any]:
-    values = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
-    return {
-        "channel_mean": [float(np.float32(value)) for value in values.mean(axis=0)],
-        "channel_std": [float(np.float32(value)) for value in values.std(axis=0)],
-        "abs_max": float(np.abs(values).max()),
-    }

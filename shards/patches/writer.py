@@ -1,8 +1,8 @@
 """Writes one patch-token shard: permute, check, convert, store whole, publish, promise.
 
-    write_patch_shard    the rows of a shard -> shards/NNNNNN.zarr and its done-record
-    _Encoder             patch tokens -> the bytes of their one Zarr shard file, and statistics
-    _write_group         the Zarr v3 group around it, as `layout` draws it
+    write_patch_shard    the rows of a shard -> shards/NNNNNN.zarr.zip and its done-record
+    _Encoder             patch tokens -> the bytes of their one Zarr shard file
+    _write_group         the Zarr v3 group around it, in a zip, as `layout` draws it
 
 Same rows, same bytes. The file of the tokens (T frames, N patches, D channels):
 
@@ -14,9 +14,9 @@ such file, uncompressed: N token scales a frame.
 
 This is the standard `sharding_indexed` layout, which zarr and tensorstore read. It is assembled
 here and not by zarr, whose encoder takes longer than all the rest together (256 frames of 256
-tokens x 768 channels, 2 cores: 0.41 s of 0.75 s; this: 0.05 s), and so that checks, conversion,
-statistics and checksums go over a window while it is in the processor's cache. zarr writes the
-metadata and the small arrays.
+tokens x 768 channels, 2 cores: 0.41 s of 0.75 s; this: 0.05 s), and so that checks, conversion and
+checksums go over a window while it is in the processor's cache. zarr writes the metadata and the
+small arrays.
 """
 
 import math
@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,19 +36,23 @@ from ..npy import npy_bytes
 from ..plan import window_order
 from ..records import DoneRecord, commit_shard, shard_path
 from ..windows import ShardRows, WindowColumns
+from .archive import write_archive
 from .int8 import UNSTORABLE, dequantise, quantise, read_channel_scale
 from .layout import (
     BFLOAT16_MAX,
     CHANNEL_SCALE_SPEC,
     FLOAT16_MAX,
     STORED_DTYPES,
+    SUFFIX,
     TOKEN_ATTRIBUTES,
     TOKEN_AXES,
+    TOKEN_SCALE_CHUNK,
     TOKEN_SCALE_SPEC,
+    TOKENS_CHUNK,
     WINDOW_ARRAYS,
     ArraySpec,
     from_stored,
-    only_chunk,
+    member_names,
     to_stored,
 )
 from .zarr_arrays import LEVEL, check_compression, compress
@@ -59,9 +62,6 @@ INDEX_ENTRY_BYTES = 16
 MAX_THREADS = 4
 """Windows converted at once; NumPy leaves the interpreter lock (a guess)."""
 
-
-FLOAT32_SQUARES_MAX = 2.0**48
-"""Sums of squares of larger values (bfloat16 and int8 have them) may overflow float32."""
 
 _LIMITS = {"float16": FLOAT16_MAX, "bfloat16": BFLOAT16_MAX}
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
@@ -81,7 +81,7 @@ def write_patch_shard(
     seed: int,
     compression: str = "none",
 ) -> DoneRecord:
-    """Writes shards/NNNNNN.zarr and its done-record into the cache `folder`; gives the record.
+    """Writes shards/NNNNNN.zarr.zip and its done-record into the cache `folder`; gives the record.
 
     The windows are stored in the order `window_order(W, seed=seed, shard=shard)`. Whatever an
     earlier run left of this shard is replaced. Without windows only the done-record is written.
@@ -96,9 +96,9 @@ def write_patch_shard(
     where, num_windows = f"{folder}: shard {shard:06d}", len(rows.tokens)
     _check_tokens(rows, info, dtype=dtype, where=where)
     rows.check_columns(num_windows=num_windows, num_frames=info.shape.num_frames, where=where)
-    partial = partial_path(shard_path(folder, shard, ".zarr"))
+    partial = partial_path(shard_path(folder, shard, SUFFIX))
     order = window_order(num_windows, seed=seed, shard=shard)
-    statistics: dict[str, Any] = {}
+    abs_max, beyond_float16 = 0.0, 0
     try:
         if num_windows:
             scale = read_channel_scale(folder, info) if dtype == "int8" else None
@@ -106,21 +106,13 @@ def write_patch_shard(
                 rows, dtype=dtype, compression=compression, channel_scale=scale, where=where
             )
             encoder.encode(order)
-            statistics = encoder.statistics
+            abs_max, beyond_float16 = encoder.abs_max, encoder.beyond_float16
             _write_group(partial, encoder, rows.take(order), _attributes(info, rows, shard, dtype))
     except BaseException:
         remove(partial)
         raise
-    record = DoneRecord(
-        shard=shard,
-        keys=list(rows.keys),
-        rows=num_windows,
-        files={},
-        statistics=statistics,
-        decoders=dict(rows.decoders),
-        quarantined=list(rows.quarantined),
-    )
-    return commit_shard(folder, record, partial=partial, suffix=".zarr")
+    record = rows.record(shard, abs_max=abs_max, beyond_float16=beyond_float16)
+    return commit_shard(folder, record, partial=partial, suffix=SUFFIX)
 
 
 def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
@@ -165,11 +157,6 @@ def _attributes(info: CacheInfo, rows: ShardRows, shard: int, dtype: str) -> dic
     }
 
 
-_Sums = tuple[NDArray[np.float64], NDArray[np.float64], float, int]
-"""Of one window, over frames and patches: of the values and of their squares, float64 (D,), around
-the shift; the largest absolute value; how many float16 could not hold."""
-
-
 class _Encoder:
     """The tokens of a shard, (W, T, N, D), W > 0, on their way to the bytes of their Zarr shard.
 
@@ -180,9 +167,10 @@ class _Encoder:
     """uint8 (bytes of the file,)."""
     token_scale_data: NDArray[np.uint8] | None = None
     """The file of the token scales, with int8 only."""
-    statistics: dict[str, Any]
-    """Of all stored values: channel_mean and channel_std (lists of D floats), abs_max, and
-    beyond_float16, how many float16 could not hold."""
+    abs_max: float
+    """The largest absolute value that is stored."""
+    beyond_float16: int
+    """How many of the stored values float16 could not hold."""
 
     def __init__(
         self,
@@ -205,16 +193,13 @@ class _Encoder:
         num_bytes = self._num_chunks * (self._chunk_bytes + INDEX_ENTRY_BYTES) + CRC_BYTES
         self.data = np.empty(num_bytes if self._plain else 0, dtype=np.uint8)
         self._compressed = [self.data] * (0 if self._plain else self._num_chunks)
-        self._shift = np.zeros(self.shape[3], dtype=np.float32)
 
     def encode(self, order: NDArray[np.intp]) -> None:
         """Makes the file of the windows in this order."""
-        # Sums around the mean of one frame: outlier channels keep their digits.
-        first = np.empty(self.shape[2:], dtype=np.float32)
-        self._decode(*self._store(int(order[0]), 0), out=first)
-        self._shift = first.mean(axis=0, dtype=np.float64).astype(np.float32)
         with ThreadPoolExecutor(max_workers=min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            sums = list(pool.map(self._encode_window, order.tolist(), range(len(order))))
+            found = list(pool.map(self._encode_window, order.tolist(), range(len(order))))
+        self.abs_max = max(largest for largest, _ in found)
+        self.beyond_float16 = sum(count for _, count in found)
         if self._plain:
             index = _index([self._chunk_bytes] * self._num_chunks)
             self.data[-index.size :] = index
@@ -226,13 +211,11 @@ class _Encoder:
             parts = [part for chunk in chunks for part in (chunk, _crc32c(chunk))]
             index = _index([chunks.shape[1] + CRC_BYTES] * self._num_chunks)
             self.token_scale_data = np.concatenate([*parts, index])
-        count = self._num_chunks * self.shape[2]
-        self.statistics = _statistics(sums, self._shift, count=count)
 
-    def _encode_window(self, source: int, target: int) -> _Sums:
-        """Fills the chunks of window `target` of the file from `source` of the rows."""
+    def _encode_window(self, source: int, target: int) -> tuple[float, int]:
+        """Fills the chunks of window `target` of the file from `source` of the rows; gives its
+        largest absolute value and how many float16 could not hold."""
         values = np.empty(self.shape[2:], dtype=np.float32)
-        sums, squares = np.zeros((2, self.shape[3]), dtype=np.float64)
         abs_max, beyond_float16 = 0.0, 0
         for frame in range(self.shape[1]):
             stored, scale = self._store(source, frame)
@@ -244,13 +227,7 @@ class _Encoder:
             abs_max = max(abs_max, frame_max)
             if frame_max > FLOAT16_MAX:
                 beyond_float16 += int(np.count_nonzero(np.abs(values) > FLOAT16_MAX))
-            centred: NDArray[Any] = values
-            if frame_max > FLOAT32_SQUARES_MAX:
-                centred = values.astype(np.float64)
-            centred -= self._shift
-            sums += centred.sum(axis=0)
-            squares += np.einsum("nd,nd->d", centred, centred)
-        return sums, squares, abs_max, beyond_float16
+        return abs_max, beyond_float16
 
     def _store(self, window: int, frame: int) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
         """A frame (N, D) as stored, C-contiguous, and its token scales (N,)."""
@@ -300,19 +277,9 @@ def _index(sizes: Sequence[int]) -> NDArray[np.uint8]:
     return np.concatenate([data, _crc32c(data)])
 
 
-def _statistics(sums: Sequence[_Sums], shift: NDArray[np.float32], *, count: int) -> dict[str, Any]:
-    values, squares, abs_max, beyond_float16 = zip(*sums, strict=True)
-    mean, square = sum(values) / count, sum(squares) / count
-    std = np.sqrt(np.maximum(square - mean * mean, 0.0))
-    return {
-        "channel_mean": [float(value) for value in (mean + shift).astype(np.float32)],
-        "channel_std": [float(value) for value in std.astype(np.float32)],
-        "abs_max": max(abs_max),
-        "beyond_float16": sum(beyond_float16),
-    }
-
-
 def _crc32c(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    import google_crc32c  # by the first chunk, as in zarr_arrays.py
+
     return np.array([google_crc32c.value(data)], dtype="<u4").view(np.uint8)
 
 
@@ -329,47 +296,41 @@ def is_storable(window: NDArray[Any], *, dtype: str) -> bool:
 def _write_group(
     path: Path, encoder: _Encoder, windows: WindowColumns, attributes: dict[str, Any]
 ) -> None:
-    """Makes the Zarr v3 group `path`; `windows`: in the order of the file."""
+    """Writes the zip `path` of the Zarr v3 group; `windows`: in the order of the file."""
     # Imported here: readers do without zarr, and it takes a third of a second.
     import zarr
 
-    group = zarr.create_group(store=str(path), zarr_format=3, attributes=attributes)
-    _write_sharded(
-        group,
-        path / "tokens",
-        encoder.data,
-        shape=encoder.shape,
-        spec=ArraySpec(
-            STORED_DTYPES[encoder.dtype],
-            TOKEN_AXES,
-            {**TOKEN_ATTRIBUTES, "logical_dtype": encoder.dtype},
-        ),
-        compression=encoder.compression,
+    members: dict[str, Any] = {}
+    store = zarr.storage.MemoryStore(members)
+    group = zarr.create_group(store=store, zarr_format=3, attributes=attributes)
+    tokens = ArraySpec(
+        STORED_DTYPES[encoder.dtype],
+        TOKEN_AXES,
+        {**TOKEN_ATTRIBUTES, "logical_dtype": encoder.dtype},
     )
-    if encoder.token_scale_data is not None and encoder.channel_scale is not None:
-        scales, shape = encoder.token_scale_data, encoder.shape[:3]
-        _write_sharded(group, path / "token_scale", scales, shape=shape, spec=TOKEN_SCALE_SPEC)
+    _create_sharded(group, "tokens", tokens, encoder.shape, compression=encoder.compression)
+    if encoder.channel_scale is not None:
+        _create_sharded(group, "token_scale", TOKEN_SCALE_SPEC, encoder.shape[:3])
         _write_whole(group, "channel_scale", encoder.channel_scale, CHANNEL_SCALE_SPEC)
     for name, spec in WINDOW_ARRAYS.items():
         _write_whole(group, name, getattr(windows, name), spec)
-
-
-def _write_sharded(
-    group: Any,
-    folder: Path,
-    data: NDArray[np.uint8],
-    *,
-    shape: tuple[int, ...],
-    spec: ArraySpec,
-    compression: str = "none",
-) -> None:
-    """The array `folder` of the group, whose one Zarr shard is `data`."""
-    chunks = (1, 1, *shape[2:])
-    _create(group, folder.name, spec, compression, shape=shape, chunks=chunks, shards=shape)
-    path = folder.joinpath(*only_chunk(len(shape)))
-    path.parent.mkdir(parents=True)
+    data = {name: member.to_bytes() for name, member in members.items()}
+    data[TOKENS_CHUNK] = encoder.data.data
+    if encoder.token_scale_data is not None:
+        data[TOKEN_SCALE_CHUNK] = encoder.token_scale_data.data
+    names = member_names(encoder.dtype)
     with path.open("xb") as file:
-        file.write(data.data)
+        write_archive(file, ((name, data.pop(name)) for name in names), last=TOKENS_CHUNK)
+    if data:
+        raise AssertionError(f"zarr wrote {sorted(data)}, which no shard has")
+
+
+def _create_sharded(
+    group: Any, name: str, spec: ArraySpec, shape: tuple[int, ...], *, compression: str = "none"
+) -> None:
+    """An array of one Zarr shard, a chunk a frame, that is still to be written."""
+    chunks = (1, 1, *shape[2:])
+    _create(group, name, spec, compression, shape=shape, chunks=chunks, shards=shape)
 
 
 def _write_whole(group: Any, name: str, values: NDArray[Any], spec: ArraySpec) -> None:

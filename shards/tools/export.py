@@ -16,6 +16,8 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,9 @@ from ..patches.layout import STORED_DTYPES
 from ..patches.reader import PatchShards
 from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
-from ..plan import PlanEntry, clips_by_shard, plan_order, read_plan, write_plan
+from ..plan import Plan, PlanEntry, plan_order, write_plan
 from ..reader import known_names
-from ..records import DoneRecord, iterate_clips, read_clips, write_quarantine
+from ..records import DoneRecord, iterate_done, read_done, write_quarantine
 from ..windows import ShardRows, WindowColumns
 
 logger = logging.getLogger(__name__)
@@ -85,14 +87,14 @@ class SourceCache:
     @cached_property
     def plan(self) -> dict[str, PlanEntry]:
         """Its plan by key, the clips in quarantine too."""
-        return {entry.key: entry for entry in read_plan(self.reader.folder)}
+        return {entry.key: entry for entry in Plan.open(self.reader.folder)}
 
     @cached_property
     def records(self) -> dict[str, DoneRecord]:
         """By key, the done-record of the clip's shard."""
         return {
             key: record
-            for record, _ in iterate_clips(self.reader.folder)
+            for record, _ in iterate_done(self.reader.folder)
             for key in (*record.keys, *(entry.clip for entry in record.quarantined))
         }
 
@@ -143,7 +145,7 @@ def export_cache(
         raise UsageError(f"compression {compression!r}: delta caches are not compressed")
     clips = select_clips(sources, selection)
     plan = plan_shards(clips, clips_per_shard=clips_per_shard, windows_per_shard=windows_per_shard)
-    shards = clips_by_shard(plan)
+    shards = {shard: list(group) for shard, group in groupby(plan, key=attrgetter("shard"))}
     scale = _channel_scale(like, clips, dtype)
     info = replace(
         like.info,
@@ -160,7 +162,7 @@ def export_cache(
     if scale is not None:
         write_channel_scale(out, scale)
     for number, (shard, entries) in enumerate(shards.items(), start=1):
-        if read_clips(out, shard) is None:
+        if read_done(out, shard) is None:
             keys = [entry.key for entry in entries]
             _write_shard(out, shard, {key: clips[key] for key in keys}, info, compression)
         if progress is not None:
@@ -257,7 +259,7 @@ def plan_shards(
 
 
 def _begin(out: Path, info: CacheInfo, plan: Sequence[PlanEntry]) -> None:
-    """cache.json, plan.jsonl and the folder of the shards; CacheMismatch where an `out` that was
+    """cache.json, the plan and the folder of the shards; CacheMismatch where an `out` that was
     begun is another export."""
     remove_partials(out)
     stored = open_cache(out, info)
@@ -268,12 +270,7 @@ def _begin(out: Path, info: CacheInfo, plan: Sequence[PlanEntry]) -> None:
         what_wanted="what is asked for",
     )
     remove_partials(out / "shards")
-    for entry, wanted in zip(write_plan(out, plan), plan, strict=True):
-        if (entry.key, entry.shard) != (wanted.key, wanted.shard):
-            raise CacheMismatch(
-                f"{out}: shard of clip {entry.key!r} is {entry.shard}, but other shards are asked "
-                "for: give the same size of shards as before, or another folder"
-            )
+    write_plan(out, plan)
 
 
 def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compression: str) -> None:
@@ -285,7 +282,7 @@ def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compressi
     for key in keys:
         windows = clips[key].reader.table().take(clips[key].windows[key])
         parts.append(replace(windows, clip=np.zeros(len(windows), np.int32), keys=[key]))
-    decoders = {key: records[key].decoders for key in keys}
+    decoders = {key: records[key].decoders() for key in keys}
     rows = ShardRows(
         **vars(WindowColumns.concatenate(parts)),
         tokens=tokens,
@@ -379,7 +376,7 @@ def _check_room(
     num_windows = sum(
         len(clips[entry.key].windows[entry.key])
         for shard, entries in shards.items()
-        if read_clips(out, shard) is None
+        if read_done(out, shard) is None
         for entry in entries
     )
     needed_bytes = int(num_windows * values * dtype.itemsize * SPARE)

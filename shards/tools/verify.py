@@ -5,14 +5,14 @@ Readers stop at the first thing that is wrong; this goes on, for `deltatok-shard
     shards      files against their done-records; with `deep` every value, time and crop
     folder      cache.json, black.npy, scales, plan, index, quarantine, and what belongs to nobody
 
-Statistics of stored values are taken again while a shard is read, and held against its done-record:
-sums in float64 over all tokens; the writer's are partly in float32, hence the tolerances.
+The largest value, and how many float16 could not hold, are taken again while a shard is read, and
+held against its done-record.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,11 +27,12 @@ from ..deltas.reader import read_blocks, read_shard_table, read_tokens
 from ..errors import CacheMismatch, DamagedShard, DeltatokError, damaged_shard
 from ..files import is_partial, sha256_file
 from ..patches import reader as patches
+from ..patches.archive import ShardFile
 from ..patches.int8 import UNSTORABLE, read_channel_scale
-from ..patches.layout import FLOAT16_MAX
+from ..patches.layout import FLOAT16_MAX, SUFFIX
 from ..patches.reader import TokenReader, check_attributes, logical_dtype, read_black
 from ..patches.zarr_arrays import read_attributes
-from ..plan import PLAN, PlanEntry, clips_by_shard, num_shards, read_plan
+from ..plan import PLAN, PLAN_FOLDER, Plan, PlanEntry, keys_twice
 from ..records import (
     INDEX,
     QUARANTINE,
@@ -47,60 +48,36 @@ from ..records import (
     record_problems,
     shard_path,
 )
-from ..schema import is_number, read_file, read_json, shown
+from ..schema import read_file, read_json
 from ..windows import WindowColumns
 
-_OF_STD = 1e-3
-"""Of a channel's standard deviation: what mean and deviation may differ by."""
-_OF_MAX = 1e-6
-"""And of the largest value, for channels that hardly vary."""
 
+class _Range:
+    """Of the values of one shard."""
 
-class StoredStatistics:
-    """Of the values of one shard, D channels."""
-
-    def __init__(self, num_channels: int) -> None:
-        self._sums = np.zeros(num_channels)
-        self._squares = np.zeros(num_channels)
-        self._count = 0
-        self._abs_max = 0.0
-        self._beyond_float16 = 0
+    def __init__(self) -> None:
+        self.abs_max = 0.0
+        self.beyond_float16 = 0
 
     def add(self, values: NDArray[Any]) -> None:
         """Takes tokens (..., D), finite."""
-        tokens = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        magnitude = np.abs(tokens)
-        self._abs_max = max(self._abs_max, float(magnitude.max()))
-        self._beyond_float16 += int(np.count_nonzero(magnitude > FLOAT16_MAX))
-        self._sums += tokens.sum(axis=0)
-        self._squares += np.einsum("nd,nd->d", tokens, tokens)
-        self._count += len(tokens)
+        largest = max(float(values.max()), -float(values.min()))
+        self.abs_max = max(self.abs_max, largest)
+        if largest > FLOAT16_MAX:
+            self.beyond_float16 += int(np.count_nonzero(np.abs(values) > FLOAT16_MAX))
 
-    def check(self, said: Mapping[str, Any], *, where: str) -> None:
-        """Raises DamagedShard unless `said`, the `statistics` of the done-record, are these."""
-        mean = self._sums / self._count
-        std = np.sqrt(np.maximum(self._squares / self._count - mean * mean, 0.0))
-        allowed = _OF_STD * std + _OF_MAX * self._abs_max
-        for name, got, tolerance in (
-            ("channel_mean", mean, allowed),
-            ("channel_std", std, allowed),
-            ("abs_max", self._abs_max, 0.0),
-            ("beyond_float16", self._beyond_float16, 0.0),
-        ):
-            # Delta shards do not count values beyond float16: they are float16.
-            value = said.get(name, 0 if name == "beyond_float16" else None)
-            numbers = value if isinstance(value, list) else [value]
-            known = len(numbers) == np.size(got) and all(map(is_number, numbers))
-            if not known or (np.abs(np.array(numbers, np.float64) - got) > tolerance).any():
-                raise DamagedShard(
-                    f"{where}: statistics.{name} is {shown(value)}, the shard's values give "
-                    f"{shown(got)}"
-                )
+    def check(self, record: DoneRecord, *, where: str) -> None:
+        """Raises DamagedShard unless the done-record says the same."""
+        for name in ("abs_max", "beyond_float16"):
+            said, got = getattr(record, name), getattr(self, name)
+            if said != got:
+                raise DamagedShard(f"{where}: {name} is {said}, the shard's values give {got}")
 
 
 KNOWN_NAMES = {
     "cache.json",
     PLAN,
+    PLAN_FOLDER,
     BLACK,
     CHANNEL_SCALE,
     QUARANTINE,
@@ -167,7 +144,7 @@ def verify_cache(
     progress: Callable[[int, int, int], None] | None = None,
 ) -> VerifyReport:
     """Checks presence, sizes, SHA-256, counts and leftovers; with `deep` also decodes every chunk
-    and looks at checksums, dtypes, shapes, values, times, crops and statistics.
+    and looks at checksums, dtypes, shapes, values, times and crops.
 
     progress: called with (shards done, shards in all, bytes done) after every shard. Raises
     UsageError, CacheMismatch or DamagedShard only where nothing can be checked: no such folder, no
@@ -226,7 +203,7 @@ def _check_shard(
     if record is None:  # taken back just now
         return None, []
     problems = list(_shard_problems(folder, info, record, deep))
-    return replace(record, statistics={}, decoders={}), problems
+    return replace(record, other_decoders={}), problems
 
 
 def _shard_problems(
@@ -240,8 +217,8 @@ def _shard_problems(
         yield from map(problem, different)
         return
     where = f"shard {record.shard:06d}"
-    own = f"shards/{record.shard:06d}{'.zarr' if info.format == PATCHES else '.tar'}/"
-    strangers = [name for name in record.files if not f"{name}/".startswith(own)]
+    own = f"shards/{record.shard:06d}{SUFFIX if info.format == PATCHES else '.tar'}"
+    strangers = [name for name in record.files if name != own]
     if strangers or bool(record.files) != bool(record.rows):
         yield problem(
             f"{where}: {record.rows} windows in {len(record.files)} files, {len(strangers)} of "
@@ -259,41 +236,39 @@ def _shard_problems(
 
 def verify_values(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
     """Reads every value of a shard; raises DamagedShard or CacheMismatch at the first fault."""
-    statistics = StoredStatistics(info.shape.hidden_size)
+    found = _Range()
     if info.format == PATCHES:
-        _read_patches(folder, info, record, statistics)
+        _read_patches(folder, info, record, found)
     else:
-        _read_deltas(folder, info, record, statistics)
-    statistics.check(record.statistics, where=str(shard_path(folder, record.shard, ".json")))
+        _read_deltas(folder, info, record, found)
+    found.check(record, where=str(shard_path(folder, record.shard, ".json")))
 
 
-def _read_patches(
-    folder: Path, info: CacheInfo, record: DoneRecord, statistics: StoredStatistics
-) -> None:
-    group = shard_path(folder, record.shard, ".zarr")
-    check_attributes(group, record, info)
-    _check_description(group, info, record)
-    table = patches.read_shard_table(group, record, info.shape.num_frames)
-    _check_windows(table, where=str(group))
-    tokens = TokenReader(group, info, rows=record.rows)
-    files, stored = tokens.open(), tokens.new_frames(1)
+def _read_patches(folder: Path, info: CacheInfo, record: DoneRecord, found: _Range) -> None:
+    file = patches.open_shard(folder, record.shard, info)
+    check_attributes(file, record, info)
+    _check_description(file, info, record)
+    table = patches.read_shard_table(file, record, info.shape.num_frames)
+    _check_windows(table, where=str(file.path))
+    tokens = TokenReader(file, info, rows=record.rows)
+    opened, stored = tokens.open(), tokens.new_frames(1)
     values = np.empty(stored.shape, dtype=np.float32)
     for window in range(record.rows):
         for index in range(info.shape.num_frames):
-            tokens.read_values(files, window, [index], out=values, stored=stored)
+            tokens.read_values(opened, window, [index], out=values, stored=stored)
             usable = np.isfinite(values).all()
             if stored.dtype == np.int8:
                 usable = usable and stored.min() != UNSTORABLE
             if not usable:
                 raise damaged_shard(
-                    f"{tokens.path}: window {window}, frame {index} has values that are not finite"
+                    f"{tokens.where}: window {window}, frame {index} has values that are not finite"
                 )
-            statistics.add(values[0])
+            found.add(values[0])
 
 
-def _check_description(group: Path, info: CacheInfo, record: DoneRecord) -> None:
+def _check_description(file: ShardFile, info: CacheInfo, record: DoneRecord) -> None:
     """What the shard says of itself and no reader needs."""
-    attributes = read_attributes(group)
+    attributes = read_attributes(file)
     wanted = {
         "format": PATCHES,
         "format_version": info.format_version,
@@ -305,13 +280,11 @@ def _check_description(group: Path, info: CacheInfo, record: DoneRecord) -> None
     for name, value in wanted.items():
         if attributes.get(name) != value:
             raise damaged_shard(
-                f"{group}: its attribute {name} is {attributes.get(name)!r}, wanted {value!r}"
+                f"{file.path}: its attribute {name} is {attributes.get(name)!r}, wanted {value!r}"
             )
 
 
-def _read_deltas(
-    folder: Path, info: CacheInfo, record: DoneRecord, statistics: StoredStatistics
-) -> None:
+def _read_deltas(folder: Path, info: CacheInfo, record: DoneRecord, found: _Range) -> None:
     path, shape = shard_path(folder, record.shard, ".tar"), info.shape
     blocks = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
     rows = sum(block.num_windows for block in blocks)
@@ -324,7 +297,7 @@ def _read_deltas(
     for block in blocks:
         tokens = read_tokens(path, block)
         _check_finite(tokens, f"{path}: {block.tokens.name}")
-        statistics.add(tokens)
+        found.add(tokens)
 
 
 def _check_windows(table: WindowColumns, *, where: str) -> None:
@@ -361,6 +334,7 @@ class _Beside:
         self.folder, self.info, self.records, self.problems = folder, info, records, problems
         self.changed: set[str] = set()
         """Files beside the shards that are not those whose hashes cache.json has."""
+        self.plan: Plan | None = None
 
     def add(self, text: object, *, kind: Kind = "folder", shard: int | None = None) -> None:
         """A problem that was found."""
@@ -408,17 +382,37 @@ class _Beside:
                 read_channel_scale(folder, info)
 
     def check_plan(self) -> list[int]:
-        """plan.jsonl against the shards; gives those that are not done."""
+        """The plan against the shards; gives those that are not done."""
         try:
-            plan = read_plan(self.folder)
+            plan = self.plan = Plan.open(self.folder)
         except DeltatokError as error:
             self.add(error)
             return []
-        info, wanted = self.info, num_shards(plan)
-        done = {record.shard for record in self.records}
-        missing = sorted(set(range(wanted)) - done)
-        if PLAN not in self.changed:  # a changed plan says nothing against a shard
-            self._check_clips(plan)
+        info, wanted = self.info, plan.num_shards
+        records = {record.shard: record for record in self.records}
+        missing: list[int] = []
+        is_whole = True
+        root = os.path.realpath(self.folder)
+        for part in plan.parts:
+            if leaves(self.folder / part.file, root):
+                self.add(
+                    f"{self.folder / part.file}: is a link out of the cache: copy the file into it "
+                    "instead"
+                )
+            try:
+                for shard, entries in plan.shards_of(part):
+                    if shard not in records:
+                        missing.append(shard)
+                    elif PLAN not in self.changed:  # a changed plan says nothing against a shard
+                        self._check_clips(records[shard], entries)
+            except DeltatokError as error:
+                self.add(error)
+                is_whole = False
+        if is_whole and (twice := keys_twice(plan)):
+            self.add(
+                f"{self.folder / PLAN}: clip {twice[0]!r} is in two shards ({len(twice)} such "
+                "clips): restore it from a copy"
+            )
         if missing:
             state = "marked complete, but" if info.complete else "not finished:"
             self.add(
@@ -428,34 +422,29 @@ class _Beside:
             )
         elif not info.complete:
             self.add(f"{self.folder}: not marked complete: {AGAIN}", kind="unfinished")
-        if strangers := sorted(shard for shard in done if shard >= wanted):
+        if strangers := sorted(shard for shard in records if shard >= wanted):
             text = f"shard {strangers[0]:06d} is not in {PLAN}: remove its done-record"
             self.add(f"{self.folder}: {text}", shard=strangers[0])
-        counts = {"shards": len(done), "windows": sum(record.rows for record in self.records)}
+        counts = {"shards": len(records), "windows": sum(record.rows for record in self.records)}
         for name, count in counts.items():
             if info.complete and not missing and info.counts.get(name, count) != count:
                 said = info.counts[name]
                 self.add(f"{self.folder}: {count} {name}, cache.json says {said}")
         return missing
 
-    def _check_clips(self, plan: Sequence[PlanEntry]) -> None:
+    def _check_clips(self, record: DoneRecord, planned: Sequence[PlanEntry]) -> None:
         """Each shard's clips must be those of the plan. Of an unfinished cache nobody can tell
         which of the two is wrong."""
-        planned = {
-            shard: {entry.key for entry in entries}
-            for shard, entries in clips_by_shard(plan).items()
-        }
-        for record in self.records:
-            accounted = {entry.clip for entry in record.quarantined}.union(record.keys)
-            differing = accounted ^ planned.get(record.shard, set())
-            if record.shard in planned and differing:
-                self.add(
-                    f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} "
-                    f"more are in {PLAN} or in its done-record, not in both: remove its "
-                    "done-record and make it again",
-                    kind="shard" if PLAN in self.info.files else "folder",
-                    shard=record.shard,
-                )
+        accounted = {entry.clip for entry in record.quarantined}.union(record.keys)
+        differing = accounted ^ {entry.key for entry in planned}
+        if differing:
+            self.add(
+                f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} "
+                "more are in the plan or in its done-record, not in both: remove its "
+                "done-record and make it again",
+                kind="shard" if PLAN in self.info.files else "folder",
+                shard=record.shard,
+            )
 
     def check_index(self) -> None:
         """Done-records that were changed since the cache was finished, of shards that nothing else
@@ -496,6 +485,8 @@ class _Beside:
         named |= {f"shards/{shard:06d}.json" for shard in done_shards(self.folder)}
         shards = self.folder / "shards"
         there = [*self.folder.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]
+        if self.plan is not None:
+            there += self.plan.strangers()
         orphans: Counter[str] = Counter()
         partials = []
         for path in sorted(there):
@@ -505,11 +496,14 @@ class _Beside:
             elif path.parent == shards:
                 below = [file.relative_to(self.folder).as_posix() for file in _files_below(path)]
                 orphans[name] += sum(file not in named for file in below)
-            elif name not in KNOWN_NAMES and not name.lower().startswith(_FOR_PEOPLE):
+            elif path.parent != self.folder or (
+                name not in KNOWN_NAMES and not name.lower().startswith(_FOR_PEOPLE)
+            ):
                 orphans[name] += 1
         orphans = +orphans
         leftovers = dict.fromkeys(partials, "left by a killed run")
         leftovers |= {name: f"{count} files in no done-record" for name, count in orphans.items()}
+        leftovers |= {name: f"no part of {PLAN}" for name in orphans if name.startswith("plan/")}
         for name, what in leftovers.items():
             match = re.match(r"shards/([0-9]{6,})\.", name)
             shard = int(match[1]) if match else None

@@ -7,11 +7,15 @@ depths, grids and seeds: `pytest tests/parity --golden DIR`.
 A float may differ from the golden one by 1e-5 of the golden tensor's largest value, or by 4 times
 the case's own float32 noise floor where that is larger; integers must be equal. A case passes
 only if exactly its outputs were compared, all of them.
+
+`--device cuda --arithmetic tf32 --arithmetic bfloat16` has the models compute there, with the
+tolerance of that arithmetic; tests/gpu does.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +38,9 @@ from deltatok.train.models.heads import (
 )
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig
 
-RELATIVE_TOLERANCE = 1e-5
+RELATIVE_TOLERANCES = {"float32": 1e-5, "tf32": 0.02, "bfloat16": 0.1}
+"""Of the golden tensor's largest value. In bfloat16 a CPU differs by at most 0.044 (a gradient);
+TF32 has three more bits, and was not tried."""
 NOISE_FLOORS = 4.0
 
 KINDS = ("backbone", "deltatok", "world", "losses", "head")
@@ -66,6 +72,7 @@ class Comparison:
     """The differences of one test, and what of them is too large."""
 
     case: str
+    arithmetic: str = "float32"
     num_tensors: int = 0
     max_absolute: float = 0.0
     max_relative: float = 0.0
@@ -77,6 +84,7 @@ class Comparison:
     def add(self, name: str, got: Tensor, wanted: Tensor, *, noise_floor: float = 0.0) -> None:
         """Compare one tensor: shape, then values."""
         self.num_tensors += 1
+        got = got.cpu()
         if got.shape != wanted.shape:
             self.problems.append(f"{name}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}")
             return
@@ -86,7 +94,8 @@ class Comparison:
             return
         largest = float(wanted.double().abs().max()) if wanted.numel() else 0.0
         error = float((got.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
-        tolerance = max(RELATIVE_TOLERANCE * largest, NOISE_FLOORS * noise_floor)
+        relative = RELATIVE_TOLERANCES[self.arithmetic]
+        tolerance = max(relative * largest, NOISE_FLOORS * noise_floor)
         share = error / tolerance if tolerance else (0.0 if error == 0 else float("inf"))
         self.max_absolute = max(self.max_absolute, error)
         self.max_relative = max(self.max_relative, error / largest if largest else error)
@@ -122,6 +131,8 @@ class Case:
     """One case folder."""
 
     folder: Path
+    device: str = "cpu"
+    arithmetic: str = "float32"
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -129,7 +140,7 @@ class Case:
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "inputs.safetensors")
+        return load_file(self.folder / "inputs.safetensors", device=self.device)
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
@@ -153,7 +164,7 @@ class Case:
 
     def sibling(self, name: str) -> "Case":
         """Another case of the same golden folder."""
-        return Case(self.folder.parent / name)
+        return replace(self, folder=self.folder.parent / name)
 
 
 def golden_folders(config: pytest.Config) -> list[Path]:
@@ -185,11 +196,17 @@ def files_named(folders: list[Path], name: str) -> Iterator[Path]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`KIND_case` is every case of that kind, `NAME_file` every NAME.json."""
     folders = golden_folders(metafunc.config)
+    device = metafunc.config.getoption("--device") or "cpu"
+    arithmetics = metafunc.config.getoption("--arithmetic") or ["float32"]
     for fixture in metafunc.fixturenames:
         stem = fixture.removesuffix("_case")
         if stem in KINDS and fixture != stem:
-            cases = list(cases_of_kind(folders, stem))
-            ids = [_identifier(c.folder) for c in cases]
+            cases = [
+                replace(case, device=device, arithmetic=arithmetic)
+                for arithmetic in arithmetics
+                for case in cases_of_kind(folders, stem)
+            ]
+            ids = [_identifier(c.folder) + _suffix(c.arithmetic) for c in cases]
             metafunc.parametrize(fixture, cases, ids=ids)
         name = f"{fixture.removesuffix('_file')}.json"
         if fixture.endswith("_file"):
@@ -209,6 +226,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in empty]
+
+
+def _suffix(arithmetic: str) -> str:
+    return "" if arithmetic == "float32" else f"-{arithmetic}"
 
 
 def _identifier(folder: Path) -> str:
@@ -267,10 +288,31 @@ def golden(request: pytest.FixtureRequest) -> list[Path]:
     return golden_folders(request.config)
 
 
+@pytest.fixture(autouse=True)
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the test's case is computed in."""
+    values = getattr(request.node, "callspec", None)
+    cases = [v for v in values.params.values() if isinstance(v, Case)] if values else []
+    if not cases:
+        yield "float32"
+        return
+    (case,) = cases
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    is_tf32 = case.arithmetic == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_tf32
+    with ExitStack() as entered:
+        if case.arithmetic == "bfloat16":
+            kind = torch.device(case.device).type
+            # Without its cache: weights cast without gradient must not serve a pass with one.
+            entered.enter_context(torch.autocast(kind, torch.bfloat16, cache_enabled=False))
+        yield case.arithmetic
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture
-def comparison(request: pytest.FixtureRequest) -> Iterator[Comparison]:
+def comparison(request: pytest.FixtureRequest, arithmetic: str) -> Iterator[Comparison]:
     """Collects differences for the parity table; the test ends with its check()."""
-    made = Comparison(case=request.node.name.removeprefix("test_"))
+    made = Comparison(case=request.node.name.removeprefix("test_"), arithmetic=arithmetic)
     yield made
     request.node.user_properties.append(("parity", asdict(made)))
 

@@ -152,7 +152,7 @@ def _loaded(case, build_model, constants=None):
     """The case's model with its golden weights, in eval mode."""
     model = build_model(case.config, case.backbone_config, constants or {})
     model.load_state_dict(case.state, strict=True)
-    return model.eval()
+    return model.eval().to(case.device)
 
 
 def _tokenizer_ropes(case, config, grid, other_grid) -> dict[str, Tensor]:
@@ -340,12 +340,12 @@ def _gradients(case, model) -> dict[str, Tensor]:
 
 
 def _backbone(case) -> Backbone:
-    return _load_backbone(str(case.backbone_folder))
+    return _load_backbone(str(case.backbone_folder), case.device)
 
 
 @cache
-def _load_backbone(folder: str) -> Backbone:
-    return Backbone.load(folder)
+def _load_backbone(folder: str, device: str) -> Backbone:
+    return Backbone.load(folder, device=device)
 
 
 def _grid(case, frames: Tensor) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import pytest
 
 import deltatok.shards
 from deltatok.shards import DeltaShards, PatchShards, read_cache_info
-from deltatok.shards.plan import read_plan, window_order
+from deltatok.shards.plan import Plan, window_order
 from deltatok.shards.sampling import SamplingPolicy, draw_windows
 from deltatok.shards.tools.export import ClipSelection, export_cache
 
@@ -34,7 +34,7 @@ def names_in(value: Any, *, below: frozenset[str]) -> set[str]:
     return inner | set(value)
 
 
-FREE = frozenset({"config", "software", "files", "counts", "decoders", "backbone"})
+FREE = frozenset({"config", "software", "files", "counts", "other_decoders", "backbone"})
 """Objects whose keys are not ours, or named by the data."""
 
 
@@ -46,14 +46,16 @@ def test_every_file_field_and_array_is_specified(little: Any, tmp_path: Path, ki
     export_cache([source], cache, selection=ClipSelection(limit=5), **dtype)
     names = {path.name for path in cache.iterdir() if path.suffix != ""}
     for path in cache.rglob("*.json"):
-        if path.name not in ("zarr.json",):
-            names |= names_in(json.loads(path.read_text()), below=FREE)
-    for line in (cache / "plan.jsonl").read_text().splitlines():
-        names |= set(json.loads(line))
-    for path in cache.rglob("zarr.json"):
-        metadata = json.loads(path.read_text())
-        names |= set(metadata["attributes"])
-        names |= {path.parent.name} if metadata["node_type"] == "array" else set()
+        names |= names_in(json.loads(path.read_text()), below=FREE)
+    for path in (cache / "plan").iterdir():
+        for line in path.read_text().splitlines():
+            names |= names_in(json.loads(line), below=FREE)
+    for path in cache.rglob("*.zarr.zip"):
+        for member, data in little.read_members(path).items():
+            if member.endswith("zarr.json"):
+                metadata = json.loads(data)
+                names |= set(metadata["attributes"])
+                names |= {member.partition("/")[0]} if metadata["node_type"] == "array" else set()
     missing = {name for name in names if f"`{name}" not in FORMAT and f'"{name}"' not in FORMAT}
     assert len(names) > 30
     assert not missing
@@ -151,7 +153,7 @@ def test_orders_are_those_of_the_hashes(patches: Any) -> None:
     def digest(text: str) -> bytes:
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-    keys = [entry.key for entry in read_plan(patches.folder)]
+    keys = [entry.key for entry in Plan.open(patches.folder)]
     assert keys == sorted(keys, key=lambda key: digest(f"clip:7:{key}"))
     order = sorted(range(50), key=lambda i: digest(f"window:7:12:{i}"))
     assert window_order(50, seed=7, shard=12).tolist() == order
@@ -185,7 +187,7 @@ def crc32c(data: bytes) -> int:
 
 
 def test_a_zarr_shard_has_the_specified_bytes(patches: Any) -> None:
-    data = (patches.folder / "shards/000001.zarr/tokens/c/0/0/0/0").read_bytes()
+    data = patches.read("shards/000001.zarr.zip/tokens/c/0/0/0/0")
     num_windows, num_frames, num_tokens, channels = 6, 3, 4, 6
     entries = num_windows * num_frames
     index, stored = data[-16 * entries - 4 : -4], data[-4:]
@@ -198,7 +200,7 @@ def test_a_zarr_shard_has_the_specified_bytes(patches: Any) -> None:
             assert crc32c(chunk[:-4]) == int.from_bytes(chunk[-4:], "little")
             tokens = np.frombuffer(chunk[:-4], "<f2").reshape(num_tokens, channels)
             np.testing.assert_array_equal(tokens, reader.stored_tokens([5 + window])[0, frame])
-    small = (patches.folder / "shards/000001.zarr/crop/c/0/0").read_bytes()
+    small = patches.read("shards/000001.zarr.zip/crop/c/0/0")
     assert crc32c(small[:-4]) == int.from_bytes(small[-4:], "little")
     np.testing.assert_array_equal(
         np.frombuffer(small[:-4], "<f4").reshape(num_windows, 4), reader.crop[5:]

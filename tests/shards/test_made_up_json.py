@@ -21,7 +21,7 @@ from deltatok.shards import (
     PatchShards,
     UsageError,
 )
-from deltatok.shards.plan import read_plan
+from deltatok.shards.plan import Plan
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 
@@ -96,9 +96,9 @@ def read_everything(folder: Path, reader: type[PatchShards] | type[DeltaShards])
     [
         ("patches", "cache.json"),
         ("patches", "shards/000000.json"),
-        ("patches", "shards/000000.zarr/zarr.json"),
-        ("patches", "shards/000000.zarr/tokens/zarr.json"),
-        ("patches", "shards/000000.zarr/flipped/zarr.json"),
+        ("patches", "shards/000000.zarr.zip/zarr.json"),
+        ("patches", "shards/000000.zarr.zip/tokens/zarr.json"),
+        ("patches", "shards/000000.zarr.zip/flipped/zarr.json"),
         ("deltas", "cache.json"),
         ("deltas", "shards/000000.json"),
     ],
@@ -109,9 +109,8 @@ def test_made_up_json_gives_data_or_our_errors(
 ) -> None:
     cache = request.getfixturevalue(kind)
     folder = cache.folder
-    path = folder / name
-    value = json.loads(path.read_text())
-    for key in ("backbone", "preprocessing", "statistics", "software", "decoders"):
+    value = json.loads(cache.read(name))
+    for key in ("backbone", "preprocessing", "software", "other_decoders"):
         for inner in (value, value.get("identity", {})):
             if isinstance(inner, dict) and key in inner:
                 inner[key] = {}  # their contents are nobody's business but describe_cache's
@@ -119,7 +118,7 @@ def test_made_up_json_gives_data_or_our_errors(
         value["files"] = dict(list(value["files"].items())[:3])
     refused = 0
     for variant in variants(value, kinds):
-        path.write_text(json.dumps(variant))
+        cache.write(name, json.dumps(variant).encode())
         if ".zarr" in name:
             cache.reseal()
         try:
@@ -132,18 +131,28 @@ def test_made_up_json_gives_data_or_our_errors(
     assert refused > 50
 
 
-def test_a_made_up_plan_gives_a_plan_or_our_errors(patches: Any) -> None:
-    path = patches.folder / "plan.jsonl"
-    value = [json.loads(line) for line in path.read_text().splitlines()]
-    for variant in variants(value[:2], WRONG):
-        lines = variant if isinstance(variant, list) else [variant]
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+def test_a_made_up_plan_gives_a_plan_or_our_errors(patches: Any, edit_plan: Any) -> None:
+    path = patches.folder / "plan.json"
+    original = path.read_text()
+    for variant in variants(json.loads(original), WRONG):
+        path.write_text(json.dumps(variant))
         with suppress(*OURS):
-            plan = read_plan(patches.folder)
-            assert all(isinstance(entry.key, str) for entry in plan)
+            assert all(isinstance(entry.key, str) for entry in Plan.open(patches.folder))
+    path.write_text(original)
+    (part,) = (patches.folder / "plan").iterdir()
+    value = [json.loads(line) for line in part.read_text().splitlines()]
+    for variant in variants(value, WRONG):
+        made_up = variant if isinstance(variant, list) else [variant]
+
+        def edit(lines: list[Any], made_up: list[Any] = made_up) -> None:
+            lines[:] = made_up
+
+        edit_plan(patches.folder, edit)
+        with suppress(*OURS):
+            assert all(isinstance(entry.key, str) for entry in Plan.open(patches.folder))
 
 
-@pytest.mark.parametrize("name", ["shards/000000.json", "plan.jsonl", "quarantine.jsonl"])
+@pytest.mark.parametrize("name", ["shards/000000.json", "plan.json", "quarantine.jsonl"])
 def test_verify_reports_made_up_json_and_goes_on(patches: Any, name: str) -> None:
     path = patches.folder / name
     original = path.read_text()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape
+from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape, PatchShards
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
@@ -16,10 +16,17 @@ from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
 from deltatok.shards.records import write_quarantine
 from deltatok.shards.windows import ShardRows
-from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
-from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
+from deltatok.train.config import (
+    DINOWorldTrainConfig,
+    HeadTrainConfig,
+    TokenizerTrainConfig,
+    WorldTrainConfig,
+)
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig
 
 NUM_LATENTS = 3
+HEIGHT, WIDTH = 32, 48
+"""Pixels of a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +94,9 @@ def write_patches(folder: Path, cache: LittleCache) -> Path:
     write_plan(
         folder,
         [
-            PlanEntry(key=key, source=f"/videos/{key}", size_bytes=1, shard=i % cache.num_shards)
-            for i, key in enumerate(keys)
+            PlanEntry(key=key, source=f"/videos/{key}", size_bytes=1, shard=shard)
+            for shard in range(cache.num_shards)
+            for key in keys[shard :: cache.num_shards]
         ],
     )
     black = np.random.default_rng(3).normal(size=(num_tokens, cache.hidden_size))
@@ -243,6 +251,80 @@ def world_config(tmp_path: Path, deltas: Path) -> Callable[..., WorldTrainConfig
             "device": "cpu",
         }
         return WorldTrainConfig(**{**fields, **changed})
+
+    return make
+
+
+@pytest.fixture
+def dinoworld_config(tmp_path: Path, patches: Path) -> Callable[..., DINOWorldTrainConfig]:
+    """dinoworld_config(field=value, ...): a run of a few tiny steps into tmp_path/run."""
+
+    def make(model: dict[str, Any] | None = None, **changed: Any) -> DINOWorldTrainConfig:
+        tiny = {
+            "hidden_size": 16,
+            "predictor_hidden_size": 16,
+            "predictor_num_hidden_layers": 2,
+            "predictor_num_heads": 1,
+            "rope_axis_sizes": (4, 4, 4),
+            "num_samples_train": 4,
+            "num_samples_eval": 3,
+            "layer_scale_init": 0.1,
+            "use_bom": True,
+        }
+        fields = {
+            "patches": str(patches),
+            "out": str(tmp_path / "run"),
+            "model": DINOWorldConfig(**{**tiny, **(model or {})}),
+            "steps": 4,
+            "batch_size": 6,
+            "warmup_steps": 2,
+            "log_every": 1,
+            "eval_every": 2,
+            "save_every": 2,
+            "validation_fraction": 0.2,
+            "device": "cpu",
+        }
+        return DINOWorldTrainConfig(**{**fields, **changed})
+
+    return make
+
+
+@pytest.fixture
+def labels(tmp_path: Path, patches: Path) -> Path:
+    """Class of a pixel: whether channel 0 of its patch is positive; a border is ignored."""
+    shards = PatchShards(patches)
+    windows = np.arange(len(shards))
+    tokens, frames = shards.tokens(windows), shards.frame_index(windows)
+    arrays = {key: np.full((8, HEIGHT, WIDTH), 255, np.uint8) for key in shards.keys}
+    for window, clip in enumerate(shards.clip_index):
+        for frame in range(4):
+            classes = (tokens[window, frame, :, 0] > 0).reshape(2, 2).astype(np.uint8)
+            enlarged = classes.repeat(HEIGHT // 2, 0).repeat(WIDTH // 2, 1)
+            arrays[shards.keys[clip]][frames[window, frame], 2:] = enlarged[2:]
+    for key, array in arrays.items():
+        np.save(tmp_path / f"{key}.npy", array)
+    return tmp_path
+
+
+@pytest.fixture
+def head_config(tmp_path: Path, patches: Path, labels: Path) -> Callable[..., HeadTrainConfig]:
+    """head_config(field=value, ...): a run of a few tiny steps into tmp_path/head."""
+
+    def make(**changed: Any) -> HeadTrainConfig:
+        fields = {
+            "patches": str(patches),
+            "labels": str(labels),
+            "num_classes": 2,
+            "out": str(tmp_path / "head"),
+            "steps": 3,
+            "batch_size": 8,
+            "warmup_steps": 1,
+            "log_every": 1,
+            "save_every": 2,
+            "validation_fraction": 0.2,
+            "device": "cpu",
+        }
+        return HeadTrainConfig(**{**fields, **changed})
 
     return make
 

@@ -18,7 +18,6 @@ from deltatok.train.engine import loop
 from deltatok.train.engine.checkpoints import initialise
 from deltatok.train.engine.logs import Meter
 from deltatok.train.engine.model_folder import read_provenance
-from deltatok.train.models.configs import DINOWorldConfig
 from deltatok.train.models.dinoworld import DINOWorld
 from deltatok.train.selection import selector as selection
 from deltatok.train.selection.search import Chunks
@@ -26,40 +25,6 @@ from deltatok.train.selection.selector import NamedWindows
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def dino_config(tmp_path: Path, patches: Path) -> Make:
-    """dino_config(field=value, ...): a run of a few tiny steps into tmp_path/run."""
-
-    def make(model: dict[str, Any] | None = None, **changed: Any) -> DINOWorldTrainConfig:
-        tiny = {
-            "hidden_size": 16,
-            "predictor_hidden_size": 16,
-            "predictor_num_hidden_layers": 2,
-            "predictor_num_heads": 1,
-            "rope_axis_sizes": (4, 4, 4),
-            "num_samples_train": 4,
-            "num_samples_eval": 3,
-            "layer_scale_init": 0.1,
-            "use_bom": True,
-        }
-        fields = {
-            "patches": str(patches),
-            "out": str(tmp_path / "run"),
-            "model": DINOWorldConfig(**{**tiny, **(model or {})}),
-            "steps": 4,
-            "batch_size": 6,
-            "warmup_steps": 2,
-            "log_every": 1,
-            "eval_every": 2,
-            "save_every": 2,
-            "validation_fraction": 0.2,
-            "device": "cpu",
-        }
-        return DINOWorldTrainConfig(**{**fields, **changed})
-
-    return make
 
 
 def objective_of(
@@ -78,10 +43,10 @@ def losses_of(objective: DINOWorldObjective) -> torch.Tensor:
 
 @pytest.mark.parametrize("use_bom", [True, False])
 def test_dino_world_learns_what_carries_over_to_other_clips(
-    dino_config: Make, make_patches: Make, tmp_path: Path, log_lines: Make, use_bom: bool
+    dinoworld_config: Make, make_patches: Make, tmp_path: Path, log_lines: Make, use_bom: bool
 ) -> None:
     patches = make_patches(tmp_path / "patches", num_clips=40)
-    config = dino_config(
+    config = dinoworld_config(
         patches=str(patches),
         model={"use_bom": use_bom, "predictor_hidden_size": 32, "predictor_num_heads": 2},
         steps=60,
@@ -101,13 +66,13 @@ def test_dino_world_learns_what_carries_over_to_other_clips(
 
 @pytest.mark.parametrize("use_bom", [True, False])
 def test_dino_world_resumed_at_every_step_equals_uninterrupted(
-    dino_config: Make,
+    dinoworld_config: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     log_lines: Make,
     use_bom: bool,
 ) -> None:
-    config = dino_config(model={"use_bom": use_bom}, steps=3)
+    config = dinoworld_config(model={"use_bom": use_bom}, steps=3)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train_dinoworld(whole)
     read = loop.Trainer._read_numbers
@@ -131,8 +96,8 @@ def test_dino_world_resumed_at_every_step_equals_uninterrupted(
         assert log_lines(cut.out) == log_lines(whole.out)
 
 
-def test_dino_world_folder_tells_its_story(dino_config: Make, patches: Path) -> None:
-    config = dino_config(steps=2)
+def test_dino_world_folder_tells_its_story(dinoworld_config: Make, patches: Path) -> None:
+    config = dinoworld_config(steps=2)
     out = train_dinoworld(config)
     assert DINOWorld.from_pretrained(out).config == config.model
     shards = PatchShards(patches)
@@ -145,16 +110,16 @@ def test_dino_world_folder_tells_its_story(dino_config: Make, patches: Path) -> 
 
 @pytest.mark.parametrize("chunks", [Chunks(1, 4), Chunks(4, 1), Chunks(2, 3)])
 def test_portions_of_windows_and_samples_change_no_choice(
-    dino_config: Make, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
+    dinoworld_config: Make, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dino_config()
+    config = dinoworld_config()
     whole = losses_of(objective_of(config))
     monkeypatch.setattr(selection, "default_chunks", lambda *_, **__: chunks)
     torch.testing.assert_close(losses_of(objective_of(config)), whole, atol=1e-6, rtol=1e-5)
 
 
-def test_ranks_compute_the_windows_of_one_process(dino_config: Make) -> None:
-    config = dino_config()
+def test_ranks_compute_the_windows_of_one_process(dinoworld_config: Make) -> None:
+    config = dinoworld_config()
     objectives = [objective_of(config, RankSlice(rank=rank, num_ranks=2)) for rank in range(2)]
     parts = torch.cat([losses_of(objective) for objective in objectives])
     torch.testing.assert_close(parts, losses_of(objective_of(config)), atol=1e-6, rtol=1e-5)
@@ -162,8 +127,8 @@ def test_ranks_compute_the_windows_of_one_process(dino_config: Make) -> None:
     assert numbers == list(range(6))  # each draws noise of its own
 
 
-def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dino_config: Make) -> None:
-    objective = objective_of(dino_config())
+def test_selection_takes_the_lowest_loss_and_the_step_trains_it(dinoworld_config: Make) -> None:
+    objective = objective_of(dinoworld_config())
     batch = objective.read(1)
     names = [("noise", 1, int(number)) for number in batch.samples]
     x, times = batch.tensors["tokens"].float(), batch.tensors["timestamps"]
@@ -179,9 +144,9 @@ def test_dino_world_config_refuses_no_memory_for_selection() -> None:
 
 
 def test_dino_world_selects_in_bfloat16_and_tells_its_regret(
-    dino_config: Make, log_lines: Make
+    dinoworld_config: Make, log_lines: Make
 ) -> None:
-    config = dino_config(
+    config = dinoworld_config(
         steps=2, selection_dtype="bfloat16", selection_finalists=2, num_samples_schedule=((0, 6),)
     )
     train_dinoworld(config)
@@ -190,13 +155,13 @@ def test_dino_world_selects_in_bfloat16_and_tells_its_regret(
         assert 0.5 < line["selection_agreement"] <= 1
 
 
-def test_dino_world_has_no_float8(dino_config: Make) -> None:
+def test_dino_world_has_no_float8(dinoworld_config: Make) -> None:
     with pytest.raises(UsageError, match="float8: got DINO-world, wanted DeltaWorld"):
-        objective_of(dino_config(selection_dtype="float8"))
+        objective_of(dinoworld_config(selection_dtype="float8"))
 
 
-def test_a_discriminative_model_selects_nothing(dino_config: Make, log_lines: Make) -> None:
+def test_a_discriminative_model_selects_nothing(dinoworld_config: Make, log_lines: Make) -> None:
     """So nothing of the selection's settings is looked at."""
-    config = dino_config(model={"use_bom": False}, steps=2, selection_dtype="float8")
+    config = dinoworld_config(model={"use_bom": False}, steps=2, selection_dtype="float8")
     train_dinoworld(config)
     assert "selection_regret" not in log_lines(config.out, ["train"])[0]

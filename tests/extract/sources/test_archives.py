@@ -180,6 +180,30 @@ def test_metadata_that_is_no_json_is_said_and_the_video_kept(
     assert "1 members give no metadata, first one.json" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["two.cls", "two.json"])
+def test_metadata_that_cannot_be_read_is_said_and_the_video_kept(
+    write_zip: Write, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    path = write_zip("w.zip", {"one.mp4": b"1", "one.cls": b"1", "two.mp4": b"2", name: b'"2"'})
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo(name).header_offset + 30 + len(name)
+    data = bytearray(path.read_bytes())
+    data[start] ^= 0xFF  # the deflated bytes are damaged
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert [clip.label for clip in find_clips([path])] == ["1", None]
+    assert f"1 members give no metadata, first {name}" in caplog.text
+
+
+def test_large_metadata_in_a_tar_is_said(
+    write_tar: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_tar("w.tar", {"one.mp4": b"1", "one.cls": b"x" * (2**20 + 1)})
+    with caplog.at_level(logging.WARNING):
+        assert [clip.label for clip in find_clips([path])] == [None]
+    assert "1 members give no metadata, first one.cls" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["w.tar.gz", "w.tgz"])
 def test_compressed_tar_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltatok.shards import CacheMismatch, PatchShards, UsageError
+from deltatok.shards import CacheMismatch, UsageError
 from deltatok.train.config import HeadTrainConfig
 from deltatok.train.engine.devices import check_compiler
 from deltatok.train.engine.model_folder import read_provenance, read_tensors
@@ -22,44 +22,6 @@ from deltatok.train.models.heads import SegmentationHead
 
 Make = Callable[..., Any]
 HEIGHT, WIDTH = 32, 48
-
-
-@pytest.fixture
-def labels(tmp_path: Path, patches: Path) -> Path:
-    """Class of a pixel: whether channel 0 of its patch is positive; a border is ignored."""
-    shards = PatchShards(patches)
-    windows = np.arange(len(shards))
-    tokens, frames = shards.tokens(windows), shards.frame_index(windows)
-    arrays = {key: np.full((8, HEIGHT, WIDTH), 255, np.uint8) for key in shards.keys}
-    for window, clip in enumerate(shards.clip_index):
-        for frame in range(4):
-            classes = (tokens[window, frame, :, 0] > 0).reshape(2, 2).astype(np.uint8)
-            enlarged = classes.repeat(HEIGHT // 2, 0).repeat(WIDTH // 2, 1)
-            arrays[shards.keys[clip]][frames[window, frame], 2:] = enlarged[2:]
-    for key, array in arrays.items():
-        np.save(tmp_path / f"{key}.npy", array)
-    return tmp_path
-
-
-@pytest.fixture
-def head_config(tmp_path: Path, patches: Path, labels: Path) -> Callable[..., HeadTrainConfig]:
-    def make(**changed: Any) -> HeadTrainConfig:
-        fields = {
-            "patches": str(patches),
-            "labels": str(labels),
-            "num_classes": 2,
-            "out": str(tmp_path / "head"),
-            "steps": 3,
-            "batch_size": 8,
-            "warmup_steps": 1,
-            "log_every": 1,
-            "save_every": 2,
-            "validation_fraction": 0.2,
-            "device": "cpu",
-        }
-        return HeadTrainConfig(**{**fields, **changed})
-
-    return make
 
 
 def change_labels(labels: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
