@@ -13,8 +13,8 @@ power failed then. Of each that differs in more than the contents of partial fil
     the run goes on             the same command ends well, with the bytes of an undisturbed run
 
 and after the last write every tree must be the finished one: the command has said so. Then mutants:
-the undisturbed log without one of its flushes, one of each kind. All must be found but those of a folder
-that is flushed again before anything relies on it; what was not found is listed.
+the undisturbed log without one of its flushes, the last of each kind. All must be found but those
+of a folder that is flushed again before anything relies on it; what was not found is listed.
 
 --quick: no killed runs, and mutants are not resumed. Prints figures as JSON; exits with 1 if
 anything was found, or the missing flush of a file was not.
@@ -279,13 +279,13 @@ def kill_names(writes: Sequence[Write]) -> list[str]:
 def missed_mutants(
     runner: Runner, writes: list[Write], inodes: dict[str, int], *, resume: bool
 ) -> tuple[int, list[str]]:
-    """How many logs there are without one of its flushes, one of each kind: what is flushed, after
-    what; and the kind of each in which nothing is found."""
+    """How many logs there are without one of its flushes, the last of each kind: what is flushed,
+    after what; and the kind of each in which nothing is found."""
     kinds: dict[str, int] = {}
     for number, write in enumerate(writes):
         if write.is_flush:
             words = f"{write.words()} after {writes[number - 1].words()}"
-            kinds.setdefault(re.sub(r"[0-9]{6}", "NNNNNN", PARTIAL.sub(".partial", words)), number)
+            kinds[re.sub(r"[0-9]{6}", "NNNNNN", PARTIAL.sub(".partial", words))] = number
     missed = []
     for kind, number in kinds.items():
         mutant = [*writes[:number], *writes[number + 1 :]]
@@ -347,7 +347,22 @@ def make_scenarios(root: Path) -> dict[str, Scenario]:
     def mend() -> None:
         shutil.copy(new / "0000.mp4", later / "broken.mp4")
 
-    encoding = ["--patches", str(patches), "--tokenizer", str(tokenizer)]
+    mended = root / "mended"
+    shutil.copytree(later, root / "again/videos")
+
+    def encoding(cache: Path) -> Callable[[Path], list[str]]:
+        words = ["--patches", str(cache), "--tokenizer", str(tokenizer)]
+        return lambda out: [*words, "--out", str(out)]
+
+    def encoded(out: Path) -> None:
+        extracted(root / "again/videos")(mended)
+        out.parent.mkdir(parents=True)
+        assert extract(encoding(mended)(out)) == 0
+
+    def mend_patches() -> None:
+        shutil.copy(new / "0000.mp4", root / "again/videos/broken.mp4")
+        extracted(root / "again/videos", "--retry-quarantined")(mended)
+
     return {
         "extract": Scenario(command=extract, words=extraction(old)),
         "extract int8": Scenario(command=extract, words=extraction(old, "--dtype", "int8")),
@@ -363,7 +378,10 @@ def make_scenarios(root: Path) -> dict[str, Scenario]:
             before=extracted(later),
             between=mend,
         ),
-        "encode": Scenario(command=extract, words=lambda out: [*encoding, "--out", str(out)]),
+        "encode": Scenario(command=extract, words=encoding(patches)),
+        "encode retried": Scenario(
+            command=extract, words=encoding(mended), before=encoded, between=mend_patches
+        ),
         "fused": Scenario(command=extract, words=extraction(old, "--tokenizer", str(tokenizer))),
         "export": Scenario(
             command=shards, words=lambda out: ["export", str(patches), "--out", str(out)]
@@ -452,7 +470,8 @@ def main() -> int:
     if arguments.json is not None:
         arguments.json.write_text(f"{json.dumps(shown, indent=1)}\n")
     found = [one for one in shown.values() if isinstance(one, dict)]
-    return int(any(one["problems"] for one in found))
+    files = [kind for one in found for kind in one["mutants_missed"] if ".partial after" in kind]
+    return int(bool(files) or any(one["problems"] for one in found))
 
 
 if __name__ == "__main__":
