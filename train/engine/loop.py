@@ -495,9 +495,10 @@ def train_objective(
         name: shards.info.identity,
         "start_from": started_from,
         "windows": shards.arrangement,  # a run cannot go on with them under other numbers
+        "order": "shuffled windows",  # nor in another order
     }
     if config.residency == "stream" and config.ORDER_FOLLOWS_RESIDENCY:
-        data["order"] = "blocks"  # nor in another order
+        data["order"] = "shuffled blocks"
     run = TrainingRun(
         command=command,
         config=config,

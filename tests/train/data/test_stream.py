@@ -3,6 +3,7 @@
 import itertools
 import sys
 import time
+import tracemalloc
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,32 @@ def test_a_group_is_used_up_before_the_next_is_begun() -> None:
     groups = (seen // 8).reshape(10, 32)
     assert all(len(np.unique(group)) == 4 for group in groups)
     assert any(not np.array_equal(group, np.sort(group)) for group in groups)
+
+
+def test_blocks_of_any_sizes_some_without_windows_give_each_window_once() -> None:
+    rng = np.random.default_rng(7)
+    starts = np.append(0, np.cumsum(rng.integers(1, 20, 60)))
+    training = np.flatnonzero(np.repeat(rng.random(60) < 0.6, np.diff(starts)))  # whole blocks
+    for group_windows in (1, 100, 10**6):
+        order = StreamOrder(
+            training, 1, 0, block_starts=starts, group_windows=group_windows
+        )  # batches of one: none is dropped
+        for epoch in range(2):
+            steps = range(epoch * len(training), (epoch + 1) * len(training))
+            assert np.array_equal(np.sort([order.at(step)[0] for step in steps]), training)
+
+
+def test_of_a_large_cache_an_epoch_of_blocks_is_drawn_in_small_memory() -> None:
+    starts = np.append(np.arange(0, 4_000_000, 4), 4_000_000)  # a million blocks
+    order = order_of(4_000_000, 4, per_batch=1024, group_windows=4096)
+    assert len(order.block_starts) == len(starts)
+    order.at(0)  # how many windows lie before every block: once a run
+    tracemalloc.start()
+    batch = order.at(order.steps_per_epoch + 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(np.unique(batch)) == 1024
+    assert peak < 6e6  # 65,536 blocks at a time; 32 MB would be a table of the windows
 
 
 def test_epochs_and_seeds_differ_and_steps_are_reproducible() -> None:
@@ -211,7 +238,7 @@ def test_auto_takes_the_first_place_with_room(
 
 def test_a_run_goes_on_in_the_order_it_began_with(world_config: Callable[..., Any]) -> None:
     train_world(world_config(residency="stream", steps=2))
-    with pytest.raises(CacheMismatch, match="data order is 'blocks'"):
+    with pytest.raises(CacheMismatch, match="data order is 'shuffled blocks'"):
         train_world(world_config(residency="memory", steps=4))
     train_world(world_config(residency="stream", steps=4))
 

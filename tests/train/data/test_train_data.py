@@ -1,5 +1,7 @@
 """Which windows and pairs a step sees, on any rank, at any step, from memory or from the files."""
 
+import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,8 @@ from deltatok.train.data.batches import (
 from deltatok.train.data.order import (
     BatchOrder,
     RankSlice,
-    permutation,
     seed_for,
+    shuffled,
     split_windows,
     spread,
     uniforms,
@@ -57,8 +59,77 @@ def frames_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_draws_are_fixed_for_ever() -> None:
     assert seed_for("x", 1) == 1932608560750457597
-    assert permutation(6, 0, "order", 0).tolist() == [1, 4, 0, 2, 5, 3]
+    assert shuffled(np.arange(6), 6, 0, "order", 0).tolist() == [0, 1, 5, 4, 3, 2]
+    assert shuffled(np.arange(3), 10**8, 0, "order", 0).tolist() == [53896265, 62305533, 14832852]
     assert uniforms(2, 0, "u").round(12).tolist() == [0.616845987287, 0.301734884751]
+
+
+SIZES = [*range(1, 130), 1021, 4093, 65521, *(2**k + d for k in (8, 10, 16) for d in (-1, 0, 1))]
+
+
+def test_order_is_a_permutation_of_any_size() -> None:
+    for size in SIZES:
+        assert np.array_equal(np.sort(shuffled(np.arange(size), size, 5)), np.arange(size)), size
+
+
+def test_orders_differ_by_seed_and_epoch() -> None:
+    drawn = {
+        tuple(shuffled(np.arange(64), 64, seed, "order", epoch).tolist())
+        for seed in range(20)
+        for epoch in range(20)
+    }
+    assert len(drawn) == 400
+
+
+def chi_squared_z(values: np.ndarray, cells: int) -> float:
+    """By how many standard deviations chi-squared exceeds that of uniform `values` 0..cells-1."""
+    counts = np.bincount(values.ravel(), minlength=cells)
+    expected = values.size / cells
+    chi_squared = ((counts - expected) ** 2).sum() / expected
+    return float((chi_squared - (cells - 1)) / np.sqrt(2 * (cells - 1)))
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_every_order_of_a_few_windows_comes_out_as_often(size: int) -> None:
+    num_orders = math.factorial(size)
+    orders = [shuffled(np.arange(size), size, key) for key in range(30 * num_orders)]
+    codes = np.stack(orders) @ size ** np.arange(size)
+    _, which = np.unique(codes, return_inverse=True)
+    assert abs(chi_squared_z(which, num_orders)) < 4
+
+
+@pytest.mark.parametrize("size", [64, 1000, 1024, 4093])
+def test_places_and_neighbours_are_uniform(size: int) -> None:
+    rows = np.stack([shuffled(np.arange(size), size, "test", key) for key in range(1000)])
+    for position in (0, 1, size // 2, size - 1):
+        assert abs(chi_squared_z(rows[:, position], size)) < 4
+    for distance in (1, 2, math.isqrt(size - 1) + 1, size // 2):
+        steps = (rows[:, distance:] - rows[:, :-distance]) % size  # never 0
+        assert abs(chi_squared_z(steps - 1, size - 1)) < 4, distance
+
+
+@pytest.mark.parametrize("size", [4093, 10**6, 10**8, 2**40])
+def test_positions_are_not_correlated_with_what_stands_there(size: int) -> None:
+    positions = np.arange(min(size, 200_000))
+    for epoch in range(3):
+        drawn = shuffled(positions, size, 1, "order", epoch) / size - 0.5
+        limit = 4 / math.sqrt(len(drawn))  # four standard deviations
+        assert abs(12 * (drawn[1:] * drawn[:-1]).mean()) < limit  # neighbours
+        assert abs(np.corrcoef(positions, drawn)[0, 1]) < limit
+        other = shuffled(positions, size, 1, "order", epoch + 3) / size - 0.5
+        assert abs(12 * (drawn * other).mean()) < limit  # epochs
+        assert chi_squared_z(((drawn + 0.5) * 1000).astype(int), 1000) < 4  # none comes twice: less
+
+
+def test_a_batch_of_a_hundred_million_windows_takes_memory_of_a_batch() -> None:
+    order = BatchOrder(np.broadcast_to(np.int64(7), (100_000_000,)), per_batch=1024, seed=3)
+    order.at(0)
+    tracemalloc.start()
+    batch = order.at(12_345_678)  # in epoch 126
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert batch.tolist() == [7] * 1024
+    assert peak < 20 * batch.nbytes
 
 
 def test_epoch_gives_every_window_at_most_once_and_drops_the_rest() -> None:
