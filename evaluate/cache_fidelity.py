@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import compare
-from ..shards.devices import DEVICES, choose_device, precision_name
+from ..shards.devices import DEVICES, choose_device, memory_errors, precision_name
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.evaluation.labels import ClipLabels
 from ..shards.evaluation.targets import last_frames
@@ -266,7 +266,11 @@ def run_cache_fidelity(config: CacheFidelityConfig) -> dict[str, Any]:
         chosen = np.linspace(0, len(windows[0]), config.max_windows, endpoint=False).astype(int)
         windows = windows[0][chosen], windows[1][chosen]
     judges = _judges(config, caches[1], device)
-    with torch.inference_mode(), tqdm(total=len(windows[0]), unit="window", disable=None) as bar:
+    with (
+        memory_errors("comparing", lambda: f"lower batch_windows, now {config.batch_windows}"),
+        torch.inference_mode(),
+        tqdm(total=len(windows[0]), unit="window", disable=None) as bar,
+    ):
         for numbers, ours, theirs in _batches(config, caches, windows):
             for judge in judges:
                 judge.add(numbers, ours.to(device), theirs.to(device))

@@ -1,6 +1,6 @@
 """Which shards of a cache are done, whose the others are, and closing the cache when all are done.
 
-    plan.jsonl --part of this process--> the shards it makes --> shards/NNNNNN.json, one a shard
+    plan.json --part of this process--> the shards it makes --> shards/NNNNNN.json, one a shard
     all shards there --> quarantine.jsonl, index.jsonl, cache.json `complete`
 
 Everything is counted from the done-records alone, so that a resumed run knows what an uninterrupted
@@ -14,12 +14,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from ..shards.cache import finish_cache, read_cache_info, reopen_cache
 from ..shards.errors import DamagedShard, TooManyQuarantined, UsageError
 from ..shards.files import remove_partials
-from ..shards.plan import PlanEntry, clips_by_shard, read_plan
+from ..shards.plan import Plan, PlanEntry, remove_strangers
 from ..shards.records import (
     DoneRecord,
     Quarantined,
@@ -43,9 +44,6 @@ _REWRITE_SHARE = 20
 """quarantine.jsonl is written whole, so at most 1/20 of the time goes to that."""
 
 _LOGGER = logging.getLogger(__name__)
-
-Plan = dict[int, list[PlanEntry]]
-"""Shard -> its clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +121,8 @@ class Ledger:
     plan: Plan
     windows: dict[int, int] = field(default_factory=dict)
     """Finished shard -> its windows."""
+    clips: dict[int, int] = field(default_factory=dict)
+    """Finished shard -> its clips, those in quarantine too."""
     size_bytes: dict[int, int] = field(default_factory=dict)
     """Finished shard -> bytes of its files."""
     in_quarantine: dict[int, list[Quarantined]] = field(default_factory=dict)
@@ -136,17 +136,20 @@ class Ledger:
         Raises DamagedShard for a done-record that does not belong to the plan.
         """
         ledger = cls(folder, plan)
-        for shard in done_shards(folder):
+        done = set(done_shards(folder))
+        none: list[PlanEntry] = []
+        strangers = ((shard, none) for shard in sorted(done) if shard >= plan.num_shards)
+        for shard, entries in chain(plan.shards(done), strangers):
             record = read_done(folder, shard)
             if record is not None:
-                _check_clips(folder, record, plan.get(shard, []))
+                _check_clips(folder, record, entries)
                 ledger.add(record)
         return ledger
 
     def refresh(self) -> None:
         """Counts the shards that other processes finished since."""
         for shard in done_shards(self.folder):
-            if shard in self.plan and shard not in self.windows:
+            if shard < self.plan.num_shards and shard not in self.windows:
                 record = read_done(self.folder, shard)
                 if record is not None:
                     self.add(record)
@@ -155,6 +158,7 @@ class Ledger:
         """Counts a shard; one that was counted before is replaced."""
         self._forget(record.shard)
         self.windows[record.shard] = record.rows
+        self.clips[record.shard] = len(record.keys) + len(record.quarantined)
         self.size_bytes[record.shard] = sum(int(file["bytes"]) for file in record.files.values())
         if record.quarantined:
             self.in_quarantine[record.shard] = record.quarantined
@@ -167,7 +171,7 @@ class Ledger:
     @property
     def missing(self) -> list[int]:
         """Shards of the plan that are not done, ascending."""
-        return [shard for shard in self.plan if shard not in self.windows]
+        return [shard for shard in range(self.plan.num_shards) if shard not in self.windows]
 
     @property
     def quarantined(self) -> list[Quarantined]:
@@ -178,7 +182,7 @@ class Ledger:
         """The totals for cache.json; num_frames: of a window."""
         windows = sum(self.windows.values())
         return {
-            "clips": self._num_clips(),
+            "clips": self.plan.num_clips,
             "quarantined": len(self.quarantined),
             "windows": windows,
             "frames": windows * num_frames,
@@ -200,13 +204,13 @@ class Ledger:
     def check_certain(self, max_quarantined: float) -> None:
         """Raises TooManyQuarantined if the run is bound to end so and is large."""
         num = len(self.quarantined)
-        if num >= EARLY_STOP_CLIPS and num / self._num_clips() > max_quarantined:
+        if num >= EARLY_STOP_CLIPS and num / self.plan.num_clips > max_quarantined:
             self.list_quarantined(now=True)
             self.check(max_quarantined, what="stopped early, finished shards stay")
 
     def check(self, max_quarantined: float, *, what: str = "finished") -> None:
         """Raises TooManyQuarantined if more than this share of the clips, 0..1, is missing."""
-        num, num_clips = len(self.quarantined), self._num_clips()
+        num, num_clips = len(self.quarantined), self.plan.num_clips
         if num / num_clips > max_quarantined:
             raise TooManyQuarantined(
                 f"{self.folder}: {what}: {num} of {num_clips} clips "
@@ -216,11 +220,8 @@ class Ledger:
                 "accepts them"
             )
 
-    def _num_clips(self) -> int:
-        return sum(map(len, self.plan.values()))
-
     def _forget(self, shard: int) -> None:
-        for known in (self.windows, self.size_bytes, self.in_quarantine):
+        for known in (self.windows, self.clips, self.size_bytes, self.in_quarantine):
             known.pop(shard, None)
 
 
@@ -236,7 +237,7 @@ def close_cache(folder: Path, *, num_frames: int, changed: bool, part: Part) -> 
     changed: whether this process made a shard. Otherwise nothing is written where all is done.
     Where others have shards to make yet, says so and leaves it to them.
     """
-    ledger = Ledger.read(folder, clips_by_shard(read_plan(folder)))
+    ledger = Ledger.read(folder, Plan.open(folder))
     counts = ledger.counts(num_frames=num_frames)
     if ledger.missing:
         if changed:
@@ -247,13 +248,14 @@ def close_cache(folder: Path, *, num_frames: int, changed: bool, part: Part) -> 
             "without launcher and --shard-of it makes all that is left",
             folder,
             len(ledger.windows),
-            len(ledger.plan),
+            ledger.plan.num_shards,
             part.elsewhere(ledger.missing),
         )
         return ledger
     info = read_cache_info(folder)
     if changed or not info.complete or info.counts != counts:
         remove_partials(folder / "shards", stale_after_s=STALE_AFTER_S)
+        remove_strangers(folder)
         ledger.list_quarantined(now=True)
         finish_cache(folder, counts)
     return ledger
@@ -263,6 +265,6 @@ def _check_clips(folder: Path, record: DoneRecord, planned: Sequence[PlanEntry])
     done = {*record.keys, *(entry.clip for entry in record.quarantined)}
     if done != {entry.key for entry in planned}:
         raise DamagedShard(
-            f"{folder}: shard {record.shard:06d} was made of other clips than plan.jsonl says: "
-            "plan.jsonl or shards/ was changed: restore it, or extract into another folder"
+            f"{folder}: shard {record.shard:06d} was made of other clips than the plan says: "
+            "the plan or shards/ was changed: restore it, or extract into another folder"
         )

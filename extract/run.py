@@ -1,6 +1,6 @@
 """run_extraction: videos in, a cache out, resumable after any kill, by any number of processes.
 
-    find clips -> cache.json -> plan.jsonl -> for every shard of this process's part that has no
+    find clips -> cache.json -> plan.json -> for every shard of this process's part that has no
     done-record: decode -> crop, resize, flip -> backbone -> convert -> write -> done-record
     -> once all shards are done: quarantine.jsonl, index.jsonl, cache.json marked complete
 
@@ -11,24 +11,22 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..shards.cache import open_cache
-from ..shards.errors import CacheMismatch, DeltatokError
+from ..shards.devices import memory_errors
+from ..shards.errors import CacheMismatch
 from ..shards.files import disk_errors, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.plan import (
     PLAN,
-    clips_by_shard,
-    extend_plan,
+    Plan,
+    PlanEntry,
+    check_same_clips,
+    longer_plan,
     make_plan,
     mended_plan,
-    read_plan,
-    replace_plan,
     write_plan,
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
@@ -41,7 +39,7 @@ from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, Pixels, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
-from .ledger import Ledger, Part, Plan, close_cache, reopen
+from .ledger import Ledger, Part, close_cache, reopen
 from .progress import Progress
 from .shard_queue import ShardQueue
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
@@ -198,9 +196,9 @@ def make_shards(
     on_cpu = backbone.device.type == "cpu"
     num_ahead = 0 if on_cpu else max(1, run.batch_frames // config.num_frames)
     features = WindowFeatures(backbone, run.writer, config)
-
+    doing = f"backbone, {config.frame_size} pixels"
     with (
-        _memory_errors(run),
+        memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"),
         ShardWriterThread(
             run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=when_done
         ) as sink,
@@ -245,17 +243,6 @@ def _decoded(
         yield from prefetcher.clips(pool.decode(clips))
 
 
-@contextmanager
-def _memory_errors(run: RunContext) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeltatokError(
-            f"the backbone ran out of memory with batches of {run.batch_frames} frames of "
-            f"{run.config.frame_size} pixels: lower batch_frames and run again"
-        ) from error
-
-
 def clips_per_shard(config: ExtractConfig) -> int:
     """How many whole clips make about `frames_per_shard` frames, at least one."""
     windows = config.num_windows if config.sampling == "windows" else UNIFORM_WINDOWS
@@ -272,29 +259,29 @@ def begin(
         remove_partials(out)
         remove_partials(out / "shards")
         by_key = {clip.key: clip for clip in clips}
-        plan = _follow_plan(config, list(by_key.values()))
+        plan = _follow_plan(config, by_key)
         ledger = Ledger.read(out, plan)
         again = set(ledger.in_quarantine) if config.retry_quarantined else set()
-        to_make = [
+        to_make = {
             shard
-            for shard in plan
+            for shard in range(plan.num_shards)
             if shard in part and (shard not in ledger.windows or shard in again)
-        ]
-        _check_sources(out, plan, to_make, by_key)
+        }
+        shards = _clips_of_shards(plan, to_make, by_key)
         if to_make:
             reopen(out)
-        for shard in again.intersection(to_make):
+        for shard in sorted(again & to_make):
             ledger.take_back(shard)
-    return ledger, {shard: [by_key[entry.key] for entry in plan[shard]] for shard in to_make}
+    return ledger, shards
 
 
 def progress_of(
     ledger: Ledger, part: Part, shards: Mapping[int, Sequence[Clip]], watch: Stopwatch
 ) -> Progress:
     """The progress line of making `shards`, which are what is left of `part`."""
-    num_clips = sum(len(ledger.plan[shard]) for shard in ledger.plan if shard in part)
-    num_left = sum(map(len, shards.values()))
-    return Progress(watch, num_clips=num_clips, num_before=num_clips - num_left)
+    num_done = sum(count for shard, count in ledger.clips.items() if shard in part)
+    num_clips = num_done + sum(map(len, shards.values()))
+    return Progress(watch, num_clips=num_clips, num_before=num_done)
 
 
 def note_done(
@@ -320,7 +307,7 @@ def note_done(
         record.rows,
         len(record.keys),
         len(ledger.windows),
-        len(ledger.plan),
+        ledger.plan.num_shards,
     )
     ledger.check_certain(config.max_quarantined)
 
@@ -345,34 +332,43 @@ def finish(
     return summary
 
 
-def _follow_plan(config: ExtractConfig, clips: Sequence[Clip]) -> Plan:
-    """The plan for `clips`. One that is there is followed, or with --append made longer; with
-    --retry-quarantined clips that were not there, and now are, are filled in.
+def _follow_plan(config: ExtractConfig, clips: Mapping[str, Clip]) -> Plan:
+    """The plan for `clips`, by key. One that is there is followed, or with --append made longer;
+    with --retry-quarantined clips that were not there, and now are, are filled in.
 
     Raises CacheMismatch if it is for other clips, without --append. Several processes may do so at
     once: each would write the same bytes.
     """
     out = Path(config.out)
-    num_clips = clips_per_shard(config)
-    if config.append and (out / PLAN).exists():
-        known = {entry.key for entry in read_plan(out)}
-        if not known.issuperset(clip.key for clip in clips):
-            reopen(out)  # first: a finished cache.json tells the hash of its plan
-        plan = extend_plan(out, clips, clips_per_shard=num_clips, seed=config.seed)
-        return clips_by_shard(plan)
-    made = make_plan(clips, clips_per_shard=num_clips, seed=config.seed)
-    if config.retry_quarantined and (mended := mended_plan(out, made)) is not None:
-        reopen(out)
-        replace_plan(out, mended)
-    return clips_by_shard(write_plan(out, made))
+    num_clips, seed = clips_per_shard(config), config.seed
+    if not (out / PLAN).exists():
+        return write_plan(out, make_plan(clips.values(), clips_per_shard=num_clips, seed=seed))
+    plan = stored = Plan.open(out)
+    if config.retry_quarantined:
+        plan = mended_plan(plan, clips)
+    if config.append:
+        plan = longer_plan(plan, clips, clips_per_shard=num_clips, seed=seed)
+    else:
+        check_same_clips(plan, clips)
+    if plan != stored:
+        reopen(out)  # first: a finished cache.json tells the hash of its plan
+        plan.commit()
+    return plan
 
 
-def _check_sources(folder: Path, plan: Plan, shards: Sequence[int], known: Container[str]) -> None:
-    """Raises CacheMismatch unless all clips that are still to be read are among those given."""
-    missing = [entry for shard in shards for entry in plan[shard] if entry.key not in known]
+def _clips_of_shards(
+    plan: Plan, shards: Container[int], clips: Mapping[str, Clip]
+) -> dict[int, list[Clip]]:
+    """Number -> clips in plan order, of these shards; CacheMismatch unless all are in `clips`."""
+    found: dict[int, list[Clip]] = {}
+    missing: list[PlanEntry] = []
+    for shard, entries in plan.shards(shards):
+        missing += [entry for entry in entries if entry.key not in clips]
+        found[shard] = [clips[entry.key] for entry in entries if entry.key in clips]
     if missing:
         raise CacheMismatch(
-            f"{folder}: clip {missing[0].key!r} is in a shard that is not done, but not among the "
-            f"videos given ({len(missing)} such clips; it came from {missing[0].source}): give the "
-            "old videos as well"
+            f"{plan.folder}: clip {missing[0].key!r} is in a shard that is not done, but not among "
+            f"the videos given ({len(missing)} such clips; it came from {missing[0].source}): give "
+            "the old videos as well"
         )
+    return found

@@ -28,7 +28,7 @@ from ..shards.errors import UsageError
 from ..shards.interrupts import StopRequest
 from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
-from ..shards.plan import PlanEntry, read_plan
+from ..shards.plan import Plan, PlanEntry
 from ..shards.records import quarantined_of, read_all_done
 from ..train.models.deltatok import DeltaTok
 from .commands.shards import VerifyConfig
@@ -86,7 +86,8 @@ def audit_cache(config: VerifyConfig) -> AuditReport:
     rng = np.random.Generator(np.random.PCG64(config.seed or 0))
     count = min(config.audit or 0, len(stored.keys))
     keys = sorted(stored.keys[i] for i in rng.choice(len(stored.keys), size=count, replace=False))
-    planned = {entry.key: entry for entry in read_plan(folder)}
+    chosen = set(keys)
+    planned = {entry.key: entry for entry in Plan.open(folder) if entry.key in chosen}
     clips = _find(config, keys, planned)
     errors, differing = [0.0], {}
     with tempfile.TemporaryDirectory() as out, StopRequest() as stop, stop.at_once():

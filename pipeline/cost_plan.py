@@ -47,7 +47,7 @@ from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.files import size_text
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
-from ..shards.plan import make_plan, num_shards, plan_order
+from ..shards.plan import plan_order
 from ..shards.records import Quarantined, quarantined_of, read_all_done
 from ..shards.tools.export import ClipSelection, export_cache
 from ..train.config import TokenizeConfig
@@ -185,7 +185,6 @@ def plan_extraction(
             slowest_stage=done.slowest_stage,
         )
 
-    entries = make_plan(clips, clips_per_shard=clips_per_shard(extraction), seed=config.seed)
     weights = {key: _weight(clip, policy) for key, clip in usable.items()}
     default = max(SAMPLE_CLIPS, SAMPLE_CLIPS_PER_WORKER * workers)
     with _trials(try_out, Path(config.out), num_clips=num_clips, default=default) as trials:
@@ -203,7 +202,7 @@ def plan_extraction(
             out=config.out,
             kind="deltas" if fused else config.dtype,
             num_windows=given.sum() * sum(weights.values()) / max(tried.sum(), 1),
-            shards=num_shards(entries),
+            shards=math.ceil(len(clips) / clips_per_shard(extraction)),
             grid=math.prod(backbone.grid(config.frame_size)),
             device=backbone.device,
             workers=workers,

@@ -10,7 +10,6 @@ for whoever gets the folder without knowing why.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,9 +26,9 @@ from .files import (
     write_bytes,
     write_json,
 )
-from .plan import PLAN, count_planned
+from .plan import PLAN, Plan
 from .records import INDEX, StoredFile, index_line, iterate_done
-from .schema import ADVICE, STORED, is_number, load, read_json, shown
+from .schema import ADVICE, STORED, canonical_json, load, plain, read_json, shown
 
 PATCHES = "deltatok-patches"
 DELTAS = "deltatok-deltas"
@@ -37,6 +36,8 @@ BLACK = "black.npy"
 CHANNEL_SCALE = "channel_scale.npy"
 NOTICE = "NOTICE.txt"
 FORMAT_VERSION = 1
+UNRELEASED_PLAN = "plan.jsonl"
+"""Only caches have it that were made before format 1 was fixed."""
 
 MAX_AXIS = 2**20
 """No axis of a cache (frames, tokens, channels) is longer: a guard against absurd values."""
@@ -62,14 +63,6 @@ def checksum(value: Mapping[str, Any]) -> str:
     """ "sha256:" + the hash of a JSON object as `canonical_json`, without its field `checksum`."""
     text = canonical_json({name: item for name, item in value.items() if name != "checksum"})
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def canonical_json(value: Any) -> str:
-    """`value` as JSON with sorted keys and no spaces, ASCII only; a float that is a whole number
-    is written as an integer, so that 1 and 1.0 are the same setting."""
-    return json.dumps(
-        plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
 
 
 def compare(
@@ -119,17 +112,6 @@ def flatten(values: Mapping[str, Any], *, under: str = "") -> dict[str, Any]:
         else:
             found[f"{under}{name}"] = value
     return found
-
-
-def plain(value: Any) -> Any:
-    """`value` with tuples as lists and whole floats as integers, all the way down."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and is_number(value) and value.is_integer():
-        return int(value)
-    return value
 
 
 def _below(name: str, prefix: str) -> bool:
@@ -256,6 +238,11 @@ def read_cache_info(folder: Path | str, *, format: str | None = None) -> CacheIn
     if not path.is_file():
         raise CacheMismatch(f"{folder}: not a deltatok cache (it has no cache.json)")
     info = parse_cache_info(read_json(path), where=str(path))
+    if UNRELEASED_PLAN in info.files or (folder / UNRELEASED_PLAN).exists():
+        raise CacheMismatch(
+            f"{folder}: made before format 1 was fixed (it has {UNRELEASED_PLAN}): extract again, "
+            "into another folder"
+        )
     if format is not None and info.format != format:
         raise CacheMismatch(f"{folder}: is a {info.format} cache, wanted a {format} cache")
     return info
@@ -315,7 +302,7 @@ def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
         index += index_line(entry)
         done.append(entry.shard)
         num_windows += entry.rows
-    wanted = count_planned(folder) if (folder / PLAN).is_file() else len(done)
+    wanted = Plan.open(folder).num_shards if (folder / PLAN).is_file() else len(done)
     if done != list(range(wanted)):
         raise CacheMismatch(
             f"{folder}: {len(done)} shards are done, wanted the {wanted} of the plan: "

@@ -1,14 +1,16 @@
-"""Which device a command computes on, and in which precision. torch is imported when it is asked.
+"""Which device a command computes on, in which precision, and what is said when its memory is full.
+torch is imported when it is asked.
 
 torchrun and accelerate tell each process which one it is on its machine by LOCAL_RANK, srun by
 SLURM_LOCALID, and how many there are by LOCAL_WORLD_SIZE.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .errors import UsageError
+from .errors import DeltatokError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,23 @@ def choose_device(name: str, *, automatic: Sequence[str] = ("cuda", "cpu")) -> "
             f"device {name}: cannot be used here ({reason}): wanted auto, cpu, mps, cuda or cuda:N"
         ) from error
     return device
+
+
+@contextmanager
+def memory_errors(doing: str, advice: Callable[[], str]) -> Iterator[None]:
+    """What is within and finds no more memory on the device raises a DeltatokError.
+
+    doing: what, with its sizes. advice: asked for then; which settings to lower, with their values.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise DeltatokError(
+            f"{doing}: out of memory ({reason}): {advice()}, and run again"
+        ) from error
 
 
 def precision_name(precision: str, device: "torch.device") -> str:

@@ -26,9 +26,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import PATCHES, CacheInfo, canonical_json, read_cache_info
+from .cache import PATCHES, CacheInfo, read_cache_info
 from .errors import CacheMismatch, DamagedShard, UsageError, damaged_shard
-from .plan import PLAN, PlanEntry, num_shards, read_plan
+from .plan import PLAN, Plan, PlanEntry
 from .records import (
     INDEX,
     DoneRecord,
@@ -40,6 +40,7 @@ from .records import (
     read_index,
     read_indexed,
 )
+from .schema import canonical_json
 from .windows import WindowColumns
 
 EAGER_SHARDS = 500
@@ -214,7 +215,7 @@ class CacheReader(ABC, Generic[Scalar]):
         chosen = np.ones(len(self.keys), dtype=np.bool_)
         where = str(self.folder)
         if clips is not None:
-            planned = {entry.key for entry in read_plan(self.folder)}
+            planned = {entry.key for entry in self._plan()}
             names = known_names(clips, planned, what="clip", where=where)
             chosen &= np.array([key in names for key in self.keys], dtype=np.bool_)
         for wanted, column, what in (
@@ -228,9 +229,8 @@ class CacheReader(ABC, Generic[Scalar]):
 
     @cached_property
     def _planned(self) -> list[PlanEntry]:
-        """What plan.jsonl says of the clips of `keys`; DamagedShard if it lacks one."""
-        sha256 = self.info.files.get(PLAN, {}).get("sha256")
-        entries = {entry.key: entry for entry in read_plan(self.folder, sha256=sha256)}
+        """What the plan says of the clips of `keys`; DamagedShard if it lacks one."""
+        entries = {entry.key: entry for entry in self._plan()}
         missing = [key for key in self.keys if key not in entries]
         if missing:
             raise DamagedShard(
@@ -238,6 +238,9 @@ class CacheReader(ABC, Generic[Scalar]):
                 "restore the file"
             )
         return [entries[key] for key in self.keys]
+
+    def _plan(self) -> Plan:
+        return Plan.open(self.folder, sha256=self.info.files.get(PLAN, {}).get("sha256"))
 
     def _from_the_front(self, numbers: NDArray[Any]) -> NDArray[Any]:
         if numbers.dtype.kind != "i":
@@ -281,7 +284,7 @@ def _shard_entries(
     if info.complete:
         _check_totals(folder, info, entries)
     elif not allow_incomplete:
-        wanted = num_shards(read_plan(folder)) if (folder / PLAN).is_file() else "?"
+        wanted = Plan.open(folder).num_shards if (folder / PLAN).is_file() else "?"
         raise CacheMismatch(
             f"{folder}: extraction has not finished, {len(entries)} of {wanted} shards: "
             "run deltatok-extract again"

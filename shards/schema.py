@@ -75,6 +75,25 @@ def parse_json(data: bytes, *, where: str) -> Any:
         raise DamagedShard(f"{where}: not valid JSON ({error}): {_ADVICE}") from error
 
 
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys and no spaces, ASCII only; a float that is a whole number
+    is written as an integer, so that 1 and 1.0 are the same setting."""
+    return json.dumps(
+        plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+
+
+def plain(value: Any) -> Any:
+    """`value` with tuples as lists and whole floats as integers, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and is_number(value) and value.is_integer():
+        return int(value)
+    return value
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 

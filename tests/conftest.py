@@ -1,6 +1,7 @@
 """For the whole suite: the --golden option, a check of which deltatok is being tested, what may be
 skipped, and a writer of tiny evaluation caches."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -257,6 +258,39 @@ def _write_evaluation_cache(
     write_patch_shard(folder, 0, rows, dtype="float16", seed=0)
     finish_cache(folder, {"windows": len(clip), "clips": len(entries)})
     return dict(read_targets(folder))
+
+
+EditPlan = Callable[[Path, Callable[[list[Any]], object]], None]
+
+
+@pytest.fixture(scope="session")
+def edit_plan() -> EditPlan:
+    """Gives edit_plan(folder, edit): `edit` changes the lines of the plan's only part, as parsed
+    JSON; plan.json fits them then, and cache.json forgets its hash."""
+
+    def write(folder: Path, edit: Callable[[list[Any]], object]) -> None:
+        plan = json.loads((folder / "plan.json").read_text())
+        (part,) = plan["parts"]
+        path = folder / part["file"]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        edit(lines)
+        path.unlink()
+        data = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+        digest = hashlib.sha256(data).hexdigest()
+        clips = [line.get("clips") if isinstance(line, dict) else None for line in lines]
+        counts = {
+            "shards": len(lines),
+            "clips": sum(len(each) for each in clips if isinstance(each, list)),
+        }
+        name = f"plan/000000-{digest[:16]}.jsonl"
+        part |= {"file": name, "sha256": digest, "bytes": len(data), **counts}
+        (folder / name).write_bytes(data)
+        (folder / "plan.json").write_text(json.dumps(plan | counts))
+        info = json.loads((folder / "cache.json").read_text())
+        info["files"].pop("plan.json", None)
+        (folder / "cache.json").write_text(json.dumps(info))
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -149,6 +149,12 @@ class TrainConfig:
                 "not including, 1"
             )
 
+    def memory_settings(self, num_ranks: int) -> list[str]:
+        """What to do to the settings that memory on the device depends on, with their values."""
+        size = self.micro_batch_size or self.batch_size // num_ranks
+        settings = [f"lower micro_batch_size, now {size}"] if size > 1 else []
+        return [*settings, *["set residency memory, now device"] * (self.residency == "device")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainConfig(TrainConfig):
@@ -265,6 +271,10 @@ class SelectionConfig(TrainConfig):
             )
         for _, num_samples in self.num_samples_schedule:
             check_at_least(1, num_samples_schedule=num_samples)
+
+    def memory_settings(self, num_ranks: int) -> list[str]:
+        now = self.selection_memory_mb or "unset: 1024"
+        return [*super().memory_settings(num_ranks), f"lower selection_memory_mb, now {now}"]
 
     def num_samples_at(self, step: int, *, default: int) -> int:
         """Candidates of a step (from 0); default: where no schedule says it."""

@@ -29,17 +29,16 @@ from ..shards.cache import (
     CacheShape,
     finish_cache,
     open_cache,
-    plain,
     read_cache_info,
     reopen_cache,
 )
 from ..shards.deltas.writer import write_delta_shard
-from ..shards.devices import precision_name
+from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove, remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
-from ..shards.plan import longer_plan, read_plan, replace_plan, write_plan
+from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
 from ..shards.records import (
     DoneRecord,
     append_timing,
@@ -49,6 +48,7 @@ from ..shards.records import (
     write_quarantine,
 )
 from ..shards.sampling import UniformDraws
+from ..shards.schema import plain
 from ..shards.stopwatch import Stopwatch
 from ..shards.windows import ShardRows
 from .config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
@@ -252,11 +252,8 @@ def num_windows_of(part: ShardPart, draws: UniformDraws | None) -> int:
 
 def begin_deltas(config: TokenizeConfig, work: Sequence[ShardPart]) -> None:
     """Makes the begun cache ready for the shards of `work`: the plan, nothing left over."""
-    out, plan = Path(config.out), read_plan(config.patches)
-    if (longer := longer_plan(out, plan)) is not None:
-        reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
-        replace_plan(out, longer)
-    write_plan(out, plan)
+    out = Path(config.out)
+    _follow_plan(out, Plan.open(config.patches))
     remove_partials(out)
     remove_partials(out / "shards")
     _forget_outdated(out, work)
@@ -270,10 +267,11 @@ def finish_deltas(
     info = read_cache_info(out)
     if not info.complete:
         num_windows = sum(num_windows_of(part, draws) for part in work)
+        remove_strangers(out)
         finish_cache(
             out,
             {
-                "clips": len(read_plan(out)),
+                "clips": Plan.open(out).num_clips,
                 "quarantined": len(write_quarantine(out)),
                 "windows": num_windows,
                 "frames": num_windows * info.shape.num_frames,
@@ -281,6 +279,18 @@ def finish_deltas(
             },
         )
     logger.info("%d windows of delta tokens are in %s", read_cache_info(out).counts["windows"], out)
+
+
+def _follow_plan(out: Path, plan: Plan) -> None:
+    """Makes `plan`, of the patch cache, that of the delta cache; one that is there may be its
+    beginning, or that of before clips were tried again."""
+    if (out / PLAN).exists():
+        stored = Plan.open(out)
+        if stored == plan:
+            return
+        begins(stored, plan, may_be_mended=True)
+        reopen_cache(out)  # first: a finished cache.json tells the hash of its plan
+    copied_plan(plan, out).commit()
 
 
 def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
@@ -334,7 +344,9 @@ class DeltaEncoder:
         """Encodes and writes the delta shard of one patch shard."""
         out, shard = Path(self.config.out), part.record.shard
         meter = Meter("windows", self.accelerator.device)
-        rows = self.rows(part, meter)
+        advice = f"lower batch_windows, now {self.config.batch_windows}"
+        with memory_errors("encoding", lambda: advice):
+            rows = self.rows(part, meter)
         with self.watch.at("write"):
             # Stored windows are permuted already, drawn ones come clip by clip.
             seed = None if self.draws is None else self.config.seed or 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...shards.cache import compare
-from ...shards.devices import DEVICES, choose_device, precision_name
+from ...shards.devices import DEVICES, choose_device, memory_errors, precision_name
 from ...shards.errors import UsageError
 from ...shards.files import make_folder
 from ...shards.patches.reader import PatchShards
@@ -215,13 +215,14 @@ def run_forecast(config: ForecastConfig) -> Report:
     Raises:
         CacheMismatch: the cache holds training windows, or a model does not belong to it.
         UsageError: too few frames a window; labels, videos or curves that cannot be used.
-        DeltatokError: features that are not finite; names the window.
+        DeltatokError: features that are not finite; names the window. Out of the device's memory.
     """
     device = choose_device(config.device, automatic=DEVICES)
     on_cuda = device.type == "cuda"
     watch = Stopwatch(wait=partial(torch.cuda.synchronize, device) if on_cuda else None)
     precision = precision_name(config.autocast, device)
     with (
+        memory_errors("forecast", lambda: f"lower batch_windows, now {config.batch_windows}"),
         torch.no_grad(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
     ):

@@ -57,8 +57,8 @@ def share_of(nodes: Sequence[Mapping[str, Any]], options: FleetOptions, *, devic
     if device not in ("auto", "cuda" if gpus else "cpu"):
         wanted = "auto or cuda" if gpus else "auto or cpu"
         raise UsageError(
-            f"device: got {device!r} for actors with {gpus:g} GPUs, wanted {wanted}: Ray tells each "
-            "actor which device it has"
+            f"device: got {device!r} for actors with {gpus:g} GPUs, wanted {wanted}: Ray tells "
+            "each actor which device it has"
         )
     cpus = options.cpus_per_actor
     if cpus is None:

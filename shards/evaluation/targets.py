@@ -20,7 +20,7 @@ from ..errors import DeltatokError, UsageError
 from ..files import local_path
 from ..npy import map_npy
 from ..patches.reader import PatchShards
-from ..plan import read_plan
+from ..plan import PLAN, Plan
 from .geometry import Cut
 from .labels import PlanTarget, apply_rule, leads_out
 
@@ -56,10 +56,10 @@ def read_targets(cache_folder: Path | str) -> dict[str, Target]:
         fields=["sampling.policy"],
         advice="extract one with --dataset",
     )
-    sha256 = info.files.get("plan.jsonl", {}).get("sha256")
+    plan = Plan.open(cache_folder, sha256=info.files.get(PLAN, {}).get("sha256"))
     return {
         entry.key: Target(key=entry.key, split=entry.split, **vars(entry.target))
-        for entry in read_plan(cache_folder, sha256=sha256)
+        for entry in plan
         if entry.target is not None
     }
 

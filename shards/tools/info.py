@@ -5,30 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import PATCHES, CacheInfo, read_cache_info
-from ..plan import PLAN, num_shards, read_plan
+from ..plan import PLAN, Plan
 from ..records import read_all_done
 
 
 def describe_cache(folder: Path | str) -> dict[str, Any]:
     """Format, shape, counts, bytes, dtype, provenance and quarantine, as plain JSON values.
 
-    Reads cache.json, plan.jsonl and the done-records, not the shards; raises as the readers do
+    Reads cache.json, plan.json and the done-records, not the shards; raises as the readers do
     for a folder that is no cache.
     """
     folder = Path(folder)
     info = read_cache_info(folder)
     records = read_all_done(folder)
-    plan = read_plan(folder) if (folder / PLAN).is_file() else []
+    plan = Plan.open(folder) if (folder / PLAN).is_file() else None
     shape = info.shape
     return {
         "format": f"{info.format} {info.format_version}",
         "fingerprint": info.fingerprint,
         "complete": info.complete,
         "shards": len(records),
-        "shards_planned": num_shards(plan) if plan else None,
+        "shards_planned": plan and plan.num_shards,
         "windows": sum(record.rows for record in records),
         "clips": sum(len(record.keys) for record in records),
-        "clips_planned": len(plan) if plan else None,
+        "clips_planned": plan and plan.num_clips,
         "quarantined": sum(len(record.quarantined) for record in records),
         "frames_per_window": shape.num_frames,
         "tokens_per_frame": shape.num_tokens,

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from ..cache import read_cache_info, refresh_derived, reopen_cache
 from ..errors import DamagedShard, DeltatokError
 from ..files import remove_partials
+from ..plan import PLAN_FOLDER
 from ..records import read_done, remove_done, shard_path, write_quarantine
 from .verify import VerifyReport, is_untouched
 
@@ -45,7 +46,7 @@ def repair_cache(folder: Path | str, report: VerifyReport) -> Repaired:
         raise DamagedShard(
             f"{shards}: is a link: nothing was removed; put the folder in its place first"
         )
-    places = (folder, shards)
+    places = (folder, shards, folder / PLAN_FOLDER)
     partials = [path for place in places for path in remove_partials(place, stale_after_s=0.0)]
     removed = [path.relative_to(folder).as_posix() for path in partials]
     if (report.damaged or report.missing) and read_cache_info(folder).complete:

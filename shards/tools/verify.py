@@ -31,7 +31,7 @@ from ..patches.int8 import UNSTORABLE, read_channel_scale
 from ..patches.layout import FLOAT16_MAX
 from ..patches.reader import TokenReader, check_attributes, logical_dtype, read_black
 from ..patches.zarr_arrays import read_attributes
-from ..plan import PLAN, PlanEntry, clips_by_shard, num_shards, read_plan
+from ..plan import PLAN, PLAN_FOLDER, Plan, PlanEntry, keys_twice
 from ..records import (
     INDEX,
     QUARANTINE,
@@ -76,6 +76,7 @@ class _Range:
 KNOWN_NAMES = {
     "cache.json",
     PLAN,
+    PLAN_FOLDER,
     BLACK,
     CHANNEL_SCALE,
     QUARANTINE,
@@ -332,6 +333,7 @@ class _Beside:
         self.folder, self.info, self.records, self.problems = folder, info, records, problems
         self.changed: set[str] = set()
         """Files beside the shards that are not those whose hashes cache.json has."""
+        self.plan: Plan | None = None
 
     def add(self, text: object, *, kind: Kind = "folder", shard: int | None = None) -> None:
         """A problem that was found."""
@@ -379,17 +381,31 @@ class _Beside:
                 read_channel_scale(folder, info)
 
     def check_plan(self) -> list[int]:
-        """plan.jsonl against the shards; gives those that are not done."""
+        """The plan against the shards; gives those that are not done."""
         try:
-            plan = read_plan(self.folder)
+            plan = self.plan = Plan.open(self.folder)
         except DeltatokError as error:
             self.add(error)
             return []
-        info, wanted = self.info, num_shards(plan)
-        done = {record.shard for record in self.records}
-        missing = sorted(set(range(wanted)) - done)
-        if PLAN not in self.changed:  # a changed plan says nothing against a shard
-            self._check_clips(plan)
+        info, wanted = self.info, plan.num_shards
+        records = {record.shard: record for record in self.records}
+        missing: list[int] = []
+        is_whole = True
+        for part in plan.parts:
+            try:
+                for shard, entries in plan.shards_of(part):
+                    if shard not in records:
+                        missing.append(shard)
+                    elif PLAN not in self.changed:  # a changed plan says nothing against a shard
+                        self._check_clips(records[shard], entries)
+            except DeltatokError as error:
+                self.add(error)
+                is_whole = False
+        if is_whole and (twice := keys_twice(plan)):
+            self.add(
+                f"{self.folder / PLAN}: clip {twice[0]!r} is in two shards ({len(twice)} such "
+                "clips): restore it from a copy"
+            )
         if missing:
             state = "marked complete, but" if info.complete else "not finished:"
             self.add(
@@ -399,34 +415,29 @@ class _Beside:
             )
         elif not info.complete:
             self.add(f"{self.folder}: not marked complete: {AGAIN}", kind="unfinished")
-        if strangers := sorted(shard for shard in done if shard >= wanted):
+        if strangers := sorted(shard for shard in records if shard >= wanted):
             text = f"shard {strangers[0]:06d} is not in {PLAN}: remove its done-record"
             self.add(f"{self.folder}: {text}", shard=strangers[0])
-        counts = {"shards": len(done), "windows": sum(record.rows for record in self.records)}
+        counts = {"shards": len(records), "windows": sum(record.rows for record in self.records)}
         for name, count in counts.items():
             if info.complete and not missing and info.counts.get(name, count) != count:
                 said = info.counts[name]
                 self.add(f"{self.folder}: {count} {name}, cache.json says {said}")
         return missing
 
-    def _check_clips(self, plan: Sequence[PlanEntry]) -> None:
+    def _check_clips(self, record: DoneRecord, planned: Sequence[PlanEntry]) -> None:
         """Each shard's clips must be those of the plan. Of an unfinished cache nobody can tell
         which of the two is wrong."""
-        planned = {
-            shard: {entry.key for entry in entries}
-            for shard, entries in clips_by_shard(plan).items()
-        }
-        for record in self.records:
-            accounted = {entry.clip for entry in record.quarantined}.union(record.keys)
-            differing = accounted ^ planned.get(record.shard, set())
-            if record.shard in planned and differing:
-                self.add(
-                    f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} "
-                    f"more are in {PLAN} or in its done-record, not in both: remove its "
-                    "done-record and make it again",
-                    kind="shard" if PLAN in self.info.files else "folder",
-                    shard=record.shard,
-                )
+        accounted = {entry.clip for entry in record.quarantined}.union(record.keys)
+        differing = accounted ^ {entry.key for entry in planned}
+        if differing:
+            self.add(
+                f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} "
+                "more are in the plan or in its done-record, not in both: remove its "
+                "done-record and make it again",
+                kind="shard" if PLAN in self.info.files else "folder",
+                shard=record.shard,
+            )
 
     def check_index(self) -> None:
         """Done-records that were changed since the cache was finished, of shards that nothing else
@@ -467,6 +478,8 @@ class _Beside:
         named |= {f"shards/{shard:06d}.json" for shard in done_shards(self.folder)}
         shards = self.folder / "shards"
         there = [*self.folder.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]
+        if self.plan is not None:
+            there += self.plan.strangers()
         orphans: Counter[str] = Counter()
         partials = []
         for path in sorted(there):
@@ -476,11 +489,14 @@ class _Beside:
             elif path.parent == shards:
                 below = [file.relative_to(self.folder).as_posix() for file in _files_below(path)]
                 orphans[name] += sum(file not in named for file in below)
-            elif name not in KNOWN_NAMES and not name.lower().startswith(_FOR_PEOPLE):
+            elif path.parent != self.folder or (
+                name not in KNOWN_NAMES and not name.lower().startswith(_FOR_PEOPLE)
+            ):
                 orphans[name] += 1
         orphans = +orphans
         leftovers = dict.fromkeys(partials, "left by a killed run")
         leftovers |= {name: f"{count} files in no done-record" for name, count in orphans.items()}
+        leftovers |= {name: f"no part of {PLAN}" for name in orphans if name.startswith("plan/")}
         for name, what in leftovers.items():
             match = re.match(r"shards/([0-9]{6,})\.", name)
             shard = int(match[1]) if match else None

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltatok.extract import run
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.shards import CacheMismatch, PatchShards, read_cache_info
-from deltatok.shards.plan import read_plan
+from deltatok.shards.plan import Plan
 from deltatok.shards.tools.verify import verify_cache
 
 ConfigMaker = Callable[..., ExtractConfig]
@@ -48,12 +47,12 @@ def _times(folder: Path) -> dict[Path, int]:
 def test_new_clips_become_new_shards_and_old_ones_are_not_touched(
     old: Path, appending: ExtractConfig, backbone: Backbone
 ) -> None:
-    shards, plan = _times(old / "shards"), (old / "plan.jsonl").read_bytes()
+    shards, parts = _times(old / "shards"), _times(old / "plan")
     info, tokens = read_cache_info(old), PatchShards(old).load()
     assert run_extraction(appending, backbone=backbone).shards_done_now == 2
     assert shards.items() <= _times(old / "shards").items()
-    assert (old / "plan.jsonl").read_bytes().startswith(plan)
-    assert [entry.shard for entry in read_plan(old)[6:]] == [3, 3, 4]
+    assert parts.items() < _times(old / "plan").items()
+    assert [entry.shard for entry in list(Plan.open(old))[6:]] == [3, 3, 4]
     new = read_cache_info(old)
     assert (new.fingerprint, new.complete) == (info.fingerprint, True)
     assert new.counts == {"clips": 9, "quarantined": 1, "windows": 24, "frames": 96, "shards": 5}
@@ -113,7 +112,7 @@ def test_run_that_ended_before_the_plan_grew_is_finished_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "extend_plan", end)
+        patch.setattr(Plan, "commit", end)
         run_extraction(appending, backbone=backbone)
     with pytest.raises(CacheMismatch, match="has not finished"):
         PatchShards(old)

@@ -7,6 +7,7 @@ import pytest
 
 from deltatok.extract.ledger import Ledger
 from deltatok.shards import records
+from deltatok.shards.plan import PlanEntry, write_plan
 from deltatok.shards.records import DoneRecord, Quarantined, write_done, write_quarantine
 
 
@@ -19,7 +20,10 @@ def record_of(shard: int) -> DoneRecord:
 def ledger(tmp_path: Path) -> Ledger:
     """Of three finished shards, each with a clip in quarantine."""
     (tmp_path / "shards").mkdir()
-    ledger = Ledger(tmp_path, plan={shard: [] for shard in range(3)})
+    entries = [
+        PlanEntry(key=f"c{shard + 7}", source="", size_bytes=1, shard=shard) for shard in range(3)
+    ]
+    ledger = Ledger(tmp_path, plan=write_plan(tmp_path, entries))
     for shard in range(3):
         write_done(tmp_path, record_of(shard))
         ledger.add(record_of(shard))

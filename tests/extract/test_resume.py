@@ -174,6 +174,6 @@ def test_a_shard_without_done_record_is_made_again(
 def test_shards_of_another_plan_are_refused(make_config: ConfigMaker, backbone: Backbone) -> None:
     config = make_config()
     run_extraction(config, backbone=backbone)
-    (Path(config.out) / "plan.jsonl").unlink()
+    (Path(config.out) / "plan.json").unlink()
     with pytest.raises(DamagedShard, match="made of other clips"):
         run_extraction(make_config(frames_per_shard=1), backbone=backbone)

@@ -19,7 +19,6 @@ from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
 from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import (
     PlanEntry,
-    clips_by_shard,
     make_plan,
     window_order,
     write_plan,
@@ -146,7 +145,7 @@ def make_patches(
         write_channel_scale(folder, CHANNEL_SCALE)
     rows = []
     for shard in range(2):
-        keys = [entry.key for entry in clips_by_shard(plan)[shard]]
+        keys = [entry.key for entry in plan.shard(shard)]
         rows.append(patch_rows(NUM_WINDOWS + shard, keys, seed=shard))
         write_patch_shard(folder, shard, rows[-1], dtype=dtype, seed=7, compression=compression)
     write_quarantine(folder)
@@ -162,7 +161,7 @@ def make_deltas(folder: Path, *, block_windows: int = 2, finish: bool = True) ->
     plan = write_plan(folder, make_plan(clips, clips_per_shard=3, seed=7))
     rows = []
     for shard in range(2):
-        keys = [entry.key for entry in clips_by_shard(plan)[shard]]
+        keys = [entry.key for entry in plan.shard(shard)]
         rows.append(delta_rows(NUM_WINDOWS + shard, keys, seed=shard))
         write_delta_shard(folder, shard, rows[-1], block_windows=block_windows)
     write_quarantine(folder)

@@ -12,7 +12,7 @@ import pytest
 
 import deltatok.shards
 from deltatok.shards import DeltaShards, PatchShards, read_cache_info
-from deltatok.shards.plan import read_plan, window_order
+from deltatok.shards.plan import Plan, window_order
 from deltatok.shards.sampling import SamplingPolicy, draw_windows
 from deltatok.shards.tools.export import ClipSelection, export_cache
 
@@ -48,8 +48,9 @@ def test_every_file_field_and_array_is_specified(little: Any, tmp_path: Path, ki
     for path in cache.rglob("*.json"):
         if path.name not in ("zarr.json",):
             names |= names_in(json.loads(path.read_text()), below=FREE)
-    for line in (cache / "plan.jsonl").read_text().splitlines():
-        names |= set(json.loads(line))
+    for path in (cache / "plan").iterdir():
+        for line in path.read_text().splitlines():
+            names |= names_in(json.loads(line), below=FREE)
     for path in cache.rglob("zarr.json"):
         metadata = json.loads(path.read_text())
         names |= set(metadata["attributes"])
@@ -151,7 +152,7 @@ def test_orders_are_those_of_the_hashes(patches: Any) -> None:
     def digest(text: str) -> bytes:
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-    keys = [entry.key for entry in read_plan(patches.folder)]
+    keys = [entry.key for entry in Plan.open(patches.folder)]
     assert keys == sorted(keys, key=lambda key: digest(f"clip:7:{key}"))
     order = sorted(range(50), key=lambda i: digest(f"window:7:12:{i}"))
     assert window_order(50, seed=7, shard=12).tolist() == order

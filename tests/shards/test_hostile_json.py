@@ -38,7 +38,7 @@ BAD_JSON = {
 @pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON)
 @pytest.mark.parametrize(
     "name",
-    ["cache.json", "plan.jsonl", "shards/000000.json", "shards/000000.zarr/zarr.json", TOKENS],
+    ["cache.json", "plan.json", "shards/000000.json", "shards/000000.zarr/zarr.json", TOKENS],
 )
 def test_json_that_is_made_to_harm_is_refused_everywhere(
     patches: Any, name: str, text: str

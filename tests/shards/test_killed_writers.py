@@ -245,7 +245,7 @@ def test_a_shard_that_appears_while_it_is_moved_is_taken_as_it_is(
 
 
 def test_of_many_that_create_a_file_at_once_one_does(tmp_path: Path) -> None:
-    path = tmp_path / "plan.jsonl"
+    path = tmp_path / "plan.json"
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda n: create_bytes(path, b"%d" % n), range(8)))
     assert sum(made) == 1

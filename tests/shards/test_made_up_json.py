@@ -21,7 +21,7 @@ from deltatok.shards import (
     PatchShards,
     UsageError,
 )
-from deltatok.shards.plan import read_plan
+from deltatok.shards.plan import Plan
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 
@@ -132,18 +132,28 @@ def test_made_up_json_gives_data_or_our_errors(
     assert refused > 50
 
 
-def test_a_made_up_plan_gives_a_plan_or_our_errors(patches: Any) -> None:
-    path = patches.folder / "plan.jsonl"
-    value = [json.loads(line) for line in path.read_text().splitlines()]
-    for variant in variants(value[:2], WRONG):
-        lines = variant if isinstance(variant, list) else [variant]
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+def test_a_made_up_plan_gives_a_plan_or_our_errors(patches: Any, edit_plan: Any) -> None:
+    path = patches.folder / "plan.json"
+    original = path.read_text()
+    for variant in variants(json.loads(original), WRONG):
+        path.write_text(json.dumps(variant))
         with suppress(*OURS):
-            plan = read_plan(patches.folder)
-            assert all(isinstance(entry.key, str) for entry in plan)
+            assert all(isinstance(entry.key, str) for entry in Plan.open(patches.folder))
+    path.write_text(original)
+    (part,) = (patches.folder / "plan").iterdir()
+    value = [json.loads(line) for line in part.read_text().splitlines()]
+    for variant in variants(value, WRONG):
+        made_up = variant if isinstance(variant, list) else [variant]
+
+        def edit(lines: list[Any], made_up: list[Any] = made_up) -> None:
+            lines[:] = made_up
+
+        edit_plan(patches.folder, edit)
+        with suppress(*OURS):
+            assert all(isinstance(entry.key, str) for entry in Plan.open(patches.folder))
 
 
-@pytest.mark.parametrize("name", ["shards/000000.json", "plan.jsonl", "quarantine.jsonl"])
+@pytest.mark.parametrize("name", ["shards/000000.json", "plan.json", "quarantine.jsonl"])
 def test_verify_reports_made_up_json_and_goes_on(patches: Any, name: str) -> None:
     path = patches.folder / name
     original = path.read_text()

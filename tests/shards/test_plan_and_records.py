@@ -1,24 +1,15 @@
-"""plan.jsonl, done-records, quarantine and timings: they come back, and broken ones are refused."""
+"""Done-records, quarantine and timings: they come back, and broken ones are refused."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deltatok.shards import CacheMismatch, DamagedShard, UsageError, records
+from deltatok.shards import records
 from deltatok.shards.cache import finish_cache
 from deltatok.shards.patches.writer import write_patch_shard
-from deltatok.shards.plan import (
-    clips_by_shard,
-    count_planned,
-    make_plan,
-    num_shards,
-    read_plan,
-    write_plan,
-)
 from deltatok.shards.records import (
     Quarantined,
     append_timing,
@@ -27,90 +18,6 @@ from deltatok.shards.records import (
     write_quarantine,
 )
 from deltatok.shards.schema import parse_json
-
-
-def clips(little: Any, count: int) -> list[Any]:
-    return [little.Clip(f"clip{index}.mp4", Path(f"/v/{index}"), index) for index in range(count)]
-
-
-def test_plan_does_not_depend_on_the_order_clips_are_found_in(little: Any, tmp_path: Path) -> None:
-    found = clips(little, 50)
-    plan = make_plan(found, clips_per_shard=8, seed=3)
-    assert make_plan(found[::-1], clips_per_shard=8, seed=3) == plan
-    assert make_plan(found, clips_per_shard=8, seed=4) != plan
-    assert num_shards(plan) == 7
-    assert write_plan(tmp_path, plan) == plan
-    assert count_planned(tmp_path) == 7
-    assert [len(clips_by_shard(plan)[shard]) for shard in range(7)] == [8] * 6 + [2]
-    assert {entry.key for entry in plan} == {clip.key for clip in found}
-    assert [entry.key for entry in plan[:4]] != sorted(entry.key for entry in plan)[:4]
-
-
-def test_plan_refuses_names_that_cannot_be_told_apart_or_stored(little: Any) -> None:
-    clip = little.Clip
-    for keys, words in (
-        (["a", "a"], "are both called 'a'"),
-        ([""], "an empty name"),
-        (["\udc80.mp4"], "no valid UTF-8"),
-    ):
-        with pytest.raises(UsageError, match=words):
-            make_plan([clip(key, Path("x"), 1) for key in keys], clips_per_shard=1, seed=0)
-    with pytest.raises(UsageError, match="clips_per_shard is 0"):
-        make_plan([], clips_per_shard=0, seed=0)
-
-
-def test_plan_comes_back_and_is_kept(little: Any, tmp_path: Path) -> None:
-    plan = make_plan(clips(little, 5), clips_per_shard=2, seed=3)
-    assert write_plan(tmp_path, plan) == plan
-    assert read_plan(tmp_path) == plan
-    moved = [replace(clip, path=Path("/moved") / clip.key) for clip in clips(little, 5)]
-    followed = write_plan(tmp_path, make_plan(moved, clips_per_shard=5, seed=9))
-    assert [entry.shard for entry in followed] == [entry.shard for entry in plan]
-    assert {entry.source for entry in followed} == {str(clip.path) for clip in moved}
-    assert read_plan(tmp_path) == plan
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda found: found[:-1], "clip 'clip4.mp4' is in the plan of this cache but not"),
-        (lambda found: [*found, replace(found[0], key="new")], "clip 'new' is asked for but"),
-        (lambda found: [replace(found[0], size_bytes=99), *found[1:]], "had 0 bytes .* now 99"),
-    ],
-)
-def test_a_plan_of_other_clips_is_refused(
-    little: Any, tmp_path: Path, change: Callable[[list[Any]], list[Any]], words: str
-) -> None:
-    found = clips(little, 5)
-    write_plan(tmp_path, make_plan(found, clips_per_shard=2, seed=3))
-    with pytest.raises(CacheMismatch, match=words):
-        write_plan(tmp_path, make_plan(change(found), clips_per_shard=2, seed=3))
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "{",
-        "[]",
-        '{"key": "a", "source": "", "size_bytes": 1}',
-        '{"key": 1, "source": "", "size_bytes": 1, "shard": 0}',
-        '{"key": "a", "source": "", "size_bytes": -1, "shard": 0}',
-        '{"key": "a", "source": "", "size_bytes": 1, "shard": 7}',
-        '{"key": "clip0.mp4", "source": "", "size_bytes": 1, "shard": 0}',
-    ],
-)
-def test_a_broken_plan_is_refused_with_the_line(little: Any, tmp_path: Path, line: str) -> None:
-    write_plan(tmp_path, make_plan(clips(little, 2), clips_per_shard=2, seed=3))
-    with (tmp_path / "plan.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    with pytest.raises(DamagedShard, match=r"plan\.jsonl: line 3"):
-        read_plan(tmp_path)
-
-
-def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DamagedShard, match=r"plan\.jsonl: cannot be read"):
-        read_plan(tmp_path)
 
 
 def test_done_record_comes_back(little: Any, patches: Any) -> None:

@@ -15,8 +15,7 @@ import pytest
 from deltatok.shards import DamagedShard, DeltaShards, PatchShards, UsageError
 from deltatok.shards.cache import finish_cache
 from deltatok.shards.deltas.reader import read_blocks, read_shard_table
-from deltatok.shards.files import write_bytes
-from deltatok.shards.plan import plan_lines, read_plan
+from deltatok.shards.plan import Plan, write_plan
 
 
 def opened(little: Any, folder: Path, kind: str) -> Any:
@@ -39,8 +38,9 @@ def labelled(reader: Any, little: Any) -> Any:
         split = "train" if number < 4 else "test" if number == 4 else None
         return {"label": ("even", "odd")[number % 2], "split": split}
 
-    plan = [replace(entry, **known(entry.key)) for entry in read_plan(reader.folder)]
-    write_bytes(reader.folder / "plan.jsonl", plan_lines(plan))
+    plan = [replace(entry, **known(entry.key)) for entry in Plan.open(reader.folder)]
+    (reader.folder / "plan.json").unlink()
+    write_plan(reader.folder, plan)
     finish_cache(reader.folder, {"clips": 6})
     return type(reader)(reader.folder)
 

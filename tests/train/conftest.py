@@ -94,8 +94,9 @@ def write_patches(folder: Path, cache: LittleCache) -> Path:
     write_plan(
         folder,
         [
-            PlanEntry(key=key, source=f"/videos/{key}", size_bytes=1, shard=i % cache.num_shards)
-            for i, key in enumerate(keys)
+            PlanEntry(key=key, source=f"/videos/{key}", size_bytes=1, shard=shard)
+            for shard in range(cache.num_shards)
+            for key in keys[shard :: cache.num_shards]
         ],
     )
     black = np.random.default_rng(3).normal(size=(num_tokens, cache.hidden_size))

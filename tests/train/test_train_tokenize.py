@@ -16,7 +16,7 @@ from deltatok.shards import CacheMismatch, DeltaShards, PatchShards
 from deltatok.shards.cache import finish_cache, reopen_cache
 from deltatok.shards.files import sha256_file
 from deltatok.shards.patches.writer import write_patch_shard
-from deltatok.shards.plan import extend_plan, num_shards, read_plan
+from deltatok.shards.plan import Plan, longer_plan
 from deltatok.shards.records import Quarantined, read_done
 from deltatok.shards.tools.verify import verify_cache
 from deltatok.shards.windows import ShardRows
@@ -115,11 +115,11 @@ def append_clip(folder: Path) -> None:
         clip=np.zeros(2, dtype=np.int32),
         keys=["new.mp4"],
     )
-    shard = num_shards(read_plan(folder))
+    plan = Plan.open(folder)
     counts = reopen_cache(folder).counts
     clip = SimpleNamespace(key="new.mp4", path=Path("/videos/new.mp4"), size_bytes=1)
-    extend_plan(folder, [clip], clips_per_shard=1, seed=0)
-    write_patch_shard(folder, shard, rows, dtype="float16", seed=0)
+    longer_plan(plan, {clip.key: clip}, clips_per_shard=1, seed=0).commit()
+    write_patch_shard(folder, plan.num_shards, rows, dtype="float16", seed=0)
     finish_cache(folder, counts)
 
 
@@ -215,14 +215,13 @@ def test_interrupted_run_ends_byte_identical(
 
 
 def test_longer_plan_that_begins_otherwise_leaves_the_deltas_finished(
-    patches: Path, tokenizer: Path, tmp_path: Path
+    patches: Path, tokenizer: Path, tmp_path: Path, edit_plan: Any
 ) -> None:
     write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
     before = bytes_of(tmp_path / "deltas")
     other = Path(shutil.copytree(patches, tmp_path / "patches"))
+    edit_plan(other, lambda lines: lines[0]["clips"][0].update(key="other.mp4"))
     append_clip(other)
-    lines = (other / "plan.jsonl").read_text().replace("clip00.mp4", "other.mp4")
-    (other / "plan.jsonl").write_text(lines)
     with pytest.raises(CacheMismatch, match=r"mp4"):
         write_deltas(config_of(other, tokenizer, tmp_path / "deltas"))
     assert bytes_of(tmp_path / "deltas") == before

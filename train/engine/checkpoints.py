@@ -10,6 +10,7 @@
     OUT/best.json                 which checkpoint validates best, and its value
 
 Written as a whole folder under a partial name, flushed, then renamed: what has the name is whole.
+Of a run on cuda by a thread, from a copy in pinned memory, while the next steps are trained.
 Kept are the newest (two, unless keep_checkpoints says otherwise) and the best. Which is the best
 stands in every state.json; best.json repeats the newest one's. No random state is in there, since
 nothing in training has any (data/order.py).
@@ -20,10 +21,11 @@ dtypes of its tensors are checked, a changed value in it is not found.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +50,7 @@ from .model_folder import (
     load_weights,
     read_tensors,
     save_tensors,
+    to_host,
     weights_sha256,
 )
 
@@ -93,12 +96,36 @@ class Best:
     value: float
 
 
+class Snapshot(NamedTuple):
+    """What a checkpoint will hold, on the CPU."""
+
+    config: dict[str, Any]
+    """config.json."""
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    copied: torch.cuda.Event | None
+    """The tensors are copies, and there after this; None: they are those that the next step
+    changes, or were copied with a wait."""
+
+
+def snapshot(model: Pretrained, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Of a model and its AdamW as they are now; the host waits for nothing on cuda."""
+    weights, copied = to_host(model.state_dict())
+    state, copied_too = to_host(
+        {
+            f"{name}.{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+    )
+    return Snapshot(config_json(model), weights, state, copied_too or copied)
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
+    tensors: Snapshot,
     *,
-    model: Pretrained,
-    optimizer: torch.optim.Optimizer,
     provenance: Mapping[str, Any],
     state: Mapping[str, Any],
     keep: int,
@@ -109,14 +136,16 @@ def save_checkpoint(
     DeltatokError, with the older checkpoints untouched, if the disk refuses.
     """
     final = checkpoint_path(folder, step)
+    if tensors.copied is not None:
+        tensors.copied.synchronize()
     with disk_errors(final):
         if not final.exists():
             partial = partial_path(final)
             partial.mkdir()
             try:
-                save_tensors(model.state_dict(), partial / MODEL)
-                save_tensors(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
-                write_json(partial / CONFIG, config_json(model))
+                save_tensors(tensors.model, partial / MODEL)
+                save_tensors(tensors.optimizer, partial / OPTIMIZER)
+                write_json(partial / CONFIG, tensors.config)
                 write_json(partial / PROVENANCE, dict(provenance))
                 written = {
                     "step": step,
@@ -134,6 +163,51 @@ def save_checkpoint(
             old.rename(aside)
             remove(aside)
     return final
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, each when the one before is there. What fails is raised by
+    the next call of `save` or `wait`, whichever comes first.
+
+    As a context manager it lets the last one be written to its end, however the run ends.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[Path] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is not None and self.has_failed and self._last is not None:
+            logger.error("%s", self._last.exception())  # beside the error that ends the run
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last one is known to have failed."""
+        return self._last is not None and self._last.done() and bool(self._last.exception())
+
+    def save(
+        self,
+        model: Pretrained,
+        optimizer: torch.optim.Optimizer,
+        write: Callable[[Snapshot], Path],
+    ) -> None:
+        """Call `write` with what they are now: from cuda by the thread, elsewhere at once."""
+        self.wait()  # before another copy takes as much memory again
+        tensors = snapshot(model, optimizer)
+        if tensors.copied is None:
+            write(tensors)
+        else:
+            self._last = self._thread.submit(write, tensors)
+
+    def wait(self) -> None:
+        """Until the last one is there."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def check_checkpoint(checkpoint: Path) -> None:
@@ -251,14 +325,6 @@ def _wanted_state(parameter: nn.Parameter) -> dict[str, Tensor]:
         "exp_avg": like,
         "exp_avg_sq": like,
         "step": torch.empty((), dtype=torch.float32, device="meta"),
-    }
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shards.deltas.reader import DeltaShards
+from ...shards.devices import memory_errors
 from ...shards.errors import DamagedShard, DeltatokError, Stopped, UsageError
 from ...shards.files import disk_errors
 from ...shards.interrupts import StopRequest
@@ -31,6 +32,7 @@ from ..data.order import RankSlice
 from ..data.residency import resolve_residency
 from .checkpoints import (
     Best,
+    CheckpointWriter,
     check_checkpoint,
     checkpoint_path,
     find_checkpoints,
@@ -260,6 +262,7 @@ class Trainer:
         with (
             Prefetcher(self._read, start=self.start, stop=last) as batches,
             contextlib.closing(self._open_log()) as log,
+            CheckpointWriter() as writer,
             StopRequest() as stop,
         ):
             for step in range(self.start, last):
@@ -274,9 +277,8 @@ class Trainer:
                 is_due = is_time(done, every=config.save_every, last=last)
                 has_evaluation = len(objective.validation) > 0
                 has_evaluation &= is_time(done, every=config.eval_every, last=last)
-                sent = self._send(
-                    step, batch, losses, norm, stop.asked, extras if is_logged else {}
-                )
+                stops = stop.asked or writer.has_failed
+                sent = self._send(step, batch, losses, norm, stops, extras if is_logged else {})
                 update = self._read_numbers(sent, now=is_logged or is_due or has_evaluation)
                 if is_logged:
                     numbers = {
@@ -301,9 +303,11 @@ class Trainer:
                     objective.judge(values, step=done)
                     found_best = self._is_best(values, step=done)
                 if is_due or found_best or update.stopping:
-                    on_main(self.accelerator, partial(self._save, done, log))
+                    on_main(self.accelerator, partial(self._save, done, log, writer))
                 if update.stopping and done < last:
+                    on_main(self.accelerator, writer.wait)
                     raise Stopped(f"stopped after step {done} of {last}: run again to go on")
+            on_main(self.accelerator, writer.wait)
         on_main(self.accelerator, self._finish)
 
     def _open_log(self) -> RunLog:
@@ -442,19 +446,19 @@ class Trainer:
         self.best = Best(step=step, by=self.objective.best_by, value=value)
         return True
 
-    def _save(self, step: int, log: RunLog) -> None:
+    def _save(self, step: int, log: RunLog, writer: CheckpointWriter) -> None:
         log.sync()
         with self.meter.waiting("saving"):
-            save_checkpoint(
+            write = partial(
+                save_checkpoint,
                 self.run.checkpoints,
                 step,
-                model=self.objective.model,
-                optimizer=self.raw_optimizer,
                 provenance=self.objective.provenance(),
                 state={**self.run.describe(), "loader": self._position(step)},
                 keep=self.config.keep_checkpoints,
                 best=self.best,
             )
+            writer.save(self.objective.model, self.raw_optimizer, write)
 
     def _position(self, step: int) -> dict[str, int]:
         """Where the loader is after `step` steps, for people: the step alone decides it."""
@@ -509,7 +513,9 @@ def train_objective(
         logger.info("%s: already trained for %d steps", config.out, config.steps)
         return run.folder
     ranks = RankSlice(rank=accelerator.process_index, num_ranks=accelerator.num_processes)
-    objective = make(model, shards, config, ranks, accelerator.device)
-    with locked(run.folder, accelerator):
-        Trainer(objective, run, accelerator).train()
+    doing, num_ranks = f"training, batch_size {config.batch_size}", accelerator.num_processes
+    with memory_errors(doing, lambda: " or ".join(config.memory_settings(num_ranks))):
+        objective = make(model, shards, config, ranks, accelerator.device)
+        with locked(run.folder, accelerator):
+            Trainer(objective, run, accelerator).train()
     return run.folder

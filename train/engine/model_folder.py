@@ -135,10 +135,31 @@ def check_files(folder: Path, names: Sequence[str], *, advice: str = "") -> bool
     return bool(table)
 
 
+def to_host(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """The tensors on the CPU, and the event after which they are there; None: they are.
+
+    From cuda they are copied into pinned memory, without a wait of the host; what is on the CPU is
+    not copied.
+    """
+    copies: dict[str, Tensor] = {}
+    copied = None
+    for name, tensor in tensors.items():
+        # Elsewhere than from cuda no event would tell when a copy without a wait is over.
+        copies[name] = tensor.detach().contiguous().to("cpu", non_blocking=tensor.is_cuda)
+        if tensor.is_cuda and copied is None:
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    if copied is not None:
+        copied.record()
+    return copies, copied
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a .safetensors file; OSError where the disk refuses."""
+    copies, copied = to_host(tensors)
+    if copied is not None:
+        copied.synchronize()
     try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+        save_file(copies, path)
     except SafetensorError as error:  # it wraps what the system said
         raise OSError(str(error)) from error
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ...shards.cache import differences, plain
+from ...shards.cache import differences
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
 from ...shards.files import is_partial, open_append, remove_partials, write_json
-from ...shards.schema import STORED, load, read_json
+from ...shards.schema import STORED, load, plain, read_json
 from ..config import TrainConfig
 from .checkpoints import find_checkpoints
 from .devices import Accelerator, on_main

@@ -116,7 +116,7 @@ class TargetLabels:
             raise UsageError(f"{shards.folder}: has no windows: see its quarantine.jsonl")
         if unknown := sorted(windows.keys() - targets.keys()):
             raise DamagedShard(
-                f"{shards.folder}: clip {unknown[0]!r} has windows and no target in plan.jsonl: "
+                f"{shards.folder}: clip {unknown[0]!r} has windows and no target in its plan: "
                 "make the cache again"
             )
         self._targets: dict[int, Target] = {}

@@ -16,7 +16,7 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.shards import PatchShards
-from deltatok.shards.plan import read_plan
+from deltatok.shards.plan import Plan
 from deltatok.shards.records import read_done
 from deltatok.shards.windows import WindowColumns
 
@@ -54,7 +54,7 @@ def test_archive_gives_the_cache_that_the_folder_gives(
     assert np.array_equal(ours.load(), theirs.load())
     assert np.array_equal(_table(Path(config.out)).crop, _table(finished).crop)
     sizes = [
-        {entry.key: entry.size_bytes for entry in read_plan(out)} for out in (config.out, finished)
+        {entry.key: entry.size_bytes for entry in Plan.open(out)} for out in (config.out, finished)
     ]
     assert sizes[0] == sizes[1]
 
@@ -112,11 +112,12 @@ def test_class_and_split_of_a_list_are_in_the_plan_and_the_reader(
     (tmp_path / "list.csv").write_text("\n".join(rows))
     config = make_config(videos=(str(tmp_path / "list.csv"),), root=str(clips))
     run_extraction(config, backbone=backbone)
-    plan = {entry.key: (entry.label, entry.split) for entry in read_plan(config.out)}
+    plan = {entry.key: (entry.label, entry.split) for entry in Plan.open(config.out)}
     assert plan["c1.mp4"] == ("class 1", "train")
     assert plan["c3.mp4"] == (None, None)
-    lines = (Path(config.out) / "plan.jsonl").read_text().splitlines()
-    (bare,) = (line for line in lines if json.loads(line)["key"] == "c3.mp4")
+    (part,) = (Path(config.out) / "plan").iterdir()
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    (bare,) = (clip for line in lines for clip in line["clips"] if clip["key"] == "c3.mp4")
     assert "label" not in bare
     patches = PatchShards(config.out)
     assert patches.labels == [plan[key][0] for key in patches.keys]

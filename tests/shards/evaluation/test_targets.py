@@ -1,7 +1,5 @@
 """Targets of an evaluation cache and their labels: what is read, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +15,7 @@ from deltatok.shards.evaluation.targets import (
     windows_of_clips,
 )
 from deltatok.shards.patches.reader import PatchShards
-from deltatok.shards.plan import read_plan
+from deltatok.shards.plan import Plan
 
 
 @pytest.fixture
@@ -103,24 +101,22 @@ def test_another_cache_is_refused(tmp_path):
 
 def test_a_changed_plan_is_refused(evaluation):
     cache, _, _ = evaluation
-    plan = (cache / "plan.jsonl").read_text()
-    (cache / "plan.jsonl").write_text(plan.replace("a/000019.png", "a/000039.png"))
-    with pytest.raises(DamagedShard, match="changed since"):
-        read_targets(cache)
+    (part,) = (cache / "plan").iterdir()
+    for path in (part, cache / "plan.json"):
+        path.write_text(f"{path.read_text()} ")
+        with pytest.raises(DamagedShard, match=f"{path.name}: was changed since"):
+            read_targets(cache)
 
 
 @pytest.mark.parametrize(
     "label", ["/etc/passwd", "../a.png", "a/../../b.png", "a//b.png", "", "a\\b.png", "C:/a.png"]
 )
-def test_a_label_path_that_leaves_the_folder_is_a_damaged_plan(evaluation, label):
+def test_a_label_path_that_leaves_the_folder_is_a_damaged_plan(evaluation, edit_plan, label):
     cache, _, _ = evaluation
     assert not is_inside(label)
-    lines = (cache / "plan.jsonl").read_text().splitlines()
-    entry = json.loads(lines[0])
-    entry["target"]["label"] = label
-    (cache / "plan.jsonl").write_text("\n".join([json.dumps(entry), *lines[1:]]) + "\n")
+    edit_plan(cache, lambda lines: lines[0]["clips"][0]["target"].update(label=label))
     with pytest.raises(DamagedShard, match="inside the data set"):
-        read_plan(cache)
+        list(Plan.open(cache))
 
 
 @pytest.mark.parametrize(
@@ -139,13 +135,11 @@ def test_a_label_path_that_leaves_the_folder_is_a_damaged_plan(evaluation, label
         ("rule", {"name": "stored", "ignore": [-1]}),
     ],
 )
-def test_a_malformed_target_is_a_damaged_plan(evaluation, field, value):
+def test_a_malformed_target_is_a_damaged_plan(evaluation, edit_plan, field, value):
     cache, _, _ = evaluation
-    entry = json.loads((cache / "plan.jsonl").read_text().splitlines()[0])
-    entry["target"][field] = value
-    (cache / "plan.jsonl").write_text(json.dumps(entry) + "\n")
+    edit_plan(cache, lambda lines: lines[0]["clips"][0]["target"].update({field: value}))
     with pytest.raises(DamagedShard, match=r"line 1: target"):
-        read_plan(cache)
+        list(Plan.open(cache))
 
 
 def test_a_link_out_of_the_folder_is_refused(evaluation, tmp_path):

@@ -54,8 +54,9 @@ def append(text: str) -> Callable[[Path], None]:
         ("shards/x.partial-1-01234567", append("x"), ["left by a killed run"]),
         ("cache.json.partial-1-01234567", append("x"), ["left by a killed run"]),
         ("black.npy", Path.unlink, ["black.npy: cannot be read"]),
-        ("plan.jsonl", Path.unlink, ["plan.jsonl: cannot be read"]),
-        ("plan.jsonl", append("{}"), ["was changed since", "line 7: no field 'key'"]),
+        ("plan.json", Path.unlink, ["plan.json: cannot be read"]),
+        ("plan.json", append("{}"), ["was changed since", "plan.json: not valid JSON"]),
+        ("plan/notes", append("x"), ["plan/notes: no part of plan.json"]),
         ("quarantine.jsonl", append("{}\n"), ["does not list the quarantined clips"]),
         ("timings.jsonl", append("{}\n"), []),
     ],
@@ -102,7 +103,7 @@ def test_verify_holds_clips_against_the_plan(little: Any, patches: Any) -> None:
     write_patch_shard(patches.folder, 0, rows, dtype="float16", seed=7)
     (problem,) = verify_cache(patches.folder, deep=True).problems
     assert "shard 000000: clip " in problem.text
-    assert "and 1 more are in plan.jsonl or in its done-record" in problem.text
+    assert "and 1 more are in the plan or in its done-record" in problem.text
 
 
 def test_quarantined_clips_are_accounted_for(little: Any, patches: Any) -> None:
@@ -172,7 +173,7 @@ def test_info_gives_the_chain_of_a_delta_cache(deltas: Any) -> None:
 
 def test_info_reads_an_unfinished_cache_without_plan(little: Any, tmp_path: Path) -> None:
     cache = little.make_patches(tmp_path / "cache", finish=False)
-    (cache.folder / "plan.jsonl").unlink()
+    (cache.folder / "plan.json").unlink()
     shutil.rmtree(cache.folder / "shards/000001.zarr")
     found = describe_cache(cache.folder)
     assert (found["complete"], found["shards"], found["shards_planned"]) == (False, 2, None)

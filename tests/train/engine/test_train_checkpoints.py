@@ -109,11 +109,11 @@ def saving_is_limited(monkeypatch: pytest.MonkeyPatch, *, after: int, size_bytes
     """Checkpoints after that step meet the limit."""
     save = checkpoints.save_checkpoint
 
-    def limited(folder: Path, step: int, **named: Any) -> Path:
+    def limited(folder: Path, step: int, *given: Any, **named: Any) -> Path:
         if step <= after:
-            return save(folder, step, **named)
+            return save(folder, step, *given, **named)
         with file_size_limit(size_bytes):
-            return save(folder, step, **named)
+            return save(folder, step, *given, **named)
 
     monkeypatch.setattr(loop, "save_checkpoint", limited)
 

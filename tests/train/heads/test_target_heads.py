@@ -1,6 +1,6 @@
 """Heads on evaluation caches: both crops learn from their halves of labels, depth as well."""
 
-import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -137,10 +137,16 @@ def test_validation_keeps_whole_sequences(made):
         assert targets[key].sequence == names[video]
 
 
-def test_labels_of_several_sizes_share_a_batch(made):
+def test_labels_of_several_sizes_share_a_batch(made, edit_plan):
     cache, folder, targets = made(frame_shape=(24, 40))
     Image.fromarray(np.ones((23, 41), np.uint8)).save(folder / targets["a/000019"].label)
-    _change_plan(cache, lambda key: {"label_size": [23, 41]} if key == "a/000019" else {})
+
+    def change(lines):
+        for clip in chain.from_iterable(line["clips"] for line in lines):
+            if clip["key"] == "a/000019":
+                clip["target"]["label_size"] = [23, 41]
+
+    edit_plan(cache.folder, change)
     labels = TargetLabels(str(folder), cache, num_classes=4)
     windows = windows_of_clips(cache)
     chosen = np.array([*windows["a/000019"], *windows["b/000019"]])
@@ -162,13 +168,9 @@ def test_the_run_resumed_equals_uninterrupted(made, config, tmp_path):
     assert one == other
 
 
-def test_windows_without_a_target_are_a_damaged_plan(made, config):
+def test_windows_without_a_target_are_a_damaged_plan(made, config, edit_plan):
     cache, _, _ = made()
-    path = cache.folder / "plan.jsonl"
-    _change_plan(cache, lambda key: {})
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    del lines[0]["target"]
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    edit_plan(cache.folder, lambda lines: lines[0]["clips"][0].pop("target"))
     with pytest.raises(DamagedShard, match="'a/000019' has windows and no target"):
         train_head(config(num_classes=4))
 
@@ -183,20 +185,14 @@ def test_a_cache_without_windows_is_refused(tmp_path, config):
         train_head(config(num_classes=4))
 
 
-def _change_plan(cache, change):
-    """Changes the targets in the plan, and forgets its hash."""
-    info = json.loads((cache.folder / "cache.json").read_text())
-    info["files"].pop("plan.jsonl")
-    (cache.folder / "cache.json").write_text(json.dumps(info))
-    lines = [json.loads(line) for line in (cache.folder / "plan.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["target"] |= change(line["key"])
-    (cache.folder / "plan.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-def test_the_number_of_classes_comes_from_the_data_set(made, config):
+def test_the_number_of_classes_comes_from_the_data_set(made, config, edit_plan):
     cache, _, _ = made()
-    _change_plan(cache, lambda key: {"rule": {"name": "cityscapes"}})
+
+    def change(lines):
+        for clip in chain.from_iterable(line["clips"] for line in lines):
+            clip["target"]["rule"] = {"name": "cityscapes"}
+
+    edit_plan(cache.folder, change)
     with pytest.raises(UsageError, match=r"num_classes 4: .*cityscapes.* have 19 classes"):
         train_head(config(num_classes=4))
 
