@@ -27,6 +27,7 @@ MAY_SKIP = (
     "Could not load libtorchcodec",  # FFmpeg's libraries come from the system
     "no Chromium here",
     "pip install deltatok[tensorboard]",  # an extra
+    "pip install deltatok[ray]",  # an extra
     "needs a GPU",
     "needs a torch without CUDA",
     "C++ compiler",

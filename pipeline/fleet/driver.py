@@ -124,7 +124,11 @@ class Fleet:
         self._ready: list[_Actor] = []
         self._probe = partial_path(out / "probe")
         self._probe.touch()
-        _check_shared(self._probe, [node for node in nodes if share.fits(node)])
+        try:
+            _check_shared(self._probe, [node for node in nodes if share.fits(node)])
+        except BaseException:
+            self._probe.unlink(missing_ok=True)
+            raise
 
     def __enter__(self) -> Self:
         for _ in range(self._share.actors):
@@ -265,5 +269,4 @@ def _check_shared(probe: Path, nodes: Sequence[Mapping[str, Any]]) -> None:
         except RayError:  # it has gone meanwhile
             _LOGGER.warning("%s: has left the cluster", name)
     if blind:
-        probe.unlink()
         raise not_shared(probe.parent, blind)

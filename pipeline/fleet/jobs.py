@@ -36,8 +36,9 @@ class Extraction:
         """Beside HELD shards, those that the decoding processes are ahead with."""
         config = self.config
         check_installed(config.decoder)
-        is_fused = isinstance(config, VideosConfig) and config.tokenizer is not None
-        writer = DeltaShardWriter.from_config(config) if is_fused else None
+        writer = None
+        if isinstance(config, VideosConfig) and config.tokenizer is not None:
+            writer = DeltaShardWriter.from_config(config)
         self._run = open_run(config, self.policy, self.sample, stop=stop, writer=writer)
         return HELD + LOOK_AHEAD * choose_num_workers(config) // clips_per_shard(config)
 
