@@ -137,6 +137,7 @@ def run_extraction(
     with StopRequest(time_limit_s=config.time_limit_s) as stop:
         run = open_run(config, policy, clips, stop=stop, backbone=backbone, writer=writer)
         ledger, shards = begin(config, clips, part)
+        del clips  # those of other processes' shards are not needed any more
         if shards:
             with progress_of(ledger, part, shards, run.watch) as progress:
                 make_shards(

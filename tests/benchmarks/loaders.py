@@ -24,6 +24,7 @@ import numpy as np
 import tensorstore
 import webdataset
 import zarr
+from zarr.storage import ZipStore
 
 from deltatok.pipeline.bench import bench_cache
 from deltatok.pipeline.commands.shards import BenchConfig
@@ -189,15 +190,10 @@ def shuffle_figures(folder: Path) -> dict[str, float]:
 def plain_rates(folder: Path) -> dict[str, float]:
     """Random consecutive pairs/s of zarr and tensorstore on the same shards, and of this reader."""
     shards = PatchShards(folder)
-    groups = sorted(folder.glob("shards/*.zarr"))
-    arrays = [zarr.open(path, mode="r")["tokens"] for path in groups]
-    stores = [
-        tensorstore.open(
-            {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / "tokens")}}
-        ).result()
-        for path in groups
-    ]
-    per_shard = shards.num_windows // len(groups)
+    paths = sorted(folder.glob("shards/*.zarr.zip"))
+    arrays = [zarr.open_group(ZipStore(path), mode="r")["tokens"] for path in paths]
+    stores = [open_by_tensorstore(path) for path in paths]
+    per_shard = shards.num_windows // len(paths)
     rng = np.random.default_rng(1)
 
     def draw() -> tuple[int, int, int]:
@@ -218,6 +214,13 @@ def plain_rates(folder: Path) -> dict[str, float]:
 
     contestants = {"zarr": by_zarr, "tensorstore": by_tensorstore, "deltatok": by_reader}
     return {f"single_random_pairs_per_s_{name}": rate for name, rate in _rates(contestants).items()}
+
+
+def open_by_tensorstore(path: Path) -> Any:
+    """The tokens of a shard."""
+    base = {"driver": "file", "path": str(path.resolve())}
+    kvstore = {"driver": "zip", "base": base, "path": "tokens/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
 
 
 def _rates(contestants: dict[str, Callable[[], None]]) -> dict[str, float]:

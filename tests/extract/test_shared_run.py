@@ -1,5 +1,6 @@
 """Processes that extract into one folder make a part each, whatever becomes of one of them."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatok.extract import ledger
+from deltatok.extract import ledger, run
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.decoding import pool
@@ -22,6 +23,7 @@ from deltatok.extract.decoding.pool import choose_num_workers
 from deltatok.extract.ledger import Part, close_cache
 from deltatok.extract.run import run_extraction
 from deltatok.extract.shard_writer import PatchShardWriter
+from deltatok.extract.sources.clip import Clip
 from deltatok.shards import (
     PatchShards,
     Stopped,
@@ -31,6 +33,7 @@ from deltatok.shards import (
     read_cache_info,
 )
 from deltatok.shards.files import partial_path
+from deltatok.shards.plan import PlanEntry
 from deltatok.shards.records import done_shards
 from deltatok.shards.tools.verify import verify_cache
 
@@ -121,6 +124,25 @@ def test_ranks_make_their_parts_and_the_last_one_closes_the_cache(
     assert digests(Path(config.out)) == digests(finished)
 
 
+def test_a_rank_holds_the_clips_of_its_own_shards_alone(
+    make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = (Clip, PlanEntry)
+    before = {id(one) for one in gc.get_objects() if type(one) in kinds}
+    held: list[str] = []
+    own: list[str] = []
+
+    def count(_: object, shards: dict[int, list[Clip]], *__: object, **___: object) -> None:
+        own.extend(clip.key for clips in shards.values() for clip in clips)
+        there = [one for one in gc.get_objects() if type(one) in kinds]
+        held.extend(one.key for one in there if id(one) not in before)
+
+    monkeypatch.setattr(run, "make_shards", count)
+    run_extraction(make_config(), backbone=backbone, part=Part(rank=1, num_ranks=2))
+    assert sorted(held) == sorted(own)
+    assert len(own) == 2  # of five clips in three shards
+
+
 def test_who_is_not_the_last_leaves_the_share_in_quarantine_to_the_last(
     make_config: ConfigMaker, backbone: Backbone
 ) -> None:
@@ -208,14 +230,14 @@ def test_partials_of_another_machine_are_gone_from_a_finished_cache(
     with pytest.raises(Stopped):
         run_extraction(config, backbone=backbone, writer=_StoppingWriter())
     shards = Path(config.out) / "shards"
-    old, fresh = (shards / f"000001.zarr.partial-1-0000000{number}" for number in (0, 1))
+    old, fresh = (shards / f"000001.zarr.zip.partial-1-0000000{number}" for number in (0, 1))
     for partial in (old, fresh):
-        partial.mkdir()
+        partial.touch()
     long_ago = old.stat().st_mtime - 2 * ledger.STALE_AFTER_S
     os.utime(old, (long_ago, long_ago))
     run_extraction(config, backbone=backbone)
     assert not old.exists()
-    fresh.rmdir()  # kept: somebody may be writing it
+    fresh.unlink()  # kept: somebody may be writing it
     assert digests(Path(config.out)) == digests(finished)
 
 
@@ -225,9 +247,9 @@ def test_partials_of_living_processes_are_kept(
     config = make_config()
     with pytest.raises(Stopped):
         run_extraction(config, backbone=backbone, writer=_StoppingWriter())
-    own = partial_path(Path(config.out) / "shards" / "000001.zarr")
+    own = partial_path(Path(config.out) / "shards" / "000001.zarr.zip")
     living = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
-    living.mkdir()
+    living.touch()
     run_extraction(config, backbone=backbone)
     assert living.exists()
 
