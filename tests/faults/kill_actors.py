@@ -5,9 +5,9 @@ one process: every cache must hold the same bytes.
 
 Runs: each kind of work undisturbed (patch tokens, int8, fused, delta encoding); a node taken away,
 without grace, once a third of the shards is done, and another one added a little later; then --runs
-runs in which a random actor is killed with SIGKILL --kills times, at random moments. The head has no
-CPUs, two nodes have one each. Needs the extra deltatok[ray]. Prints figures as JSON; exits with 1 if
-a cache differs or a run fails.
+runs in which a random actor is killed with SIGKILL --kills times, at random moments. The head has
+no CPUs, two nodes have one each. Needs the extra deltatok[ray]. Prints figures as JSON; exits with
+1 if a cache differs or a run fails.
 """
 
 import argparse
