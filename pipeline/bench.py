@@ -21,6 +21,8 @@ from ..evaluate.tables import markdown_table
 from ..shards.cache import PATCHES, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import CacheMismatch, UsageError
+from ..shards.patches.archive import ShardFile
+from ..shards.patches.layout import SUFFIX, TOKENS_CHUNK, member_names
 from ..shards.patches.reader import PatchShards
 from ..train.data.batches import TokenizerBatches, WindowBatches
 from ..train.data.order import BatchOrder, RankSlice
@@ -99,7 +101,8 @@ def _bench_patches(shards: PatchShards, config: BenchConfig) -> dict[str, Any]:
     per_batch = -(-min(config.batch_size or 448, len(windows) * pairs_each) // pairs_each)
     order = BatchOrder(windows, per_batch, 0)
     pairs = BatchOrder(np.arange(len(windows) * pairs_each), per_batch, 0)
-    files = sorted(shards.folder.glob("shards/*.zarr/tokens/c/0/0/0/0"))
+    files = sorted(shards.folder.glob(f"shards/*{SUFFIX}"))
+    members = [ShardFile(path, member_names(shards.dtype)).members[TOKENS_CHUNK] for path in files]
     dtype = np.dtype({"float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}[shards.dtype])
     whole = np.empty((per_batch, *shards.shape), dtype=dtype)
     two = np.empty((per_batch, 2, *shards.shape[1:]), dtype=dtype)
@@ -111,7 +114,8 @@ def _bench_patches(shards: PatchShards, config: BenchConfig) -> dict[str, Any]:
         """The shard's tokens in its file: no checks. Behind every frame come 4 bytes of checksum,
         behind all the index."""
         shape = (rows[shard], num_frames, frame_bytes + 4)
-        raw = np.memmap(files[shard], dtype=np.uint8, mode="r", shape=shape)
+        offset = members[shard].offset
+        raw = np.memmap(files[shard], dtype=np.uint8, mode="r", shape=shape, offset=offset)
         frames = np.asarray(raw)[..., :frame_bytes].view(dtype)
         return frames.reshape(*frames.shape[:2], *shards.shape[1:])
 
@@ -141,7 +145,7 @@ def _bench_patches(shards: PatchShards, config: BenchConfig) -> dict[str, Any]:
         return len(shards.stored_tokens(chosen, frames=np.stack([frame, frame + 1], 1), out=two))
 
     contestants: dict[str, Contestant] = {}
-    sizes = [path.stat().st_size for path in files]
+    sizes = [member.size for member in members]
     if sizes == [int(n) * num_frames * (frame_bytes + 20) + 4 for n in rows]:  # not compressed
         contestants |= {"memmap": memmap, "memmap_random_pairs": memmap_pairs}
     contestants |= {"reader": reader, "reader_random_pairs": reader_pairs}

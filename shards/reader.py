@@ -322,7 +322,7 @@ def _check_totals(
 def _check_names(folder: Path, info: CacheInfo, entries: Sequence[IndexEntry]) -> None:
     """Raises DamagedShard for a shard whose record or data is not there, by one listing."""
     shards = folder / "shards"
-    suffix = ".zarr" if info.format == PATCHES else ".tar"
+    suffix = ".zarr.zip" if info.format == PATCHES else ".tar"
     names = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
     for entry in entries:
         for ending in (".json", suffix) if entry.rows else (".json",):

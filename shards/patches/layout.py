@@ -1,14 +1,14 @@
 """What is in a patch-token shard: names, dtypes, axes and units of its arrays.
 
-    NNNNNN.zarr/                Zarr v3 group; attributes: keys, logical_dtype, licence, ...
-      zarr.json
+    NNNNNN.zarr.zip             Zarr v3 group in an uncompressed zip, members in this order
+      zarr.json                 attributes: keys, logical_dtype, licence, ...
       tokens/zarr.json          metadata: shape (W, T, N, D), inner chunks (1, 1, N, D)
+      timestamps_s/, frame_index/, crop/, flipped/, clip/
+                                zarr.json, and one chunk each: the numbers + crc32c
+      channel_scale/            int8 only: (D,), zarr.json and one chunk
+      token_scale/              int8 only, laid out as the tokens: (W, T, N), inner chunks (1, 1, N)
       tokens/c/0/0/0/0          the one Zarr shard: W * T chunks, each N * D numbers + crc32c,
                                 then the index: W * T pairs (offset, bytes) of uint64 + crc32c
-      token_scale/              int8 only, laid out as the tokens: (W, T, N), inner chunks (1, 1, N)
-      channel_scale/            int8 only: (D,), one chunk
-      timestamps_s/, frame_index/, crop/, flipped/, clip/
-                                one chunk each: the numbers + crc32c
 
 And the storage dtypes of tokens, with conversions from and to float32. NumPy has no bfloat16: its
 upper 16 bits of a float32 are stored as uint16. int8 needs scales beside it, see `int8`.
@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+SUFFIX = ".zarr.zip"
+"""Of the file of a patch-token shard."""
 
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
@@ -126,9 +129,33 @@ WINDOW_ARRAYS: dict[str, ArraySpec] = {
 NUM_CROP_EDGES = 4
 
 
-def only_chunk(num_axes: int) -> tuple[str, ...]:
-    """Path of the one chunk, or the one Zarr shard, below an array."""
-    return ("c", *("0" for _ in range(num_axes)))
+def only_chunk(name: str, num_axes: int) -> str:
+    """The member that is the one chunk, or the one Zarr shard, of an array."""
+    return "/".join((name, "c", *("0" for _ in range(num_axes))))
+
+
+TOKENS_CHUNK = only_chunk("tokens", len(TOKEN_AXES))
+TOKEN_SCALE_CHUNK = only_chunk("token_scale", len(TOKEN_SCALE_SPEC.axes))
+
+
+def member_names(dtype: str) -> list[str]:
+    """The members of a shard of this logical dtype, in their order."""
+    whole = {name: len(spec.axes) for name, spec in WINDOW_ARRAYS.items()}
+    sharded = {}
+    if dtype == "int8":
+        whole["channel_scale"] = len(CHANNEL_SCALE_SPEC.axes)
+        sharded["token_scale"] = len(TOKEN_SCALE_SPEC.axes)
+    sharded["tokens"] = len(TOKEN_AXES)
+    return [
+        "zarr.json",
+        *(f"{name}/zarr.json" for name in reversed(sharded)),
+        *(
+            member
+            for name, num_axes in whole.items()
+            for member in (f"{name}/zarr.json", only_chunk(name, num_axes))
+        ),
+        *(only_chunk(name, num_axes) for name, num_axes in sharded.items()),
+    ]
 
 
 def array_shapes(num_windows: int, num_frames: int) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ Windows are numbered through all shards in shard order. Any number of threads ma
 processes forked while a reader is open may go on reading with it.
 
 A `TokenReader` reads one shard frame by frame: as stored, or as the float32 values that stands for
-(int8 has scales beside its codes). File descriptors are the caller's, one set a thread.
+(int8 has scales beside its codes). File descriptors are the caller's, one a thread.
 
 `read_shard_table` gives all but the tokens: one row a window; `read_black` the tokens of a black
 frame.
@@ -31,16 +31,19 @@ from ..reader import CacheReader, checked_out, checked_windows
 from ..records import DoneRecord, Verify, shard_path
 from ..schema import read_file
 from ..windows import WindowColumns
+from .archive import ShardFile
 from .int8 import check_channel_scale, dequantise, read_channel_scale
 from .layout import (
     CHANNEL_SCALE_SPEC,
     STORED_DTYPES,
+    SUFFIX,
     TOKEN_SCALE_SPEC,
     WINDOW_ARRAYS,
     array_shapes,
     from_stored,
+    member_names,
 )
-from .zarr_arrays import FrameFile, read_array, read_attributes
+from .zarr_arrays import FrameMember, read_array, read_attributes
 
 MAX_BLACK_BYTES = 2**30
 """Of black.npy: one frame in float32 (a guess)."""
@@ -58,25 +61,32 @@ def logical_dtype(info: CacheInfo) -> str:
     return dtype
 
 
-def read_shard_table(group: Path, record: DoneRecord, num_frames: int) -> WindowColumns:
-    """The windows of one shard, as stored. Raises DamagedShard if an array is missing or broken."""
+def open_shard(folder: Path, shard: int, info: CacheInfo) -> ShardFile:
+    """The file of a shard of this cache; DamagedShard for one that is cut, added to or changed."""
+    return ShardFile(shard_path(folder, shard, SUFFIX), member_names(logical_dtype(info)))
+
+
+def read_shard_table(file: ShardFile, record: DoneRecord, num_frames: int) -> WindowColumns:
+    """The windows of one shard, as stored. Raises DamagedShard if an array is broken."""
     columns: dict[str, Any] = {
-        name: read_array(group, name, shape=shape, dtype=WINDOW_ARRAYS[name].dtype)
+        name: read_array(file, name, shape=shape, dtype=WINDOW_ARRAYS[name].dtype)
         for name, shape in array_shapes(record.rows, num_frames).items()
     }
     clip = columns["clip"]
     if not 0 <= clip.min() <= clip.max() < len(record.keys):
-        raise damaged_shard(f"{group}: clip has an index outside of the {len(record.keys)} keys")
+        raise damaged_shard(
+            f"{file.path}: clip has an index outside of the {len(record.keys)} keys"
+        )
     return WindowColumns(**columns, keys=record.keys)
 
 
-def check_attributes(group: Path, record: DoneRecord, info: CacheInfo) -> None:
+def check_attributes(file: ShardFile, record: DoneRecord, info: CacheInfo) -> None:
     """Raises CacheMismatch if the shard says that it belongs to another cache."""
-    attributes = read_attributes(group)
+    attributes = read_attributes(file)
     for name, wanted in (("fingerprint", info.fingerprint), ("keys", record.keys)):
         if attributes.get(name) != wanted:
             raise CacheMismatch(
-                f"{group}: its attribute {name} is not that of cache.json and the done-record: "
+                f"{file.path}: its attribute {name} is not that of cache.json and the done-record: "
                 f"the shard belongs to another cache: {SHARD_ADVICE}"
             )
 
@@ -94,68 +104,67 @@ def read_black(path: Path, info: CacheInfo, shape: tuple[int, ...]) -> NDArray[n
     return tokens
 
 
-OpenFiles = tuple[ReadOnlyFile, ...]
-"""What `TokenReader.open` gives: the file of the tokens and, for int8, that of their scales."""
-
-
 class TokenReader:
-    """The tokens of the shard in the folder `group`, W = `rows` windows. T, N, D as the cache's."""
+    """The tokens of a shard of W = `rows` windows. T, N, D as the cache's."""
 
     def __init__(
-        self, group: Path, info: CacheInfo, *, rows: int, check_once: bool = False
+        self, file: ShardFile, info: CacheInfo, *, rows: int, check_once: bool = False
     ) -> None:
-        """check_once: see FrameFile."""
+        """check_once: see FrameMember."""
         shape = info.shape
         self._frame_shape = (shape.num_tokens or 0, shape.hidden_size)
         self._dtype = logical_dtype(info)
         windows = (rows, shape.num_frames)
         stored = STORED_DTYPES[self._dtype]
         frames = (*windows, *self._frame_shape)
-        self._tokens = FrameFile(group, "tokens", shape=frames, dtype=stored, check_once=check_once)
-        self.path = self._tokens.path
+        self._tokens = FrameMember(
+            file, "tokens", shape=frames, dtype=stored, check_once=check_once
+        )
+        self._path = file.path
+        self.where = self._tokens.where
+        """For messages."""
         self.compression = self._tokens.compression
         """"none" or "zstd"."""
-        self._scales: FrameFile | None = None
+        self._scales: FrameMember | None = None
         self.channel_scale: NDArray[np.float32] | None = None
         """float32 (D,), with int8 only."""
         if self._dtype == "int8":
             tokens, scale = TOKEN_SCALE_SPEC.dtype, CHANNEL_SCALE_SPEC.dtype
-            self._scales = FrameFile(
-                group, "token_scale", shape=frames[:3], dtype=tokens, check_once=check_once
+            self._scales = FrameMember(
+                file, "token_scale", shape=frames[:3], dtype=tokens, check_once=check_once
             )
             self.channel_scale = read_array(
-                group, "channel_scale", shape=(shape.hidden_size,), dtype=scale
+                file, "channel_scale", shape=(shape.hidden_size,), dtype=scale
             )
-            check_channel_scale(self.channel_scale, info, where=f"{group}: channel_scale")
+            check_channel_scale(self.channel_scale, info, where=f"{file.path}: channel_scale")
 
-    def open(self) -> OpenFiles:
-        """The data files, to be passed to the reading methods."""
-        files = [self._tokens] if self._scales is None else [self._tokens, self._scales]
-        return tuple(file.open() for file in files)
+    def open(self) -> ReadOnlyFile:
+        """The shard's file, to be passed to the reading methods."""
+        return ReadOnlyFile(self._path)
 
     def new_frames(self, count: int) -> NDArray[Any]:
         """An array for stored frames, (count, N, D)."""
         return np.empty((count, *self._frame_shape), dtype=STORED_DTYPES[self._dtype])
 
     def read_stored(
-        self, files: OpenFiles, window: int, frames: Sequence[int], *, out: NDArray[Any]
+        self, file: ReadOnlyFile, window: int, frames: Sequence[int], *, out: NDArray[Any]
     ) -> None:
         """Fills `out`, C-contiguous (F, N, D) of the stored dtype, or its bytes, with F `frames`
         of a window."""
         rows = out.reshape(len(frames), -1).view(np.uint8)
-        self._tokens.read_frames(files[0], window, frames, out=rows)
+        self._tokens.read_frames(file, window, frames, out=rows)
 
     def read_scale(
-        self, files: OpenFiles, window: int, frames: Sequence[int], *, out: NDArray[np.float16]
+        self, file: ReadOnlyFile, window: int, frames: Sequence[int], *, out: NDArray[np.float16]
     ) -> None:
         """int8 only: fills `out` with the token scales of the frames, float16 (F, N)."""
         if self._scales is None:
             raise AssertionError("only int8 shards have token scales")
-        self._scales.read_frames(files[1], window, frames, out=out.view(np.uint8))
+        self._scales.read_frames(file, window, frames, out=out.view(np.uint8))
 
     def read_values(
         self,
-        files: OpenFiles,
+        file: ReadOnlyFile,
         window: int,
         frames: Sequence[int],
         *,
@@ -163,18 +172,17 @@ class TokenReader:
         stored: NDArray[Any],
     ) -> None:
         """Fills `out`, float32 (F, N, D); `stored` is a `new_frames(F)` to read into."""
-        self.read_stored(files, window, frames, out=stored)
+        self.read_stored(file, window, frames, out=stored)
         if self.channel_scale is None:
             from_stored(stored, self._dtype, out=out)
         else:
             scale = np.empty((len(frames), self._frame_shape[0]), dtype=np.float16)
-            self.read_scale(files, window, frames, out=scale)
+            self.read_scale(file, window, frames, out=scale)
             dequantise(stored, scale, self.channel_scale, out=out)
 
 
 MAX_OPEN_FILES = 128
-"""Shards kept open by each thread, of one file each, of two with int8; a process may open 1,024
-files on most machines."""
+"""Shards kept open by each thread; a process may open 1,024 files on most machines."""
 
 
 class PatchShards(CacheReader[np.float32]):
@@ -241,8 +249,8 @@ class PatchShards(CacheReader[np.float32]):
         chosen, shape, places = self._places(windows, frames)
         filled = checked_out(out, shape, np.dtype(np.float32))
         stored: NDArray[Any] = np.empty(shape[1:], dtype=STORED_DTYPES[self.dtype])
-        for place, reader, files, window in places:
-            reader.read_values(files, window, chosen[place], out=filled[place], stored=stored)
+        for place, reader, file, window in places:
+            reader.read_values(file, window, chosen[place], out=filled[place], stored=stored)
         return filled
 
     def stored_tokens(
@@ -256,8 +264,8 @@ class PatchShards(CacheReader[np.float32]):
         `token_scale` and `channel_scale` give (FORMAT.md has the formulas)."""
         chosen, shape, places = self._places(windows, frames)
         filled = checked_out(out, shape, STORED_DTYPES[self.dtype])
-        for place, reader, files, window in places:
-            reader.read_stored(files, window, chosen[place], out=filled[place])
+        for place, reader, file, window in places:
+            reader.read_stored(file, window, chosen[place], out=filled[place])
         return filled
 
     def token_scale(
@@ -268,8 +276,8 @@ class PatchShards(CacheReader[np.float32]):
         self._check_int8()
         chosen, shape, places = self._places(windows, frames)
         filled = np.empty(shape[:3], dtype=np.float16)
-        for place, reader, files, window in places:
-            reader.read_scale(files, window, chosen[place], out=filled[place])
+        for place, reader, file, window in places:
+            reader.read_scale(file, window, chosen[place], out=filled[place])
         return filled
 
     @property
@@ -288,9 +296,9 @@ class PatchShards(CacheReader[np.float32]):
 
     def _shard_table(self, shard: int) -> WindowColumns:
         record = self._record(shard)
-        group = shard_path(self.folder, record.shard, ".zarr")
-        check_attributes(group, record, self.info)
-        return read_shard_table(group, record, self.shape[0])
+        file = open_shard(self.folder, record.shard, self.info)
+        check_attributes(file, record, self.info)
+        return read_shard_table(file, record, self.shape[0])
 
     def _frames(self, frames: ArrayLike | None, num_windows: int) -> NDArray[np.int64]:
         """Frames within the window, int64 (B, F), F >= 1."""
@@ -311,7 +319,9 @@ class PatchShards(CacheReader[np.float32]):
 
     def _places(
         self, windows: ArrayLike, frames: ArrayLike | None
-    ) -> tuple[list[list[int]], tuple[int, ...], Iterator[tuple[int, TokenReader, OpenFiles, int]]]:
+    ) -> tuple[
+        list[list[int]], tuple[int, ...], Iterator[tuple[int, TokenReader, ReadOnlyFile, int]]
+    ]:
         """The frames of each window, the shape of their tokens (B, F, N, D), and where to read.
 
         Their shards are opened: before room is made for what a made-up shape says."""
@@ -324,8 +334,8 @@ class PatchShards(CacheReader[np.float32]):
 
     def _in_file_order(
         self, numbers: NDArray[np.int64]
-    ) -> Iterator[tuple[int, TokenReader, OpenFiles, int]]:
-        """(position in `numbers`, the shard's reader, its open files, window within the shard)."""
+    ) -> Iterator[tuple[int, TokenReader, ReadOnlyFile, int]]:
+        """(position in `numbers`, the shard's reader, its open file, window within the shard)."""
         order = np.argsort(numbers, kind="stable")
         shards, windows = self._locate(numbers[order])
         opened = -1
@@ -334,28 +344,28 @@ class PatchShards(CacheReader[np.float32]):
         ):
             if shard != opened:
                 reader, opened = self._reader(shard), shard
-                files = self._open_files(shard, reader)
-            yield place, reader, files, window
+                file = self._open_file(shard, reader)
+            yield place, reader, file, window
 
     def _reader(self, shard: int) -> TokenReader:
         reader = self._readers.get(shard)
         if reader is None:
             record = self._record(shard)
-            group = shard_path(self.folder, record.shard, ".zarr")
-            check_attributes(group, record, self.info)
+            file = open_shard(self.folder, record.shard, self.info)
+            check_attributes(file, record, self.info)
             reader = self._readers[shard] = TokenReader(
-                group, self.info, rows=record.rows, check_once=self._check_once
+                file, self.info, rows=record.rows, check_once=self._check_once
             )
         return reader
 
-    def _open_files(self, shard: int, reader: TokenReader) -> OpenFiles:
+    def _open_file(self, shard: int, reader: TokenReader) -> ReadOnlyFile:
         # Per thread, so that no lock is needed (a lock held during a fork stays locked).
-        opened: dict[int, OpenFiles] = self._thread.__dict__.setdefault("files", {})
-        files = opened.pop(shard, None) or reader.open()
-        opened[shard] = files  # the most recently used is last
+        opened: dict[int, ReadOnlyFile] = self._thread.__dict__.setdefault("files", {})
+        file = opened.pop(shard, None) or reader.open()
+        opened[shard] = file  # the most recently used is last
         if len(opened) > MAX_OPEN_FILES:
             del opened[next(iter(opened))]
-        return files
+        return file
 
     def _check_int8(self) -> None:
         if self.dtype != "int8":

@@ -1,8 +1,8 @@
 """Writes one patch-token shard: permute, check, convert, store whole, publish, promise.
 
-    write_patch_shard    the rows of a shard -> shards/NNNNNN.zarr and its done-record
+    write_patch_shard    the rows of a shard -> shards/NNNNNN.zarr.zip and its done-record
     _Encoder             patch tokens -> the bytes of their one Zarr shard file
-    _write_group         the Zarr v3 group around it, as `layout` draws it
+    _write_group         the Zarr v3 group around it, in a zip, as `layout` draws it
 
 Same rows, same bytes. The file of the tokens (T frames, N patches, D channels):
 
@@ -36,19 +36,23 @@ from ..npy import npy_bytes
 from ..plan import window_order
 from ..records import DoneRecord, commit_shard, shard_path
 from ..windows import ShardRows, WindowColumns
+from .archive import write_archive
 from .int8 import UNSTORABLE, dequantise, quantise, read_channel_scale
 from .layout import (
     BFLOAT16_MAX,
     CHANNEL_SCALE_SPEC,
     FLOAT16_MAX,
     STORED_DTYPES,
+    SUFFIX,
     TOKEN_ATTRIBUTES,
     TOKEN_AXES,
+    TOKEN_SCALE_CHUNK,
     TOKEN_SCALE_SPEC,
+    TOKENS_CHUNK,
     WINDOW_ARRAYS,
     ArraySpec,
     from_stored,
-    only_chunk,
+    member_names,
     to_stored,
 )
 from .zarr_arrays import LEVEL, check_compression, compress
@@ -77,7 +81,7 @@ def write_patch_shard(
     seed: int,
     compression: str = "none",
 ) -> DoneRecord:
-    """Writes shards/NNNNNN.zarr and its done-record into the cache `folder`; gives the record.
+    """Writes shards/NNNNNN.zarr.zip and its done-record into the cache `folder`; gives the record.
 
     The windows are stored in the order `window_order(W, seed=seed, shard=shard)`. Whatever an
     earlier run left of this shard is replaced. Without windows only the done-record is written.
@@ -92,7 +96,7 @@ def write_patch_shard(
     where, num_windows = f"{folder}: shard {shard:06d}", len(rows.tokens)
     _check_tokens(rows, info, dtype=dtype, where=where)
     rows.check_columns(num_windows=num_windows, num_frames=info.shape.num_frames, where=where)
-    partial = partial_path(shard_path(folder, shard, ".zarr"))
+    partial = partial_path(shard_path(folder, shard, SUFFIX))
     order = window_order(num_windows, seed=seed, shard=shard)
     abs_max, beyond_float16 = 0.0, 0
     try:
@@ -108,7 +112,7 @@ def write_patch_shard(
         remove(partial)
         raise
     record = rows.record(shard, abs_max=abs_max, beyond_float16=beyond_float16)
-    return commit_shard(folder, record, partial=partial, suffix=".zarr")
+    return commit_shard(folder, record, partial=partial, suffix=SUFFIX)
 
 
 def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
@@ -292,47 +296,41 @@ def is_storable(window: NDArray[Any], *, dtype: str) -> bool:
 def _write_group(
     path: Path, encoder: _Encoder, windows: WindowColumns, attributes: dict[str, Any]
 ) -> None:
-    """Makes the Zarr v3 group `path`; `windows`: in the order of the file."""
+    """Writes the zip `path` of the Zarr v3 group; `windows`: in the order of the file."""
     # Imported here: readers do without zarr, and it takes a third of a second.
     import zarr
 
-    group = zarr.create_group(store=str(path), zarr_format=3, attributes=attributes)
-    _write_sharded(
-        group,
-        path / "tokens",
-        encoder.data,
-        shape=encoder.shape,
-        spec=ArraySpec(
-            STORED_DTYPES[encoder.dtype],
-            TOKEN_AXES,
-            {**TOKEN_ATTRIBUTES, "logical_dtype": encoder.dtype},
-        ),
-        compression=encoder.compression,
+    members: dict[str, Any] = {}
+    store = zarr.storage.MemoryStore(members)
+    group = zarr.create_group(store=store, zarr_format=3, attributes=attributes)
+    tokens = ArraySpec(
+        STORED_DTYPES[encoder.dtype],
+        TOKEN_AXES,
+        {**TOKEN_ATTRIBUTES, "logical_dtype": encoder.dtype},
     )
-    if encoder.token_scale_data is not None and encoder.channel_scale is not None:
-        scales, shape = encoder.token_scale_data, encoder.shape[:3]
-        _write_sharded(group, path / "token_scale", scales, shape=shape, spec=TOKEN_SCALE_SPEC)
+    _create_sharded(group, "tokens", tokens, encoder.shape, compression=encoder.compression)
+    if encoder.channel_scale is not None:
+        _create_sharded(group, "token_scale", TOKEN_SCALE_SPEC, encoder.shape[:3])
         _write_whole(group, "channel_scale", encoder.channel_scale, CHANNEL_SCALE_SPEC)
     for name, spec in WINDOW_ARRAYS.items():
         _write_whole(group, name, getattr(windows, name), spec)
-
-
-def _write_sharded(
-    group: Any,
-    folder: Path,
-    data: NDArray[np.uint8],
-    *,
-    shape: tuple[int, ...],
-    spec: ArraySpec,
-    compression: str = "none",
-) -> None:
-    """The array `folder` of the group, whose one Zarr shard is `data`."""
-    chunks = (1, 1, *shape[2:])
-    _create(group, folder.name, spec, compression, shape=shape, chunks=chunks, shards=shape)
-    path = folder.joinpath(*only_chunk(len(shape)))
-    path.parent.mkdir(parents=True)
+    data = {name: member.to_bytes() for name, member in members.items()}
+    data[TOKENS_CHUNK] = encoder.data.data
+    if encoder.token_scale_data is not None:
+        data[TOKEN_SCALE_CHUNK] = encoder.token_scale_data.data
+    names = member_names(encoder.dtype)
     with path.open("xb") as file:
-        file.write(data.data)
+        write_archive(file, ((name, data.pop(name)) for name in names), last=TOKENS_CHUNK)
+    if data:
+        raise AssertionError(f"zarr wrote {sorted(data)}, which no shard has")
+
+
+def _create_sharded(
+    group: Any, name: str, spec: ArraySpec, shape: tuple[int, ...], *, compression: str = "none"
+) -> None:
+    """An array of one Zarr shard, a chunk a frame, that is still to be written."""
+    chunks = (1, 1, *shape[2:])
+    _create(group, name, spec, compression, shape=shape, chunks=chunks, shards=shape)
 
 
 def _write_whole(group: Any, name: str, values: NDArray[Any], spec: ArraySpec) -> None:

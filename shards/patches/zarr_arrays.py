@@ -4,8 +4,8 @@ tokens frame by frame.
 Zarr's own reader gives the same numbers (a test holds the two together) at several times the
 cost a read, starts a thread that does not survive a fork, and takes a missing file for zeros.
 This one reads exactly what `layout` draws, checks each checksum, and refuses the rest. Of the
-tokens, many frames in one file, positions come from the file's index and bytes by preadv straight
-into the caller's array.
+tokens, many frames in one member, positions come from the member's index and bytes by preadv
+straight into the caller's array.
 
 zstd is the codec of that name of Zarr v3: one zstd frame a chunk, which says its size. numcodecs is
 imported when the first chunk is compressed or decompressed: most caches are not.
@@ -14,7 +14,6 @@ imported when the first chunk is compressed or decompressed: most caches are not
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 
 from ..errors import DamagedShard, UsageError, damaged_shard
 from ..files import ReadOnlyFile
-from ..schema import STORED, load, read_json, shown
+from ..schema import STORED, load, parse_json, shown
+from .archive import ShardFile
 from .layout import only_chunk
 
 COMPRESSIONS = ("none", "zstd")
@@ -90,29 +90,30 @@ CRC_BYTES = 4
 
 
 def read_array(
-    group: Path, name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
+    shard: ShardFile, name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> NDArray[Any]:
     """A whole array of one chunk; DamagedShard if it is not what is asked for."""
-    check_metadata(group / name, shape=shape, dtype=dtype, inner=None)
-    path = group.joinpath(name, *only_chunk(len(shape)))
-    file = ReadOnlyFile(path)
-    wanted = math.prod(shape) * dtype.itemsize + CRC_BYTES
-    if file.size() != wanted:
-        raise damaged_shard(f"{path}: {file.size()} bytes, wanted {wanted}")
-    data = np.empty(shape, dtype=dtype)
-    buffer = data.reshape(-1).view(np.uint8)
-    crc = np.empty(CRC_BYTES, dtype=np.uint8)
-    file.read_into([buffer, crc], 0)
-    check_crc(buffer, crc, where=str(path))
-    if dtype == np.bool_ and (buffer > 1).any():
-        raise damaged_shard(f"{path}: holds bytes that are neither true nor false")
-    return data
+    check_metadata(shard, name, shape=shape, dtype=dtype, inner=None)
+    member = only_chunk(name, len(shape))
+    num_bytes = math.prod(shape) * dtype.itemsize
+    data = np.frombuffer(shard.read_member(member, size=num_bytes + CRC_BYTES), dtype=np.uint8)
+    numbers, where = data[:num_bytes], f"{shard.path}: {member}"
+    check_crc(numbers, data[num_bytes:], where=where)
+    if dtype == np.bool_ and (numbers > 1).any():
+        raise damaged_shard(f"{where}: holds bytes that are neither true nor false")
+    return numbers.view(dtype).reshape(shape).copy()
 
 
-def read_attributes(group: Path) -> dict[str, Any]:
+def read_attributes(shard: ShardFile) -> dict[str, Any]:
     """The attributes of the group."""
-    path = group / "zarr.json"
-    return load(_Group, read_json(path), where=str(path), how=STORED).attributes
+    value, where = _read_json(shard, "zarr.json")
+    return load(_Group, value, where=where, how=STORED).attributes
+
+
+def _read_json(shard: ShardFile, member: str) -> tuple[Any, str]:
+    """The value, and what to call the member in messages."""
+    where = f"{shard.path}: {member}"
+    return parse_json(shard.read_member(member), where=where), where
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,17 @@ class _Group:
 
 
 def check_metadata(
-    path: Path, *, shape: tuple[int, ...], dtype: np.dtype[Any], inner: tuple[int, ...] | None
+    shard: ShardFile,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    inner: tuple[int, ...] | None,
 ) -> str:
     """Holds an array's zarr.json against the layout there is; gives its compression.
 
     `inner`: shape of the chunks in a shard, None for an array of one chunk, never compressed."""
-    where = str(path / "zarr.json")
-    metadata = read_json(path / "zarr.json")
+    metadata, where = _read_json(shard, f"{name}/zarr.json")
     if not isinstance(metadata, dict):
         raise damaged_shard(f"{where}: {shown(metadata)}, wanted a JSON object")
     codecs = _BYTES_AND_CRC if inner is None else _sharding(inner, _BYTES_AND_CRC)
@@ -147,11 +152,11 @@ def check_metadata(
         "chunk_key_encoding": {"name": "default"},
         "codecs": codecs,
     }
-    for name, value in wanted.items():
-        got = metadata.get(name)
+    for field, value in wanted.items():
+        got = metadata.get(field)
         if _without_defaults(got) != value:
             raise damaged_shard(
-                f"{where}: {name} is {shown(got)}, wanted {shown(value)}: not the layout of "
+                f"{where}: {field} is {shown(got)}, wanted {shown(value)}: not the layout of "
                 "format_version 1, or damaged"
             )
     if metadata.get("storage_transformers") not in (None, []):
@@ -201,12 +206,12 @@ MAX_STRETCH = 256
 _INDEX_ENTRY_BYTES = 16
 
 
-class FrameFile:
-    """An array of one shard that is read frame by frame: dtype (W, T, ...)."""
+class FrameMember:
+    """An array of one Zarr shard that is read frame by frame: dtype (W, T, ...)."""
 
     def __init__(
         self,
-        group: Path,
+        shard: ShardFile,
         name: str,
         *,
         shape: tuple[int, ...],
@@ -216,10 +221,12 @@ class FrameFile:
         """check_once: hold each frame against its checksum when it is read first, not every time;
         compressed ones always."""
         inner = (1, 1, *shape[2:])
-        self.compression = check_metadata(group / name, shape=shape, dtype=dtype, inner=inner)
-        self.path = group.joinpath(name, *only_chunk(len(shape)))
+        self.compression = check_metadata(shard, name, shape=shape, dtype=dtype, inner=inner)
+        self.member = shard.members[only_chunk(name, len(shape))]
+        self.where = f"{shard.path}: {self.member.name}"
+        """For messages."""
         self._frame_bytes = math.prod(shape[2:]) * dtype.itemsize
-        self._offsets, self._sizes = self._read_index((shape[0], shape[1]))
+        self._offsets, self._sizes = self._read_index(shard, (shape[0], shape[1]))
         self._checked: NDArray[np.bool_] | None = None
         if check_once:  # threads may set it at once: at worst a frame is checked twice
             self._checked = np.zeros(shape[:2], dtype=np.bool_)
@@ -229,14 +236,10 @@ class FrameFile:
         self._in_order = bool((steps == chunk_bytes).all())
         """Whether the frames of every window lie one after the other."""
 
-    def open(self) -> ReadOnlyFile:
-        """The data file, to be passed to `read_frames`."""
-        return ReadOnlyFile(self.path)
-
     def read_frames(
         self, file: ReadOnlyFile, window: int, frames: Sequence[int], *, out: NDArray[np.uint8]
     ) -> None:
-        """Fills `out`, uint8 (len(frames), frame_bytes), C-contiguous.
+        """Fills `out`, uint8 (len(frames), frame_bytes), C-contiguous, from the shard's file.
 
         Frames that follow one another are one read. Raises DamagedShard on a wrong checksum: of
         every frame, or with `check_once` of each when it is read first.
@@ -269,7 +272,7 @@ class FrameFile:
         if checked is not None:
             return
         for row in range(count):
-            where = f"{self.path}: window {window}, frame {first + row}"
+            where = f"{self.where}: window {window}, frame {first + row}"
             check_crc(out[row], crcs[row], where=where)
         if self._checked is not None:
             self._checked[window, first : first + count] = True
@@ -280,30 +283,31 @@ class FrameFile:
         crc = np.empty(CRC_BYTES, dtype=np.uint8)
         stored = np.empty(int(self._sizes[window, frame]) - CRC_BYTES, dtype=np.uint8)
         file.read_into([stored, crc], int(self._offsets[window, frame]))
-        where = f"{self.path}: window {window}, frame {frame}"
+        where = f"{self.where}: window {window}, frame {frame}"
         check_crc(stored, crc, where=where)
         decompress(stored, out=out, where=where)
 
-    def _read_index(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each chunk starts and how long it is, int64 (W, T) each."""
+    def _read_index(
+        self, shard: ShardFile, shape: tuple[int, int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each chunk starts in the shard's file and how long it is, int64 (W, T) each."""
         num_entries = shape[0] * shape[1]
-        file = self.open()
-        end_of_data = file.size() - num_entries * _INDEX_ENTRY_BYTES - CRC_BYTES
+        index_bytes = num_entries * _INDEX_ENTRY_BYTES
+        end_of_data = self.member.size - index_bytes - CRC_BYTES
         chunk_bytes = self._frame_bytes + CRC_BYTES
         plain = self.compression == "none"
         if end_of_data < 0 or (plain and end_of_data != num_entries * chunk_bytes):
             wanted = num_entries * (chunk_bytes + _INDEX_ENTRY_BYTES) + CRC_BYTES
-            raise damaged_shard(f"{self.path}: {file.size()} bytes, wanted {wanted}")
+            raise damaged_shard(f"{self.where}: {self.member.size} bytes, wanted {wanted}")
         # Only now: a made-up shape could ask for terabytes.
-        index = np.empty(num_entries * _INDEX_ENTRY_BYTES, dtype=np.uint8)
-        crc = np.empty(CRC_BYTES, dtype=np.uint8)
-        file.read_into([index, crc], end_of_data)
-        check_crc(index, crc, where=f"{self.path}: index")
-        entries = index.view("<u8").reshape(num_entries, 2)
+        data = shard.read(self.member.offset + end_of_data, index_bytes + CRC_BYTES)
+        index = np.frombuffer(data, dtype=np.uint8)
+        check_crc(index[:index_bytes], index[index_bytes:], where=f"{self.where}: index")
+        entries = index[:index_bytes].view("<u8").reshape(num_entries, 2)
         if not _cover(entries, end_of_data) or (plain and (entries[:, 1] != chunk_bytes).any()):
-            raise damaged_shard(f"{self.path}: the index does not cover the file")
+            raise damaged_shard(f"{self.where}: the index does not cover the data")
         offsets, sizes = entries.astype(np.int64).reshape(*shape, 2).transpose(2, 0, 1)
-        return offsets, sizes
+        return offsets + self.member.offset, sizes
 
 
 def _stretches(frames: Sequence[int]) -> Iterator[tuple[int, int]]:

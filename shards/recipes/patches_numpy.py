@@ -1,4 +1,4 @@
-"""Patch tokens with NumPy alone: any frame of a shard by its offset, nothing else read.
+"""Patch tokens with NumPy and the standard library: any frame of a shard by its offset.
 
     python patches_numpy.py cache/patches
 
@@ -7,6 +7,7 @@ Uncompressed shards (the default) of any dtype. Written from ../FORMAT.md.
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +15,43 @@ import numpy as np
 STORED = {"float16": "<f2", "bfloat16": "<u2", "int8": "i1"}
 
 
-def open_chunks(array: Path) -> tuple[dict, np.memmap, np.ndarray]:
-    """Metadata, mapped shard file, and the index: uint64 (W, T, 2), offset and bytes of a frame."""
-    metadata = json.loads((array / "zarr.json").read_text())
-    shape = metadata["shape"]
-    data = np.memmap(array.joinpath("c", *["0"] * len(shape)), np.uint8, "r")
+def map_members(path: Path) -> dict[str, np.ndarray]:
+    """The members of a shard's zip, uint8 (bytes,) each: views into the mapped file."""
+    data = np.memmap(path, np.uint8, "r")
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            # Lengths of the name and of the padding, in the 30 bytes before them.
+            lengths = data[info.header_offset + 26 :][:4].view("<u2")
+            start = info.header_offset + 30 + int(lengths.sum())
+            members[info.filename] = data[start : start + info.file_size]
+    return members
+
+
+def open_chunks(members: dict[str, np.ndarray], name: str) -> tuple[list, np.ndarray, np.ndarray]:
+    """Shape, data, and the index: uint64 (W, T, 2), offset and bytes of a frame."""
+    shape = json.loads(members[f"{name}/zarr.json"].tobytes())["shape"]
+    data = members["/".join([name, "c", *["0"] * len(shape)])]
     index_bytes = shape[0] * shape[1] * 16
     index = data[-4 - index_bytes : -4].view("<u8").reshape(shape[0], shape[1], 2)
-    return metadata, data, index
+    return shape, data, index
 
 
-def frame(
-    chunks: tuple[dict, np.memmap, np.ndarray], dtype: str, at: tuple[int, int]
-) -> np.ndarray:
+def frame(chunks: tuple[list, np.ndarray, np.ndarray], dtype: str, at: tuple) -> np.ndarray:
     """The stored numbers of frame `at` (window, frame): a view into the mapped file."""
-    metadata, data, index = chunks
-    shape = metadata["shape"][2:]
+    (_, _, *shape), data, index = chunks
     offset, size = (int(number) for number in index[at])
     if size != int(np.prod(shape)) * np.dtype(dtype).itemsize + 4:  # 4: the crc32c after it
         raise SystemExit("the shard is compressed: read it with zarr or tensorstore")
     return data[offset : offset + size - 4].view(dtype).reshape(shape)
 
 
-def read_shard(group: Path) -> np.ndarray:
+def read_shard(path: Path) -> np.ndarray:
     """All tokens of a shard, float32 (W, T, N, D)."""
-    dtype = json.loads((group / "zarr.json").read_text())["attributes"]["logical_dtype"]
-    tokens = open_chunks(group / "tokens")
-    values = np.empty(tokens[0]["shape"], np.float32)
+    members = map_members(path)
+    dtype = json.loads(members["zarr.json"].tobytes())["attributes"]["logical_dtype"]
+    tokens = open_chunks(members, "tokens")
+    values = np.empty(tokens[0], np.float32)
     for at in np.ndindex(values.shape[:2]):
         stored = frame(tokens, STORED[dtype], at)
         if dtype == "bfloat16":
@@ -48,10 +59,10 @@ def read_shard(group: Path) -> np.ndarray:
         else:
             values[at] = stored
     if dtype == "int8":
-        scales = open_chunks(group / "token_scale")
+        scales = open_chunks(members, "token_scale")
         for at in np.ndindex(values.shape[:2]):
             values[at] *= frame(scales, "<f2", at).astype(np.float32)[:, None]
-        values *= np.fromfile(group / "channel_scale/c/0", "<f4", count=values.shape[-1])
+        values *= members["channel_scale/c/0"][:-4].view("<f4")
     return values
 
 
@@ -64,7 +75,7 @@ def main(cache: str) -> np.ndarray:
             if Path(cache, name).stat().st_size != promised["bytes"]:
                 raise SystemExit(f"{name}: not the file that was written")
         if done["rows"]:
-            shards.append(read_shard(record.with_suffix(".zarr")))
+            shards.append(read_shard(record.with_suffix(".zarr.zip")))
             print(f"{record.stem}: {shards[-1].shape}, {len(done['keys'])} clips")
     return np.concatenate(shards)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from zarr.storage import ZipStore
 
 
 def read_shard(path: Path) -> np.ndarray:
     """All tokens of a shard, float32 (W, T, N, D). A slice of `tokens` reads only its frames."""
-    group = zarr.open_group(str(path), mode="r")
+    group = zarr.open_group(ZipStore(path), mode="r")
     stored = np.asarray(group["tokens"][...])
     if group.attrs["logical_dtype"] == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -24,10 +25,10 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def main(cache: str) -> np.ndarray:
-    """All tokens of a cache. zarr takes a missing file for zeros: see patches_numpy.py."""
+    """All tokens of a cache."""
     shards = []
-    for path in sorted(Path(cache, "shards").glob("*.zarr")):
-        group = zarr.open_group(str(path), mode="r")
+    for path in sorted(Path(cache, "shards").glob("*.zarr.zip")):
+        group = zarr.open_group(ZipStore(path), mode="r")
         shards.append(read_shard(path))
         seconds = np.asarray(group["timestamps_s"][0])
         clip = group.attrs["keys"][int(group["clip"][0])]

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from ..cache import read_cache_info, refresh_derived, reopen_cache
 from ..errors import DamagedShard, DeltatokError
 from ..files import remove_partials
+from ..patches.layout import SUFFIX
 from ..plan import PLAN_FOLDER
 from ..records import read_done, remove_done, shard_path, write_quarantine
 from .verify import VerifyReport, is_untouched
@@ -69,7 +70,7 @@ def _remove_shard(folder: Path, shard: int) -> list[str]:
         record = read_done(folder, shard)
     except DeltatokError:
         record = None
-    own = {f"{shard:06d}.zarr", f"{shard:06d}.tar"}
+    own = {f"{shard:06d}{SUFFIX}", f"{shard:06d}.tar"}
     names = [name for name in record.files if PurePosixPath(name).parts[1] in own] if record else []
     if record_path.is_dir() and not record_path.is_symlink():
         return []  # no file of ours

@@ -27,8 +27,9 @@ from ..deltas.reader import read_blocks, read_shard_table, read_tokens
 from ..errors import CacheMismatch, DamagedShard, DeltatokError, damaged_shard
 from ..files import is_partial, sha256_file
 from ..patches import reader as patches
+from ..patches.archive import ShardFile
 from ..patches.int8 import UNSTORABLE, read_channel_scale
-from ..patches.layout import FLOAT16_MAX
+from ..patches.layout import FLOAT16_MAX, SUFFIX
 from ..patches.reader import TokenReader, check_attributes, logical_dtype, read_black
 from ..patches.zarr_arrays import read_attributes
 from ..plan import PLAN, PLAN_FOLDER, Plan, PlanEntry, keys_twice
@@ -216,8 +217,8 @@ def _shard_problems(
         yield from map(problem, different)
         return
     where = f"shard {record.shard:06d}"
-    own = f"shards/{record.shard:06d}{'.zarr' if info.format == PATCHES else '.tar'}/"
-    strangers = [name for name in record.files if not f"{name}/".startswith(own)]
+    own = f"shards/{record.shard:06d}{SUFFIX if info.format == PATCHES else '.tar'}"
+    strangers = [name for name in record.files if name != own]
     if strangers or bool(record.files) != bool(record.rows):
         yield problem(
             f"{where}: {record.rows} windows in {len(record.files)} files, {len(strangers)} of "
@@ -244,30 +245,30 @@ def verify_values(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
 
 
 def _read_patches(folder: Path, info: CacheInfo, record: DoneRecord, found: _Range) -> None:
-    group = shard_path(folder, record.shard, ".zarr")
-    check_attributes(group, record, info)
-    _check_description(group, info, record)
-    table = patches.read_shard_table(group, record, info.shape.num_frames)
-    _check_windows(table, where=str(group))
-    tokens = TokenReader(group, info, rows=record.rows)
-    files, stored = tokens.open(), tokens.new_frames(1)
+    file = patches.open_shard(folder, record.shard, info)
+    check_attributes(file, record, info)
+    _check_description(file, info, record)
+    table = patches.read_shard_table(file, record, info.shape.num_frames)
+    _check_windows(table, where=str(file.path))
+    tokens = TokenReader(file, info, rows=record.rows)
+    opened, stored = tokens.open(), tokens.new_frames(1)
     values = np.empty(stored.shape, dtype=np.float32)
     for window in range(record.rows):
         for index in range(info.shape.num_frames):
-            tokens.read_values(files, window, [index], out=values, stored=stored)
+            tokens.read_values(opened, window, [index], out=values, stored=stored)
             usable = np.isfinite(values).all()
             if stored.dtype == np.int8:
                 usable = usable and stored.min() != UNSTORABLE
             if not usable:
                 raise damaged_shard(
-                    f"{tokens.path}: window {window}, frame {index} has values that are not finite"
+                    f"{tokens.where}: window {window}, frame {index} has values that are not finite"
                 )
             found.add(values[0])
 
 
-def _check_description(group: Path, info: CacheInfo, record: DoneRecord) -> None:
+def _check_description(file: ShardFile, info: CacheInfo, record: DoneRecord) -> None:
     """What the shard says of itself and no reader needs."""
-    attributes = read_attributes(group)
+    attributes = read_attributes(file)
     wanted = {
         "format": PATCHES,
         "format_version": info.format_version,
@@ -279,7 +280,7 @@ def _check_description(group: Path, info: CacheInfo, record: DoneRecord) -> None
     for name, value in wanted.items():
         if attributes.get(name) != value:
             raise damaged_shard(
-                f"{group}: its attribute {name} is {attributes.get(name)!r}, wanted {value!r}"
+                f"{file.path}: its attribute {name} is {attributes.get(name)!r}, wanted {value!r}"
             )
 
 

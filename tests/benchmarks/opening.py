@@ -104,16 +104,12 @@ def make(folder: Path, *, format: str, shards: int, channels: int) -> None:
     for shard in range(shards):
         keys = [f"class{shard % 700:03d}/video_{shard:06d}_{clip:02d}.mp4" for clip in range(CLIPS)]
         entries += [PlanEntry(key=key, source=key, size_bytes=1, shard=shard) for key in keys]
-        names = [f"{shard:06d}.tar"]
-        if patches:
-            inside = ("zarr.json", "tokens/zarr.json", "tokens/c/0/0/0/0", "crop/c/0/0", "clip/c/0")
-            names = [f"{shard:06d}.zarr/{name}" for name in inside]
-        files = {f"shards/{name}": {"bytes": 10**8, "sha256": "0" * 64} for name in names}
+        data = shard_path(folder, shard, ".zarr.zip" if patches else ".tar")
+        files = {f"shards/{data.name}": {"bytes": 10**8, "sha256": "0" * 64}}
         record = DoneRecord(shard=shard, keys=keys, rows=ROWS, files=files, abs_max=1.0)
         value = {"format_version": 1, **record.__dict__}
         shard_path(folder, shard, ".json").write_bytes(json_bytes(value))
-        data = shard_path(folder, shard, ".zarr" if patches else ".tar")
-        data.mkdir() if patches else data.touch()
+        data.touch()
     write_plan(folder, entries)
 
 

@@ -164,7 +164,7 @@ def test_a_shard_without_done_record_is_made_again(
 ) -> None:
     config = make_config()
     run_extraction(config, backbone=backbone)
-    shard = Path(config.out) / "shards" / "000001.zarr" / "tokens" / "c" / "0" / "0" / "0" / "0"
+    shard = Path(config.out) / "shards" / "000001.zarr.zip"
     shard.write_bytes(b"")
     (Path(config.out) / "shards" / "000001.json").unlink()
     assert run_extraction(config, backbone=backbone).shards_done_now == 1

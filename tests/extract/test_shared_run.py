@@ -230,14 +230,14 @@ def test_partials_of_another_machine_are_gone_from_a_finished_cache(
     with pytest.raises(Stopped):
         run_extraction(config, backbone=backbone, writer=_StoppingWriter())
     shards = Path(config.out) / "shards"
-    old, fresh = (shards / f"000001.zarr.partial-1-0000000{number}" for number in (0, 1))
+    old, fresh = (shards / f"000001.zarr.zip.partial-1-0000000{number}" for number in (0, 1))
     for partial in (old, fresh):
-        partial.mkdir()
+        partial.touch()
     long_ago = old.stat().st_mtime - 2 * ledger.STALE_AFTER_S
     os.utime(old, (long_ago, long_ago))
     run_extraction(config, backbone=backbone)
     assert not old.exists()
-    fresh.rmdir()  # kept: somebody may be writing it
+    fresh.unlink()  # kept: somebody may be writing it
     assert digests(Path(config.out)) == digests(finished)
 
 
@@ -247,9 +247,9 @@ def test_partials_of_living_processes_are_kept(
     config = make_config()
     with pytest.raises(Stopped):
         run_extraction(config, backbone=backbone, writer=_StoppingWriter())
-    own = partial_path(Path(config.out) / "shards" / "000001.zarr")
+    own = partial_path(Path(config.out) / "shards" / "000001.zarr.zip")
     living = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
-    living.mkdir()
+    living.touch()
     run_extraction(config, backbone=backbone)
     assert living.exists()
 

@@ -52,12 +52,12 @@ def unpromised(out: Path) -> int:
     """Shards that are in place without a done-record."""
     found = set(names(out / "shards"))
     return sum(
-        name.endswith((".zarr", ".tar")) and f"{name[:6]}.json" not in found for name in found
+        name.endswith((".zarr.zip", ".tar")) and f"{name[:6]}.json" not in found for name in found
     )
 
 
 SIGHTS: dict[str, Callable[[Path], int]] = {
-    "a partial shard": lambda out: sum(".zarr.partial-" in n for n in names(out / "shards")),
+    "a partial shard": lambda out: sum(".zarr.zip.partial-" in n for n in names(out / "shards")),
     "a partial record": lambda out: sum(".json.partial-" in n for n in names(out / "shards")),
     "a partial list": lambda out: sum(".partial-" in name for name in names(out)),
     "a shard without record": unpromised,

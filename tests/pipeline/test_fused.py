@@ -62,7 +62,7 @@ def test_fused_cache_is_that_of_float16_patch_shards(
     assert extract([*fused_words, "--tokenizer-autocast", precision]) == 0
     assert len(done_shards(tmp_path / "fused")) == 3
     assert digests(tmp_path / "fused") == digests(deltas)
-    assert not list((tmp_path / "fused").rglob("*.zarr"))
+    assert not list((tmp_path / "fused").rglob("*.zarr.zip"))
     assert verify_cache(tmp_path / "fused", deep=True).problems == []
 
 

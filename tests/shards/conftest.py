@@ -1,8 +1,10 @@
 """Little caches of both formats, made by code: 2 shards of 3 clips, a few kilobytes."""
 
 import json
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,9 @@ from deltatok.shards import DELTAS, PATCHES, CacheInfo, CacheShape
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.files import sha256_file
+from deltatok.shards.patches.archive import write_archive
 from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
+from deltatok.shards.patches.layout import SUFFIX, TOKENS_CHUNK
 from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import (
     PlanEntry,
@@ -50,9 +54,26 @@ class Little:
     expected: dict[str, np.ndarray]
     """The columns of `rows` for all windows, in the order of the reader's window numbers."""
 
-    def reseal(self) -> None:
-        """Makes done-record 0 agree with the files of its shard, as a forger would."""
-        path = self.folder / "shards/000000.json"
+    def read(self, name: str) -> bytes:
+        """The file or, below shards/NNNNNN.zarr.zip/, the member of a zip."""
+        path, member = self._split(name)
+        return path.read_bytes() if member is None else read_members(path)[member]
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts `data` into its place; into a zip as a writer would have."""
+        path, member = self._split(name)
+        if member is None:
+            path.write_bytes(data)
+        else:
+            write_members(path, {**read_members(path), member: data})
+
+    def _split(self, name: str) -> tuple[Path, str | None]:
+        top, suffix, member = name.partition(f"{SUFFIX}/")
+        return self.folder / (top + suffix.rstrip("/")), member or None
+
+    def reseal(self, shard: int = 0) -> None:
+        """Makes a done-record agree with the files of its shard, as a forger would."""
+        path = self.folder / f"shards/{shard:06d}.json"
         record = json.loads(path.read_text())
         for name in record["files"]:
             file = self.folder / name
@@ -189,11 +210,49 @@ def _expected(rows: list[Any], orders: list[np.ndarray]) -> dict[str, np.ndarray
     return expected
 
 
-def flip_byte(path: Path, position: int) -> None:
-    """Changes one bit of the byte at `position`."""
+def flip_byte(path: Path, position: int, *, member: str | None = None) -> None:
+    """Changes one bit of a byte of the file, or of the data of a member of the zip."""
     data = bytearray(path.read_bytes())
+    if member is not None:
+        offset, size = place(path, member)
+        position = offset + position % size
     data[position] ^= 0x10
     path.write_bytes(data)
+
+
+def place(path: Path, member: str) -> tuple[int, int]:
+    """Where the data of a member of a zip lies: offset and bytes."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+    lengths = struct.unpack_from("<2H", path.read_bytes(), info.header_offset + 26)
+    return info.header_offset + 30 + sum(lengths), info.file_size
+
+
+def read_members(path: Path) -> dict[str, bytes]:
+    """All members of a zip."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def encode_by_zarr(path: Path) -> None:
+    """Has zarr write the tokens again: its chunks have another order than ours."""
+    import zarr
+
+    before = read_members(path)
+    buffer = zarr.core.buffer.default_buffer_prototype().buffer
+    members = {name: buffer.from_bytes(data) for name, data in before.items()}
+    array = zarr.open_group(zarr.storage.MemoryStore(members), mode="r+")["tokens"]
+    array[...] = np.asarray(array[...])
+    after = {name: members[name].to_bytes() for name in before}
+    assert after[TOKENS_CHUNK] != before[TOKENS_CHUNK]
+    assert len(after[TOKENS_CHUNK]) == len(before[TOKENS_CHUNK])
+    write_members(path, after)
+
+
+def write_members(path: Path, members: dict[str, bytes]) -> None:
+    """The zip of a shard with these members, as the writer puts them."""
+    with path.open("wb") as file:
+        write_archive(file, members.items(), last=TOKENS_CHUNK)
 
 
 @pytest.fixture

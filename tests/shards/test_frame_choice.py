@@ -10,6 +10,7 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.storage import ZipStore
 
 from deltatok.shards import DamagedShard, PatchShards
 from deltatok.shards.patches import zarr_arrays as frame_file
@@ -37,7 +38,8 @@ def frame_choices() -> st.SearchStrategy[list[tuple[int, list[int]]]]:
 def test_chosen_frames_are_those_of_plain_zarr(
     patches: Any, choice: list[tuple[int, list[int]]], once: bool
 ) -> None:
-    groups = [zarr.open_group(str(path), mode="r") for path in shard_folders(patches.folder)]
+    paths = sorted(patches.folder.glob("shards/*.zarr.zip"))
+    groups = [zarr.open_group(ZipStore(path), mode="r") for path in paths]
     plain = np.concatenate([np.asarray(group["tokens"][...]) for group in groups])
     windows = np.array([window for window, _ in choice])
     frames = np.array([numbers for _, numbers in choice])
@@ -103,11 +105,12 @@ def test_frames_that_cannot_be_are_refused(
 
 @pytest.mark.parametrize("once", [True, False])
 def test_frame_damaged_after_its_first_reading(
-    patches: Any, flip: Callable[[Path, int], None], once: bool
+    little: Any, patches: Any, flip: Callable[[Path, int], None], once: bool
 ) -> None:
     reader = PatchShards(patches.folder, check_once=once)
     reader.stored_tokens([0])
-    flip(shard_folders(patches.folder)[0] / "tokens/c/0/0/0/0", 3)
+    path = patches.folder / "shards/000000.zarr.zip"
+    flip(path, little.place(path, "tokens/c/0/0/0/0")[0] + 3)
     if once:
         reader.stored_tokens([0])
         with pytest.raises(DamagedShard, match=r"window 0, frame 0.*wrong checksum"):
@@ -128,7 +131,3 @@ def flip() -> Callable[[Path, int], None]:
             file.write(data)
 
     return change
-
-
-def shard_folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shards/*.zarr"))

@@ -11,7 +11,7 @@ from deltatok.shards.schema import parse_json
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 
-TOKENS = "shards/000000.zarr/tokens/zarr.json"
+TOKENS = "shards/000000.zarr.zip/tokens/zarr.json"
 
 
 def use(folder: Path) -> None:
@@ -38,13 +38,12 @@ BAD_JSON = {
 @pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON)
 @pytest.mark.parametrize(
     "name",
-    ["cache.json", "plan.json", "shards/000000.json", "shards/000000.zarr/zarr.json", TOKENS],
+    ["cache.json", "plan.json", "shards/000000.json", "shards/000000.zarr.zip/zarr.json", TOKENS],
 )
 def test_json_that_is_made_to_harm_is_refused_everywhere(
     patches: Any, name: str, text: str
 ) -> None:
-    path = patches.folder / name
-    path.write_text('{"aaa": ' + text + ", " + path.read_text()[1:])
+    patches.write(name, f'{{"aaa": {text}, '.encode() + patches.read(name)[1:])
     if ".zarr" in name:
         patches.reseal()
     with pytest.raises(DeltatokError):

@@ -98,16 +98,14 @@ def test_a_writer_killed_at_any_step_loses_nothing(
         write()
         remove_partials(cache.folder / "shards")
         assert tree(cache.folder) == wanted
-    assert kills > (8 if kind == "patches" else 0)
+    assert kills > 0
     assert verify_cache(cache.folder, deep=True).problems == []
 
 
 def test_a_leftover_without_done_record_is_replaced(patches: Any, deltas: Any) -> None:
     wanted = tree(patches.folder)
     (patches.folder / "shards/000000.json").unlink()
-    group = patches.folder / "shards/000000.zarr"
-    (group / "tokens/c/0/0/0/0").write_bytes(b"half")
-    (group / "stranger").write_bytes(b"x")
+    (patches.folder / "shards/000000.zarr.zip").write_bytes(b"half")
     write_patch_shard(patches.folder, 0, patches.rows[0], dtype="float16", seed=7)
     assert tree(patches.folder) == wanted
 
@@ -120,14 +118,14 @@ def test_a_leftover_without_done_record_is_replaced(patches: Any, deltas: Any) -
 
 def test_readers_do_not_see_a_shard_without_done_record(patches: Any, little: Any) -> None:
     (patches.folder / "shards/000001.json").unlink()
-    (patches.folder / "shards/000002.zarr").mkdir()
+    (patches.folder / "shards/000002.zarr.zip").touch()
     with pytest.raises(ValueError, match="no done-record"):
         PatchShards(patches.folder)
 
 
 def test_leftover_partials_do_not_disturb_readers(patches: Any, deltas: Any) -> None:
     for folder, reader in ((patches.folder, PatchShards), (deltas.folder, DeltaShards)):
-        (folder / "shards/000007.zarr.partial-1-0123abcd").mkdir()
+        (folder / "shards/000007.zarr.zip.partial-1-0123abcd").touch()
         (folder / "shards/000007.json.partial-1-0123abcd").write_text("{")
         (folder / "cache.json.partial-1-0123abcd").write_text("{")
         reader(folder)
@@ -231,7 +229,7 @@ def test_a_shard_that_appears_while_it_is_moved_is_taken_as_it_is(
     patches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = tree(patches.folder)
-    final, aside = patches.folder / "shards/000001.zarr", patches.folder / "aside"
+    final, aside = patches.folder / "shards/000001.zarr.zip", patches.folder / "aside"
     final.rename(aside)
     (patches.folder / "shards/000001.json").unlink()
 
@@ -259,7 +257,7 @@ def test_a_failed_shard_leaves_the_old_one_and_no_partial(
 ) -> None:
     cache = request.getfixturevalue(kind)
     wanted = tree(cache.folder)
-    suffix = ".zarr" if kind == "patches" else ".tar"
+    suffix = ".zarr.zip" if kind == "patches" else ".tar"
     remove(cache.folder / f"shards/000001{suffix}")  # else it is there already, as it would be
 
     def full(partial: Path, final: Path) -> None:

@@ -96,9 +96,9 @@ def read_everything(folder: Path, reader: type[PatchShards] | type[DeltaShards])
     [
         ("patches", "cache.json"),
         ("patches", "shards/000000.json"),
-        ("patches", "shards/000000.zarr/zarr.json"),
-        ("patches", "shards/000000.zarr/tokens/zarr.json"),
-        ("patches", "shards/000000.zarr/flipped/zarr.json"),
+        ("patches", "shards/000000.zarr.zip/zarr.json"),
+        ("patches", "shards/000000.zarr.zip/tokens/zarr.json"),
+        ("patches", "shards/000000.zarr.zip/flipped/zarr.json"),
         ("deltas", "cache.json"),
         ("deltas", "shards/000000.json"),
     ],
@@ -109,8 +109,7 @@ def test_made_up_json_gives_data_or_our_errors(
 ) -> None:
     cache = request.getfixturevalue(kind)
     folder = cache.folder
-    path = folder / name
-    value = json.loads(path.read_text())
+    value = json.loads(cache.read(name))
     for key in ("backbone", "preprocessing", "software", "other_decoders"):
         for inner in (value, value.get("identity", {})):
             if isinstance(inner, dict) and key in inner:
@@ -119,7 +118,7 @@ def test_made_up_json_gives_data_or_our_errors(
         value["files"] = dict(list(value["files"].items())[:3])
     refused = 0
     for variant in variants(value, kinds):
-        path.write_text(json.dumps(variant))
+        cache.write(name, json.dumps(variant).encode())
         if ".zarr" in name:
             cache.reseal()
         try:

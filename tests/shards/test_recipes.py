@@ -95,7 +95,7 @@ def test_the_numpy_recipes_refuse_a_shard_that_was_cut_off(
     little: Any, patches: Any, deltas: Any, tmp_path: Path
 ) -> None:
     for recipe, cache, name in (
-        ("patches_numpy", patches.folder, "000001.zarr/tokens/c/0/0/0/0"),
+        ("patches_numpy", patches.folder, "000001.zarr.zip"),
         ("deltas_numpy", deltas.folder, "000001.tar"),
     ):
         path = cache / "shards" / name

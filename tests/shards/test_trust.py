@@ -16,8 +16,6 @@ from deltatok.shards.records import INDEX
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
 
-TOKENS = "tokens/c/0/0/0/0"
-
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,18 +46,17 @@ def swap(first: Path, second: Path) -> None:
     third.rename(second)
 
 
-@pytest.mark.parametrize("name", [TOKENS, "timestamps_s/c/0/0", "zarr.json"])
-def test_a_file_swapped_with_another_shards_is_refused(
-    little: Any, tmp_path: Path, name: str
-) -> None:
+def test_a_shard_swapped_with_another_is_refused(little: Any, tmp_path: Path) -> None:
     folder = equal_shards(little, tmp_path / "cache", kind="patches")
     shards = folder / "shards"
-    if (shards / "000000.zarr" / name).stat().st_size != (
-        shards / "000001.zarr" / name
-    ).stat().st_size:
+    first, second = shards / "000000.zarr.zip", shards / "000001.zarr.zip"
+    if first.stat().st_size != second.stat().st_size:
         pytest.fail("the two files must be equally long")
-    swap(shards / "000000.zarr" / name, shards / "000001.zarr" / name)
-    with pytest.raises(DamagedShard, match=rf"shard 000000: .*000000.zarr/{name}.*another sh"):
+    swap(first, second)
+    for read in ("tokens", "stored_tokens", "timestamps_s"):
+        with pytest.raises(CacheMismatch, match=r"000000\.zarr\.zip: its attribute keys is not"):
+            getattr(PatchShards(folder), read)([0])
+    with pytest.raises(DamagedShard, match=r"shard 000000: .*000000\.zarr\.zip.*another shard's"):
         PatchShards(folder, verify="sha256")
     assert verify_cache(folder).damaged == [0, 1]
 
@@ -112,15 +109,15 @@ def test_a_large_cache_opens_by_its_index_alone(
 def test_a_missing_or_empty_file_of_a_large_cache_is_refused_on_read(
     patches: Any, damage: Any, words: str
 ) -> None:
-    damage(patches.folder / f"shards/000001.zarr/{TOKENS}")
     reader = PatchShards(patches.folder)
     reader.tokens([0])
+    damage(patches.folder / "shards/000001.zarr.zip")
     with pytest.raises(DamagedShard, match=f"shard 000001: .*{words}"):
         reader.tokens([10])
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("name", ["000001.zarr", "000001.json"])
+@pytest.mark.parametrize("name", ["000001.zarr.zip", "000001.json"])
 def test_a_missing_shard_of_a_large_cache_is_refused_on_opening(patches: Any, name: str) -> None:
     (patches.folder / "shards" / name).rename(patches.folder / "elsewhere")
     with pytest.raises(DamagedShard, match=rf"shard 000001: .*{name}: missing"):
@@ -161,7 +158,7 @@ def test_an_unfinished_cache_is_read_by_its_records(patches: Any) -> None:
     assert PatchShards(patches.folder, allow_incomplete=True).num_windows == 5
 
 
-@pytest.mark.parametrize("name", ["000000.zarr", f"000000.zarr/{TOKENS}", "."])
+@pytest.mark.parametrize("name", ["000000.zarr.zip", "."])
 def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(
     patches: Any, tmp_path: Path, name: str
 ) -> None:

@@ -159,7 +159,7 @@ def test_every_clip_broken(tiny_inputs: Path, tmp_path: Path, fails: Fails) -> N
     fails(extract, [*words, "--backbone", str(tiny_inputs / "backbone")], 3, "quarantine")
     assert len((out / "quarantine.jsonl").read_text().splitlines()) == 2
     assert not list(out.rglob("*.partial-*"))
-    assert not list(out.rglob("*.zarr"))
+    assert not list(out.rglob("*.zarr.zip"))
 
 
 def test_an_out_that_cannot_be_written(tiny_inputs: Path, tmp_path: Path, fails: Fails) -> None:

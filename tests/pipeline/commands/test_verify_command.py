@@ -45,12 +45,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_problem_is_named_and_written(
     cache: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (cache / "shards/000000.zarr/crop/c/0/0").unlink()
+    (cache / "shards/000000.zarr.zip").unlink()
     (cache / "shards/stranger").touch()
     words = ["verify", str(cache), "--json", str(tmp_path / "found.json")]
     assert shards(words) == 1
     said = capsys.readouterr()
-    assert "000000.zarr/crop/c/0/0: cannot be read" in said.out
+    assert "000000.zarr.zip: cannot be read" in said.out
     assert "shards/stranger: 1 files in no done-record" in said.out
     assert "2 problems in all" in said.err
     found = json.loads((tmp_path / "found.json").read_text())
@@ -64,10 +64,10 @@ def test_what_repair_removes_is_made_again_byte_for_byte(
     tiny_inputs: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(cache)
-    path = cache / "shards/000001.zarr/tokens/c/0/0/0/0"
+    path = cache / "shards/000001.zarr.zip"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     (cache / "shards/000002.json").unlink()
-    (cache / "shards/000002.zarr.partial-999999999-0123abcd").mkdir()
+    (cache / "shards/000002.zarr.zip.partial-999999999-0123abcd").touch()
     assert shards(["verify", str(cache), "--repair"]) == 0
     said = capsys.readouterr().out
     assert f"removed {cache}/shards/000001.json" in said
@@ -99,11 +99,11 @@ def test_a_whole_cache_says_how_deep_it_was_looked_at(
 
 
 def test_nothing_is_repaired_while_somebody_writes(cache: Path, fails: Fails) -> None:
-    path = cache / "shards/000001.zarr/tokens/c/0/0/0/0"
+    path = cache / "shards/000001.zarr.zip"
     path.write_bytes(b"")
-    own = partial_path(cache / "shards/000002.zarr")
+    own = partial_path(cache / "shards/000002.zarr.zip")
     partial = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
-    partial.mkdir()
+    partial.touch()
     fails(shards, ["verify", str(cache), "--repair"], 2, f"{partial}: a process is writing to it")
     assert path.exists()
     partial.rename(own)  # of a process that ended

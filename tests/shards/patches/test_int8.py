@@ -11,6 +11,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.storage import ZipStore
 
 from deltatok.shards import (
     CacheMismatch,
@@ -74,7 +75,7 @@ def test_token_scale_follows_the_largest_channel_and_stays_a_normal_float16() ->
 def test_reader_gives_what_the_documented_formula_gives_of_plain_zarr(int8: Any) -> None:
     parts = []
     for shard in (0, 1):
-        group = zarr.open_group(str(int8.folder / f"shards/00000{shard}.zarr"), mode="r")
+        group = zarr.open_group(ZipStore(int8.folder / f"shards/00000{shard}.zarr.zip"), mode="r")
         codes = np.asarray(group["tokens"][...]).astype(np.float32)
         token_scale = np.asarray(group["token_scale"][...]).astype(np.float32)
         parts.append(codes * token_scale[..., None] * np.asarray(group["channel_scale"][...]))
@@ -112,7 +113,7 @@ def test_int8_shard_reads_with_plain_zarr_alone(int8: Any, run_script: Callable[
     run_script(
         """
 import sys, zarr
-group = zarr.open(sys.argv[1], mode="r")
+group = zarr.open_group(zarr.storage.ZipStore(sys.argv[1]), mode="r")
 tokens, scale = group["tokens"], group["token_scale"]
 assert tokens.dtype == "int8" and tokens.chunks == (1, 1, 4, 6), tokens
 assert scale.dtype == "float16" and scale.chunks == (1, 1, 4), scale
@@ -122,7 +123,7 @@ assert tokens.attrs["logical_dtype"] == "int8"
 assert (tokens[3, 1] == tokens[...][3, 1]).all() and abs(tokens[...]).max() == 127
 assert "deltatok" not in sys.modules
 """,
-        int8.folder / "shards/000000.zarr",
+        int8.folder / "shards/000000.zarr.zip",
     )
 
 
@@ -194,7 +195,7 @@ def test_dtype_differs_before_scales_do(patches: Any, little: Any) -> None:
     ["tokens/c/0/0/0/0", "token_scale/c/0/0/0", "channel_scale/c/0", "token_scale/zarr.json"],
 )
 def test_a_flipped_byte_of_codes_or_scales_raises(int8: Any, little: Any, name: str) -> None:
-    little.flip_byte(int8.folder / "shards/000000.zarr" / name, 3)
+    little.flip_byte(int8.folder / "shards/000000.zarr.zip", 3, member=name)
     with pytest.raises(DamagedShard, match=r"000000\.zarr"):
         PatchShards(int8.folder).tokens([0])
 

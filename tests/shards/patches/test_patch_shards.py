@@ -225,7 +225,7 @@ def test_reader_refuses_a_shard_of_another_cache(little: Any, patches: Any, tmp_
     assert other.fingerprint != patches.info.fingerprint
     for shard in range(2):
         name = f"shards/00000{shard}"
-        (patches.folder / f"{name}.zarr").rename(tmp_path / "other" / f"{name}.zarr")
+        (patches.folder / f"{name}.zarr.zip").rename(tmp_path / "other" / f"{name}.zarr.zip")
         (patches.folder / f"{name}.json").rename(tmp_path / "other" / f"{name}.json")
     reader = PatchShards(tmp_path / "other", allow_incomplete=True)
     with pytest.raises(CacheMismatch, match=r"attribute fingerprint is not that of cache\.json"):

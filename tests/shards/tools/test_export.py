@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,8 +194,8 @@ def test_compression_changes_neither_numbers_nor_fingerprint(patches: Any, tmp_p
     info = export_cache([patches.folder], tmp_path / "out", compression="zstd")
     assert_same_windows(tmp_path / "out", patches.folder)
     assert info.fingerprint == patches.info.fingerprint
-    metadata = (tmp_path / "out/shards/000000.zarr/tokens/zarr.json").read_text()
-    assert '"zstd"' in metadata
+    with zipfile.ZipFile(tmp_path / "out/shards/000000.zarr.zip") as archive:
+        assert b'"zstd"' in archive.read("tokens/zarr.json")
 
 
 def test_windows_per_shard_holds_unless_one_clip_has_more(patches: Any, tmp_path: Path) -> None:
@@ -247,6 +248,15 @@ def test_an_export_that_stopped_goes_on_and_ends_with_the_same_bytes(
     export_cache([source], tmp_path / "out", clips_per_shard=2)
     assert all_files(tmp_path / "out") == all_files(tmp_path / "whole")
     assert first.stat().st_mtime_ns == before
+
+
+def test_parts_of_a_plan_that_was_never_committed_are_cleared(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_cache([source], out, clips_per_shard=2)
+    (out / "plan.json").unlink()
+    (out / "plan/000000-0123456789abcdef.jsonl").touch()
+    export_cache([source], out, clips_per_shard=2)
+    assert verify_cache(out).problems == []
 
 
 def test_an_export_killed_while_it_writes_goes_on(patches: Any, tmp_path: Path) -> None:
@@ -364,7 +374,7 @@ def test_values_that_the_new_dtype_cannot_hold_name_the_clip(little: Any, tmp_pa
 @pytest.mark.parametrize("kind", ["patches", "deltas"])
 def test_damage_is_not_exported(little: Any, tmp_path: Path, kind: str) -> None:
     cache = getattr(little, f"make_{kind}")(tmp_path / kind).folder
-    data = "000001.tar" if kind == "deltas" else "000001.zarr/tokens/c/0/0/0/0"
+    data = "000001.tar" if kind == "deltas" else "000001.zarr.zip"
     little.flip_byte(cache / "shards" / data, 700)
     with pytest.raises(DamagedShard, match="000001"):
         export_cache([cache], tmp_path / "out")
