@@ -35,7 +35,7 @@ from ..shards.cache import (
 from ..shards.deltas.writer import write_delta_shard
 from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
-from ..shards.files import remove, remove_partials
+from ..shards.files import remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.parts import Part
 from ..shards.patches.reader import PatchShards
@@ -46,7 +46,7 @@ from ..shards.records import (
     done_shards,
     iterate_done,
     read_done,
-    shard_path,
+    remove_done,
     write_quarantine,
 )
 from ..shards.sampling import UniformDraws
@@ -314,7 +314,7 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
             if read_cache_info(out).complete:
                 reopen_cache(out)
             logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
-            remove(shard_path(out, shard, ".json"))
+            remove_done(out, shard)
 
 
 @dataclass(frozen=True)
