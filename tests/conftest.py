@@ -28,9 +28,11 @@ MAY_SKIP = (
     "is not installed where the GPU is",  # tests/gpu runs where only torch is installed
     "no Chromium here",
     "pip install deltatok[tensorboard]",  # an extra
+    "pip install deltatok[ray]",  # an extra
     "needs a GPU",
     "needs a torch without CUDA",
     "C++ compiler",
+    "no C compiler",
     "Linux",
 )
 """What may be missing where the tests run: part of the reason of every skip that is allowed."""
