@@ -149,6 +149,7 @@ def run_extraction(
         )
         with disk_errors(run.out):
             ledger, shards = _begin(run, clips, part)
+        del clips  # those of other processes' shards are not needed any more
         if shards:
             num_done = sum(n for shard, n in enumerate(ledger.clips.tolist()) if shard in part)
             num_mine = num_done + sum(map(len, shards.values()))

@@ -25,6 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import chain, groupby, islice, zip_longest
 from operator import attrgetter
 from pathlib import Path
@@ -191,12 +192,12 @@ class Plan:
             )
         return plan
 
-    @property
+    @cached_property
     def num_shards(self) -> int:
         """Shards are numbered from 0 without gaps."""
         return sum(part.shards for part in self.parts)
 
-    @property
+    @cached_property
     def num_clips(self) -> int:
         """The clips in quarantine too."""
         return sum(part.clips for part in self.parts)

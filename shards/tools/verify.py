@@ -443,7 +443,13 @@ class _Beside:
         records = {record.shard: record for record in self.records}
         missing: list[int] = []
         is_whole = True
+        root = os.path.realpath(self.folder)
         for part in plan.parts:
+            if leaves(self.folder / part.file, root):
+                self.add(
+                    f"{self.folder / part.file}: is a link out of the cache: copy the file into it "
+                    "instead"
+                )
             try:
                 for shard, entries in plan.shards_of(part):
                     if shard not in records:

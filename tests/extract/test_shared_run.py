@@ -1,5 +1,6 @@
 """Processes that extract into one folder make a part each, whatever becomes of one of them."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltatok.extract import ledger
+from deltatok.extract import ledger, run
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.decoding import pool
@@ -22,6 +23,7 @@ from deltatok.extract.decoding.pool import choose_num_workers
 from deltatok.extract.ledger import Part, close_cache
 from deltatok.extract.run import run_extraction
 from deltatok.extract.shard_writer import PatchShardWriter
+from deltatok.extract.sources.clip import Clip
 from deltatok.shards import (
     PatchShards,
     Stopped,
@@ -31,6 +33,7 @@ from deltatok.shards import (
     read_cache_info,
 )
 from deltatok.shards.files import partial_path
+from deltatok.shards.plan import PlanEntry
 from deltatok.shards.records import done_shards
 from deltatok.shards.tools.verify import verify_cache
 
@@ -119,6 +122,25 @@ def test_ranks_make_their_parts_and_the_last_one_closes_the_cache(
     monkeypatch.setenv(names[0], "0")
     assert run_extraction(config, backbone=backbone).shards_done_now == 2
     assert digests(Path(config.out)) == digests(finished)
+
+
+def test_a_rank_holds_the_clips_of_its_own_shards_alone(
+    make_config: ConfigMaker, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = (Clip, PlanEntry)
+    before = {id(one) for one in gc.get_objects() if type(one) in kinds}
+    held: list[str] = []
+    own: list[str] = []
+
+    def count(_: object, shards: dict[int, list[Clip]], *__: object, **___: object) -> None:
+        own.extend(clip.key for clips in shards.values() for clip in clips)
+        there = [one for one in gc.get_objects() if type(one) in kinds]
+        held.extend(one.key for one in there if id(one) not in before)
+
+    monkeypatch.setattr(run, "make_shards", count)
+    run_extraction(make_config(), backbone=backbone, part=Part(rank=1, num_ranks=2))
+    assert sorted(held) == sorted(own)
+    assert len(own) == 2  # of five clips in three shards
 
 
 def test_who_is_not_the_last_leaves_the_share_in_quarantine_to_the_last(

@@ -373,6 +373,14 @@ def test_verify_names_every_damaged_part(little: Any, patches: Any) -> None:
     assert not any(plan.parts[0].file in text for text in texts)
 
 
+def test_verify_names_a_part_that_is_a_link_out_of_the_cache(patches: Any, tmp_path: Path) -> None:
+    (path,) = (patches.folder / "plan").iterdir()
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    (problem,) = verify_cache(patches.folder).problems
+    assert f"{path}: is a link out of the cache" in problem.text
+
+
 def test_a_cache_of_the_unreleased_format_is_refused(patches: Any) -> None:
     (patches.folder / "plan.jsonl").write_text("{}\n")
     with pytest.raises(CacheMismatch, match=r"made before format 1 was fixed.*extract again"):

@@ -185,7 +185,7 @@ def test_weights_of_another_shape_are_no_start(tokenizer_config: Make, tmp_path:
 def test_bfloat16_trains_and_keeps_float32_weights(tokenizer_config: Make, log_lines: Make) -> None:
     out = train_tokenizer(tokenizer_config(precision="bfloat16"))
     assert {t.dtype for t in read_tensors(out / "model.safetensors").values()} == {torch.float32}
-    losses = [line["loss"] for line in log_lines(out, ["train"])]
+    losses = [line["validation_loss"] for line in log_lines(out, ["validation"])]
     assert losses[-1] < losses[0]
 
 
