@@ -443,9 +443,8 @@ class _Beside:
         records = {record.shard: record for record in self.records}
         missing: list[int] = []
         is_whole = True
-        root = os.path.realpath(self.folder)
         for part in plan.parts:
-            if leaves(self.folder / part.file, root):
+            if leaves(self.folder / part.file, self.folder):
                 self.add(
                     f"{self.folder / part.file}: is a link out of the cache: copy the file into it "
                     "instead"
