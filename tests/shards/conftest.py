@@ -27,7 +27,7 @@ from deltatok.shards.plan import (
     window_order,
     write_plan,
 )
-from deltatok.shards.records import write_quarantine
+from deltatok.shards.records import Quarantined, write_quarantine
 from deltatok.shards.windows import ShardRows
 
 NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
@@ -154,6 +154,10 @@ def delta_rows(num_windows: int, keys: list[str], seed: int) -> ShardRows:
     columns = common_columns(num_windows, keys, rng)
     columns["timestamps_s"] -= columns["timestamps_s"][:, :1].copy()
     return ShardRows(tokens=tokens, **columns)
+
+
+def lost(keys: list[str]) -> list[Quarantined]:
+    return [Quarantined(clip=key, stage="open", reason="empty", attempts=1) for key in keys]
 
 
 def make_patches(

@@ -221,8 +221,8 @@ def test_longer_plan_that_begins_otherwise_leaves_the_deltas_finished(
     write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
     before = bytes_of(tmp_path / "deltas")
     other = Path(shutil.copytree(patches, tmp_path / "patches"))
-    edit_plan(other, lambda lines: lines[0]["clips"][0].update(key="other.mp4"))
     append_clip(other)
+    edit_plan(other, lambda lines: lines[0]["clips"][0].update(key="other.mp4"))
     with pytest.raises(CacheMismatch, match=r"mp4"):
         write_deltas(config_of(other, tokenizer, tmp_path / "deltas"))
     assert bytes_of(tmp_path / "deltas") == before
