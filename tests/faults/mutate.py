@@ -19,6 +19,7 @@ import google_crc32c
 
 from deltatok.shards.cache import checksum, fingerprint
 from deltatok.shards.index import index_header
+from deltatok.shards.records import done_bytes
 
 Files = dict[str, bytes]
 NUMBERS = [0, 1, -1, 2, 7, 255, 65536, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63)]
@@ -74,7 +75,7 @@ def reseal(files: Files, changed: set[str], rng: random.Random) -> set[str]:
             data = [name.replace(".json", suffix) for suffix in (".zarr.zip", ".tar")]
             for file in changed.intersection(data) if isinstance(record, dict) else ():
                 record["file"] = _entry(files[file])
-                files[name] = _dumped(record)
+                files[name] = done_bytes(record)
                 changed.add(name)
     if "index.jsonl" in files and any(re.fullmatch(r"shards/[0-9]{6}\.json", n) for n in changed):
         files["index.jsonl"] = _index(files)
