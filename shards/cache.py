@@ -19,6 +19,7 @@ from typing import Any
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import (
     create_bytes,
+    flush_names,
     is_partial,
     json_bytes,
     local_path,
@@ -286,6 +287,7 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
             create_bytes(path, json_bytes(_to_json(info)))
         (folder / "shards").mkdir(exist_ok=True)
         _write_notice(folder)
+        flush_names(folder)
     except OSError as error:
         raise UsageError(
             f"{folder}: cannot be written ({error.strerror or error}): give another folder"

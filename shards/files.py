@@ -21,7 +21,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,15 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def flush_names(folder: Path) -> None:
+    """Waits until a folder that may be new, and the names in it, are on the disk: else a power loss
+    takes it with all that was flushed in it. Parents that cannot be read are left out."""
+    flush(folder)
+    for parent in folder.absolute().parents:
+        with suppress(PermissionError):
+            flush(parent)
 
 
 def write_bytes(path: Path, data: bytes | bytearray) -> None:

@@ -176,11 +176,10 @@ def _parse_done(shard: int, data: bytes, *, where: str) -> DoneRecord:
 
 
 def remove_done(folder: Path | str, shard: int) -> None:
-    """Takes the promise back: from now on the shard is not done."""
+    """Takes the promise back: from now on the shard is not done, also after a power loss."""
     path = shard_path(Path(folder), shard, ".json")
-    if path.exists():
-        path.unlink()
-        flush(path.parent)
+    path.unlink(missing_ok=True)
+    flush(path.parent)  # if it was gone: whoever removed it may have been killed before this
 
 
 def done_shards(folder: Path | str) -> list[int]:
@@ -294,7 +293,9 @@ def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str
     try:
         if record.rows:
             record = replace(record, file=_describe(partial))
-        if not _is_there(final, record.file):
+        if _is_there(final, record.file):
+            flush(final.parent)  # whoever moved it there may have been killed before this
+        else:
             remove_done(folder, record.shard)
             if record.file is None or final.is_dir():
                 remove(final)

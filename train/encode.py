@@ -35,7 +35,7 @@ from ..shards.cache import (
 from ..shards.deltas.writer import write_delta_shard
 from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
-from ..shards.files import remove, remove_partials
+from ..shards.files import remove_partials
 from ..shards.interrupts import StopRequest
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
@@ -44,7 +44,7 @@ from ..shards.records import (
     append_timing,
     iterate_done,
     read_done,
-    shard_path,
+    remove_done,
 )
 from ..shards.sampling import UniformDraws
 from ..shards.schema import plain
@@ -293,7 +293,7 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
             if read_cache_info(out).complete:
                 reopen_cache(out)
             logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
-            remove(shard_path(out, shard, ".json"))
+            remove_done(out, shard)
 
 
 @dataclass(frozen=True)
