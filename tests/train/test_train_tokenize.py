@@ -221,8 +221,9 @@ def test_longer_plan_that_begins_otherwise_leaves_the_deltas_finished(
     write_deltas(config_of(patches, tokenizer, tmp_path / "deltas"))
     before = bytes_of(tmp_path / "deltas")
     other = Path(shutil.copytree(patches, tmp_path / "patches"))
-    append_clip(other)
     edit_plan(other, lambda lines: lines[0]["clips"][0].update(key="other.mp4"))
+    clip = SimpleNamespace(key="new.mp4", path=Path("/videos/new.mp4"), size_bytes=1)
+    longer_plan(Plan.open(other), {clip.key: clip}, clips_per_shard=1, seed=0).commit()
     with pytest.raises(CacheMismatch, match=r"mp4"):
         write_deltas(config_of(other, tokenizer, tmp_path / "deltas"))
     assert bytes_of(tmp_path / "deltas") == before
