@@ -196,12 +196,12 @@ def test_an_unfinished_cache_is_refused_with_its_progress(little: Any, tmp_path:
     reader = PatchShards(cache.folder, allow_incomplete=True)
     np.testing.assert_array_equal(reader.load(), cache.expected["tokens"][:5].astype(np.float16))
     with pytest.raises(CacheMismatch, match="1 shards are done, wanted the 2 of the plan"):
-        finish_cache(cache.folder, {})
+        finish_cache(cache.folder)
 
 
 def test_a_cache_without_any_window_opens(little: Any, tmp_path: Path) -> None:
     open_cache(tmp_path, little.patch_info())
-    finish_cache(tmp_path, {})
+    finish_cache(tmp_path)
     reader = PatchShards(tmp_path)
     assert reader.load().shape == (0, 3, 4, 6)
     assert reader.timestamps_s([]).shape == (0, 3)
