@@ -66,7 +66,12 @@ def local_path(path: Path | str) -> Path:
 
 def partial_path(path: Path) -> Path:
     """A fresh name beside `path` to build it under: `NAME.partial-<pid>-<8 hex>`."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}-{_machine()}{secrets.token_hex(2)}")
+    return path.with_name(f"{path.name}{partial_mark()}{secrets.token_hex(2)}")
+
+
+def partial_mark() -> str:
+    """What the names of all partials of this process have in them, and of no other process."""
+    return f".partial-{os.getpid()}-{_machine()}"
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -25,8 +25,10 @@ MAY_SKIP = (
     "no ../shared",  # real clips and labelled frames that are not part of the project
     "no real",
     "Could not load libtorchcodec",  # FFmpeg's libraries come from the system
+    "is not installed where the GPU is",  # tests/gpu runs where only torch is installed
     "no Chromium here",
     "pip install deltatok[tensorboard]",  # an extra
+    "pip install deltatok[ray]",  # an extra
     "needs a GPU",
     "needs a torch without CUDA",
     "C++ compiler",

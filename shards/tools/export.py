@@ -49,7 +49,7 @@ from ..patches.layout import STORED_DTYPES
 from ..patches.reader import PatchShards
 from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
-from ..plan import Plan, PlanEntry, plan_order, write_plan
+from ..plan import Plan, PlanEntry, plan_order, remove_strangers, write_plan
 from ..reader import known_names
 from ..records import DoneRecord, iterate_done, read_done, write_quarantine
 from ..windows import ShardRows, WindowColumns
@@ -167,6 +167,7 @@ def export_cache(
             _write_shard(out, shard, {key: clips[key] for key in keys}, info, compression)
         if progress is not None:
             progress(number, len(shards))
+    remove_strangers(out)
     num_lost = len(write_quarantine(out))
     return finish_cache(out, {"clips": len(plan) - num_lost, "quarantined": num_lost})
 
