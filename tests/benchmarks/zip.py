@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 FORMS = ("folder", "zip")
+TOKENS = "tokens/c/0/0/0/0"
 SECONDS = 1.0
 """Of a round of reading."""
 
@@ -204,6 +205,20 @@ def _works(folder: Path, gigabytes: float) -> dict[str, Callable[[], float]]:
             reader.stored_tokens([first], frames=[[0]])
 
     zarrs, stores = _by_zarr(paths), _by_tensorstore(paths)
+    frame_bytes = two[0, 0].nbytes
+
+    def pair_of_members(arrays: list[Any]) -> Callable[[], float]:
+        """Two frames by their bytes: tensorstore 0.1.86 never ends where it reads parts of arrays
+        in large zips."""
+
+        def work() -> float:
+            shard, window, frame = place()
+            at = (window * num_frames + frame) * (frame_bytes + 4)
+            found = arrays[shard].read(TOKENS, byte_range=slice(at, at + 2 * frame_bytes + 4))
+            return float(len(found.result().value) > 0)
+
+        return rate(work)
+
     works: dict[str, Callable[[], float]] = {
         "files": lambda: float(sum(path.is_file() for path in cache.rglob("*"))),
         "bytes": lambda: float(sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())),
@@ -217,10 +232,15 @@ def _works(folder: Path, gigabytes: float) -> dict[str, Callable[[], float]]:
         "verify_deep_s": timed(lambda: verify_cache(cache, deep=True), time.perf_counter),
         "zarr_pairs_per_s": pair_of(zarrs, np.asarray),
         "zarr_shard_s": timed(lambda: np.asarray(zarrs[0][...]), time.perf_counter),
-        "tensorstore_pairs_per_s": pair_of(stores, lambda part: part.read().result()),
+        "tensorstore_pairs_per_s": (
+            pair_of_members(_members_by_tensorstore(paths))
+            if is_zip
+            else pair_of(stores, lambda part: part.read().result())
+        ),
         "tensorstore_shard_s": timed(lambda: stores[0].read().result(), time.perf_counter),
     }
     if is_zip:
+        works["tensorstore_reads_parts"] = lambda: _reads_parts(paths[0])
         works["zarr_mapped_pairs_per_s"] = pair_of(_by_mapped_zarr(paths), np.asarray)
         works["write_form_folder_s"] = timed(
             lambda: _write_members(paths[0], folder / "written/shards", as_zip=False),
@@ -259,6 +279,29 @@ def _by_tensorstore(paths: list[Path]) -> list[Any]:
 
     specs = [{"driver": "zarr3", "kvstore": store(path)} for path in paths]
     return [tensorstore.open(spec, open=True, read=True).result() for spec in specs]
+
+
+def _members_by_tensorstore(paths: list[Path]) -> list[Any]:
+    import tensorstore
+
+    bases = [{"driver": "file", "path": str(path)} for path in paths]
+    return [tensorstore.KvStore.open({"driver": "zip", "base": base}).result() for base in bases]
+
+
+def _reads_parts(path: Path) -> float:
+    """1 if tensorstore reads a window of an array in a zip, 0 if it does not within 20 s."""
+    code = f"""
+import tensorstore
+base = {{"driver": "file", "path": {str(path)!r}}}
+kvstore = {{"driver": "zip", "base": base, "path": "tokens/"}}
+spec = {{"driver": "zarr3", "kvstore": kvstore}}
+tensorstore.open(spec, open=True).result()[1].read().result()
+"""
+    try:
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return 0.0
+    return 1.0
 
 
 def _write_members(source: Path, target: Path, *, as_zip: bool) -> None:
