@@ -180,11 +180,10 @@ def _parse_done(folder: Path, shard: int, data: bytes) -> DoneRecord:
 
 
 def remove_done(folder: Path | str, shard: int) -> None:
-    """Takes the promise back: from now on the shard is not done."""
+    """Takes the promise back: from now on the shard is not done, also after a power loss."""
     path = shard_path(Path(folder), shard, ".json")
-    if path.exists():
-        path.unlink()
-        flush(path.parent)
+    path.unlink(missing_ok=True)
+    flush(path.parent)  # if it was gone: whoever removed it may have been killed before this
 
 
 def done_shards(folder: Path | str) -> list[int]:
@@ -354,6 +353,7 @@ def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str
             raise FileNotFoundError(errno.ENOENT, "removed by another process", str(partial))
         for tries_left in reversed(range(_MAX_TRIES)):
             if _is_there(folder, final, record.files):
+                flush(final.parent)  # whoever moved it there may have been killed before this
                 break
             remove_done(folder, record.shard)
             try:

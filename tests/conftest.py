@@ -32,6 +32,7 @@ MAY_SKIP = (
     "needs a GPU",
     "needs a torch without CUDA",
     "C++ compiler",
+    "no C compiler",
     "Linux",
 )
 """What may be missing where the tests run: part of the reason of every skip that is allowed."""
