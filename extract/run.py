@@ -19,6 +19,7 @@ from ..shards.devices import memory_errors
 from ..shards.errors import CacheMismatch
 from ..shards.files import disk_errors, remove_partials
 from ..shards.interrupts import StopRequest
+from ..shards.parts import Part
 from ..shards.plan import (
     PLAN,
     Plan,
@@ -39,7 +40,7 @@ from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, Pixels, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
-from .ledger import Ledger, Part, close_cache, reopen
+from .ledger import Ledger, close_cache, reopen
 from .progress import Progress
 from .shard_queue import ShardQueue
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread

@@ -19,6 +19,7 @@ from typing import Any
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import (
     create_bytes,
+    flush,
     flush_names,
     is_partial,
     json_bytes,
@@ -268,9 +269,10 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
                     "give a new or empty folder"
                 )
             create_bytes(path, json_bytes(_to_json(info)))
+        flush_names(folder)  # a run before may have been killed when it had not done so
         (folder / "shards").mkdir(exist_ok=True)
         _write_notice(folder)
-        flush_names(folder)
+        flush(folder)
     except OSError as error:
         raise UsageError(
             f"{folder}: cannot be written ({error.strerror or error}): give another folder"

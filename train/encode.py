@@ -37,11 +37,13 @@ from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove_partials
 from ..shards.interrupts import StopRequest
+from ..shards.parts import Part
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
 from ..shards.records import (
     DoneRecord,
     append_timing,
+    done_shards,
     iterate_done,
     read_done,
     remove_done,
@@ -210,11 +212,13 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     """Write the delta-token cache, or what is missing of it; gives its cache.json.
 
     A patch cache that was appended to gives new shards to its delta cache; nothing old is touched.
-    Ranks share the shards. draws: how windows are drawn among the frames of a `uniform` cache;
+    Ranks, and runs with different `config.shard_of`, make different shards; whoever finds all done
+    closes the cache. draws: how windows are drawn among the frames of a `uniform` cache;
     not used for any other. Raises CacheMismatch, naming the field, where the tokenizer was trained
     on tokens of another kind, or config.out holds another cache; UsageError for draws that the
     cache has no use for, or needs; Stopped after a SIGTERM or Ctrl-C.
     """
+    process = Part.of_this_process(config.shard_of)
     encoder, out = DeltaEncoder.open(config, draws), Path(config.out)
     accelerator = encoder.accelerator
     work = list(shard_parts(config.patches))
@@ -222,7 +226,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
         encoder.begin_cache()
         begin_deltas(config, work)
     accelerator.wait_for_everyone()
-    mine = work[accelerator.process_index :: accelerator.num_processes]
+    mine = [part for part in work if part.record.shard in process]
     with (
         tqdm(
             total=sum(num_windows_of(part, encoder.draws) for part in mine),
@@ -240,7 +244,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
             progress.update(num_windows_of(part, encoder.draws))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_deltas(config, work, encoder.draws)
+        finish_deltas(config, work, encoder.draws, process)
     accelerator.wait_for_everyone()
     return read_cache_info(out)
 
@@ -260,10 +264,17 @@ def begin_deltas(config: TokenizeConfig, work: Sequence[ShardPart]) -> None:
 
 
 def finish_deltas(
-    config: TokenizeConfig, work: Sequence[ShardPart], draws: UniformDraws | None
+    config: TokenizeConfig, work: Sequence[ShardPart], draws: UniformDraws | None, process: Part
 ) -> None:
-    """Closes the cache, all of whose shards are done."""
+    """Closes the cache if all its shards are done; else says who is to make the others than
+    `process`."""
     out = Path(config.out)
+    done = set(done_shards(out))
+    missing = [part.record.shard for part in work if part.record.shard not in done]
+    if missing:
+        makers = process.elsewhere(missing)
+        logger.info("%s: %d of %d shards are left to %s", out, len(missing), len(work), makers)
+        return
     info = read_cache_info(out)
     if not info.complete:
         num_windows = sum(num_windows_of(part, draws) for part in work)

@@ -14,7 +14,6 @@ from typing import Literal
 from ...extract.config import ExtractConfig
 from ...extract.datasets.windows import Policy
 from ...extract.int8_calibration import calibration_sample
-from ...extract.ledger import Part
 from ...extract.progress import Progress
 from ...extract.run import ExtractionSummary, begin, finish, note_done, progress_of
 from ...extract.sources.clip import Clip
@@ -23,6 +22,7 @@ from ...shards.cache import read_cache_info
 from ...shards.errors import UsageError
 from ...shards.files import local_path
 from ...shards.interrupts import StopRequest
+from ...shards.parts import Part
 from ...shards.patches.reader import PatchShards
 from ...shards.records import DoneRecord, read_done
 from ...shards.stopwatch import Stopwatch
@@ -83,7 +83,7 @@ def extract_on_ray(
 
 def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
     """`write_deltas` by actors."""
-    _part_of_driver(None)
+    mine = _part_of_driver(config.shard_of)
     config = replace(config, out=str(local_path(config.out).absolute()))
     draws = draws_for(PatchShards(config.patches), config, draws_of(config))
 
@@ -97,9 +97,11 @@ def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
         begin_deltas(config, work)
         num_frames = read_cache_info(out).shape.num_frames
         left = {
-            part.record.shard: [part] for part in work if read_done(out, part.record.shard) is None
+            part.record.shard: [part]
+            for part in work
+            if part.record.shard in mine and read_done(out, part.record.shard) is None
         }
-        num_clips = sum(len(part.record.keys) for part in work)
+        num_clips = sum(len(part.record.keys) for part in work if part.record.shard in mine)
         num_left = sum(len(part.record.keys) for (part,) in left.values())
         if left:
             with Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress:
@@ -110,7 +112,7 @@ def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
                     when_spent=watch.add,
                     when_actors=progress.set_actors,
                 )
-        finish_deltas(config, work, draws)
+        finish_deltas(config, work, draws, mine)
 
 
 def _show(record: DoneRecord, progress: Progress, *, num_frames: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from deltatok.extract.ledger import Part
 from deltatok.extract.run import begin, run_extraction
 from deltatok.extract.shard_queue import ShardQueue
 from deltatok.extract.sources.select import clips_of
@@ -19,6 +18,7 @@ from deltatok.pipeline.fleet.shard_server import ShardServer, sees
 from deltatok.shards import DeltatokError
 from deltatok.shards.files import sha256_file
 from deltatok.shards.interrupts import StopRequest
+from deltatok.shards.parts import Part
 from deltatok.shards.records import DoneRecord, done_shards
 
 
