@@ -23,8 +23,8 @@ import google_crc32c
 
 from deltatok.shards.cache import checksum, fingerprint
 from deltatok.shards.index import index_header
-from deltatok.shards.records import done_bytes
 from deltatok.shards.patches.archive import write_archive
+from deltatok.shards.records import done_bytes
 
 Files = dict[str, bytes]
 NUMBERS = [0, 1, -1, 2, 7, 255, 65536, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63)]
