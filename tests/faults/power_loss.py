@@ -168,7 +168,7 @@ class Runner:
                 is_known = key in seen
                 seen.add(key)
                 problems = [] if is_known else self.check(key, tree)
-                if is_last and compared(tree) != self.wanted:
+                if is_last and _named(compared(tree)) != _named(self.wanted):
                     problems = [*problems, "the command has ended, and not all of it is there"]
                 if gone := [name for name in flushed if name not in tree]:
                     problems = [*problems, f"{gone} was flushed before, and is gone"]
@@ -246,7 +246,7 @@ def compared(tree: Tree) -> Tree:
 
 
 def _named(tree: Tree) -> Tree:
-    """Without what lies in plan/ and is in no plan.json: parts of a plan that is not written yet."""
+    """Without what lies in plan/ and is not in plan.json: parts of a plan that is being written."""
     plan = tree.get("out/plan.json") or b""
     return {
         name: data
