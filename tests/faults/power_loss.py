@@ -293,7 +293,8 @@ def missed_mutants(
     after what; and the kind of each in which nothing is found."""
     kinds: dict[str, int] = {}
     for number, write in enumerate(writes):
-        if write.is_flush:
+        is_empty = writes[number - 1].path == write.path
+        if write.is_flush and not (is_empty and writes[number - 1].operation == Operation.CREATE):
             words = f"{write.words()} after {writes[number - 1].words()}"
             kinds[re.sub(r"[0-9]{6}", "NNNNNN", PARTIAL.sub(".partial", words))] = number
     missed = []
