@@ -22,7 +22,9 @@ from typing import Any
 import google_crc32c
 
 from deltatok.shards.cache import checksum, fingerprint
+from deltatok.shards.index import index_header
 from deltatok.shards.patches.archive import write_archive
+from deltatok.shards.records import done_bytes
 
 Files = dict[str, bytes]
 NUMBERS = [0, 1, -1, 2, 7, 255, 65536, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63)]
@@ -78,11 +80,10 @@ def reseal(files: Files, changed: set[str], rng: random.Random) -> set[str]:
     for name in sorted(files):
         if re.fullmatch(r"shards/[0-9]{6}\.json", name):
             record = _parsed(files[name])
-            entries = record.get("files") if isinstance(record, dict) else None
-            if isinstance(entries, dict) and changed & entries.keys():
-                for file in changed & entries.keys():
-                    entries[file] = _entry(files[file])
-                files[name] = _dumped(record)
+            data = [name.replace(".json", suffix) for suffix in (".zarr.zip", ".tar")]
+            for file in changed.intersection(data) if isinstance(record, dict) else ():
+                record["file"] = _entry(files[file])
+                files[name] = done_bytes(record)
                 changed.add(name)
     if "index.jsonl" in files and any(re.fullmatch(r"shards/[0-9]{6}\.json", n) for n in changed):
         files["index.jsonl"] = _index(files)
@@ -111,13 +112,13 @@ def _entry(data: bytes) -> dict[str, Any]:
 
 
 def _index(files: Files) -> bytes:
-    lines = []
+    lines = [index_header().rstrip(b"\n")]
     for name in sorted(files):
-        match = re.fullmatch(r"shards/([0-9]{6})\.json", name)
-        record = _parsed(files[name]) if match else None
-        if match and isinstance(record, dict):
-            line = {name: record.get(name) for name in ("rows", "keys")}
-            lines.append(_dumped({**line, "shard": int(match[1]), "record": _entry(files[name])}))
+        record = _parsed(files[name]) if re.fullmatch(r"shards/[0-9]{6}\.json", name) else None
+        if isinstance(record, dict):
+            file = record.get("file") if isinstance(record.get("file"), dict) else {}
+            told = [file.get("bytes", 0), file.get("sha256"), record.get("keys_sha256")]
+            lines.append(_dumped([record.get("clips"), record.get("rows"), *told]))
     return b"\n".join(line.replace(b"\n", b" ") for line in lines) + b"\n"
 
 
