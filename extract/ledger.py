@@ -11,19 +11,23 @@ repeat that, also two at once, and the files are the same.
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ..shards.cache import finish_cache, read_cache_info, reopen_cache
-from ..shards.errors import DamagedShard, TooManyQuarantined
+import numpy as np
+
+from ..shards.cache import check_clips, finish_cache, read_cache_info, reopen_cache
+from ..shards.errors import TooManyQuarantined
 from ..shards.files import remove_partials
+from ..shards.index import INDEX, read_index
 from ..shards.parts import Part
 from ..shards.plan import Plan, PlanEntry, remove_strangers
 from ..shards.records import (
+    QUARANTINE,
     DoneRecord,
     Quarantined,
+    StoredFile,
     done_shards,
     read_done,
     remove_done,
@@ -42,24 +46,38 @@ another machine: writing a shard takes seconds (a guess)."""
 _REWRITE_SHARE = 20
 """quarantine.jsonl is written whole, so at most 1/20 of the time goes to that."""
 
+_NOT_DONE = -1
+
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass
-class Ledger:
-    """The finished shards of the cache in `folder`, by whichever process."""
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What a cache holds."""
 
-    folder: Path
-    plan: Plan
-    windows: dict[int, int] = field(default_factory=dict)
-    """Finished shard -> its windows."""
-    clips: dict[int, int] = field(default_factory=dict)
-    """Finished shard -> its clips, those in quarantine too."""
-    size_bytes: dict[int, int] = field(default_factory=dict)
-    """Finished shard -> bytes of its files."""
-    in_quarantine: dict[int, list[Quarantined]] = field(default_factory=dict)
-    """Finished shard -> its clips without windows, where it has any."""
-    _next_listing_s: float = 0.0
+    counts: dict[str, int]
+    """As `CacheInfo.counts`, of the finished shards."""
+    size_bytes: int
+    """Of the shards' files."""
+    is_complete: bool
+    """Whether all its shards are done."""
+
+
+class Ledger:
+    """The finished shards of the cache in `folder`, by whichever process; 24 bytes a shard."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        num_shards = plan.num_shards
+        self.windows = np.full(num_shards, _NOT_DONE, dtype=np.int64)
+        """int64 (shards,): of every shard that is done, else -1."""
+        self.clips = np.zeros(num_shards, dtype=np.int64)
+        """int64 (shards,): of every shard that is done, those in quarantine too, else 0."""
+        self.size_bytes = np.zeros(num_shards, dtype=np.int64)
+        """int64 (shards,): of every finished shard's file."""
+        self.in_quarantine: dict[int, list[Quarantined]] = {}
+        """Finished shard -> its clips without windows, where it has any."""
+        self._next_listing_s = 0.0
 
     @classmethod
     def read(cls, folder: Path, plan: Plan) -> "Ledger":
@@ -68,20 +86,20 @@ class Ledger:
         Raises DamagedShard for a done-record that does not belong to the plan.
         """
         ledger = cls(folder, plan)
-        done = set(done_shards(folder))
+        done = done_shards(folder)
         none: list[PlanEntry] = []
-        strangers = ((shard, none) for shard in sorted(done) if shard >= plan.num_shards)
-        for shard, entries in chain(plan.shards(done), strangers):
+        strangers = ((shard, none) for shard in done if shard >= plan.num_shards)
+        for shard, entries in chain(plan.shards(set(done)), strangers):
             record = read_done(folder, shard)
             if record is not None:
-                _check_clips(folder, record, entries)
+                check_clips(folder, record, entries)
                 ledger.add(record)
         return ledger
 
     def refresh(self) -> None:
         """Counts the shards that other processes finished since."""
         for shard in done_shards(self.folder):
-            if shard < self.plan.num_shards and shard not in self.windows:
+            if shard < self.plan.num_shards and not self.is_done(shard):
                 record = read_done(self.folder, shard)
                 if record is not None:
                     self.add(record)
@@ -90,8 +108,8 @@ class Ledger:
         """Counts a shard; one that was counted before is replaced."""
         self._forget(record.shard)
         self.windows[record.shard] = record.rows
-        self.clips[record.shard] = len(record.keys) + len(record.quarantined)
-        self.size_bytes[record.shard] = sum(int(file["bytes"]) for file in record.files.values())
+        self.clips[record.shard] = record.clips + len(record.quarantined)
+        self.size_bytes[record.shard] = 0 if record.file is None else record.file.bytes
         if record.quarantined:
             self.in_quarantine[record.shard] = record.quarantined
 
@@ -100,26 +118,37 @@ class Ledger:
         remove_done(self.folder, shard)
         self._forget(shard)
 
+    def is_done(self, shard: int) -> bool:
+        """Whether the shard, which is in the plan, is finished."""
+        return bool(self.windows[shard] != _NOT_DONE)
+
+    @property
+    def num_done(self) -> int:
+        """Finished shards."""
+        return int(np.count_nonzero(self.windows != _NOT_DONE))
+
     @property
     def missing(self) -> list[int]:
         """Shards of the plan that are not done, ascending."""
-        return [shard for shard in range(self.plan.num_shards) if shard not in self.windows]
+        return np.flatnonzero(self.windows == _NOT_DONE).tolist()
 
     @property
     def quarantined(self) -> list[Quarantined]:
         """The clips without windows."""
         return [clip for clips in self.in_quarantine.values() for clip in clips]
 
-    def counts(self, *, num_frames: int) -> dict[str, int]:
-        """The totals for cache.json; num_frames: of a window."""
-        windows = sum(self.windows.values())
-        return {
+    def totals(self, *, num_frames: int) -> Totals:
+        """Of the finished shards; num_frames: of a window."""
+        windows = int(self.windows[self.windows != _NOT_DONE].sum())
+        counts = {
             "clips": self.plan.num_clips,
             "quarantined": len(self.quarantined),
             "windows": windows,
             "frames": windows * num_frames,
-            "shards": len(self.windows),
+            "shards": self.num_done,
         }
+        size_bytes = int(self.size_bytes.sum())
+        return Totals(counts=counts, size_bytes=size_bytes, is_complete=not self.missing)
 
     def list_quarantined(self, *, now: bool) -> None:
         """Writes quarantine.jsonl anew; without `now` not if that was done a moment ago.
@@ -135,26 +164,28 @@ class Ledger:
 
     def check_certain(self, max_quarantined: float) -> None:
         """Raises TooManyQuarantined if the run is bound to end so and is large."""
-        num = len(self.quarantined)
-        if num >= EARLY_STOP_CLIPS and num / self.plan.num_clips > max_quarantined:
-            self.list_quarantined(now=True)
-            self.check(max_quarantined, what="stopped early, finished shards stay")
-
-    def check(self, max_quarantined: float, *, what: str = "finished") -> None:
-        """Raises TooManyQuarantined if more than this share of the clips, 0..1, is missing."""
         num, num_clips = len(self.quarantined), self.plan.num_clips
-        if num / num_clips > max_quarantined:
-            raise TooManyQuarantined(
-                f"{self.folder}: {what}: {num} of {num_clips} clips "
-                f"({100 * num / num_clips:.3g} %) are in quarantine, allowed are "
-                f"{100 * max_quarantined:.3g} %: see {self.folder / 'quarantine.jsonl'} for the "
-                "reasons; --retry-quarantined tries them again, a higher --max-quarantined "
-                "accepts them"
-            )
+        if num >= EARLY_STOP_CLIPS and num / num_clips > max_quarantined:
+            self.list_quarantined(now=True)
+            what = "stopped early, finished shards stay"
+            check_quarantined(self.folder, num, num_clips, most=max_quarantined, what=what)
 
     def _forget(self, shard: int) -> None:
-        for known in (self.windows, self.clips, self.size_bytes, self.in_quarantine):
-            known.pop(shard, None)
+        self.windows[shard] = _NOT_DONE
+        self.clips[shard] = self.size_bytes[shard] = 0
+        self.in_quarantine.pop(shard, None)
+
+
+def check_quarantined(
+    folder: Path, num: int, num_clips: int, *, most: float, what: str = "finished"
+) -> None:
+    """Raises TooManyQuarantined if more than the share `most` of the clips, 0..1, is missing."""
+    if num / num_clips > most:
+        raise TooManyQuarantined(
+            f"{folder}: {what}: {num} of {num_clips} clips ({100 * num / num_clips:.3g} %) are in "
+            f"quarantine, allowed are {100 * most:.3g} %: see {folder / QUARANTINE} for the "
+            "reasons; --retry-quarantined tries them again, a higher --max-quarantined accepts them"
+        )
 
 
 def reopen(folder: Path) -> None:
@@ -163,15 +194,16 @@ def reopen(folder: Path) -> None:
         reopen_cache(folder)
 
 
-def close_cache(folder: Path, *, num_frames: int, changed: bool, part: Part) -> Ledger:
+def close_cache(folder: Path, *, changed: bool, part: Part) -> Totals:
     """Marks the cache complete if all its shards are done; gives what it holds.
 
     changed: whether this process made a shard. Otherwise nothing is written where all is done.
     Where others have shards to make yet, says so and leaves it to them.
     """
-    ledger = Ledger.read(folder, Plan.open(folder))
-    counts = ledger.counts(num_frames=num_frames)
-    if ledger.missing:
+    info, plan = read_cache_info(folder), Plan.open(folder)
+    missing = sorted(set(range(plan.num_shards)).difference(done_shards(folder)))
+    if missing:
+        ledger = Ledger.read(folder, plan)
         if changed:
             ledger.list_quarantined(now=True)
         _LOGGER.info(
@@ -179,24 +211,14 @@ def close_cache(folder: Path, *, num_frames: int, changed: bool, part: Part) -> 
             "other machines, once their shards/ are copied into it and the command is run again; "
             "without launcher and --shard-of it makes all that is left",
             folder,
-            len(ledger.windows),
-            ledger.plan.num_shards,
-            part.elsewhere(ledger.missing),
+            plan.num_shards - len(missing),
+            plan.num_shards,
+            part.elsewhere(missing),
         )
-        return ledger
-    info = read_cache_info(folder)
-    if changed or not info.complete or info.counts != counts:
+        return replace(ledger.totals(num_frames=info.shape.num_frames), is_complete=False)
+    if changed or not info.complete:
         remove_partials(folder / "shards", stale_after_s=STALE_AFTER_S)
         remove_strangers(folder)
-        ledger.list_quarantined(now=True)
-        finish_cache(folder, counts)
-    return ledger
-
-
-def _check_clips(folder: Path, record: DoneRecord, planned: Sequence[PlanEntry]) -> None:
-    done = {*record.keys, *(entry.clip for entry in record.quarantined)}
-    if done != {entry.key for entry in planned}:
-        raise DamagedShard(
-            f"{folder}: shard {record.shard:06d} was made of other clips than the plan says: "
-            "the plan or shards/ was changed: restore it, or extract into another folder"
-        )
+        info = finish_cache(folder)
+    index = read_index(folder, StoredFile(**info.files[INDEX]))
+    return Totals(counts=info.counts, size_bytes=int(index.bytes.sum()), is_complete=True)

@@ -40,7 +40,7 @@ from .decoding.pool import DecodePool
 from .features import PixelPrefetcher, Pixels, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
-from .ledger import Ledger, close_cache, reopen
+from .ledger import Ledger, check_quarantined, close_cache, reopen
 from .progress import Progress
 from .shard_queue import ShardQueue
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
@@ -267,7 +267,7 @@ def begin(
         to_make = {
             shard
             for shard in range(plan.num_shards)
-            if shard in part and (shard not in ledger.windows or shard in again)
+            if shard in part and (not ledger.is_done(shard) or shard in again)
         }
         shards = _clips_of_shards(plan, to_make, by_key)
         if to_make:
@@ -281,7 +281,7 @@ def progress_of(
     ledger: Ledger, part: Part, shards: Mapping[int, Sequence[Clip]], watch: Stopwatch
 ) -> Progress:
     """The progress line of making `shards`, which are what is left of `part`."""
-    num_done = sum(count for shard, count in ledger.clips.items() if shard in part)
+    num_done = sum(count for shard, count in enumerate(ledger.clips.tolist()) if shard in part)
     num_clips = num_done + sum(map(len, shards.values()))
     return Progress(watch, num_clips=num_clips, num_before=num_done)
 
@@ -296,7 +296,7 @@ def note_done(
     """Counts a shard that is written, and tells the files for people and the log of it. Raises
     TooManyQuarantined if the run is bound to end so."""
     ledger.add(record)
-    progress.add_written(ledger.size_bytes[record.shard])
+    progress.add_written(0 if record.file is None else record.file.bytes)
     with disk_errors(ledger.folder):
         seconds = {stage: round(spent_s, 3) for stage, spent_s in dict(watch.seconds).items()}
         timing = {"shard": record.shard, "windows": record.rows, "seconds_so_far": seconds}
@@ -307,8 +307,8 @@ def note_done(
         "shard %06d: %d windows of %d clips; %d of %d shards done",
         record.shard,
         record.rows,
-        len(record.keys),
-        len(ledger.windows),
+        record.clips,
+        ledger.num_done,
         ledger.plan.num_shards,
     )
     ledger.check_certain(config.max_quarantined)
@@ -319,18 +319,17 @@ def finish(
 ) -> ExtractionSummary:
     """Closes the cache if all of it is done; TooManyQuarantined if too little of that is good."""
     with disk_errors(Path(config.out)):
-        ledger = close_cache(
-            Path(config.out), num_frames=config.num_frames, changed=shards_done_now > 0, part=part
-        )
+        totals = close_cache(Path(config.out), changed=shards_done_now > 0, part=part)
     summary = ExtractionSummary(
-        **ledger.counts(num_frames=config.num_frames),
-        bytes=sum(ledger.size_bytes.values()),
+        **totals.counts,
+        bytes=totals.size_bytes,
         shards_done_now=shards_done_now,
         seconds=time.monotonic() - start_s,
         slowest_stage=watch.slowest(),
     )
-    if not ledger.missing:  # else whoever closes the cache says so
-        ledger.check(config.max_quarantined)
+    if totals.is_complete:  # else whoever closes the cache says so
+        num_lost, num_clips = summary.quarantined, summary.clips
+        check_quarantined(Path(config.out), num_lost, num_clips, most=config.max_quarantined)
     return summary
 
 

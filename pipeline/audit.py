@@ -29,7 +29,7 @@ from ..shards.parts import Part
 from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import Plan, PlanEntry
-from ..shards.records import quarantined_of, read_all_done
+from ..shards.records import iterate_done, quarantined_of
 from ..train.models.deltatok import DeltaTok
 from .commands.shards import VerifyConfig
 from .fused import DeltaShardWriter
@@ -94,7 +94,7 @@ def audit_cache(config: VerifyConfig) -> AuditReport:
         run, targets = replace(extraction, out=out), (policy, clips)
         run_extraction(run, backbone=backbone, writer=writer, targets=targets, part=Part())
         made = _open(Path(out), info)
-        refused = {lost.clip: lost for lost in quarantined_of(read_all_done(out))}
+        refused = {lost.clip: lost for lost in quarantined_of(iterate_done(out))}
         for clip in clips:
             size, what = planned[clip.key].size_bytes, ""
             if clip.size_bytes != size:

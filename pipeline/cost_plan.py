@@ -48,7 +48,7 @@ from ..shards.interrupts import StopRequest
 from ..shards.parts import Part
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import plan_order
-from ..shards.records import Quarantined, quarantined_of, read_all_done
+from ..shards.records import Quarantined, done_shards, iterate_done, quarantined_of
 from ..shards.tools.export import ClipSelection, export_cache
 from ..train.config import TokenizeConfig
 from ..train.encode import draws_of, write_deltas
@@ -143,7 +143,7 @@ class _Trial:
     @cached_property
     def quarantined(self) -> dict[str, str]:
         """Clip -> why it gives no windows."""
-        return {lost.clip: lost.reason for lost in quarantined_of(read_all_done(self.folder))}
+        return {lost.clip: lost.reason for lost in quarantined_of(iterate_done(self.folder))}
 
 
 def plan_extraction(
@@ -347,7 +347,7 @@ def _scaled(
     shape, windows = read_cache_info(some.folder).shape, some.windows.total()
     sizes = {path: path.stat().st_size for path in some.folder.rglob("*") if path.is_file()}
     shard_files = sum(some.folder / "shards" in path.parents for path in sizes)
-    tried_shards = len(read_all_done(some.folder))
+    tried_shards = len(done_shards(some.folder))
     num_bytes = round(sum(sizes.values()) * num_windows / windows)
     frames = round(num_windows) * shape.num_frames
     other_bytes = {

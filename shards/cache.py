@@ -19,16 +19,29 @@ from typing import Any
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import (
     create_bytes,
+    flush,
     flush_names,
     is_partial,
     json_bytes,
     local_path,
+    partial_path,
+    publish,
+    remove,
     sha256_file,
     write_bytes,
     write_json,
 )
-from .plan import PLAN, Plan
-from .records import INDEX, StoredFile, index_line, iterate_done
+from .index import INDEX, index_header, index_line
+from .plan import PLAN, Plan, PlanEntry, keys_sha256, shard_keys
+from .records import (
+    DoneRecord,
+    Quarantined,
+    StoredFile,
+    done_shards,
+    iterate_done,
+    read_done,
+    write_quarantine,
+)
 from .schema import ADVICE, STORED, canonical_json, load, plain, read_json, shown
 
 PATCHES = "deltatok-patches"
@@ -151,7 +164,12 @@ class CacheInfo:
     software: dict[str, str] = field(default_factory=dict)
     """Versions of what made the cache; not part of the identity."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Totals, known when the cache is complete."""
+    """Known when the cache is complete: clips of the plan, how many of them are quarantined,
+    windows, frames, shards."""
+    abs_max: float | None = None
+    """The largest absolute value of all tokens, known when the cache is complete."""
+    beyond_float16: int | None = None
+    """How many of all tokens' values float16 could not hold, known when the cache is complete."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{"bytes", "sha256"} of FINISHED_FILES, known when the cache is complete."""
     exported_from: dict[str, Any] = field(default_factory=dict)
@@ -268,9 +286,10 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
                     "give a new or empty folder"
                 )
             create_bytes(path, json_bytes(_to_json(info)))
+        flush_names(folder)  # a run before may have been killed when it had not done so
         (folder / "shards").mkdir(exist_ok=True)
         _write_notice(folder)
-        flush_names(folder)
+        flush(folder)
     except OSError as error:
         raise UsageError(
             f"{folder}: cannot be written ({error.strerror or error}): give another folder"
@@ -285,42 +304,95 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
 def reopen_cache(folder: Path | str) -> CacheInfo:
     """Takes `complete` back, before shards join or are made again; gives the new cache.json."""
     folder = Path(folder)
-    info = replace(read_cache_info(folder), counts={}, files={}, complete=False)
+    info = replace(
+        read_cache_info(folder),
+        counts={},
+        abs_max=None,
+        beyond_float16=None,
+        files={},
+        complete=False,
+    )
     write_json(folder / "cache.json", _to_json(info))
     return info
 
 
-def finish_cache(folder: Path | str, counts: Mapping[str, int]) -> CacheInfo:
+def finish_cache(folder: Path | str) -> CacheInfo:
     """Marks the cache complete; gives its new cache.json.
 
-    Writes index.jsonl. Records `counts`, to which "shards" and "windows" are added from the
-    done-records, and the hashes of the files beside the shards. Raises CacheMismatch if a shard of
-    the plan is not done.
+    One pass over the plan and the done-records, of which one is held at a time: writes
+    quarantine.jsonl and index.jsonl, adds up what cache.json tells of all shards, and records the
+    hashes of the files beside the shards. Raises CacheMismatch if a shard of the plan is not done,
+    DamagedShard for one that was made of other clips than the plan says.
     """
     folder = Path(folder)
     info = read_cache_info(folder)
-    index, done, num_windows = bytearray(), [], 0
-    for _, entry in iterate_done(folder):
-        index += index_line(entry)
-        done.append(entry.shard)
-        num_windows += entry.rows
-    wanted = Plan.open(folder).num_shards if (folder / PLAN).is_file() else len(done)
-    if done != list(range(wanted)):
+    plan, done = Plan.open(folder), done_shards(folder)
+    if len(done) != plan.num_shards or (done and done[-1] != len(done) - 1):
         raise CacheMismatch(
-            f"{folder}: {len(done)} shards are done, wanted the {wanted} of the plan: "
+            f"{folder}: {len(done)} shards are done, wanted the {plan.num_shards} of the plan: "
             "run the command that makes this cache again"
         )
     _write_notice(folder)
-    write_bytes(folder / INDEX, index)
-    totals = {"shards": len(done), "windows": num_windows}
+    windows, abs_max, beyond_float16 = 0, 0.0, 0
+    lost: list[Quarantined] = []
+    partial = partial_path(folder / INDEX)
+    try:
+        with partial.open("xb") as file:
+            file.write(index_header())
+            for shard, entries in plan.shards():
+                record = read_done(folder, shard)
+                if record is None:
+                    raise CacheMismatch(
+                        f"{folder}: shard {shard:06d} was taken back by another process: run the "
+                        "command that makes this cache again"
+                    )
+                check_clips(folder, record, entries)
+                file.write(index_line(record))
+                windows += record.rows
+                abs_max = max(abs_max, record.abs_max)
+                beyond_float16 += record.beyond_float16
+                lost += record.quarantined
+        publish(partial, folder / INDEX)
+    except BaseException:
+        remove(partial)
+        raise
+    write_quarantine(folder, lost)
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         for name in FINISHED_FILES
         if (folder / name).is_file()
     }
-    finished = replace(info, counts={**counts, **totals}, files=files, complete=True)
+    counts = {
+        "clips": plan.num_clips,
+        "quarantined": len(lost),
+        "windows": windows,
+        "frames": windows * info.shape.num_frames,
+        "shards": len(done),
+    }
+    finished = replace(
+        info,
+        counts=counts,
+        abs_max=abs_max,
+        beyond_float16=beyond_float16,
+        files=files,
+        complete=True,
+    )
     write_json(folder / "cache.json", _to_json(finished))
     return finished
+
+
+def check_clips(folder: Path, record: DoneRecord, planned: Sequence[PlanEntry]) -> None:
+    """Raises DamagedShard unless the shard of `record` was made of the clips of the plan."""
+    keys = shard_keys(planned, record.lost)
+    if (
+        len(keys) != record.clips
+        or len(keys) + len(record.quarantined) != len(planned)
+        or keys_sha256(keys) != record.keys_sha256
+    ):
+        raise DamagedShard(
+            f"{folder}: shard {record.shard:06d} was made of other clips than the plan says: "
+            "the plan or shards/ was changed: restore it, or extract into another folder"
+        )
 
 
 def _ours(child: Path, info: CacheInfo) -> bool:
@@ -346,7 +418,7 @@ def refresh_derived(folder: Path | str) -> list[str]:
         write_bytes(folder / NOTICE, wanted)
         written.append(NOTICE)
     if info.complete and INDEX in info.files:
-        index = b"".join(index_line(entry) for _, entry in iterate_done(folder))
+        index = index_header() + b"".join(map(index_line, iterate_done(folder)))
         if hashlib.sha256(index).hexdigest() != info.files[INDEX]["sha256"]:
             reopen_cache(folder)
         elif not _is_same(folder / INDEX, info, index):
@@ -405,6 +477,8 @@ def _to_json(info: CacheInfo) -> dict[str, Any]:
         "licence": info.licence,
         "software": info.software,
         "counts": info.counts,
+        **({"abs_max": info.abs_max} if info.abs_max is not None else {}),
+        **({"beyond_float16": info.beyond_float16} if info.beyond_float16 is not None else {}),
         "files": info.files,
         **({"exported_from": info.exported_from} if info.exported_from else {}),
         "complete": info.complete,

@@ -105,9 +105,14 @@ def flush(path: Path) -> None:
 
 
 def flush_names(folder: Path) -> None:
-    """Waits until a folder that may be new, and the names in it, are on the disk: else a power loss
-    takes it with all that was flushed in it. Parents that cannot be read are left out."""
-    flush(folder)
+    """Waits until a folder's own name, the names in it and in the folders in it are on the disk.
+
+    They may not be, if who gave them was killed before it waited for that: then a power loss could
+    take them, and leave what was built on them since. Parents that cannot be read are left out.
+    """
+    for path in (folder, *filter(Path.is_dir, folder.iterdir())):
+        with suppress(FileNotFoundError):  # removed by another process
+            flush(path)
     for parent in folder.absolute().parents:
         with suppress(PermissionError):
             flush(parent)

@@ -4,20 +4,21 @@
     reader[10:20], reader[[4, 2]]   tokens of several, as `tokens` gives them
     reader.select(splits="train")   numbers of windows, for `tokens` and all other columns
 
-`PatchShards` and `DeltaShards` add what they store. Nothing is read before it is asked for; a
-reader is pickled as its arguments, so that every process opens the cache for itself.
+`PatchShards` and `DeltaShards` add what they store. Opening a finished cache reads cache.json and
+index.jsonl: no folder is listed, no shard opened; the plan is read when keys, labels or splits are
+asked for. A reader that is pickled takes the index along: nothing is read again.
 
-Before the first number is read: is the cache whole, is it the right one? Zarr and memory maps
-notice a missing or short file late or never, so every file is held against its done-record first.
-Of a large cache only `index.jsonl` is read when it is opened, and each shard's record and files
-when the shard is first read.
+Before the first number of a shard is read: is it whole, is it the right one? Zarr and memory maps
+notice a missing or short file late or never, so the shard's file is held against the index first.
 """
 
-import contextlib
 import difflib
 import hashlib
+import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,26 +27,26 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache import PATCHES, CacheInfo, read_cache_info
-from .errors import CacheMismatch, DamagedShard, UsageError, damaged_shard
-from .plan import PLAN, Plan, PlanEntry
+from .cache import CacheInfo, read_cache_info
+from .errors import CacheMismatch, DamagedShard, UsageError
+from .index import INDEX, ShardColumns, read_index
+from .plan import PLAN, Plan, PlanEntry, keys_sha256, shard_keys
 from .records import (
-    INDEX,
     DoneRecord,
-    IndexEntry,
+    StoredFile,
     Verify,
-    check_files,
-    file_problems,
+    check_file,
+    check_threads,
+    done_shards,
     iterate_done,
-    read_index,
-    read_indexed,
+    read_quarantine,
+    shard_path,
 )
-from .schema import canonical_json
 from .windows import WindowColumns
 
 EAGER_SHARDS = 500
-"""All files of a cache of up to so many shards are looked at when it is opened, so that a run does
-not die of one on its last day; it takes a second at most (a guess)."""
+"""The files of a cache of up to so many shards are looked at when it is opened, so that a run does
+not die of a missing one on its last day; it takes a second at most (a guess)."""
 
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -61,10 +62,12 @@ class CacheReader(ABC, Generic[Scalar]):
     def __init__(
         self, folder: Path | str, *, format: str, verify: Verify, allow_incomplete: bool
     ) -> None:
-        """Opens the cache and checks all its files by size, or by SHA-256.
+        """Opens the cache; the file of a shard is checked, by size or by SHA-256, when a process
+        uses it first.
 
         Raises CacheMismatch for another kind of cache and for one that is not finished (unless
-        `allow_incomplete`: then its finished shards), DamagedShard for files missing or changed.
+        `allow_incomplete`: then its finished shards, by their done-records), DamagedShard for an
+        index that is missing or changed and, of up to 500 shards, for files missing or cut.
         """
         if verify not in ("size", "sha256"):
             raise UsageError(f"verify is {verify!r}, wanted 'size' or 'sha256'")
@@ -72,16 +75,46 @@ class CacheReader(ABC, Generic[Scalar]):
         """The folder of the cache."""
         self.info: CacheInfo = read_cache_info(folder, format=format)
         """The cache.json."""
-        entries, self._is_eager = _shard_entries(
-            self.folder, self.info, verify=verify, allow_incomplete=allow_incomplete
-        )
-        self._is_hashed = verify == "sha256"
-        self._entries = [entry for entry in entries if entry.rows]
-        self._records: dict[int, DoneRecord] = {}
-        self.shard_starts: NDArray[np.int64] = np.cumsum(
-            [0, *(entry.rows for entry in self._entries)], dtype=np.int64
-        )
+        self._verify = verify
+        self._lost: set[str] | None = None
+        if self.info.complete:
+            columns = _read_finished(self.folder, self.info)
+        else:
+            columns, self._lost = _read_unfinished(self.folder, allow_incomplete=allow_incomplete)
+        self._shards = columns.take(columns.rows > 0)
+        """Those that have windows."""
+        self.shard_starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(self._shards.rows)])
         """int64 (shards + 1,): the first window of every shard that has any, and the end."""
+        self._is_checked = np.zeros(len(self._shards), dtype=np.bool_)
+        self._begin()
+        if len(self._shards) <= EAGER_SHARDS:
+            with ThreadPoolExecutor(max_workers=check_threads()) as pool:
+                places = range(len(self._shards))
+                list(pool.map(lambda shard: self._check_file(shard, "size"), places))
+
+    def _begin(self) -> None:
+        """Makes what belongs to this process: locks, open files."""
+        self._locks: dict[tuple[int, int], threading.Lock] = {}
+
+    _OF_PROCESS: tuple[str, ...] = ("_locks",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was read when the cache was opened, and which shards were checked since."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in self._OF_PROCESS
+            and not isinstance(getattr(type(self), name, None), cached_property)
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    @property
+    @abstractmethod
+    def _suffix(self) -> str:
+        """Of the files of the shards."""
 
     @abstractmethod
     def tokens(self, windows: ArrayLike) -> NDArray[Scalar]:
@@ -92,17 +125,37 @@ class CacheReader(ABC, Generic[Scalar]):
         """All but the tokens of the windows of the shard of this number among those that have any,
         `clip` indexing into its own keys."""
 
-    def _record(self, shard: int) -> DoneRecord:
-        """The done-record of the shard of this number among those that have windows. The shard's
-        files are held against it when it is first asked for: DamagedShard names the one that is
-        not as promised."""
-        if shard not in self._records:
-            entry = self._entries[shard]
-            record = entry if isinstance(entry, DoneRecord) else read_indexed(self.folder, entry)
-            if not self._is_hashed:
-                check_files(self.folder, record, depth="size")
-            self._records[shard] = record
-        return self._records[shard]
+    def _path(self, shard: int) -> Path:
+        """The file of the shard of this number among those that have windows."""
+        return shard_path(self.folder, int(self._shards.shard[shard]), self._suffix)
+
+    def _check(self, shard: int) -> None:
+        """Holds the file of a shard against the index when the process uses it first: DamagedShard
+        if it is not the promised one."""
+        if self._is_checked[shard]:
+            return
+        # By process, since one that was forked may find another's lock held for ever.
+        place = (os.getpid(), shard)
+        with self._locks.setdefault(place, threading.Lock()):
+            if not self._is_checked[shard]:
+                self._check_file(shard, self._verify)
+                self._is_checked[shard] = True
+        self._locks.pop(place, None)
+
+    def _check_all(self, shards: NDArray[np.int64]) -> None:
+        """The same of several shards."""
+        left = shards[~self._is_checked[shards]].tolist()
+        if len(left) < 2:
+            for shard in left:
+                self._check(shard)
+            return
+        # Hashing leaves the interpreter lock, waiting for a network file system does too.
+        with ThreadPoolExecutor(max_workers=check_threads()) as pool:
+            list(pool.map(self._check, left))
+
+    def _check_file(self, shard: int, depth: Verify) -> None:
+        file, number = self._shards.file(shard), int(self._shards.shard[shard])
+        check_file(self._path(shard), number, file, depth=depth)
 
     def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Window numbers -> (shard, window within that shard), int64 each."""
@@ -112,7 +165,7 @@ class CacheReader(ABC, Generic[Scalar]):
     @cached_property
     def _table(self) -> WindowColumns:
         parts = [WindowColumns.empty(self.info.shape.num_frames)]
-        parts += [self._shard_table(shard) for shard in range(len(self._entries))]
+        parts += [self._shard_table(shard) for shard in range(len(self._shards))]
         table = WindowColumns.concatenate(parts)
         return replace(table, clip=table.clip.astype(np.int64))
 
@@ -161,24 +214,25 @@ class CacheReader(ABC, Generic[Scalar]):
     def arrangement(self) -> str:
         """ "sha256:" + a hash of which clips lie in which shard: with the fingerprint, what decides
         the number of every window. An export of other shards, or an appended cache, has another."""
-        shard_keys = [entry.keys for entry in self._entries]
-        text = canonical_json(list(zip(shard_keys, self.shard_starts[1:].tolist(), strict=True)))
-        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        digest = hashlib.sha256(self._shards.keys_sha256.tobytes())
+        digest.update(self._shards.rows.astype("<i8").tobytes())
+        return f"sha256:{digest.hexdigest()}"
 
-    @cached_property
+    @property
     def keys(self) -> list[str]:
-        """All clips that have windows; `clip_index` indexes into this list."""
-        return [key for entry in self._entries for key in entry.keys]
+        """All clips that have windows; `clip_index` indexes into this list. The plan is read for it
+        on first use."""
+        return self._clips[0]
 
     @property
     def labels(self) -> list[str | None]:
         """The class of every clip in `keys`, where a list or an archive named one."""
-        return [entry.label for entry in self._planned]
+        return self._clips[1]
 
     @property
     def splits(self) -> list[str | None]:
         """The split of every clip in `keys`, where a list or an archive named one."""
-        return [entry.split for entry in self._planned]
+        return self._clips[2]
 
     @property
     def crop(self) -> NDArray[np.float32]:
@@ -228,16 +282,50 @@ class CacheReader(ABC, Generic[Scalar]):
         return np.flatnonzero(chosen[self.clip_index]).astype(np.int64)
 
     @cached_property
-    def _planned(self) -> list[PlanEntry]:
-        """What the plan says of the clips of `keys`; DamagedShard if it lacks one."""
-        entries = {entry.key: entry for entry in self._plan()}
-        missing = [key for key in self.keys if key not in entries]
-        if missing:
+    def _clips(self) -> tuple[list[str], list[str | None], list[str | None]]:
+        """Key, label and split of every clip that has windows, as the plan says."""
+        keys: list[str] = []
+        labels: list[str | None] = []
+        splits: list[str | None] = []
+        for entries in self._planned():
+            keys += [entry.key for entry in entries]
+            labels += [entry.label for entry in entries]
+            splits += [entry.split for entry in entries]
+        return keys, labels, splits
+
+    def _planned(self) -> Iterator[list[PlanEntry]]:
+        """The clips that have windows, of each shard; DamagedShard unless they are those that the
+        index tells of."""
+        shards, place = self._shards, 0
+        for shard, entries in self._plan().shards():
+            if place == len(shards) or shard != shards.shard[place]:
+                continue
+            if len(entries) != shards.clips[place]:
+                if self._lost is None:
+                    self._lost = {entry.clip for entry in read_quarantine(self.folder)}
+                kept = set(shard_keys(entries, self._lost))
+                entries = [entry for entry in entries if entry.key in kept]
+            if keys_sha256([entry.key for entry in entries]) != self._keys_sha256(place):
+                break
+            yield entries
+            place += 1
+        if place < len(shards):
             raise DamagedShard(
-                f"{self.folder / PLAN}: has no clip {missing[0]!r}, of which there are windows: "
-                "restore the file"
+                f"{self.folder / PLAN}: its clips of shard {shards.shard[place]:06d}, less those "
+                "in quarantine.jsonl, are not those of the shard: restore both files"
             )
-        return [entries[key] for key in self.keys]
+
+    def _keys_sha256(self, shard: int) -> str:
+        return bytes(self._shards.keys_sha256[shard]).hex()
+
+    def _shard_keys(self, shard: int) -> list[str]:
+        """The keys of the shard of this number among those that have windows."""
+        end = int(self._first_clips[shard + 1])
+        return self.keys[end - int(self._shards.clips[shard]) : end]
+
+    @cached_property
+    def _first_clips(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self._shards.clips)])
 
     def _plan(self) -> Plan:
         return Plan.open(self.folder, sha256=self.info.files.get(PLAN, {}).get("sha256"))
@@ -269,66 +357,42 @@ def known_names(
     return names
 
 
-def _shard_entries(
-    folder: Path, info: CacheInfo, *, verify: Verify, allow_incomplete: bool
-) -> tuple[Sequence[DoneRecord | IndexEntry], bool]:
-    """The finished shards, in order, their files checked; and whether all that can be checked
-    cheaply was: not so of a large finished cache, of which only the index is read."""
+def _read_finished(folder: Path, info: CacheInfo) -> ShardColumns:
     known = info.files.get(INDEX)
-    many = info.counts.get("shards", 0) > EAGER_SHARDS
-    index = None
-    if verify == "size" and info.complete and many and known is not None:
-        index = read_index(folder, sha256=known["sha256"])
-    records = [record for record, _ in iterate_done(folder)] if index is None else []
-    entries: Sequence[DoneRecord | IndexEntry] = records if index is None else index
-    if info.complete:
-        _check_totals(folder, info, entries)
-    elif not allow_incomplete:
+    if known is None:
+        raise DamagedShard(
+            f"{folder / 'cache.json'}: is marked complete and tells of no {INDEX}: run the command "
+            "that made the cache again"
+        )
+    columns = read_index(folder, StoredFile(bytes=known["bytes"], sha256=known["sha256"]))
+    got, wanted = (
+        (len(columns), int(columns.rows.sum())),
+        tuple(info.counts.get(name) for name in ("shards", "windows")),
+    )
+    if got != wanted:
+        raise DamagedShard(
+            f"{folder}: {INDEX} has {got[0]} shards with {got[1]} windows, cache.json says "
+            f"{wanted[0]} with {wanted[1]}: run the command that made the cache again"
+        )
+    return columns
+
+
+def _read_unfinished(folder: Path, *, allow_incomplete: bool) -> tuple[ShardColumns, set[str]]:
+    """The finished shards of an unfinished cache, and the clips that are quarantined there."""
+    if not allow_incomplete:
         wanted = Plan.open(folder).num_shards if (folder / PLAN).is_file() else "?"
         raise CacheMismatch(
-            f"{folder}: extraction has not finished, {len(entries)} of {wanted} shards: "
-            "run deltatok-extract again"
+            f"{folder}: extraction has not finished, {len(done_shards(folder))} of {wanted} "
+            "shards: run deltatok-extract again"
         )
-    if index is None:
-        with contextlib.closing(file_problems(folder, records, verify=verify)) as problems:
-            for problem in problems:
-                raise problem
-    else:
-        _check_names(folder, info, index)
-    return entries, index is None
+    lost: set[str] = set()
 
+    def noted() -> Iterator[DoneRecord]:
+        for record in iterate_done(folder):
+            lost.update(record.lost)
+            yield record
 
-def _check_totals(
-    folder: Path, info: CacheInfo, entries: Sequence[DoneRecord | IndexEntry]
-) -> None:
-    wanted = info.counts.get("shards", len(entries))
-    done = {entry.shard for entry in entries}
-    # The first gap: not all numbers below `wanted`, which a made-up cache.json may make huge.
-    missing = next(number for number in range(len(done) + 1) if number not in done)
-    if missing < wanted:
-        raise DamagedShard(
-            f"{folder}: shard {missing:06d} has no done-record ({len(done)} of {wanted} "
-            "shards have one), but the cache is marked complete: make the missing shards again, "
-            "by the command that made the cache"
-        )
-    rows = sum(entry.rows for entry in entries)
-    if len(entries) != wanted or rows != info.counts.get("windows", rows):
-        raise DamagedShard(
-            f"{folder}: {len(entries)} shards with {rows} windows, cache.json says {wanted} with "
-            f"{info.counts.get('windows', rows)}: run the command that made the cache again"
-        )
-
-
-def _check_names(folder: Path, info: CacheInfo, entries: Sequence[IndexEntry]) -> None:
-    """Raises DamagedShard for a shard whose record or data is not there, by one listing."""
-    shards = folder / "shards"
-    suffix = ".zarr.zip" if info.format == PATCHES else ".tar"
-    names = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
-    for entry in entries:
-        for ending in (".json", suffix) if entry.rows else (".json",):
-            name = f"{entry.shard:06d}{ending}"
-            if name not in names:
-                raise damaged_shard(f"shard {entry.shard:06d}: {shards / name}: missing")
+    return ShardColumns.of(noted()), lost
 
 
 def checked_windows(windows: ArrayLike, num_windows: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CacheMismatch
+from .plan import keys_sha256
 from .records import DoneRecord, Quarantined
 
 COLUMNS = ("timestamps_s", "frame_index", "crop", "flipped", "clip")
@@ -113,15 +114,15 @@ class ShardRows(WindowColumns):
     """The shard's clips that have no windows."""
 
     def record(self, shard: int, *, abs_max: float, beyond_float16: int = 0) -> DoneRecord:
-        """What the done-record of the shard of these rows says, but for its files."""
+        """What the done-record of the shard of these rows says, but for its file."""
         counted = Counter(self.decoders.values())
         decoder = max(sorted(counted), key=counted.__getitem__, default=None)
         others = {key: self.decoders.get(key) for key in self.keys}
         return DoneRecord(
             shard=shard,
-            keys=list(self.keys),
+            clips=len(self.keys),
+            keys_sha256=keys_sha256(self.keys),
             rows=len(self.tokens),
-            files={},
             abs_max=abs_max,
             beyond_float16=beyond_float16,
             decoder=decoder,

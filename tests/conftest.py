@@ -259,7 +259,7 @@ def _write_evaluation_cache(
         keys=[entry.key for entry in entries],
     )
     write_patch_shard(folder, 0, rows, dtype="float16", seed=0)
-    finish_cache(folder, {"windows": len(clip), "clips": len(entries)})
+    finish_cache(folder)
     return dict(read_targets(folder))
 
 

@@ -47,7 +47,6 @@ from ..shards.records import (
     iterate_done,
     read_done,
     remove_done,
-    write_quarantine,
 )
 from ..shards.sampling import UniformDraws
 from ..shards.schema import plain
@@ -72,6 +71,10 @@ class ShardPart(NamedTuple):
     windows: Indices
     first_key: int
 
+    def keys(self, patches: PatchShards) -> list[str]:
+        """Of its clips that have windows."""
+        return patches.keys[self.first_key : self.first_key + self.record.clips]
+
 
 class FramePicks(NamedTuple):
     """Where the frames of n windows lie in a patch cache."""
@@ -87,11 +90,11 @@ class FramePicks(NamedTuple):
 def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
-    for record, _ in iterate_done(folder):
+    for record in iterate_done(folder):
         yield ShardPart(record, np.arange(window, window + record.rows), key)
         if record.rows:
             window += record.rows
-            key += len(record.keys)
+            key += record.clips
 
 
 def stored_windows(patches: PatchShards, part: ShardPart) -> FramePicks:
@@ -109,7 +112,7 @@ def drawn_windows(patches: PatchShards, part: ShardPart, draws: UniformDraws) ->
     clips = patches.clip_index[part.windows] - part.first_key
     picked_windows = [np.empty((0, draws.num_frames), dtype=np.int64)]
     picked_frames = [np.empty((0, draws.num_frames), dtype=np.int64)]
-    for clip, key in enumerate(part.record.keys):
+    for clip, key in enumerate(part.keys(patches)):
         own = part.windows[clips == clip]
         # A slow clip repeats frames, and windows may overlap: every shown frame counts once.
         _, first = np.unique(table.frame_index[own], return_index=True)
@@ -121,7 +124,7 @@ def drawn_windows(patches: PatchShards, part: ShardPart, draws: UniformDraws) ->
     return FramePicks(
         window=np.concatenate(picked_windows),
         frame=np.concatenate(picked_frames),
-        clip=np.repeat(np.arange(len(part.record.keys)), draws.num_windows).astype(np.int32),
+        clip=np.repeat(np.arange(part.record.clips), draws.num_windows).astype(np.int32),
     )
 
 
@@ -244,14 +247,14 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
             progress.update(num_windows_of(part, encoder.draws))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_deltas(config, work, encoder.draws, process)
+        finish_deltas(config, work, process)
     accelerator.wait_for_everyone()
     return read_cache_info(out)
 
 
 def num_windows_of(part: ShardPart, draws: UniformDraws | None) -> int:
     """How many windows the delta shard of this patch shard has."""
-    return part.record.rows if draws is None else len(part.record.keys) * draws.num_windows
+    return part.record.rows if draws is None else part.record.clips * draws.num_windows
 
 
 def begin_deltas(config: TokenizeConfig, work: Sequence[ShardPart]) -> None:
@@ -263,9 +266,7 @@ def begin_deltas(config: TokenizeConfig, work: Sequence[ShardPart]) -> None:
     _forget_outdated(out, work)
 
 
-def finish_deltas(
-    config: TokenizeConfig, work: Sequence[ShardPart], draws: UniformDraws | None, process: Part
-) -> None:
+def finish_deltas(config: TokenizeConfig, work: Sequence[ShardPart], process: Part) -> None:
     """Closes the cache if all its shards are done; else says who is to make the others than
     `process`."""
     out = Path(config.out)
@@ -275,20 +276,9 @@ def finish_deltas(
         makers = process.elsewhere(missing)
         logger.info("%s: %d of %d shards are left to %s", out, len(missing), len(work), makers)
         return
-    info = read_cache_info(out)
-    if not info.complete:
-        num_windows = sum(num_windows_of(part, draws) for part in work)
+    if not read_cache_info(out).complete:
         remove_strangers(out)
-        finish_cache(
-            out,
-            {
-                "clips": Plan.open(out).num_clips,
-                "quarantined": len(write_quarantine(out)),
-                "windows": num_windows,
-                "frames": num_windows * info.shape.num_frames,
-                "shards": len(work),
-            },
-        )
+        finish_cache(out)
     logger.info("%d windows of delta tokens are in %s", read_cache_info(out).counts["windows"], out)
 
 
@@ -310,7 +300,7 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
     for part in work:
         shard = part.record.shard
         done = read_done(out, shard)
-        if done is not None and set(done.keys) != set(part.record.keys):
+        if done is not None and done.keys_sha256 != part.record.keys_sha256:
             if read_cache_info(out).complete:
                 reopen_cache(out)
             logger.info("shard %06d of the patches has other clips now: encoding it again", shard)
@@ -371,7 +361,7 @@ class DeltaEncoder:
             picks = stored_windows(self.patches, part)
         else:
             picks = drawn_windows(self.patches, part, self.draws)
-        table = self.patches.table()
+        table, keys = self.patches.table(), part.keys(self.patches)
         return ShardRows(
             tokens=self._encode(picks, meter),
             timestamps_s=table.timestamps_s[picks.window, picks.frame],
@@ -379,8 +369,8 @@ class DeltaEncoder:
             crop=table.crop[picks.window[:, 0]],
             flipped=table.flipped[picks.window[:, 0]],
             clip=picks.clip,
-            keys=part.record.keys,
-            decoders=part.record.decoders(),
+            keys=keys,
+            decoders=part.record.decoders(keys),
             quarantined=part.record.quarantined,
         ).from_first_frame()
 

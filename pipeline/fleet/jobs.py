@@ -11,6 +11,7 @@ from ...extract.run import RunContext, clips_per_shard, make_shards, open_run
 from ...extract.shard_queue import ShardQueue
 from ...extract.sources.clip import Clip
 from ...shards.interrupts import StopRequest
+from ...shards.plan import Plan, shard_keys
 from ...shards.records import DoneRecord
 from ...shards.sampling import UniformDraws
 from ...train.config import TokenizeConfig
@@ -76,4 +77,5 @@ class Encoding:
         return dict(self._encoder.watch.seconds)
 
     def clip_keys(self, items: Sequence[ShardPart]) -> list[str]:
-        return items[0].record.keys
+        record = items[0].record
+        return shard_keys(Plan.open(self.config.patches).shard(record.shard), record.lost)

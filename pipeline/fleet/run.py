@@ -73,7 +73,7 @@ def extract_on_ray(
                             "quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason
                         )
                         progress.add_clip(0)
-                    progress.add_clips(len(record.keys), num_frames=record.rows * config.num_frames)
+                    progress.add_clips(record.clips, num_frames=record.rows * config.num_frames)
                     note_done(config, record, ledger, progress, watch)
 
                 fleet.make(
@@ -106,14 +106,14 @@ def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
             for part in work
             if part.record.shard in mine and read_done(out, part.record.shard) is None
         }
-        num_clips = sum(len(part.record.keys) for part in work if part.record.shard in mine)
-        num_left = sum(len(part.record.keys) for (part,) in left.values())
+        num_clips = sum(part.record.clips for part in work if part.record.shard in mine)
+        num_left = sum(part.record.clips for (part,) in left.values())
         if left:
             with Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress:
 
                 def when_done(record: DoneRecord) -> None:
-                    progress.add_clips(len(record.keys), num_frames=record.rows * num_frames)
-                    progress.add_written(sum(int(file["bytes"]) for file in record.files.values()))
+                    progress.add_clips(record.clips, num_frames=record.rows * num_frames)
+                    progress.add_written(0 if record.file is None else record.file.bytes)
 
                 fleet.make(
                     left,
@@ -122,7 +122,7 @@ def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
                     when_spent=watch.add,
                     when_actors=progress.set_actors,
                 )
-        finish_deltas(config, work, draws, mine)
+        finish_deltas(config, work, mine)
 
 
 def _part_of_driver(shard_of: str | None) -> Part:

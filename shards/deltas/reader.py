@@ -38,7 +38,7 @@ from ..errors import damaged_shard
 from ..files import ReadOnlyFile
 from ..npy import MAX_PREFIX_BYTES, parse_npy, read_npy
 from ..reader import CacheReader, checked_out, checked_windows
-from ..records import DoneRecord, Verify, shard_path
+from ..records import Verify
 from ..schema import MAX_JSON_BYTES, STORED, load, parse_json, shown
 from ..windows import WindowColumns
 
@@ -181,16 +181,18 @@ class _StoredWindow:
 
 
 def read_shard_table(
-    path: Path, blocks: Sequence[Block], keys: list[str], *, num_frames: int
+    path: Path, blocks: Sequence[Block], keys: list[str] | None, *, num_frames: int
 ) -> WindowColumns:
     """The windows of a tar, times from each window's first frame; DamagedShard if its windows.json
-    say anything else, or name a clip that is not one of `keys`."""
+    say anything else, or name a clip that is not one of `keys` (None: they may name any)."""
     windows = [window for block in blocks for window in _read_windows(path, block, num_frames)]
+    if keys is None:
+        keys = list(dict.fromkeys(window.clip for window in windows))
     position = {key: index for index, key in enumerate(keys)}
     for window in windows:
         if window.clip not in position:
             raise damaged_shard(
-                f"{path}: a window of clip {window.clip!r}, which the done-record does not name"
+                f"{path}: a window of clip {window.clip!r}, which the plan does not name"
             )
     return WindowColumns(
         timestamps_s=np.concatenate([read_timestamps(path, block) for block in blocks]),
@@ -245,9 +247,9 @@ class _Layout:
 class DeltaShards(CacheReader[np.float16]):
     """A finished delta-token cache, opened for reading.
 
-    Opening hashes every tar and holds it against its done-record (a tar has no checksums of its
-    own); verify="size" checks sizes and, when a shard is read first, samples of it: for the other
-    ranks of a run, and for huge caches that `deltatok-shards verify` has seen.
+    A tar is hashed and held against the index when a process reads of it first (it has no checksums
+    of its own); with verify="size" only its size is looked at: for the other ranks of a run, and
+    for huge caches that `deltatok-shards verify` has seen.
 
     Raises CacheMismatch for a folder that is no delta cache or is not finished (unless
     `allow_incomplete`: its finished shards), DamagedShard for what is missing or changed.
@@ -257,18 +259,21 @@ class DeltaShards(CacheReader[np.float16]):
         self, folder: Path | str, *, verify: Verify = "sha256", allow_incomplete: bool = False
     ) -> None:
         super().__init__(folder, format=DELTAS, verify=verify, allow_incomplete=allow_incomplete)
-        self._arguments = (str(folder), allow_incomplete)
         shape = self.info.shape
         self.shape: tuple[int, int] = (shape.num_frames, shape.hidden_size)
+
+    _OF_PROCESS = (*CacheReader._OF_PROCESS, "_layouts", "_rows", "_max_mapped")
+
+    def _begin(self) -> None:
+        super()._begin()
         self._layouts: dict[int, _Layout] = {}
-        for shard in range(len(self._entries)) if self._is_eager else ():
-            self._layout(shard)
+        self._rows: dict[int, NDArray[np.void]] = {}
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_mapped = max(1, min(MAX_MAPPED_SHARDS, soft_limit // 4))
-        self._rows: dict[int, NDArray[np.void]] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, self._arguments
+    @property
+    def _suffix(self) -> str:
+        return ".tar"
 
     @property
     def size_bytes(self) -> int:
@@ -291,6 +296,7 @@ class DeltaShards(CacheReader[np.float16]):
         order = np.argsort(numbers)
         shards, windows = self._locate(numbers[order])
         edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+        self._check_all(shards[edges[:-1]] if len(shards) else shards)
         for begin, end in itertools.pairwise(edges if len(shards) else ()):
             shard = int(shards[begin])
             layout = self._layout(shard)
@@ -315,6 +321,7 @@ class DeltaShards(CacheReader[np.float16]):
         first, end = self.block_starts[block : block + 2].tolist()
         filled = checked_out(out, (end - first, *self.shape), np.dtype("<f2"))
         shard = int(np.searchsorted(self.shard_starts, first, side="right")) - 1
+        self._check(shard)
         layout = self._layout(shard)
         inside = int(np.searchsorted(layout.starts, first - self.shard_starts[shard]))
         self._mapped(shard)  # its size is checked
@@ -342,13 +349,15 @@ class DeltaShards(CacheReader[np.float16]):
     def _timestamps(self) -> NDArray[np.float32]:
         """float32 (W, T); without the rest of `table`, of which training needs nothing."""
         parts = [np.empty((0, self.shape[0]), dtype=np.float32)]
-        for shard in range(len(self._entries)):
+        self._check_all(np.arange(len(self._shards)))
+        for shard in range(len(self._shards)):
             layout = self._layout(shard)
             parts += [read_timestamps(layout.path, block) for block in layout.blocks]
         return np.concatenate(parts)
 
     def _shard_table(self, shard: int) -> WindowColumns:
-        layout, keys = self._layout(shard), self._entries[shard].keys
+        self._check(shard)
+        layout, keys = self._layout(shard), self._shard_keys(shard)
         return read_shard_table(layout.path, layout.blocks, keys, num_frames=self.shape[0])
 
     def _mapped(self, shard: int) -> NDArray[np.void]:
@@ -364,33 +373,30 @@ class DeltaShards(CacheReader[np.float16]):
     def _layout(self, shard: int) -> _Layout:
         layout = self._layouts.get(shard)
         if layout is None:
+            if self._verify != "sha256":
+                self._check(shard)
             layout = self._layouts[shard] = _read_layout(
-                self.folder, self.info.shape, self._record(shard)
+                self._path(shard),
+                self.info.shape,
+                rows=int(self._shards.rows[shard]),
+                size=int(self._shards.bytes[shard]),
             )
         return layout
 
 
-def _reopen(folder: str, allow_incomplete: bool) -> DeltaShards:
-    # The tars were hashed when the reader was first opened, not again by every worker.
-    return DeltaShards(folder, verify="size", allow_incomplete=allow_incomplete)
-
-
-def _read_layout(folder: Path, shape: CacheShape, record: DoneRecord) -> _Layout:
+def _read_layout(path: Path, shape: CacheShape, *, rows: int, size: int) -> _Layout:
     row_bytes = shape.num_frames * shape.hidden_size * 2
-    path = shard_path(folder, record.shard, ".tar")
-    if list(record.files) != [path.relative_to(folder).as_posix()]:
-        raise damaged_shard(f"{path}: the done-record names other files than this one")
     blocks = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
     counts = [block.num_windows for block in blocks]
     starts = np.cumsum([0, *counts], dtype=np.int64)
-    if starts[-1] != record.rows:
-        raise damaged_shard(f"{path}: {starts[-1]} windows, the done-record says {record.rows}")
+    if starts[-1] != rows:
+        raise damaged_shard(f"{path}: {starts[-1]} windows, the done-record says {rows}")
     firsts = np.array([block.tokens_offset for block in blocks], dtype=np.int64)
-    inside = np.arange(record.rows) - np.repeat(starts[:-1], counts)
+    inside = np.arange(rows) - np.repeat(starts[:-1], counts)
     offsets = np.repeat(firsts, counts) + row_bytes * inside
     return _Layout(
         path=path,
-        size=next(iter(record.files.values()))["bytes"],
+        size=size,
         blocks=blocks,
         starts=starts,
         offsets=offsets,

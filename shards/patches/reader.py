@@ -27,8 +27,9 @@ from ..cache import BLACK, PATCHES, CacheInfo
 from ..errors import SHARD_ADVICE, CacheMismatch, DamagedShard, UsageError, damaged_shard
 from ..files import ReadOnlyFile
 from ..npy import read_npy
+from ..plan import keys_sha256
 from ..reader import CacheReader, checked_out, checked_windows
-from ..records import DoneRecord, Verify, shard_path
+from ..records import Verify, shard_path
 from ..schema import read_file
 from ..windows import WindowColumns
 from .archive import ShardFile
@@ -66,29 +67,36 @@ def open_shard(folder: Path, shard: int, info: CacheInfo) -> ShardFile:
     return ShardFile(shard_path(folder, shard, SUFFIX), member_names(logical_dtype(info)))
 
 
-def read_shard_table(file: ShardFile, record: DoneRecord, num_frames: int) -> WindowColumns:
+def read_shard_table(
+    file: ShardFile, keys: list[str], *, rows: int, num_frames: int
+) -> WindowColumns:
     """The windows of one shard, as stored. Raises DamagedShard if an array is broken."""
     columns: dict[str, Any] = {
         name: read_array(file, name, shape=shape, dtype=WINDOW_ARRAYS[name].dtype)
-        for name, shape in array_shapes(record.rows, num_frames).items()
+        for name, shape in array_shapes(rows, num_frames).items()
     }
     clip = columns["clip"]
-    if not 0 <= clip.min() <= clip.max() < len(record.keys):
-        raise damaged_shard(
-            f"{file.path}: clip has an index outside of the {len(record.keys)} keys"
-        )
-    return WindowColumns(**columns, keys=record.keys)
+    if not 0 <= clip.min() <= clip.max() < len(keys):
+        raise damaged_shard(f"{file.path}: clip has an index outside of the {len(keys)} keys")
+    return WindowColumns(**columns, keys=keys)
 
 
-def check_attributes(file: ShardFile, record: DoneRecord, info: CacheInfo) -> None:
-    """Raises CacheMismatch if the shard says that it belongs to another cache."""
+def read_keys(file: ShardFile, info: CacheInfo, *, sha256: str) -> list[str]:
+    """The keys of a shard's clips, as it says itself; `sha256`: theirs, by the done-record. Raises
+    CacheMismatch if the shard says that it belongs to another cache."""
     attributes = read_attributes(file)
-    for name, wanted in (("fingerprint", info.fingerprint), ("keys", record.keys)):
-        if attributes.get(name) != wanted:
+    keys: Any = attributes.get("keys")
+    are_texts = type(keys) is list and all(type(key) is str for key in keys)
+    for name, is_ours in (
+        ("fingerprint", attributes.get("fingerprint") == info.fingerprint),
+        ("keys", are_texts and keys_sha256(keys) == sha256),
+    ):
+        if not is_ours:
             raise CacheMismatch(
                 f"{file.path}: its attribute {name} is not that of cache.json and the done-record: "
                 f"the shard belongs to another cache: {SHARD_ADVICE}"
             )
+    return list(keys)
 
 
 def read_black(path: Path, info: CacheInfo, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -188,11 +196,10 @@ MAX_OPEN_FILES = 128
 class PatchShards(CacheReader[np.float32]):
     """A finished patch-token cache, opened for reading.
 
-    Opening checks that every file is there with the size its done-record says (of more than 500
-    shards: that every shard is there); with verify="sha256" that it has the bytes too. A shard that
-    is read first is held against its record by samples; a frame that is read first is held against
-    its checksum (check_once=False: a frame every time it is read, at about two thirds of the rate;
-    frames under zstd always are).
+    When a process uses a shard first, its file must have the size that the index says, with
+    verify="sha256" its bytes, too. A frame that is read first is held against its checksum
+    (check_once=False: a frame every time it is read, at about two thirds of the rate; frames under
+    zstd always are).
 
     Raises CacheMismatch for a folder that is no patch cache or is not finished (unless
     `allow_incomplete`: its finished shards), DamagedShard for what is missing or changed.
@@ -207,7 +214,6 @@ class PatchShards(CacheReader[np.float32]):
         check_once: bool = True,
     ) -> None:
         super().__init__(folder, format=PATCHES, verify=verify, allow_incomplete=allow_incomplete)
-        self._arguments = (str(folder), allow_incomplete, check_once)
         self._check_once = check_once
         shape = self.info.shape
         if shape.num_tokens is None or shape.grid is None:
@@ -215,11 +221,17 @@ class PatchShards(CacheReader[np.float32]):
         self.shape: tuple[int, int, int] = (shape.num_frames, shape.num_tokens, shape.hidden_size)
         self.grid: tuple[int, int] = shape.grid
         self.dtype = logical_dtype(self.info)
+
+    _OF_PROCESS = (*CacheReader._OF_PROCESS, "_readers", "_thread")
+
+    def _begin(self) -> None:
+        super()._begin()
         self._readers: dict[int, TokenReader] = {}
         self._thread = threading.local()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, self._arguments
+    @property
+    def _suffix(self) -> str:
+        return SUFFIX
 
     @property
     def size_bytes(self) -> int:
@@ -295,10 +307,15 @@ class PatchShards(CacheReader[np.float32]):
         return self.stored_tokens(windows) if self.dtype == "float16" else self.tokens(windows)
 
     def _shard_table(self, shard: int) -> WindowColumns:
-        record = self._record(shard)
-        file = open_shard(self.folder, record.shard, self.info)
-        check_attributes(file, record, self.info)
-        return read_shard_table(file, record, self.shape[0])
+        file, keys = self._open_shard(shard)
+        rows = int(self._shards.rows[shard])
+        return read_shard_table(file, keys, rows=rows, num_frames=self.shape[0])
+
+    def _open_shard(self, shard: int) -> tuple[ShardFile, list[str]]:
+        """The file of a shard, held against the index, and its keys."""
+        self._check(shard)
+        file = open_shard(self.folder, int(self._shards.shard[shard]), self.info)
+        return file, read_keys(file, self.info, sha256=self._keys_sha256(shard))
 
     def _frames(self, frames: ArrayLike | None, num_windows: int) -> NDArray[np.int64]:
         """Frames within the window, int64 (B, F), F >= 1."""
@@ -326,7 +343,9 @@ class PatchShards(CacheReader[np.float32]):
 
         Their shards are opened: before room is made for what a made-up shape says."""
         numbers = checked_windows(windows, self.num_windows)
-        for shard in np.unique(self._locate(numbers)[0]).tolist():
+        shards = np.unique(self._locate(numbers)[0])
+        self._check_all(shards)
+        for shard in shards.tolist():
             self._reader(shard)
         chosen = self._frames(frames, len(numbers))
         shape = (*chosen.shape, *self.shape[1:])
@@ -350,11 +369,10 @@ class PatchShards(CacheReader[np.float32]):
     def _reader(self, shard: int) -> TokenReader:
         reader = self._readers.get(shard)
         if reader is None:
-            record = self._record(shard)
-            file = open_shard(self.folder, record.shard, self.info)
-            check_attributes(file, record, self.info)
+            file, _ = self._open_shard(shard)
+            rows = int(self._shards.rows[shard])
             reader = self._readers[shard] = TokenReader(
-                file, self.info, rows=record.rows, check_once=self._check_once
+                file, self.info, rows=rows, check_once=self._check_once
             )
         return reader
 
@@ -370,8 +388,3 @@ class PatchShards(CacheReader[np.float32]):
     def _check_int8(self) -> None:
         if self.dtype != "int8":
             raise UsageError(f"{self.folder}: stores {self.dtype}, only int8 has scales")
-
-
-def _reopen(folder: str, allow_incomplete: bool, check_once: bool) -> PatchShards:
-    # The files were checked when the reader was first opened; not hashed again by every worker.
-    return PatchShards(folder, allow_incomplete=allow_incomplete, check_once=check_once)

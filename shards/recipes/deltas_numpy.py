@@ -39,7 +39,7 @@ def main(cache: str) -> np.ndarray:
     blocks: list[np.ndarray] = []
     for path in sorted(Path(cache, "shards").glob("*.tar")):
         done = json.loads(path.with_suffix(".json").read_text())
-        if path.stat().st_size != done["files"][f"shards/{path.name}"]["bytes"]:
+        if path.stat().st_size != done["file"]["bytes"]:
             raise SystemExit(f"{path}: not the file that was written")
         mapped, seconds = map_blocks(path, "tokens.npy"), map_blocks(path, "timestamps.npy")
         first = read_windows(path)[0]

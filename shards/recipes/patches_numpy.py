@@ -71,12 +71,12 @@ def main(cache: str) -> np.ndarray:
     shards = []
     for record in sorted(Path(cache, "shards").glob("*.json")):
         done = json.loads(record.read_text())
-        for name, promised in done["files"].items():
-            if Path(cache, name).stat().st_size != promised["bytes"]:
-                raise SystemExit(f"{name}: not the file that was written")
         if done["rows"]:
-            shards.append(read_shard(record.with_suffix(".zarr.zip")))
-            print(f"{record.stem}: {shards[-1].shape}, {len(done['keys'])} clips")
+            path = record.with_suffix(".zarr.zip")
+            if path.stat().st_size != done["file"]["bytes"]:
+                raise SystemExit(f"{path}: not the file that was written")
+            shards.append(read_shard(path))
+            print(f"{record.stem}: {shards[-1].shape}, {done['clips']} clips")
     return np.concatenate(shards)
 
 

@@ -51,7 +51,7 @@ from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
 from ..plan import Plan, PlanEntry, plan_order, remove_strangers, write_plan
 from ..reader import known_names
-from ..records import DoneRecord, iterate_done, read_done, write_quarantine
+from ..records import DoneRecord, Quarantined, iterate_done, quarantined_of, read_done
 from ..windows import ShardRows, WindowColumns
 
 logger = logging.getLogger(__name__)
@@ -92,11 +92,13 @@ class SourceCache:
     @cached_property
     def records(self) -> dict[str, DoneRecord]:
         """By key, the done-record of the clip's shard."""
-        return {
-            key: record
-            for record, _ in iterate_done(self.reader.folder)
-            for key in (*record.keys, *(entry.clip for entry in record.quarantined))
-        }
+        by_shard = {record.shard: record for record in iterate_done(self.reader.folder)}
+        return {key: by_shard[entry.shard] for key, entry in self.plan.items()}
+
+    @cached_property
+    def lost(self) -> dict[str, Quarantined]:
+        """By key, what became of the clips that have no windows."""
+        return {entry.clip: entry for entry in quarantined_of(iterate_done(self.reader.folder))}
 
     @cached_property
     def windows(self) -> dict[str, NDArray[np.int64]]:
@@ -168,8 +170,7 @@ def export_cache(
         if progress is not None:
             progress(number, len(shards))
     remove_strangers(out)
-    num_lost = len(write_quarantine(out))
-    return finish_cache(out, {"clips": len(plan) - num_lost, "quarantined": num_lost})
+    return finish_cache(out)
 
 
 def open_sources(folders: Sequence[Path | str]) -> list[SourceCache]:
@@ -276,25 +277,20 @@ def _begin(out: Path, info: CacheInfo, plan: Sequence[PlanEntry]) -> None:
 
 def _write_shard(out: Path, shard: int, clips: Clips, info: CacheInfo, compression: str) -> None:
     records = {key: source.records[key] for key, source in clips.items()}
-    keys = [key for key, record in records.items() if key in record.keys]
+    lost = {key: clips[key].lost[key] for key in clips if key in clips[key].lost}
+    keys = [key for key in clips if key not in lost]
     like = next(iter(clips.values())).reader
     tokens, token_scale = _gather_tokens({key: clips[key] for key in keys}, info, like=like)
     parts = [WindowColumns.empty(info.shape.num_frames)]
     for key in keys:
         windows = clips[key].reader.table().take(clips[key].windows[key])
         parts.append(replace(windows, clip=np.zeros(len(windows), np.int32), keys=[key]))
-    decoders = {key: records[key].decoders() for key in keys}
     rows = ShardRows(
         **vars(WindowColumns.concatenate(parts)),
         tokens=tokens,
         token_scale=token_scale,
-        decoders={key: known[key] for key, known in decoders.items() if key in known},
-        quarantined=[
-            lost
-            for key, record in records.items()
-            for lost in record.quarantined
-            if lost.clip == key
-        ],
+        decoders={k: name for key in keys for k, name in records[key].decoders([key]).items()},
+        quarantined=list(lost.values()),
     )
     seed = _draw_seed(info)
     with disk_errors(out):

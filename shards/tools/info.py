@@ -5,38 +5,46 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import PATCHES, CacheInfo, read_cache_info
+from ..index import INDEX, ShardColumns, read_index
 from ..plan import PLAN, Plan
-from ..records import read_all_done
+from ..records import StoredFile, iterate_done
 
 
 def describe_cache(folder: Path | str) -> dict[str, Any]:
     """Format, shape, counts, bytes, dtype, provenance and quarantine, as plain JSON values.
 
-    Reads cache.json, plan.json and the done-records, not the shards; raises as the readers do
-    for a folder that is no cache.
+    Reads cache.json and plan.json and, of an unfinished cache, the done-records, else the index;
+    not the shards. Raises as the readers do for a folder that is no cache.
     """
     folder = Path(folder)
     info = read_cache_info(folder)
-    records = read_all_done(folder)
+    abs_max, num_lost = info.abs_max or 0.0, info.counts.get("quarantined", 0)
+    if info.complete and INDEX in info.files:
+        shards = read_index(folder, StoredFile(**info.files[INDEX]))
+    else:
+        records = list(iterate_done(folder))
+        shards = ShardColumns.of(records)
+        abs_max = max((record.abs_max for record in records), default=0.0)
+        num_lost = sum(len(record.quarantined) for record in records)
     plan = Plan.open(folder) if (folder / PLAN).is_file() else None
     shape = info.shape
     return {
         "format": f"{info.format} {info.format_version}",
         "fingerprint": info.fingerprint,
         "complete": info.complete,
-        "shards": len(records),
+        "shards": len(shards),
         "shards_planned": plan and plan.num_shards,
-        "windows": sum(record.rows for record in records),
-        "clips": sum(len(record.keys) for record in records),
+        "windows": int(shards.rows.sum()),
+        "clips": int(shards.clips.sum()),
         "clips_planned": plan and plan.num_clips,
-        "quarantined": sum(len(record.quarantined) for record in records),
+        "quarantined": num_lost,
         "frames_per_window": shape.num_frames,
         "tokens_per_frame": shape.num_tokens,
         "grid": None if shape.grid is None else list(shape.grid),
         "channels": shape.hidden_size,
         "dtype": _lookup(info.identity, "storage", "dtype"),
-        "bytes": sum(int(entry["bytes"]) for record in records for entry in record.files.values()),
-        "abs_max": max((record.abs_max for record in records), default=0.0),
+        "bytes": int(shards.bytes.sum()),
+        "abs_max": abs_max,
         "provenance": _provenance(info),
         "backbone": info.backbone,
         "licence": info.licence,

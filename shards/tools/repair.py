@@ -1,22 +1,21 @@
 """repair_cache: takes out of a cache what keeps it from being made whole by running again.
 
 Removed are partial files of killed writers and, of shards that `verify_cache` calls damaged, the
-done-record and the files that it names. Nothing else: good shards stay, what nobody knows stays and
+done-record and the file beside it. Nothing else: good shards stay, what nobody knows stays and
 is listed by verify, links are removed and never followed, nothing outside of the folder is touched.
 Derived files (quarantine.jsonl, index.jsonl, NOTICE.txt) are written again. Nobody may write to the
 cache meanwhile.
 """
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ..cache import read_cache_info, refresh_derived, reopen_cache
 from ..errors import DamagedShard, DeltatokError
 from ..files import remove_partials
-from ..patches.layout import SUFFIX
 from ..plan import PLAN_FOLDER
 from ..records import read_done, remove_done, shard_path, write_quarantine
-from .verify import VerifyReport, is_untouched
+from .verify import VerifyReport, data_path, is_untouched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,46 +63,25 @@ def repair_cache(folder: Path | str, report: VerifyReport) -> Repaired:
 
 
 def _remove_shard(folder: Path, shard: int) -> list[str]:
-    """The promise first, then the files it names, then folders that are empty."""
+    """The promise first, then the file that it is about; if it cannot be read, that stays."""
     record_path = shard_path(folder, shard, ".json")
     try:
         record = read_done(folder, shard)
     except DeltatokError:
         record = None
-    own = {f"{shard:06d}{SUFFIX}", f"{shard:06d}.tar"}
-    names = [name for name in record.files if PurePosixPath(name).parts[1] in own] if record else []
     if record_path.is_dir() and not record_path.is_symlink():
         return []  # no file of ours
     remove_done(folder, shard)
     removed = [record_path.relative_to(folder).as_posix()]
-    for name in names:
-        link = _first_link(folder, PurePosixPath(name))
-        path = link or folder / name
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-            removed.append(path.relative_to(folder).as_posix())
-    for top in sorted(own):
-        _remove_empty(folder / "shards" / top)
-    return removed
-
-
-def _first_link(folder: Path, name: PurePosixPath) -> Path | None:
-    """The first part of the path below `folder` that is a link."""
-    path = folder
-    for part in name.parts:
-        path /= part
-        if path.is_symlink():
-            return path
-    return None
-
-
-def _remove_empty(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        return
-    for child in path.iterdir():
-        _remove_empty(child)
-    if not any(path.iterdir()):
+    path = data_path(folder, read_cache_info(folder), shard)
+    if record is None or record.file is None:
+        return removed
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        removed.append(path.relative_to(folder).as_posix())
+    elif path.is_dir() and not any(path.iterdir()):
         path.rmdir()
+    return removed
 
 
 def _bytes(path: Path) -> bytes | None:

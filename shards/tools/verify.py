@@ -9,12 +9,12 @@ The largest value, and how many float16 could not hold, are taken again while a 
 held against its done-record.
 """
 
-import os
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,30 +22,48 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import BLACK, CHANNEL_SCALE, NOTICE, PATCHES, CacheInfo, checksum, read_cache_info
+from ..cache import (
+    BLACK,
+    CHANNEL_SCALE,
+    NOTICE,
+    PATCHES,
+    CacheInfo,
+    check_clips,
+    checksum,
+    read_cache_info,
+)
 from ..deltas.reader import read_blocks, read_shard_table, read_tokens
 from ..errors import CacheMismatch, DamagedShard, DeltatokError, damaged_shard
 from ..files import is_partial, sha256_file
+from ..index import INDEX, REPAIR, ShardColumns, read_index
 from ..patches import reader as patches
 from ..patches.archive import ShardFile
 from ..patches.int8 import UNSTORABLE, read_channel_scale
 from ..patches.layout import FLOAT16_MAX, SUFFIX
-from ..patches.reader import TokenReader, check_attributes, logical_dtype, read_black
+from ..patches.reader import TokenReader, logical_dtype, read_black, read_keys
 from ..patches.zarr_arrays import read_attributes
-from ..plan import PLAN, PLAN_FOLDER, Plan, PlanEntry, keys_twice
+from ..plan import (
+    PLAN,
+    PLAN_FOLDER,
+    Plan,
+    PlanEntry,
+    PlanPart,
+    keys_sha256,
+    keys_twice,
+    shard_keys,
+)
 from ..records import (
-    INDEX,
     QUARANTINE,
     DoneRecord,
+    StoredFile,
+    check_file,
     check_threads,
     done_shards,
+    is_done_untouched,
     leaves,
     quarantine_bytes,
     quarantined_of,
     read_done,
-    read_index,
-    read_indexed,
-    record_problems,
     shard_path,
 )
 from ..schema import read_file, read_json
@@ -155,13 +173,16 @@ def verify_cache(
     problems: list[Problem] = []
     records: list[DoneRecord] = []
     shards, num_bytes = done_shards(folder), 0
+    planned = _PlannedKeys(folder)
     with ThreadPoolExecutor(max_workers=check_threads()) as pool:
-        found = pool.map(lambda shard: _check_shard(folder, info, shard, deep), shards)
+        found = pool.map(
+            lambda shard: _check_shard(folder, info, shard, planned, deep=deep), shards
+        )
         for number, (record, wrong) in enumerate(found, start=1):
             problems += wrong
             if record is not None:
                 records.append(record)
-                num_bytes += sum(int(entry["bytes"]) for entry in record.files.values())
+                num_bytes += 0 if record.file is None else record.file.bytes
             if progress is not None:
                 progress(number, len(shards), num_bytes)
     beside = _Beside(folder, info, records, problems)
@@ -191,8 +212,32 @@ def is_untouched(folder: Path) -> bool:
 # The shards.
 
 
+class _PlannedKeys:
+    """The keys of shards by the plan, a part of it in memory at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._plan: Plan | None = None
+        with suppress(DeltatokError):  # named by `check_plan`
+            self._plan = Plan.open(folder)
+        self._part = functools.lru_cache(maxsize=2)(self._read_part)
+
+    def of(self, record: DoneRecord) -> list[str] | None:
+        """None where plan and done-record do not agree, which `check_plan` names."""
+        parts = [] if self._plan is None else self._plan.parts
+        for part in parts:
+            if part.first_shard <= record.shard < part.first_shard + part.shards:
+                keys = shard_keys(self._part(part).get(record.shard, []), record.lost)
+                return keys if keys_sha256(keys) == record.keys_sha256 else None
+        return None
+
+    def _read_part(self, part: PlanPart) -> dict[int, list[PlanEntry]]:
+        with suppress(DeltatokError):
+            return dict(self._plan.shards_of(part)) if self._plan is not None else {}
+        return {}
+
+
 def _check_shard(
-    folder: Path, info: CacheInfo, shard: int, deep: bool
+    folder: Path, info: CacheInfo, shard: int, planned: _PlannedKeys, *, deep: bool
 ) -> tuple[DoneRecord | None, list[Problem]]:
     """The done-record without what takes room and is not needed again, None if it cannot be read;
     and what is wrong with the shard."""
@@ -202,53 +247,63 @@ def _check_shard(
         return None, [Problem(kind="shard", shard=shard, text=str(error))]
     if record is None:  # taken back just now
         return None, []
-    problems = list(_shard_problems(folder, info, record, deep))
+    if not is_done_untouched(folder, shard):
+        path = shard_path(folder, shard, ".json")
+        text = f"{path}: was changed since it was written: remove it and make the shard again"
+        return record, [Problem(kind="shard", shard=shard, text=text)]
+    keys = planned.of(record) if deep else None
+    problems = list(_shard_problems(folder, info, record, keys, deep=deep))
     return replace(record, other_decoders={}), problems
 
 
 def _shard_problems(
-    folder: Path, info: CacheInfo, record: DoneRecord, deep: bool
+    folder: Path, info: CacheInfo, record: DoneRecord, keys: list[str] | None, *, deep: bool
 ) -> Iterator[Problem]:
     def problem(text: object, kind: Kind = "shard") -> Problem:
         return Problem(kind=kind, shard=record.shard, text=str(text))
 
-    different = list(record_problems(folder, record, depth="sha256"))
-    if different:  # what is in changed files is no second problem
-        yield from map(problem, different)
+    if record.file is None:
         return
-    where = f"shard {record.shard:06d}"
-    own = f"shards/{record.shard:06d}{SUFFIX if info.format == PATCHES else '.tar'}"
-    strangers = [name for name in record.files if name != own]
-    if strangers or bool(record.files) != bool(record.rows):
-        yield problem(
-            f"{where}: {record.rows} windows in {len(record.files)} files, {len(strangers)} of "
-            "them not its own: remove its done-record and make it again"
-        )
-    elif record.rows and deep:
+    path = data_path(folder, info, record.shard)
+    try:
+        check_file(path, record.shard, record.file, depth="sha256")
+    except DamagedShard as error:  # what is in a changed file is no second problem
+        yield problem(error)
+        return
+    if deep:
+        where = f"shard {record.shard:06d}"
         try:
-            verify_values(folder, info, record)
+            verify_values(folder, info, record, keys)
         except CacheMismatch as error:
-            # Files as they were written that are not of this cache speak against cache.json.
+            # A file as it was written that is not of this cache speaks against cache.json.
             yield problem(f"{where}: {error}", kind="folder")
         except DeltatokError as error:
             yield problem(f"{where}: {error}")
 
 
-def verify_values(folder: Path, info: CacheInfo, record: DoneRecord) -> None:
-    """Reads every value of a shard; raises DamagedShard or CacheMismatch at the first fault."""
+def data_path(folder: Path, info: CacheInfo, shard: int) -> Path:
+    """The file of a shard."""
+    return shard_path(folder, shard, SUFFIX if info.format == PATCHES else ".tar")
+
+
+def verify_values(
+    folder: Path, info: CacheInfo, record: DoneRecord, keys: list[str] | None
+) -> None:
+    """Reads every value of a shard; raises DamagedShard or CacheMismatch at the first fault.
+    keys: those of its clips, None where that is not known."""
     found = _Range()
     if info.format == PATCHES:
         _read_patches(folder, info, record, found)
     else:
-        _read_deltas(folder, info, record, found)
+        _read_deltas(folder, info, record, keys, found)
     found.check(record, where=str(shard_path(folder, record.shard, ".json")))
 
 
 def _read_patches(folder: Path, info: CacheInfo, record: DoneRecord, found: _Range) -> None:
     file = patches.open_shard(folder, record.shard, info)
-    check_attributes(file, record, info)
+    keys = read_keys(file, info, sha256=record.keys_sha256)
     _check_description(file, info, record)
-    table = patches.read_shard_table(file, record, info.shape.num_frames)
+    table = patches.read_shard_table(file, keys, rows=record.rows, num_frames=info.shape.num_frames)
     _check_windows(table, where=str(file.path))
     tokens = TokenReader(file, info, rows=record.rows)
     opened, stored = tokens.open(), tokens.new_frames(1)
@@ -284,13 +339,15 @@ def _check_description(file: ShardFile, info: CacheInfo, record: DoneRecord) -> 
             )
 
 
-def _read_deltas(folder: Path, info: CacheInfo, record: DoneRecord, found: _Range) -> None:
+def _read_deltas(
+    folder: Path, info: CacheInfo, record: DoneRecord, keys: list[str] | None, found: _Range
+) -> None:
     path, shape = shard_path(folder, record.shard, ".tar"), info.shape
     blocks = read_blocks(path, num_frames=shape.num_frames, hidden_size=shape.hidden_size)
     rows = sum(block.num_windows for block in blocks)
     if rows != record.rows:
         raise damaged_shard(f"{path}: {rows} windows, the done-record says {record.rows}")
-    table = read_shard_table(path, blocks, record.keys, num_frames=shape.num_frames)
+    table = read_shard_table(path, blocks, keys, num_frames=shape.num_frames)
     _check_windows(table, where=str(path))
     if (table.timestamps_s[:, 0] != 0).any():
         raise damaged_shard(f"{path}: timestamps.npy: a window does not begin at 0 s")
@@ -354,7 +411,6 @@ class _Beside:
         if not is_untouched(folder):
             path = folder / "cache.json"
             self.add(f"{path}: was changed by hand or damaged: restore it from a copy")
-        root = os.path.realpath(folder)
         for name, entry in info.files.items():
             path = folder / PurePosixPath(name).name
             if name in (NOTICE, INDEX) and not path.is_file():
@@ -362,7 +418,7 @@ class _Beside:
             if not path.is_file():
                 continue  # named by those that read it
             try:
-                if leaves(path, root):
+                if leaves(path, folder):
                     self.add(f"{path}: is a link out of the cache: copy the file into it instead")
                 elif sha256_file(path) != entry["sha256"]:
                     self.changed.add(name)
@@ -392,9 +448,8 @@ class _Beside:
         records = {record.shard: record for record in self.records}
         missing: list[int] = []
         is_whole = True
-        root = os.path.realpath(self.folder)
         for part in plan.parts:
-            if leaves(self.folder / part.file, root):
+            if leaves(self.folder / part.file, self.folder):
                 self.add(
                     f"{self.folder / part.file}: is a link out of the cache: copy the file into it "
                     "instead"
@@ -435,16 +490,11 @@ class _Beside:
     def _check_clips(self, record: DoneRecord, planned: Sequence[PlanEntry]) -> None:
         """Each shard's clips must be those of the plan. Of an unfinished cache nobody can tell
         which of the two is wrong."""
-        accounted = {entry.clip for entry in record.quarantined}.union(record.keys)
-        differing = accounted ^ {entry.key for entry in planned}
-        if differing:
-            self.add(
-                f"shard {record.shard:06d}: clip {min(differing)!r} and {len(differing) - 1} "
-                "more are in the plan or in its done-record, not in both: remove its "
-                "done-record and make it again",
-                kind="shard" if PLAN in self.info.files else "folder",
-                shard=record.shard,
-            )
+        try:
+            check_clips(self.folder, record, planned)
+        except DamagedShard as error:
+            kind: Kind = "shard" if PLAN in self.info.files else "folder"
+            self.add(error, kind=kind, shard=record.shard)
 
     def check_index(self) -> None:
         """Done-records that were changed since the cache was finished, of shards that nothing else
@@ -453,17 +503,25 @@ class _Beside:
         if not self.info.complete or entry is None or INDEX in self.changed:
             return
         damaged = {problem.shard for problem in self.problems if problem.kind == "shard"}
-        done = {record.shard for record in self.records}
         with self.errors():
-            index = read_index(self.folder, sha256=entry["sha256"])
-            if index is None:
-                return
-            if missing := sorted(done - {line.shard for line in index}):
-                self.add(f"{path}: does not tell of shard {missing[0]:06d}: delete it, and repair")
-            for line in index:
-                if line.shard in done - damaged:
-                    with self.errors(kind="shard", shard=line.shard):
-                        read_indexed(self.folder, line)
+            index, records = read_index(self.folder, StoredFile(**entry)), self.records
+            if records and records[-1].shard >= len(index):
+                self.add(f"{path}: does not tell of shard {records[-1].shard:06d}: {REPAIR}")
+            found = ShardColumns.of(record for record in records if record.shard < len(index))
+            told = index.take(found.shard)
+            changed = np.zeros(len(found), dtype=np.bool_)
+            for name, column in vars(found).items():
+                changed |= column != getattr(told, name)
+            for shard in found.shard[changed].tolist():
+                if shard not in damaged:
+                    where = shard_path(self.folder, shard, ".json")
+                    self.add(
+                        f"{where}: is not the done-record that {INDEX} tells of: the shard was "
+                        "changed since the cache was finished; run the command that made the "
+                        "cache again",
+                        kind="shard",
+                        shard=shard,
+                    )
 
     def check_quarantine(self) -> None:
         """quarantine.jsonl must be what the done-records give."""
@@ -481,7 +539,11 @@ class _Beside:
     def check_leftovers(self) -> tuple[list[str], dict[str, int]]:
         """What is in the folder and in no done-record, as `partials` and `orphans` of the report;
         links are named, not followed."""
-        named = {name for record in self.records for name in record.files}
+        named = {
+            f"shards/{data_path(self.folder, self.info, record.shard).name}"
+            for record in self.records
+            if record.file is not None
+        }
         named |= {f"shards/{shard:06d}.json" for shard in done_shards(self.folder)}
         shards = self.folder / "shards"
         there = [*self.folder.iterdir(), *(shards.iterdir() if shards.is_dir() else ())]

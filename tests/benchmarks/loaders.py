@@ -115,7 +115,7 @@ def make_deltas(folder: Path, num_windows: int, shard_windows: int, *, size: int
             keys=[key],
         )
         write_delta_shard(folder, shard, rows)
-    finish_cache(folder, {"clips": num_shards, "windows": num_windows, "shards": num_shards})
+    finish_cache(folder)
     return folder
 
 
@@ -147,8 +147,7 @@ def make_patches(folder: Path, side: int, gigabytes: float, *, size: int = SIZE)
             keys=[key],
         )
         write_patch_shard(folder, shard, rows, dtype="float16", seed=0)
-    windows = num_shards * shard_windows
-    finish_cache(folder, {"clips": num_shards, "windows": windows, "shards": num_shards})
+    finish_cache(folder)
     return folder
 
 

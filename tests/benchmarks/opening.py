@@ -2,7 +2,7 @@
 
     python tests/benchmarks/opening.py [--shards 10000] [--channels 768] [--json FILE]
 
-Synthetic done-records (64 windows of 16 clips), written and finished as
+Synthetic done-records (64 windows of 16 clips, statistics of all channels), written and finished as
 every cache is; the data are empty files with the right names. Closing reads every done-record once.
 Opening reads cache.json and index.jsonl and lists shards/: no done-record and no data file is
 opened (counted). For comparison: reading all done-records, as without the index.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from deltatok.shards import (
 )
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.files import json_bytes
-from deltatok.shards.plan import PlanEntry, write_plan
-from deltatok.shards.records import DoneRecord, read_all_done, shard_path
+from deltatok.shards.plan import PlanEntry, keys_sha256, write_plan
+from deltatok.shards.records import DoneRecord, StoredFile, iterate_done, shard_path
 
 ROWS, CLIPS = 64, 16
 REPEATS = 3
@@ -50,10 +51,10 @@ def main() -> int:
             cache = Path(folder) / name
             make(cache, format=format, shards=arguments.shards, channels=arguments.channels)
             start = time.process_time()
-            finish_cache(cache, {"clips": arguments.shards * CLIPS})
+            finish_cache(cache)
             finish_s = time.process_time() - start
             opens, seconds = measured(lambda r=reader, c=cache: r(c, verify="size"))
-            records_s = measured(lambda c=cache: read_all_done(c), repeats=1)[1]
+            records_s = measured(lambda c=cache: list(iterate_done(c)), repeats=1)[1]
             figures[name] = {
                 "finish_cpu_s": round(finish_s, 3),
                 "open_s": round(seconds, 3),
@@ -105,9 +106,16 @@ def make(folder: Path, *, format: str, shards: int, channels: int) -> None:
         keys = [f"class{shard % 700:03d}/video_{shard:06d}_{clip:02d}.mp4" for clip in range(CLIPS)]
         entries += [PlanEntry(key=key, source=key, size_bytes=1, shard=shard) for key in keys]
         data = shard_path(folder, shard, ".zarr.zip" if patches else ".tar")
-        files = {f"shards/{data.name}": {"bytes": 10**8, "sha256": "0" * 64}}
-        record = DoneRecord(shard=shard, keys=keys, rows=ROWS, files=files, abs_max=1.0)
-        value = {"format_version": 1, **record.__dict__}
+        record = DoneRecord(
+            shard=shard,
+            clips=CLIPS,
+            keys_sha256=keys_sha256(keys),
+            rows=ROWS,
+            file=StoredFile(bytes=10**8, sha256="0" * 64),
+            abs_max=1.0,
+            decoder="pyav",
+        )
+        value = {"format_version": 1, **asdict(record)}
         shard_path(folder, shard, ".json").write_bytes(json_bytes(value))
         data.touch()
     write_plan(folder, entries)

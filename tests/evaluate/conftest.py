@@ -157,7 +157,7 @@ def write_cache(
             keys=names,
         )
         write_patch_shard(folder, shard, rows, dtype="float16", seed=0)
-    finish_cache(folder, {"windows": sum(CLIPS.values()), "clips": len(CLIPS)})
+    finish_cache(folder)
 
 
 def write_models(root: Path, patches: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def copy(tiny: Any, tmp_path: Path) -> Copy:
         if dtype == "int8":
             write_channel_scale(folder, scale)
         write_patch_shard(folder, 0, ShardRows(**rows), dtype=dtype, seed=1)
-        finish_cache(folder, {})
+        finish_cache(folder)
         return str(folder)
 
     return make

@@ -7,13 +7,13 @@ import pytest
 
 from deltatok.extract.ledger import Ledger
 from deltatok.shards import records
-from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.shards.plan import PlanEntry, keys_sha256, write_plan
 from deltatok.shards.records import DoneRecord, Quarantined, write_done, write_quarantine
 
 
 def record_of(shard: int) -> DoneRecord:
     lost = Quarantined(clip=f"c{9 - shard}", stage="open", reason="empty", attempts=1)
-    return DoneRecord(shard=shard, keys=[], rows=0, files={}, quarantined=[lost])
+    return DoneRecord(shard=shard, clips=0, keys_sha256=keys_sha256([]), rows=0, quarantined=[lost])
 
 
 @pytest.fixture
@@ -47,6 +47,6 @@ def test_list_is_that_of_all_done_records(ledger: Ledger) -> None:
 
 
 def test_shard_made_again_leaves_the_quarantine(ledger: Ledger) -> None:
-    ledger.add(DoneRecord(shard=1, keys=["c8"], rows=0, files={}))
+    ledger.add(DoneRecord(shard=1, clips=1, keys_sha256=keys_sha256(["c8"]), rows=0))
     ledger.list_quarantined(now=True)
     assert "c8" not in (ledger.folder / "quarantine.jsonl").read_text()

@@ -262,7 +262,7 @@ def test_closing_a_cache_twice_changes_no_byte(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     for _ in range(2):
-        close_cache(out, num_frames=4, changed=True, part=Part())
+        close_cache(out, changed=True, part=Part())
         assert digests(out) == digests(finished)
 
 

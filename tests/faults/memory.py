@@ -28,7 +28,7 @@ import numpy as np
 
 from deltatok.extract.sources.find import find_clips
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.shards.records import read_all_done
+from deltatok.shards.records import iterate_done
 
 EXTRACT = "from deltatok.pipeline.commands.extract import main; raise SystemExit(main())"
 FIRST_SHARE = 0.2
@@ -123,8 +123,7 @@ def _samples(
 
 
 def _clips_done(cache: Path) -> int:
-    records = read_all_done(cache)
-    return sum(len(record.keys) + len(record.quarantined) for record in records)
+    return sum(record.clips + len(record.quarantined) for record in iterate_done(cache))
 
 
 def _children(pid: int) -> list[int]:

@@ -312,7 +312,10 @@ def make_scenarios(root: Path) -> dict[str, Scenario]:
             frame_size=32,
         )
     )
-    old, new = root / "world/train", root / "world/head"
+    old, new = root / "world/train", root / "new"
+    new.mkdir()
+    for path in sorted((root / "world/head").glob("*.mp4")):
+        path.rename(new / f"new-{path.name}")
     (old / "broken.mp4").write_bytes(b"this is no video")
     later = root / "later"
     shutil.copytree(old, later)
@@ -345,7 +348,7 @@ def make_scenarios(root: Path) -> dict[str, Scenario]:
     assert train([*words, "--batch-size", "4", "--warmup-steps", "1"]) == 0
 
     def mend() -> None:
-        shutil.copy(new / "0000.mp4", later / "broken.mp4")
+        shutil.copy(new / "new-0000.mp4", later / "broken.mp4")
 
     mended = root / "mended"
     shutil.copytree(later, root / "again/videos")
@@ -360,7 +363,7 @@ def make_scenarios(root: Path) -> dict[str, Scenario]:
         assert extract(encoding(mended)(out)) == 0
 
     def mend_patches() -> None:
-        shutil.copy(new / "0000.mp4", root / "again/videos/broken.mp4")
+        shutil.copy(new / "new-0000.mp4", root / "again/videos/broken.mp4")
         extracted(root / "again/videos", "--retry-quarantined")(mended)
 
     return {

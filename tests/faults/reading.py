@@ -27,7 +27,6 @@ import numpy as np
 
 import deltatok.shards.reader
 from deltatok.shards import DeltaShards, DeltatokError, PatchShards
-from deltatok.shards.records import DoneRecord, check_files
 from deltatok.shards.tools.verify import verify_cache
 
 HERE = Path(__file__).resolve()
@@ -51,23 +50,16 @@ def make_caches(folder: Path) -> None:
     subprocess.run(command, check=True, timeout=300)
 
 
-def read_all(
-    folder: Path, kind: str, *, verify: str, many: bool = False, large: bool = False
-) -> dict[str, str]:
-    """Everything a reader gives, as a digest for each column. `many` shards: opened by the index;
-    `large` ones: not hashed before they are read, as if no sample had met the damage."""
+def read_all(folder: Path, kind: str, *, verify: str, many: bool = False) -> dict[str, str]:
+    """Everything a reader gives, as a digest for each column. `many` shards: the files are not
+    looked at when the cache is opened."""
     opening: Any = deltatok.shards.reader
-    before = opening.EAGER_SHARDS, opening.check_files
-    opening.EAGER_SHARDS = 0 if many else before[0]
-    opening.check_files = _check_sizes if large else before[1]
+    before = opening.EAGER_SHARDS
+    opening.EAGER_SHARDS = 0 if many else before
     try:
         return _read_all(folder, kind, verify=verify)
     finally:
-        opening.EAGER_SHARDS, opening.check_files = before
-
-
-def _check_sizes(folder: Path, record: DoneRecord, *, depth: str) -> None:
-    check_files(folder, record, depth="size")
+        opening.EAGER_SHARDS = before
 
 
 def _read_all(folder: Path, kind: str, *, verify: str) -> dict[str, str]:

@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 def test_the_dry_form_runs(tmp_path: Path) -> None:
     words = [sys.executable, str(PROGRAM), "--device", "cpu", "--out", str(tmp_path)]
-    done = subprocess.run([*words, "--minutes", "9"], capture_output=True, text=True)
+    done = subprocess.run([*words, "--minutes", "60"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + (tmp_path / "REPORT.md").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["dry"]

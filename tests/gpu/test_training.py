@@ -115,7 +115,11 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(
     )
     with subprocess.Popen(
         [sys.executable, "-P", "-c", "\n".join(lines)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # on a CPU they decide the rounding
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

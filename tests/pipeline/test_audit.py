@@ -100,7 +100,7 @@ def test_deltas_of_other_patch_tokens_are_not_audited(
     made = replace(info, identity={**info.identity, "patches": patches}, complete=False)
     open_cache(tmp_path / "deltas", made)
     write_plan(tmp_path / "deltas", [])
-    finish_cache(tmp_path / "deltas", {})
+    finish_cache(tmp_path / "deltas")
     with pytest.raises(UsageError, match="was made from int8 patch tokens"):
         audit_cache(config(tiny_inputs, tmp_path / "deltas", tokenizer="x"))
 

@@ -27,7 +27,7 @@ from deltatok.shards.plan import (
     window_order,
     write_plan,
 )
-from deltatok.shards.records import write_quarantine
+from deltatok.shards.records import Quarantined, done_bytes, write_quarantine
 from deltatok.shards.windows import ShardRows
 
 NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
@@ -72,13 +72,14 @@ class Little:
         return self.folder / (top + suffix.rstrip("/")), member or None
 
     def reseal(self, shard: int = 0) -> None:
-        """Makes a done-record agree with the files of its shard, as a forger would."""
+        """Makes the done-record, the index and cache.json agree with the file of a shard, as a
+        forger would."""
         path = self.folder / f"shards/{shard:06d}.json"
         record = json.loads(path.read_text())
-        for name in record["files"]:
-            file = self.folder / name
-            record["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        path.write_text(json.dumps(record))
+        (file,) = [found for found in path.parent.glob(f"{shard:06d}.*") if found != path]
+        record["file"] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        path.write_bytes(done_bytes(record))
+        finish_cache(self.folder)
 
 
 CHANNEL_SCALE = np.array([1.0, 0.5, 2.0, 1.0, 0.75, 10.0], dtype=np.float32)
@@ -155,6 +156,10 @@ def delta_rows(num_windows: int, keys: list[str], seed: int) -> ShardRows:
     return ShardRows(tokens=tokens, **columns)
 
 
+def lost(keys: list[str]) -> list[Quarantined]:
+    return [Quarantined(clip=key, stage="open", reason="empty", attempts=1) for key in keys]
+
+
 def make_patches(
     folder: Path, *, dtype: str = "float16", compression: str = "none", finish: bool = True
 ) -> Little:
@@ -171,7 +176,7 @@ def make_patches(
         write_patch_shard(folder, shard, rows[-1], dtype=dtype, seed=7, compression=compression)
     write_quarantine(folder)
     if finish:
-        info = finish_cache(folder, {"clips": 6})
+        info = finish_cache(folder)
     expected = _expected(rows, [window_order(5, seed=7, shard=0), window_order(6, seed=7, shard=1)])
     return Little(folder=folder, info=info, plan=plan, rows=rows, expected=expected)
 
@@ -187,7 +192,7 @@ def make_deltas(folder: Path, *, block_windows: int = 2, finish: bool = True) ->
         write_delta_shard(folder, shard, rows[-1], block_windows=block_windows)
     write_quarantine(folder)
     if finish:
-        info = finish_cache(folder, {"clips": 6})
+        info = finish_cache(folder)
     expected = _expected(rows, [np.arange(5), np.arange(6)])
     return Little(folder=folder, info=info, plan=plan, rows=rows, expected=expected)
 

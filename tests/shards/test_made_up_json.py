@@ -21,6 +21,7 @@ from deltatok.shards import (
     PatchShards,
     UsageError,
 )
+from deltatok.shards.cache import reopen_cache
 from deltatok.shards.plan import Plan
 from deltatok.shards.tools.info import describe_cache
 from deltatok.shards.tools.verify import verify_cache
@@ -79,7 +80,7 @@ def variants(value: Any, kinds: list[Any]) -> Iterator[Any]:
 
 
 def read_everything(folder: Path, reader: type[PatchShards] | type[DeltaShards]) -> None:
-    opened = reader(folder)
+    opened = reader(folder, allow_incomplete=True)
     windows = np.arange(len(opened))
     opened.tokens(windows)
     opened.timestamps_s(windows)
@@ -109,6 +110,8 @@ def test_made_up_json_gives_data_or_our_errors(
 ) -> None:
     cache = request.getfixturevalue(kind)
     folder = cache.folder
+    if name == "shards/000000.json":
+        reopen_cache(folder)  # else no reader reads it
     value = json.loads(cache.read(name))
     for key in ("backbone", "preprocessing", "software", "other_decoders"):
         for inner in (value, value.get("identity", {})):

@@ -50,7 +50,7 @@ def test_done_record_names_the_decoder_of_each_clip_once(
     assert record is not None
     assert record.decoder == most
     assert record.other_decoders == {keys[clip]: decoder for clip, decoder in others}
-    assert record.decoders() == named
+    assert record.decoders(keys) == named
 
 
 def test_closing_a_cache_reads_each_record_once(
@@ -63,7 +63,7 @@ def test_closing_a_cache_reads_each_record_once(
         return parse_json(data, where=where)
 
     monkeypatch.setattr(records, "parse_json", counted)
-    again = finish_cache(patches.folder, patches.info.counts)
+    again = finish_cache(patches.folder)
     assert again == patches.info
     assert len(read) == 2
 

@@ -41,7 +41,7 @@ def labelled(reader: Any, little: Any) -> Any:
     plan = [replace(entry, **known(entry.key)) for entry in Plan.open(reader.folder)]
     (reader.folder / "plan.json").unlink()
     write_plan(reader.folder, plan)
-    finish_cache(reader.folder, {"clips": 6})
+    finish_cache(reader.folder)
     return type(reader)(reader.folder)
 
 
@@ -143,7 +143,7 @@ def test_select_refuses_labels_where_none_are_known(reader: Any) -> None:
 def test_a_reader_is_pickled_without_its_data(reader: Any) -> None:
     before = len(pickle.dumps(reader))
     reader.tokens(np.arange(11)), reader.clip_index, reader.keys, reader.timestamps_s([0])
-    assert len(pickle.dumps(reader)) == before < 300
+    assert len(pickle.dumps(reader)) == before < 5000
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(reader))[[3, 7]], reader[[3, 7]])
 
 

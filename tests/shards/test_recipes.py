@@ -152,5 +152,5 @@ def learnable(little: Any, folder: Path) -> Path:
     tokens = np.stack([np.roll(rows.tokens[:, 0], frame, axis=1) for frame in range(3)], axis=1)
     rows = replace(rows, tokens=tokens, clip=np.arange(40, dtype=np.int32))
     write_delta_shard(folder, 0, rows)
-    finish_cache(folder, {})
+    finish_cache(folder)
     return folder

@@ -14,7 +14,6 @@ from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
 from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
-from deltatok.shards.records import write_quarantine
 from deltatok.shards.windows import ShardRows
 from deltatok.train.config import (
     DINOWorldTrainConfig,
@@ -122,11 +121,7 @@ def write_patches(folder: Path, cache: LittleCache) -> Path:
             keys=[keys[clip] for clip in clips],
         )
         write_patch_shard(folder, shard, rows, dtype=cache.dtype, seed=0)
-    write_quarantine(folder)
-    finish_cache(
-        folder,
-        {"shards": cache.num_shards, "windows": cache.num_clips * cache.windows_per_clip},
-    )
+    finish_cache(folder)
     return folder
 
 
@@ -162,7 +157,7 @@ def write_deltas_cache(
         keys=keys,
     )
     write_delta_shard(folder, 0, rows)
-    finish_cache(folder, {"shards": 1, "windows": num_clips})
+    finish_cache(folder)
     return folder
 
 

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,9 +39,14 @@ def seed_for(*parts: int | str) -> int:
 
 def uniforms(size: int, *parts: int | str) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), float64 (size,)."""
-    raw = np.random.Philox(key=seed_for("uniforms", *parts)).random_raw(size)
-    uniform: NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return uniform
+    return next(uniform_rows(size, *parts))
+
+
+def uniform_rows(size: int, *parts: int | str) -> Iterator[NDArray[np.float64]]:
+    """The same, `size` of them after the other."""
+    bits = np.random.Philox(key=seed_for("uniforms", *parts))
+    while True:
+        yield (bits.random_raw(size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:

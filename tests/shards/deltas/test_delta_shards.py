@@ -25,7 +25,7 @@ from deltatok.shards import (
 from deltatok.shards.cache import finish_cache, open_cache
 from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.files import sha256_file
-from deltatok.shards.plan import window_order
+from deltatok.shards.plan import PlanEntry, window_order, write_plan
 from deltatok.shards.records import read_done
 from deltatok.shards.windows import ShardRows
 
@@ -114,6 +114,9 @@ def test_any_shape_comes_back(
     open_cache(folder, CacheInfo(format="deltatok-deltas", identity={}, shape=shape))
     rng = np.random.default_rng(seed)
     tokens = rng.standard_normal((shards, windows, frames, channels)).astype(np.float16)
+    keys = [f"é☃ {shard}.mp4" for shard in range(shards)]
+    entries = enumerate(keys)
+    write_plan(folder, [PlanEntry(key=k, source=k, size_bytes=1, shard=s) for s, k in entries])
     for shard in range(shards):
         rows = ShardRows(
             tokens=tokens[shard],
@@ -122,10 +125,10 @@ def test_any_shape_comes_back(
             crop=np.zeros((windows, 4), np.float32),
             flipped=np.zeros(windows, np.bool_),
             clip=np.zeros(windows, np.int32),
-            keys=[f"é☃ {shard}.mp4"],
+            keys=[keys[shard]],
         )
         write_delta_shard(folder, shard, rows, block_windows=block_windows)
-    finish_cache(folder, {})
+    finish_cache(folder)
     reader = DeltaShards(folder)
     asked = data.draw(st.lists(st.integers(0, shards * windows - 1), max_size=12))
     wanted = tokens.reshape(-1, frames, channels)[np.array(asked, dtype=int)]
@@ -168,6 +171,7 @@ def test_writing_twice_gives_the_same_bytes(little: Any, tmp_path: Path) -> None
 
 def test_seed_permutes_as_it_does_in_patch_shards(deltas: Any) -> None:
     write_delta_shard(deltas.folder, 0, deltas.rows[0], seed=7)
+    finish_cache(deltas.folder)
     got = DeltaShards(deltas.folder).tokens(np.arange(5))
     order = window_order(5, seed=7, shard=0)
     np.testing.assert_array_equal(got, deltas.rows[0].tokens[order])
@@ -252,9 +256,10 @@ def test_writer_refuses_rows_of_another_shape(
 
 
 def test_shard_without_windows_is_only_a_done_record(little: Any, deltas: Any) -> None:
-    record = write_delta_shard(deltas.folder, 0, little.delta_rows(0, [], seed=0))
-    assert (record.rows, record.files) == (0, {})
-    finish_cache(deltas.folder, {})
+    rows = replace(little.delta_rows(0, [], seed=0), quarantined=little.lost(deltas.rows[0].keys))
+    record = write_delta_shard(deltas.folder, 0, rows)
+    assert (record.rows, record.file) == (0, None)
+    finish_cache(deltas.folder)
     np.testing.assert_array_equal(
         DeltaShards(deltas.folder).load()[0], deltas.expected["tokens"][5:]
     )

@@ -180,7 +180,7 @@ def test_a_cache_without_windows_is_refused(tmp_path, config):
     shape = CacheShape(num_frames=1, num_tokens=4, grid=(2, 2), hidden_size=8)
     open_cache(tmp_path / "cache", CacheInfo(format=PATCHES, identity=identity, shape=shape))
     write_plan(tmp_path / "cache", [])
-    finish_cache(tmp_path / "cache", {"windows": 0})
+    finish_cache(tmp_path / "cache")
     with pytest.raises(UsageError, match="has no windows"):
         train_head(config(num_classes=4))
 
