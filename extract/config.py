@@ -17,6 +17,7 @@ from typing import Literal
 from ..shards.errors import UsageError
 from ..shards.parts import parse_shard_of
 from ..shards.sampling import KINETICS_STRIDE_RANGE_S, SamplingPolicy
+from ..shards.schema import Place
 
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _BYTES = {"": 1.0, "b": 1.0} | {
@@ -45,7 +46,7 @@ BATCH_FRAMES = {"cpu": 32, "cuda": 64}
 class RunConfig:
     """How a patch-token cache is made."""
 
-    out: str
+    out: Place
     """Folder of the cache; one that is already there is gone on with."""
     limit: int | None = None
     """Only this many clips: the first in the seeded order of the plan, so that a higher limit

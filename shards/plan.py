@@ -47,6 +47,8 @@ from .schema import (
     read_file,
     shown,
 )
+from .stores.mirror import RemoteFile, present
+from .stores.upload import top_changed
 
 PLAN = "plan.json"
 PLAN_FOLDER = "plan"
@@ -241,6 +243,12 @@ class Plan:
         """Makes this the plan of its folder: one process at a time, or all the same, after the
         cache was reopened."""
         write_bytes(self.folder / PLAN, self.to_bytes())
+        self._tell()
+
+    def _tell(self) -> None:
+        for part in self.parts:
+            top_changed(self.folder, part.file)
+        top_changed(self.folder, PLAN)
 
     def to_bytes(self) -> bytes:
         """plan.json."""
@@ -266,7 +274,7 @@ class Plan:
 
     def read_part(self, part: PlanPart) -> bytes:
         """The bytes of a part; DamagedShard if it is missing or was changed."""
-        path = self.folder / part.file
+        path = present(self.folder, RemoteFile(part.file, part.bytes, part.sha256))
         data = read_file(path, max_bytes=MAX_PART_BYTES)
         if hashlib.sha256(data).hexdigest() != part.sha256:
             raise DamagedShard(f"{path}: was changed since the plan was made: restore the file")
@@ -349,6 +357,7 @@ def write_plan(folder: Path | str, entries: Iterable[PlanEntry]) -> Plan:
         root = next(filter(None, map(_root_of, first)), "")
         plan = Plan(folder, root, tuple(_write_parts(folder, chain(first, rest), root=root)))
         if create_bytes(folder / PLAN, plan.to_bytes()):
+            plan._tell()
             return plan
         entries = plan  # another process was quicker
     stored = Plan.open(folder)

@@ -20,14 +20,21 @@ from ...extract.sources.clip import Clip
 from ...extract.sources.select import clips_of
 from ...shards.cache import read_cache_info
 from ...shards.errors import UsageError
-from ...shards.files import local_path
 from ...shards.interrupts import StopRequest
 from ...shards.parts import Part
 from ...shards.patches.reader import PatchShards
 from ...shards.records import DoneRecord, read_done
 from ...shards.stopwatch import Stopwatch
+from ...shards.stores.upload import out_folder
 from ...train.config import TokenizeConfig
-from ...train.encode import begin_deltas, draws_for, draws_of, finish_deltas, shard_parts
+from ...train.encode import (
+    begin_deltas,
+    draws_for,
+    draws_of,
+    finish_deltas,
+    shard_parts,
+    with_folders,
+)
 from ..alive import SignOfLife
 from .driver import Fleet, connected, node_resources
 from .jobs import Encoding, Extraction
@@ -46,7 +53,7 @@ def extract_on_ray(
     """`run_extraction` by actors; with a VideosConfig that has a tokenizer, `run_fused`."""
     start_s = time.monotonic()
     part = _part_of_driver(config.shard_of)
-    config = replace(config, out=str(local_path(config.out).absolute()))
+    config = replace(config, out=str(out_folder(config.out).absolute()))
     policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
 
@@ -89,7 +96,8 @@ def extract_on_ray(
 def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
     """`write_deltas` by actors."""
     mine = _part_of_driver(config.shard_of)
-    config = replace(config, out=str(local_path(config.out).absolute()))
+    config = with_folders(config)
+    config = replace(config, out=str(Path(config.out).absolute()))
     draws = draws_for(PatchShards(config.patches), config, draws_of(config))
 
     def job(share: Share) -> Job:

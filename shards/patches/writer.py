@@ -36,6 +36,7 @@ from ..files import create_bytes, partial_path, remove
 from ..npy import npy_bytes
 from ..plan import window_order
 from ..records import DoneRecord, commit_shard, shard_path
+from ..stores.upload import top_changed
 from ..windows import ShardRows, WindowColumns
 from .archive import write_archive
 from .int8 import UNSTORABLE, dequantise, quantise, read_channel_scale
@@ -131,6 +132,7 @@ def write_black(folder: Path | str, tokens: NDArray[np.float32]) -> None:
             "of the cache"
         )
     create_bytes(folder / BLACK, npy_bytes(tokens.astype("<f4")))
+    top_changed(folder, BLACK)
 
 
 def _check_tokens(rows: ShardRows, info: CacheInfo, *, dtype: str, where: str) -> None:
