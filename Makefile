@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A command, and a dot every two seconds as long as it runs.
 dots = $(1) & pid=$$!; while kill -0 $$pid 2> /dev/null; do printf .; sleep 2; done; echo; wait $$pid
 
-.PHONY: setup quickstart test test-slow lint clean
+.PHONY: setup quickstart test test-slow test-lowest test-newest gpu lint clean
 
 setup: $(VENV)/.done
 
@@ -28,6 +28,17 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow
+
+# Lowest versions that pyproject.toml allows, and the newest; a few minutes each (.ci/bounds).
+test-lowest:
+	PYTHON=$(PYTHON) .ci/bounds lowest
+
+test-newest:
+	PYTHON=$(PYTHON) .ci/bounds newest
+
+# Where there is a GPU. Installs nothing: tests/gpu/run.py says what it needs.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/run.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..shards.errors import UsageError
+from ..shards.parts import parse_shard_of
 from ..shards.sampling import KINETICS_STRIDE_RANGE_S, SamplingPolicy
 from ..shards.schema import PathOrAddress, Place
 
@@ -122,17 +123,6 @@ class RunConfig:
         check("min_free", self.min_free, self.min_free_bytes >= 0, "a size")
         limit_s = self.time_limit_s
         check("time_limit", self.time_limit, limit_s is None or limit_s > 0, "more than 0 s")
-
-
-def parse_shard_of(text: str | None) -> tuple[int, int]:
-    """(i, n) of "i/n": the shards of this run are those with number % n == i; all for None.
-
-    Raises UsageError unless 0 <= i < n.
-    """
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", "0/1" if text is None else text)
-    part, parts = map(int, match.groups()) if match else (0, 0)
-    check("shard_of", text, part < parts, "i/n with i from 0 to n - 1, like 0/4")
-    return part, parts
 
 
 def check(name: str, value: object, valid: bool, wanted: str) -> None:

@@ -85,6 +85,11 @@ def stored_channel_scale(folder: Path, *, hidden_size: int) -> NDArray[np.float3
     return read_channel_scale(folder, read_cache_info(folder, format=PATCHES))
 
 
+def calibration_sample(config: ExtractConfig, clips: Sequence[Clip]) -> list[Clip]:
+    """The clips that are tried, in this order; of this sample it is the sample itself."""
+    return sorted(clips, key=lambda clip: sample_order(config.seed, clip.key))[:MAX_TRIED]
+
+
 def fit_channel_scale(
     config: ExtractConfig, policy: Policy, backbone: Backbone, clips: Sequence[Clip]
 ) -> NDArray[np.float32]:
@@ -93,7 +98,7 @@ def fit_channel_scale(
     Raises TooManyQuarantined if none of them can be decoded, DeltatokError for values that are not
     finite.
     """
-    sample = sorted(clips, key=lambda clip: sample_order(config.seed, clip.key))[:MAX_TRIED]
+    sample = calibration_sample(config, clips)
     wanted = min(SAMPLE_CLIPS, len(sample))
     _LOGGER.info("int8: fitting the channel scales on one window of each of %d clips", wanted)
     features = WindowFeatures(backbone, _MeanSquares(), config)

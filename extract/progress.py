@@ -35,6 +35,7 @@ class Progress:
         self._num_frames = 0
         self._num_bytes = 0
         self._num_quarantined = 0
+        self._actors = ""
         self._line = tqdm(  # disable=None: no line where nobody looks
             total=num_clips, initial=num_before, unit="clip", desc="extract", disable=None
         )
@@ -51,11 +52,15 @@ class Progress:
 
     def add_clip(self, num_frames: int) -> None:
         """One more clip is through, with this many frames; 0: quarantined."""
-        self._num_frames += num_frames
         self._num_quarantined += num_frames == 0
-        self._num_dealt_with += 1
+        self.add_clips(1, num_frames=num_frames)
+
+    def add_clips(self, num_clips: int, *, num_frames: int) -> None:
+        """So many more clips are through, with so many frames in all."""
+        self._num_frames += num_frames
+        self._num_dealt_with += num_clips
         self._line.set_postfix_str(self._facts(), refresh=False)
-        self._line.update()
+        self._line.update(num_clips)
         if self._logs and time.monotonic() - self._logged_s >= LOG_EVERY_S:
             self._log()
 
@@ -63,11 +68,15 @@ class Progress:
         """A shard of this process is on the disk."""
         self._num_bytes += num_bytes
 
+    def set_actors(self, num_actors: int) -> None:
+        """How many work on it, where that is not this process alone."""
+        self._actors = f"{num_actors} actors, "
+
     def _facts(self) -> str:
-        """Rates are means since the start, of this process alone."""
+        """Rates are means since the start, of this process, or of all actors."""
         spent_s = max(time.monotonic() - self._start_s, 1e-9)
         return (
-            f"{self._num_frames / spent_s:.1f} frames/s, "
+            f"{self._actors}{self._num_frames / spent_s:.1f} frames/s, "
             f"{self._num_bytes / spent_s / 1e6:.1f} MB/s written, "
             f"{self._num_quarantined} quarantined, slowest: {self._watch.slowest()}"
         )

@@ -9,9 +9,9 @@
 
 import logging
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from ..shards.cache import open_cache
@@ -19,6 +19,7 @@ from ..shards.devices import memory_errors
 from ..shards.errors import CacheMismatch
 from ..shards.files import disk_errors, remove_partials
 from ..shards.interrupts import StopRequest
+from ..shards.parts import Part
 from ..shards.plan import (
     PLAN,
     Plan,
@@ -35,13 +36,14 @@ from ..shards.stores.upload import out_folder
 from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
-from .decoding.clip import check_installed
+from .decoding.clip import DecodedClip, check_installed
 from .decoding.pool import DecodePool
-from .features import PixelPrefetcher, WindowFeatures
+from .features import PixelPrefetcher, Pixels, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
-from .ledger import Ledger, Part, check_quarantined, close_cache, reopen
+from .ledger import Ledger, check_quarantined, close_cache, reopen
 from .progress import Progress
+from .shard_queue import ShardQueue
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
 from .sources.clip import Clip
 from .sources.select import clips_of
@@ -136,79 +138,81 @@ def run_extraction(
     policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
     with StopRequest(time_limit_s=config.time_limit_s) as stop:
-        with stop.at_once():
-            backbone = backbone or load_backbone(config)
-            writer = writer or patch_writer(config, policy, backbone, clips)
-            info = writer.describe(cache_identity(config, policy, backbone))
-        open_cache(config.out, info)
-        run = RunContext(
-            config=config,
-            policy=policy,
-            backbone=backbone,
-            writer=writer,
-            stop=stop,
-            watch=Stopwatch(),
-        )
-        with disk_errors(run.out):
-            ledger, shards = _begin(run, clips, part)
+        run = open_run(config, policy, clips, stop=stop, backbone=backbone, writer=writer)
+        ledger, shards = begin(config, clips, part)
         del clips  # those of other processes' shards are not needed any more
         if shards:
-            num_done = sum(n for shard, n in enumerate(ledger.clips.tolist()) if shard in part)
-            num_mine = num_done + sum(map(len, shards.values()))
-            doing = f"backbone, {config.frame_size} pixels"
-            with memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"):
-                make_shards(run, shards, ledger, num_clips=num_mine)
-        with disk_errors(run.out):
-            totals = close_cache(run.out, changed=bool(shards), part=part)
-    summary = ExtractionSummary(
-        **totals.counts,
-        bytes=totals.size_bytes,
-        shards_done_now=len(shards),
-        seconds=time.monotonic() - start_s,
-        slowest_stage=run.watch.slowest(),
+            with progress_of(ledger, part, shards, run.watch) as progress:
+                make_shards(
+                    run,
+                    ShardQueue(shards.items()),
+                    when_clip=progress.add_clip,
+                    when_done=lambda record: note_done(config, record, ledger, progress, run.watch),
+                )
+        return finish(config, part, shards_done_now=len(shards), watch=run.watch, start_s=start_s)
+
+
+def open_run(
+    config: ExtractConfig,
+    policy: Policy,
+    clips: Sequence[Clip],
+    *,
+    stop: StopRequest,
+    backbone: Backbone | None = None,
+    writer: ShardWriter | None = None,
+) -> RunContext:
+    """Loads what is not given, and begins the cache unless it has begun. clips: all there are, a
+    sample of which int8 is fitted on."""
+    with stop.at_once():
+        backbone = backbone or load_backbone(config)
+        writer = writer or patch_writer(config, policy, backbone, clips)
+        info = writer.describe(cache_identity(config, policy, backbone))
+    open_cache(config.out, info)
+    return RunContext(
+        config=config,
+        policy=policy,
+        backbone=backbone,
+        writer=writer,
+        stop=stop,
+        watch=Stopwatch(),
     )
-    if totals.is_complete:  # else whoever closes the cache says so
-        check_quarantined(run.out, summary.quarantined, summary.clips, most=config.max_quarantined)
-    return summary
 
 
 def make_shards(
-    run: RunContext, shards: Mapping[int, Sequence[Clip]], ledger: Ledger, *, num_clips: int
+    run: RunContext,
+    queue: ShardQueue[Clip],
+    *,
+    when_clip: Callable[[int], None],
+    when_done: Callable[[DoneRecord], None],
 ) -> None:
-    """Makes `shards`, number -> clips in plan order, one after the other; a stop abandons the one
-    at hand.
+    """Makes the shards of `queue` one after the other; a stop abandons the one at hand.
 
     Clips are decoded, and on a GPU cropped and resized, ahead of this loop, in order, also over a
-    shard's end; finished shards are written behind it. num_clips: of this process's part, for the
-    progress line. Raises what run_extraction does.
+    shard's end; finished shards are written behind it. when_clip: told of every clip how many
+    frames it gave. when_done: told of every shard, by the thread that wrote it. Raises what
+    run_extraction does.
     """
     config, backbone, watch = run.config, run.backbone, run.watch
     with disk_errors(run.out):
         black = backbone.black_tokens(config.frame_size)
         run.writer.begin(run.out, black.to(backbone.device))
-    num_left = sum(map(len, shards.values()))
     # A batch; on the CPU, where the same cores would make pixels and tokens, nothing.
     on_cpu = backbone.device.type == "cpu"
     num_ahead = 0 if on_cpu else max(1, run.batch_frames // config.num_frames)
     features = WindowFeatures(backbone, run.writer, config)
-
-    def note_done(record: DoneRecord) -> None:
-        ledger.add(record)
-        progress.add_written(0 if record.file is None else record.file.bytes)
-        _tell_done(run, record, ledger)
-
+    doing = f"backbone, {config.frame_size} pixels"
     with (
-        Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress,
+        memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"),
         ShardWriterThread(
-            run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=note_done
+            run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=when_done
         ) as sink,
         DecodePool.from_config(config, run.policy) as pool,
         PixelPrefetcher(
             frame_size=config.frame_size, device=backbone.device, num_ahead=num_ahead
         ) as prefetcher,
     ):
-        decoded = prefetcher.clips(pool.decode(chain.from_iterable(shards.values())))
-        for shard, clips in shards.items():
+        decoded = _decoded(pool, prefetcher, queue.items_ahead())
+        for shard, clips in queue.shards():
             sink.check_free(shard)
             windows = ShardWindows(config.num_frames)
             for _ in clips:
@@ -217,7 +221,7 @@ def make_shards(
                 if isinstance(clip, Quarantined):
                     _LOGGER.warning("quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason)
                     windows.quarantined.append(clip)
-                    progress.add_clip(num_frames=0)
+                    when_clip(0)
                     continue
                 windows.add(clip)
                 while pixels:
@@ -226,7 +230,7 @@ def make_shards(
                         window = pixels.popleft()()  # and its decoded frames are let go of
                     with watch.at("backbone"):
                         features.add(window)
-                progress.add_clip(num_frames=len(clip.windows) * config.num_frames)
+                when_clip(len(clip.windows) * config.num_frames)
             with watch.at("backbone"):
                 values = features.finish_later()
             with watch.at("write"):
@@ -235,44 +239,110 @@ def make_shards(
             sink.finish()
 
 
+def _decoded(
+    pool: DecodePool, prefetcher: PixelPrefetcher, clips: Iterator[Clip | None]
+) -> Iterator[tuple[DecodedClip | Quarantined, deque[Pixels]]]:
+    """The clips with their pixels, in order; to be asked only for clips that are known."""
+    while True:  # again where all that were known had been given before there were more
+        yield from prefetcher.clips(pool.decode(clips))
+
+
 def clips_per_shard(config: ExtractConfig) -> int:
     """How many whole clips make about `frames_per_shard` frames, at least one."""
     windows = config.num_windows if config.sampling == "windows" else UNIFORM_WINDOWS
     return max(1, config.frames_per_shard // (windows * config.num_frames))
 
 
-def _begin(
-    run: RunContext, clips: Sequence[Clip], part: Part
+def begin(
+    config: ExtractConfig, clips: Sequence[Clip], part: Part
 ) -> tuple[Ledger, dict[int, list[Clip]]]:
-    """What is done, and the shards that this process is to make, number -> clips in plan order."""
-    config, out = run.config, run.out
-    remove_partials(out)
-    remove_partials(out / "shards")
-    by_key = {clip.key: clip for clip in clips}
-    plan = _follow_plan(run, by_key)
-    ledger = Ledger.read(out, plan)
-    again = set(ledger.in_quarantine) if config.retry_quarantined else set()
-    to_make = {
-        shard
-        for shard in range(plan.num_shards)
-        if shard in part and (not ledger.is_done(shard) or shard in again)
-    }
-    shards = _clips_of_shards(plan, to_make, by_key)
-    if to_make:
-        reopen(out)
-    for shard in sorted(again & to_make):
-        ledger.take_back(shard)
+    """What is done, and the shards of `part` that are to be made, number -> clips in plan order.
+    The cache is there."""
+    out = Path(config.out)
+    with disk_errors(out):
+        remove_partials(out)
+        remove_partials(out / "shards")
+        by_key = {clip.key: clip for clip in clips}
+        plan = _follow_plan(config, by_key)
+        ledger = Ledger.read(out, plan)
+        again = set(ledger.in_quarantine) if config.retry_quarantined else set()
+        to_make = {
+            shard
+            for shard in range(plan.num_shards)
+            if shard in part and (not ledger.is_done(shard) or shard in again)
+        }
+        shards = _clips_of_shards(plan, to_make, by_key)
+        if to_make:
+            reopen(out)
+        for shard in sorted(again & to_make):
+            ledger.take_back(shard)
     return ledger, shards
 
 
-def _follow_plan(run: RunContext, clips: Mapping[str, Clip]) -> Plan:
+def progress_of(
+    ledger: Ledger, part: Part, shards: Mapping[int, Sequence[Clip]], watch: Stopwatch
+) -> Progress:
+    """The progress line of making `shards`, which are what is left of `part`."""
+    num_done = sum(count for shard, count in enumerate(ledger.clips.tolist()) if shard in part)
+    num_clips = num_done + sum(map(len, shards.values()))
+    return Progress(watch, num_clips=num_clips, num_before=num_done)
+
+
+def note_done(
+    config: ExtractConfig,
+    record: DoneRecord,
+    ledger: Ledger,
+    progress: Progress,
+    watch: Stopwatch,
+) -> None:
+    """Counts a shard that is written, and tells the files for people and the log of it. Raises
+    TooManyQuarantined if the run is bound to end so."""
+    ledger.add(record)
+    progress.add_written(0 if record.file is None else record.file.bytes)
+    with disk_errors(ledger.folder):
+        seconds = {stage: round(spent_s, 3) for stage, spent_s in dict(watch.seconds).items()}
+        timing = {"shard": record.shard, "windows": record.rows, "seconds_so_far": seconds}
+        append_timing(ledger.folder, timing)
+        if record.quarantined:
+            ledger.list_quarantined(now=False)
+    _LOGGER.info(
+        "shard %06d: %d windows of %d clips; %d of %d shards done",
+        record.shard,
+        record.rows,
+        record.clips,
+        ledger.num_done,
+        ledger.plan.num_shards,
+    )
+    ledger.check_certain(config.max_quarantined)
+
+
+def finish(
+    config: ExtractConfig, part: Part, *, shards_done_now: int, watch: Stopwatch, start_s: float
+) -> ExtractionSummary:
+    """Closes the cache if all of it is done; TooManyQuarantined if too little of that is good."""
+    with disk_errors(Path(config.out)):
+        totals = close_cache(Path(config.out), changed=shards_done_now > 0, part=part)
+    summary = ExtractionSummary(
+        **totals.counts,
+        bytes=totals.size_bytes,
+        shards_done_now=shards_done_now,
+        seconds=time.monotonic() - start_s,
+        slowest_stage=watch.slowest(),
+    )
+    if totals.is_complete:  # else whoever closes the cache says so
+        num_lost, num_clips = summary.quarantined, summary.clips
+        check_quarantined(Path(config.out), num_lost, num_clips, most=config.max_quarantined)
+    return summary
+
+
+def _follow_plan(config: ExtractConfig, clips: Mapping[str, Clip]) -> Plan:
     """The plan for `clips`, by key. One that is there is followed, or with --append made longer;
     with --retry-quarantined clips that were not there, and now are, are filled in.
 
     Raises CacheMismatch if it is for other clips, without --append. Several processes may do so at
     once: each would write the same bytes.
     """
-    config, out = run.config, run.out
+    out = Path(config.out)
     num_clips, seed = clips_per_shard(config), config.seed
     if not (out / PLAN).exists():
         return write_plan(out, make_plan(clips.values(), clips_per_shard=num_clips, seed=seed))
@@ -305,22 +375,3 @@ def _clips_of_shards(
             "the old videos as well"
         )
     return found
-
-
-def _tell_done(run: RunContext, record: DoneRecord, ledger: Ledger) -> None:
-    """Tells the files for people, and the log, of a shard that is written."""
-    with disk_errors(run.out):
-        seconds = {stage: round(spent_s, 3) for stage, spent_s in run.watch.seconds.items()}
-        timing = {"shard": record.shard, "windows": record.rows, "seconds_so_far": seconds}
-        append_timing(run.out, timing)
-        if record.quarantined:
-            ledger.list_quarantined(now=False)
-    _LOGGER.info(
-        "shard %06d: %d windows of %d clips; %d of %d shards done",
-        record.shard,
-        record.rows,
-        record.clips,
-        ledger.num_done,
-        ledger.plan.num_shards,
-    )
-    ledger.check_certain(run.config.max_quarantined)

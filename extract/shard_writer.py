@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -184,15 +185,17 @@ class ShardWriterThread:
         min_free_bytes: int,
         when_done: Callable[[DoneRecord], None],
     ) -> None:
-        """min_free_bytes: left on the disk, whatever is written. when_done: called in the thread of
-        `put`, in the order of `put`, once a shard is written."""
+        """min_free_bytes: left on the disk, whatever is written. when_done: called once a shard is
+        written, by the thread that wrote it, one at a time; what it raises, `put` or `finish` do.
+        """
         self._writer = writer
         self._folder = folder
         self._min_free_bytes = min_free_bytes
         self._when_done = when_done
         self._num_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 4))
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="write")
-        self._waiting: deque[Future[DoneRecord]] = deque()
+        self._waiting: deque[Future[None]] = deque()
+        self._one_at_a_time = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -233,17 +236,16 @@ class ShardWriterThread:
             )
 
     def _wait(self) -> None:
-        record = self._waiting.popleft().result()
+        self._waiting.popleft().result()
         give_back_freed()
-        self._when_done(record)
 
-    def _write(
-        self, shard: int, windows: ShardWindows, values: Callable[[], NDArray[Any]]
-    ) -> DoneRecord:
+    def _write(self, shard: int, windows: ShardWindows, values: Callable[[], NDArray[Any]]) -> None:
         rows = windows.to_rows(values())
         self.check_free(shard, rows.tokens.nbytes)
         with disk_errors(self._folder):
-            return self._writer.write(self._folder, shard, rows)
+            record = self._writer.write(self._folder, shard, rows)
+        with self._one_at_a_time:
+            self._when_done(record)
 
 
 def give_back_freed() -> None:

@@ -17,7 +17,6 @@ from ..evaluate.cache_fidelity import COLUMNS
 from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
 from ..extract.identity import cache_identity
-from ..extract.ledger import Part
 from ..extract.run import run_extraction
 from ..extract.shard_writer import PatchShardWriter, ShardWriter
 from ..extract.sources.clip import Clip
@@ -26,6 +25,7 @@ from ..shards.cache import CacheInfo, compare, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
 from ..shards.interrupts import StopRequest
+from ..shards.parts import Part
 from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import Plan, PlanEntry

@@ -36,7 +36,6 @@ from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
 from ..extract.decoding.pool import DecodePool, choose_num_workers
 from ..extract.int8_calibration import patch_writer
-from ..extract.ledger import Part
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
@@ -46,6 +45,7 @@ from ..shards.devices import choose_device
 from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.files import size_text
 from ..shards.interrupts import StopRequest
+from ..shards.parts import Part
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import plan_order
 from ..shards.records import Quarantined, done_shards, iterate_done, quarantined_of

@@ -19,6 +19,8 @@ from typing import Any
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .files import (
     create_bytes,
+    flush,
+    flush_names,
     is_partial,
     json_bytes,
     local_path,
@@ -293,8 +295,10 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
                 )
             create_bytes(path, json_bytes(_to_json(info)))
             top_begun(folder, "cache.json")
+        flush_names(folder)  # a run before may have been killed when it had not done so
         (folder / "shards").mkdir(exist_ok=True)
         _write_notice(folder)
+        flush(folder)
     except OSError as error:
         raise UsageError(
             f"{folder}: cannot be written ({error.strerror or error}): give another folder"

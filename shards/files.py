@@ -21,7 +21,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,12 @@ def local_path(path: Path | str) -> Path:
 
 def partial_path(path: Path) -> Path:
     """A fresh name beside `path` to build it under: `NAME.partial-<pid>-<8 hex>`."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}-{_machine()}{secrets.token_hex(2)}")
+    return path.with_name(f"{path.name}{partial_mark()}{secrets.token_hex(2)}")
+
+
+def partial_mark() -> str:
+    """What the names of all partials of this process have in them, and of no other process."""
+    return f".partial-{os.getpid()}-{_machine()}"
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -116,6 +121,20 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def flush_names(folder: Path) -> None:
+    """Waits until a folder's own name, the names in it and in the folders in it are on the disk.
+
+    They may not be, if who gave them was killed before it waited for that: then a power loss could
+    take them, and leave what was built on them since. Parents that cannot be read are left out.
+    """
+    for path in (folder, *filter(Path.is_dir, folder.iterdir())):
+        with suppress(FileNotFoundError):  # removed by another process
+            flush(path)
+    for parent in folder.absolute().parents:
+        with suppress(PermissionError):
+            flush(parent)
 
 
 def write_bytes(path: Path, data: bytes | bytearray) -> None:

@@ -3,7 +3,7 @@
     shards/NNNNNN.json   {"format_version": 1, "shard": 0, "clips": 64, "keys_sha256": "...",
                          "rows": 256, "file": {"bytes": 1234, "sha256": "..."}, "abs_max": 3.5,
                          "beyond_float16": 0, "decoder": "pyav", "other_decoders": {},
-                         "quarantined": []}
+                         "quarantined": [], "checksum": "sha256:..."}
     quarantine.jsonl     the clips without windows, of all done-records
 
 A done-record is written last: it promises that the one file beside it is whole. Without one a shard
@@ -20,6 +20,7 @@ shard there as it would have written it and leaves it alone. So nothing that a d
 is ever taken away, and whoever comes last writes the same record.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -29,8 +30,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import CacheMismatch, DamagedShard, damaged_shard
-from .files import flush, open_append, publish, remove, sha256_file, write_bytes, write_json
-from .schema import ADVICE, STORED, load, parse_json, read_file, shown
+from .files import flush, json_bytes, open_append, publish, remove, sha256_file, write_bytes
+from .schema import ADVICE, STORED, canonical_json, load, parse_json, read_file, shown
 from .stores.upload import shard_done, shard_taken_back
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
@@ -111,11 +112,23 @@ def shard_path(folder: Path, shard: int, suffix: str) -> Path:
 
 def write_done(folder: Path | str, record: DoneRecord) -> None:
     """Writes the done-record: the last step of writing a shard."""
-    write_json(
-        shard_path(Path(folder), record.shard, ".json"),
-        {"format_version": RECORD_VERSION, **asdict(record)},
-    )
+    value = {"format_version": RECORD_VERSION, **asdict(record)}
+    write_bytes(shard_path(Path(folder), record.shard, ".json"), done_bytes(value))
     shard_done(Path(folder), record.shard)
+
+
+def done_bytes(value: Mapping[str, Any]) -> bytes:
+    """The file of a done-record; its `checksum` is made anew."""
+    value = {name: item for name, item in value.items() if name != "checksum"}
+    digest = hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return json_bytes({**value, "checksum": f"sha256:{digest}"})
+
+
+def is_done_untouched(folder: Path, shard: int) -> bool:
+    """Whether the done-record, which can be read, is byte for byte as it was written."""
+    path = shard_path(folder, shard, ".json")
+    data = read_file(path)
+    return data == done_bytes(parse_json(data, where=str(path)))
 
 
 def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
@@ -165,12 +178,11 @@ def _parse_done(shard: int, data: bytes, *, where: str) -> DoneRecord:
 
 
 def remove_done(folder: Path | str, shard: int) -> None:
-    """Takes the promise back: from now on the shard is not done."""
+    """Takes the promise back: from now on the shard is not done, also after a power loss."""
     path = shard_path(Path(folder), shard, ".json")
-    if path.exists():
-        shard_taken_back(Path(folder), shard)
-        path.unlink()
-        flush(path.parent)
+    shard_taken_back(Path(folder), shard)
+    path.unlink(missing_ok=True)
+    flush(path.parent)  # if it was gone: whoever removed it may have been killed before this
 
 
 def done_shards(folder: Path | str) -> list[int]:
@@ -284,7 +296,9 @@ def commit_shard(folder: Path, record: DoneRecord, *, partial: Path, suffix: str
     try:
         if record.rows:
             record = replace(record, file=_describe(partial))
-        if not _is_there(final, record.file):
+        if _is_there(final, record.file):
+            flush(final.parent)  # whoever moved it there may have been killed before this
+        else:
             remove_done(folder, record.shard)
             if record.file is None or final.is_dir():
                 remove(final)

@@ -25,12 +25,15 @@ MAY_SKIP = (
     "no ../shared",  # real clips and labelled frames that are not part of the project
     "no real",
     "Could not load libtorchcodec",  # FFmpeg's libraries come from the system
+    "is not installed where the GPU is",  # tests/gpu runs where only torch is installed
     "no Chromium here",
     "pip install deltatok[tensorboard]",  # an extra
     "pip install 'deltatok[cloud]'",  # an extra
+    "pip install deltatok[ray]",  # an extra
     "needs a GPU",
     "needs a torch without CUDA",
     "C++ compiler",
+    "no C compiler",
     "Linux",
 )
 """What may be missing where the tests run: part of the reason of every skip that is allowed."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..shards.errors import UsageError
+from ..shards.parts import parse_shard_of
 from ..shards.schema import Place
 from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig, check_at_least
 
@@ -337,6 +338,9 @@ class TokenizeConfig:
     """Frames in a drawn window; for a `uniform` cache only, none given: 8."""
     seed: int | None = None
     """Decides the drawn windows and their order; for a `uniform` cache only, none given: 0."""
+    shard_of: str | None = None
+    """i/n: make only the shards whose number is i modulo n, the ranks of a launcher every so
+    many-th of these; the run that finds all made finishes the cache."""
     batch_windows: int = 8
     """Windows encoded at once."""
     device: Device = "auto"
@@ -345,6 +349,7 @@ class TokenizeConfig:
     """Arithmetic of the encoder; auto: bfloat16 on cuda, float32 elsewhere."""
 
     def __post_init__(self) -> None:
+        parse_shard_of(self.shard_of)
         check_at_least(
             1,
             batch_windows=self.batch_windows,

@@ -12,7 +12,7 @@ Letters: n windows, T frames of a window to write, N patches, D channels.
 import logging
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,18 +37,21 @@ from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove_partials
 from ..shards.interrupts import StopRequest
+from ..shards.parts import Part
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
 from ..shards.records import (
     DoneRecord,
     append_timing,
+    done_shards,
     iterate_done,
     read_done,
     remove_done,
 )
 from ..shards.sampling import UniformDraws
 from ..shards.schema import plain
-from ..shards.stores.mirror import fetch_records
+from ..shards.stopwatch import Stopwatch
+from ..shards.stores.mirror import fetch_records, local_folder
 from ..shards.stores.upload import out_folder, take_records
 from ..shards.windows import ShardRows
 from .config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
@@ -86,7 +89,7 @@ class FramePicks(NamedTuple):
     """int32 (n,), index into the shard's keys."""
 
 
-def shard_parts(folder: Path) -> Iterator[ShardPart]:
+def shard_parts(folder: str) -> Iterator[ShardPart]:
     """The finished shards of a patch cache, those without windows too."""
     window = key = 0
     for record in iterate_done(folder):
@@ -214,37 +217,28 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     """Write the delta-token cache, or what is missing of it; gives its cache.json.
 
     A patch cache that was appended to gives new shards to its delta cache; nothing old is touched.
-    Ranks share the shards. draws: how windows are drawn among the frames of a `uniform` cache;
+    Ranks, and runs with different `config.shard_of`, make different shards; whoever finds all done
+    closes the cache. draws: how windows are drawn among the frames of a `uniform` cache;
     not used for any other. Raises CacheMismatch, naming the field, where the tokenizer was trained
     on tokens of another kind, or config.out holds another cache; UsageError for draws that the
     cache has no use for, or needs; Stopped after a SIGTERM or Ctrl-C.
     """
-    patches, out = PatchShards(config.patches), out_folder(config.out)
-    draws = _draws_for(patches, config, draws)
-    accelerator = make_accelerator(config.device, config.autocast)
-    model = DeltaTok.from_pretrained(config.tokenizer)
-    check_tokenizer(model, config.tokenizer, patches.info)
-    info = describe_deltas(
-        model,
-        patches.info,
-        autocast_dtype=precision_name(config.autocast, accelerator.device),
-        parent_fingerprint=patches.fingerprint,
-        draws=draws,
-    )
-    fetch_records(patches.folder, patches.info.counts.get("shards", 0))
-    plan, work = Plan.open(patches.folder), list(shard_parts(patches.folder))
+    config = with_folders(config)
+    process = Part.of_this_process(config.shard_of)
+    encoder, out = DeltaEncoder.open(config, draws), Path(config.out)
+    accelerator = encoder.accelerator
+    work = list(shard_parts(config.patches))
     if accelerator.is_main_process:
-        open_cache(out, info)
-        _follow_plan(out, plan)
-        remove_partials(out)
-        remove_partials(out / "shards")
-        _forget_outdated(out, work)
+        encoder.begin_cache()
+        begin_deltas(config, work)
     accelerator.wait_for_everyone()
-    encoder = _Encoder(model.to(accelerator.device), patches, config, accelerator, draws)
-    mine = work[accelerator.process_index :: accelerator.num_processes]
+    mine = [part for part in work if part.record.shard in process]
     with (
-        memory_errors("encoding", lambda: f"lower batch_windows, now {config.batch_windows}"),
-        tqdm(total=sum(map(encoder.num_windows, mine)), unit="window", disable=None) as progress,
+        tqdm(
+            total=sum(num_windows_of(part, encoder.draws) for part in mine),
+            unit="window",
+            disable=None,
+        ) as progress,
         StopRequest() as stop,
     ):
         for part in mine:
@@ -252,25 +246,51 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
             if read_done(out, shard) is None:
                 if stop.asked:
                     raise Stopped(f"stopped before shard {shard:06d}: run again to go on")
-                meter = Meter("windows", accelerator.device)
-                write_delta_shard(
-                    out,
-                    shard,
-                    encoder.rows(part, meter),
-                    # Stored windows are permuted already, drawn ones come clip by clip.
-                    seed=None if draws is None else config.seed or 0,
-                )
-                append_timing(out, {"shard": shard, **meter.report()})
-            progress.update(encoder.num_windows(part))
+                encoder.write_shard(part)
+            progress.update(num_windows_of(part, encoder.draws))
     accelerator.wait_for_everyone()
-    num_windows = sum(map(encoder.num_windows, work))
-    if accelerator.is_main_process and not read_cache_info(out).complete:
-        remove_strangers(out)
-        take_records(out)
-        finish_cache(out)
+    if accelerator.is_main_process:
+        finish_deltas(config, work, process)
     accelerator.wait_for_everyone()
-    logger.info("%d windows of delta tokens are in %s", num_windows, out)
     return read_cache_info(out)
+
+
+def with_folders(config: TokenizeConfig) -> TokenizeConfig:
+    """`config` with caches at addresses as the folders in which they are read and made."""
+    patches, out = local_folder(config.patches), out_folder(config.out)
+    fetch_records(patches, read_cache_info(patches).counts.get("shards", 0))
+    return replace(config, patches=str(patches), out=str(out))
+
+
+def num_windows_of(part: ShardPart, draws: UniformDraws | None) -> int:
+    """How many windows the delta shard of this patch shard has."""
+    return part.record.rows if draws is None else part.record.clips * draws.num_windows
+
+
+def begin_deltas(config: TokenizeConfig, work: Sequence[ShardPart]) -> None:
+    """Makes the begun cache ready for the shards of `work`: the plan, nothing left over."""
+    out = Path(config.out)
+    _follow_plan(out, Plan.open(config.patches))
+    remove_partials(out)
+    remove_partials(out / "shards")
+    _forget_outdated(out, work)
+
+
+def finish_deltas(config: TokenizeConfig, work: Sequence[ShardPart], process: Part) -> None:
+    """Closes the cache if all its shards are done; else says who is to make the others than
+    `process`."""
+    out = Path(config.out)
+    take_records(out)
+    done = set(done_shards(out))
+    missing = [part.record.shard for part in work if part.record.shard not in done]
+    if missing:
+        makers = process.elsewhere(missing)
+        logger.info("%s: %d of %d shards are left to %s", out, len(missing), len(work), makers)
+        return
+    if not read_cache_info(out).complete:
+        remove_strangers(out)
+        finish_cache(out)
+    logger.info("%d windows of delta tokens are in %s", read_cache_info(out).counts["windows"], out)
 
 
 def _follow_plan(out: Path, plan: Plan) -> None:
@@ -299,18 +319,52 @@ def _forget_outdated(out: Path, work: Sequence[ShardPart]) -> None:
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class DeltaEncoder:
+    """A tokenizer on its device, and the patch tokens it encodes."""
+
     model: DeltaTok
     patches: PatchShards
     config: TokenizeConfig
     accelerator: Accelerator
     draws: UniformDraws | None
+    """None where the windows are those that are stored."""
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    """read, encode, write."""
 
-    def num_windows(self, part: ShardPart) -> int:
-        """How many windows the delta shard of this patch shard has."""
-        if self.draws is None:
-            return part.record.rows
-        return part.record.clips * self.draws.num_windows
+    @classmethod
+    def open(cls, config: TokenizeConfig, draws: UniformDraws | None) -> "DeltaEncoder":
+        """Raises what write_deltas does."""
+        patches = PatchShards(config.patches)
+        draws = draws_for(patches, config, draws)
+        accelerator = make_accelerator(config.device, config.autocast)
+        model = DeltaTok.from_pretrained(config.tokenizer)
+        check_tokenizer(model, config.tokenizer, patches.info)
+        return cls(model.to(accelerator.device), patches, config, accelerator, draws)
+
+    def begin_cache(self) -> None:
+        """Writes cache.json, or checks that the one there is for the same tokens."""
+        info = describe_deltas(
+            self.model,
+            self.patches.info,
+            autocast_dtype=precision_name(self.config.autocast, self.accelerator.device),
+            parent_fingerprint=self.patches.fingerprint,
+            draws=self.draws,
+        )
+        open_cache(self.config.out, info)
+
+    def write_shard(self, part: ShardPart) -> DoneRecord:
+        """Encodes and writes the delta shard of one patch shard."""
+        out, shard = Path(self.config.out), part.record.shard
+        meter = Meter("windows", self.accelerator.device)
+        advice = f"lower batch_windows, now {self.config.batch_windows}"
+        with memory_errors("encoding", lambda: advice):
+            rows = self.rows(part, meter)
+        with self.watch.at("write"):
+            # Stored windows are permuted already, drawn ones come clip by clip.
+            seed = None if self.draws is None else self.config.seed or 0
+            record = write_delta_shard(out, shard, rows, seed=seed)
+        append_timing(out, {"shard": shard, **meter.report()})
+        return record
 
     def rows(self, part: ShardPart, meter: Meter) -> ShardRows:
         """The rows of the delta shard of one patch shard."""
@@ -347,17 +401,18 @@ class _Encoder:
 
         with Prefetcher(read, start=0, stop=len(starts)) as batches:
             for start in starts:
-                with meter.waiting("loader_wait"):
+                with meter.waiting("loader_wait"), self.watch.at("read"):
                     x = batches.next().to(self.accelerator.device)
-                with self.accelerator.autocast():
-                    z = self.model.encode_sequence(x, black, grid=self.patches.grid)
                 part = filled[start : start + size]
-                part[...] = z.half().cpu().numpy()[: len(part)]
+                with self.watch.at("encode"):
+                    with self.accelerator.autocast():
+                        z = self.model.encode_sequence(x, black, grid=self.patches.grid)
+                    part[...] = z.half().cpu().numpy()[: len(part)]
                 meter.count(len(part))
         return filled
 
 
-def _draws_for(
+def draws_for(
     patches: PatchShards, config: TokenizeConfig, draws: UniformDraws | None
 ) -> UniformDraws | None:
     """`draws` for a uniform cache, None for any other."""

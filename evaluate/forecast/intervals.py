@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...train.data.order import uniforms
+from ...train.data.order import uniform_rows
 from .sequences import Sums, values
 
 NUM_RESAMPLES = 1000
@@ -71,7 +71,10 @@ class Resamples:
 
 def draw_weights(count: int, what: str, seed: int) -> NDArray[np.float64]:
     """How often each of `count` things is drawn in `count` draws with replacement: (R, count)."""
-    drawn = (uniforms(NUM_RESAMPLES * count, "bootstrap", what, seed, count) * count).astype(int)
-    rows = np.repeat(np.arange(NUM_RESAMPLES), count)
-    flat = np.bincount(rows * count + drawn, minlength=NUM_RESAMPLES * count)
-    return flat.reshape(NUM_RESAMPLES, count).astype(np.float64)
+    weights = np.empty((NUM_RESAMPLES, count))
+    # A row at a time: 8 kB a sequence is all that is held.
+    for row, drawn in zip(
+        weights, uniform_rows(count, "bootstrap", what, seed, count), strict=False
+    ):
+        row[:] = np.bincount((drawn * count).astype(int), minlength=count)
+    return weights

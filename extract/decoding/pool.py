@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import count, islice
+from itertools import count
 from multiprocessing.connection import Pipe, wait
 from multiprocessing.reduction import send_handle
 from pathlib import Path
@@ -70,6 +70,9 @@ TICK_S = 0.25
 OUTPUT_BYTES = 4096
 """How much of the end of what a process prints is kept, to say why it died."""
 
+LOOK_AHEAD = 2
+"""Clips for every process that are decoded ahead of the one asked for."""
+
 KEPT_SHARE = 8
 """Memory that waits for the next clip is at most about 1/8 of that for decoded clips: it pays for
 small clips, of which there are many (8 MB are 32 frames of 256x340)."""
@@ -106,7 +109,7 @@ class DecodePool:
     max_waiting_bytes: int = 2 * 2**30
     """Bytes of decoded clips to keep ahead; no more clips are begun above it."""
     look_ahead: int = 0
-    """Clips decoded ahead of the one asked for; 0: two for every process."""
+    """Clips decoded ahead of the one asked for; 0: LOOK_AHEAD for every process."""
     decode_threads: int = 1
     """Threads in a process."""
     decoder: DecoderChoice = "auto"
@@ -115,7 +118,7 @@ class DecodePool:
     """What to start; a descriptor and this process's id are appended."""
 
     def __post_init__(self) -> None:
-        self.look_ahead = self.look_ahead or 2 * self.num_workers
+        self.look_ahead = self.look_ahead or LOOK_AHEAD * self.num_workers
         self._threads: ThreadPoolExecutor | None = None
         self._closing = threading.Event()
         self._idle: list[_Worker] = []
@@ -161,10 +164,12 @@ class DecodePool:
         while self._idle:
             self._idle.pop().kill()
 
-    def decode(self, clips: Iterable[Clip]) -> Iterator[DecodedClip | Quarantined]:
+    def decode(self, clips: Iterable[Clip | None]) -> Iterator[DecodedClip | Quarantined]:
         """One result for every clip, in the order of `clips`, which is read only as far as needed.
 
-        Closing the iterator early, or any exception in the loop around it, kills all processes.
+        clips: None where the next one is not known yet; it is asked for again with every result,
+        and all is over once every known clip has been given. Closing
+        the iterator early, or any exception in the loop around it, kills all processes.
 
         Raises:
             DeltatokError: no decoding process can be started, or a clip cannot be had from its
@@ -173,15 +178,19 @@ class DecodePool:
         threads = self._threads
         if threads is None or self._decoding:
             raise RuntimeError("decode() runs inside `with DecodePool(...)`, one call at a time")
-        source = enumerate(clips)
+        source, numbers = iter(clips), count()
+        ahead: deque[Future[DecodedClip | Quarantined]] = deque()
+
+        def begin() -> None:
+            while len(ahead) < self.look_ahead and (clip := next(source, None)) is not None:
+                ahead.append(threads.submit(self._decode, next(numbers), clip))
+
         self._decoding, self._wanted, self._waiting_bytes, finished = True, -1, 0, False
         try:
-            ahead = deque(
-                threads.submit(self._decode, *item) for item in islice(source, self.look_ahead)
-            )
+            begin()
             while ahead:
                 result = self._take(ahead.popleft())
-                ahead.extend(threads.submit(self._decode, *item) for item in islice(source, 1))
+                begin()
                 yield result
                 del result  # the memory of its frames may be used again
             finished = True

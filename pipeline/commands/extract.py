@@ -1,6 +1,8 @@
 """deltatok-extract: videos, a data set or patch-token shards -> patch- or delta-token shards."""
 
+import argparse
 import dataclasses
+import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,8 +20,12 @@ if TYPE_CHECKING:
     from ...extract.datasets.base import DatasetConfig
     from ...train.config import TokenizeConfig
     from ..cost_plan import CostPlan
+    from ..fleet.options import FleetOptions
 
 PROG = "deltatok-extract"
+EXTRACT_ON_RAY = "pipeline.fleet.run:extract_on_ray"
+ENGINE_FLAGS = ("ray_address", "actors", "gpus_per_actor", "cpus_per_actor")
+"""What `--engine ray` reads."""
 
 EXAMPLES = (
     "deltatok-extract --videos clips/ --backbone facebook/dinov3-vitb16-pretrain-lvd1689m \\\n"
@@ -28,6 +34,7 @@ EXAMPLES = (
     "--out cache/patches",
     "accelerate launch --num_processes 8 -m deltatok.pipeline.commands.extract --videos clips/ \\\n"
     "      --out cache/patches",
+    "deltatok-extract --videos clips/ --out cache/patches --engine ray --ray-address auto",
     "deltatok-extract --patches cache/patches --tokenizer runs/tokenizer --out cache/deltas",
     "deltatok-extract --videos clips/ --tokenizer runs/tokenizer --out cache/deltas",
     "deltatok-extract --videos clips/ --frame-size 256 --out cache/patches --plan",
@@ -107,10 +114,12 @@ class Source(Command):
             config_type = load_name(self.config)
             parser = self.parser(prog, config_type, words)
             _add_plan_flags(parser)
+            _add_engine_flags(parser)
             arguments = parser.parse_args(words)
             if arguments.json is not None:
                 local_path(arguments.json)
             config = config_from_arguments(config_type, arguments)
+            engine = _engine_from(arguments)
         if arguments.plan:
             with SignOfLife("trying clips for the plan"):
                 plan = load_name(self.plan)(config, num_clips=arguments.probe_clips)
@@ -119,7 +128,7 @@ class Source(Command):
         for flag, value in (("--json", arguments.json), ("--probe-clips", arguments.probe_clips)):
             if value is not None:
                 raise UsageError(f"{flag}: only --plan reads it: add --plan, or leave {flag} out")
-        print(f"{load_name(self.run)(config)}: {config.out}")
+        print(f"{load_name(self.run)(config, engine)}: {config.out}")
 
 
 SOURCES = {
@@ -160,33 +169,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: SOURCES[_source(words)](PROG, words))
 
 
-def from_videos(config: VideosConfig) -> str:
+def from_videos(config: VideosConfig, engine: "FleetOptions | None") -> str:
     """Makes the cache; gives what it is."""
-    if config.tokenizer is None:
-        kind, run = "patch-token", "extract.run:run_extraction"
-    else:
-        kind, run = "delta-token", "pipeline.fused:run_fused"
+    run = "extract.run:run_extraction" if config.tokenizer is None else "pipeline.fused:run_fused"
     with SignOfLife("starting"):
-        extract = load_name(run)
-    result = extract(config)
+        extract = load_name(run if engine is None else EXTRACT_ON_RAY)
+    result = extract(config) if engine is None else extract(config, engine)
     logging.info("%s", result.summary_line())
-    return f"{kind} shards"
+    return "patch-token shards" if config.tokenizer is None else "delta-token shards"
 
 
-def from_dataset(config: "DatasetConfig") -> str:
+def from_dataset(config: "DatasetConfig", engine: "FleetOptions | None") -> str:
     """Makes the cache; gives what it is."""
-    from ...extract.datasets.registry import run_dataset
+    from ...extract.datasets.registry import find_targets, run_dataset
 
-    logging.info("%s", run_dataset(config).summary_line())
+    if engine is None:
+        result = run_dataset(config)
+    else:
+        targets = find_targets(config)
+        result = load_name(EXTRACT_ON_RAY)(config.to_extraction(), engine, targets=targets)
+    logging.info("%s", result.summary_line())
     return "evaluation cache"
 
 
-def from_patches(config: "TokenizeConfig") -> str:
+def from_patches(config: "TokenizeConfig", engine: "FleetOptions | None") -> str:
     """Makes the cache; gives what it is."""
     with SignOfLife("starting"):
         from ...train.encode import draws_of, write_deltas
 
-    write_deltas(config, draws=draws_of(config))
+    if engine is None:
+        write_deltas(config, draws=draws_of(config))
+    else:
+        load_name("pipeline.fleet.run:encode_on_ray")(config, engine)
     return "delta-token shards"
 
 
@@ -223,6 +237,57 @@ def _add_plan_flags(parser: Parser) -> None:
         metavar="N",
         help="clips that are tried for the plan [16 or more, as far as a minute allows]",
     )
+
+
+def _add_engine_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("many devices and machines")
+    group.add_argument(
+        "--engine",
+        choices=("ray",),
+        help="ray: one driver, an actor a device; lost ones are replaced (an extra: pip install "
+        '"deltatok[ray]"); none given: this process alone',
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="cluster to use: auto, HOST:PORT; none given: the one this machine is in, else Ray on "
+        "this machine alone",
+    )
+    group.add_argument("--actors", type=int, metavar="N", help="actors at a time [all that fit]")
+    group.add_argument(
+        "--gpus-per-actor",
+        type=float,
+        metavar="N",
+        help="[1, or 0 with --device cpu and where there are none]",
+    )
+    group.add_argument(
+        "--cpus-per-actor",
+        type=int,
+        metavar="N",
+        help="cores of an actor, which also are its decoding processes [a machine's, divided by "
+        "the actors that its GPUs are for]",
+    )
+
+
+def _engine_from(arguments: argparse.Namespace) -> "FleetOptions | None":
+    """What the flags say; UsageError where they mean nothing, or Ray is not installed."""
+    given = {
+        name: value for name in ENGINE_FLAGS if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.engine is None:
+        if given:
+            flag = f"--{next(iter(given)).replace('_', '-')}"
+            raise UsageError(f"{flag}: only --engine ray reads it: add that, or leave {flag} out")
+        return None
+    if arguments.plan:
+        raise UsageError("--engine: --plan tries clips in this process alone: leave --engine out")
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            '--engine ray: Ray is not installed: pip install "deltatok[ray]", on all machines'
+        )
+    from ..fleet.options import FleetOptions
+
+    return FleetOptions(**given)
 
 
 def _print_plan(plan: "CostPlan", json: Path | None) -> None:

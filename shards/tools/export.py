@@ -49,7 +49,7 @@ from ..patches.layout import STORED_DTYPES
 from ..patches.reader import PatchShards
 from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
-from ..plan import Plan, PlanEntry, plan_order, write_plan
+from ..plan import Plan, PlanEntry, plan_order, remove_strangers, write_plan
 from ..reader import known_names
 from ..records import DoneRecord, Quarantined, iterate_done, quarantined_of, read_done
 from ..windows import ShardRows, WindowColumns
@@ -169,6 +169,7 @@ def export_cache(
             _write_shard(out, shard, {key: clips[key] for key in keys}, info, compression)
         if progress is not None:
             progress(number, len(shards))
+    remove_strangers(out)
     return finish_cache(out)
 
 

@@ -59,6 +59,7 @@ from ..records import (
     check_file,
     check_threads,
     done_shards,
+    is_done_untouched,
     leaves,
     quarantine_bytes,
     quarantined_of,
@@ -246,6 +247,10 @@ def _check_shard(
         return None, [Problem(kind="shard", shard=shard, text=str(error))]
     if record is None:  # taken back just now
         return None, []
+    if not is_done_untouched(folder, shard):
+        path = shard_path(folder, shard, ".json")
+        text = f"{path}: was changed since it was written: remove it and make the shard again"
+        return record, [Problem(kind="shard", shard=shard, text=text)]
     keys = planned.of(record) if deep else None
     problems = list(_shard_problems(folder, info, record, keys, deep=deep))
     return replace(record, other_decoders={}), problems
@@ -443,9 +448,8 @@ class _Beside:
         records = {record.shard: record for record in self.records}
         missing: list[int] = []
         is_whole = True
-        root = os.path.realpath(self.folder)
         for part in plan.parts:
-            if leaves(self.folder / part.file, root):
+            if leaves(self.folder / part.file, self.folder):
                 self.add(
                     f"{self.folder / part.file}: is a link out of the cache: copy the file into it "
                     "instead"

@@ -15,7 +15,8 @@ import argparse
 import json
 import logging
 import platform
-import time
+import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,15 +27,11 @@ from deltatok.extract.backbone import Backbone, load_backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.run import run_extraction
 from deltatok.extract.sources.find import find_clips
-from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 
-BACKBONES = {
-    "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "small": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3},
-}
+sys.path.append(str(Path(__file__).parent))
+from backbone_rate import BACKBONES, flop_per_frame, frames_per_s, make_backbone
+
 FORWARD_MIN_S = 3.0
-FORWARD_S = 600.0
-"""At most so long the backbone alone is timed, each time: enough for two full batches anywhere."""
 
 
 def main() -> None:
@@ -59,15 +56,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with TemporaryDirectory() as folder:
-        result = _measure(arguments, Path(folder))
+        result = measure(arguments, Path(folder))
     text = json.dumps(result, indent=1)
     arguments.json.write_text(f"{text}\n")
     print(text)
 
 
-def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    settings = BACKBONES[arguments.backbone]
-    make_tiny_backbone(TinyBackboneConfig(out=str(folder / "backbone"), **settings))
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The result; `arguments` as `main` parses them, `folder` for what is made."""
+    make_backbone(folder / "backbone", arguments.backbone)
     clips = find_clips(arguments.videos)[: arguments.limit]
     config = ExtractConfig(
         videos=tuple(str(clip.path) for clip in clips)
@@ -83,9 +80,17 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         max_quarantined=1.0,
     )
     backbone = load_backbone(config)
-    before = _forward(backbone, config, min_s=arguments.forward_seconds)
+    batch_frames = config.frames_per_batch(backbone.device.type)
+    alone = partial(
+        frames_per_s,
+        backbone,
+        num_frames=max(1, batch_frames // config.num_frames) * config.num_frames,
+        frame_size=config.frame_size,
+        min_s=arguments.forward_seconds,
+    )
+    before = alone()
     summary = run_extraction(config, backbone=backbone)
-    after = _forward(backbone, config, min_s=arguments.forward_seconds)
+    after = alone()
     forward = 2 / (1 / before + 1 / after)  # the rate of both runs together
     rate = summary.frames / summary.seconds
     return {
@@ -96,9 +101,9 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "slowest_stage": summary.slowest_stage,
         "device": _device(backbone),
         "frame_size": config.frame_size,
-        "forward_tflop_per_s": forward * _flop_per_frame(backbone, config.frame_size) / 1e12,
+        "forward_tflop_per_s": forward * flop_per_frame(backbone, config.frame_size) / 1e12,
         "backbone": arguments.backbone,
-        "batch_frames": config.frames_per_batch(backbone.device.type),
+        "batch_frames": batch_frames,
         "workers": config.workers,
         "clips": summary.clips,
         "quarantined": summary.quarantined,
@@ -106,37 +111,6 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": summary.seconds,
         "bytes_per_frame": summary.bytes / max(summary.frames, 1),
     }
-
-
-@torch.inference_mode()
-def _forward(backbone: Backbone, config: ExtractConfig, *, min_s: float) -> float:
-    """Frames/s of the backbone alone, the rows copied back as float16."""
-    batch_frames = config.frames_per_batch(backbone.device.type)
-    num_frames = max(1, batch_frames // config.num_frames) * config.num_frames
-    shape = (num_frames, 3, config.frame_size, config.frame_size)
-    frames = torch.randint(0, 256, shape, dtype=torch.uint8).to(backbone.device)
-
-    def seconds() -> float:
-        start_s = time.monotonic()
-        backbone.tokens(frames).half().cpu()  # which waits for the device
-        return time.monotonic() - start_s
-
-    seconds()  # the first batch of a shape allocates and chooses kernels
-    spent = [seconds()]
-    while sum(spent) < min_s and sum(spent) + spent[0] < FORWARD_S:
-        spent.append(seconds())
-    return num_frames * len(spent) / sum(spent)
-
-
-def _flop_per_frame(backbone: Backbone, frame_size: int) -> float:
-    """Multiply-adds counted twice, in matrix products alone."""
-    config, (rows, columns) = backbone.config, backbone.grid(frame_size)
-    tokens = rows * columns + 1 + backbone.num_register_tokens
-    width = backbone.hidden_size
-    products = tokens * (4 * width**2 + 2 * width * config.intermediate_size)
-    attention = 2 * tokens**2 * width
-    patches = rows * columns * 3 * backbone.patch_size**2 * width
-    return float(2 * (config.num_hidden_layers * (products + attention) + patches))
 
 
 def _device(backbone: Backbone) -> str:

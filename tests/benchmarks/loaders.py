@@ -21,10 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import tensorstore
-import webdataset
-import zarr
-from zarr.storage import ZipStore
 
 from deltatok.pipeline.bench import bench_cache
 from deltatok.pipeline.commands.shards import BenchConfig
@@ -92,20 +88,20 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def make_deltas(folder: Path, num_windows: int, shard_windows: int) -> Path:
-    """A finished delta cache of random tokens."""
+def make_deltas(folder: Path, num_windows: int, shard_windows: int, *, size: int = SIZE) -> Path:
+    """A finished delta cache of random tokens, of `size` channels."""
     num_shards = -(-num_windows // shard_windows)
     info = CacheInfo(
         format="deltatok-deltas",
         identity={"made": "at random"},
-        shape=CacheShape(num_frames=NUM_FRAMES, num_tokens=None, grid=None, hidden_size=SIZE),
+        shape=CacheShape(num_frames=NUM_FRAMES, num_tokens=None, grid=None, hidden_size=size),
     )
     open_cache(folder, info)
     keys = [f"clip{shard:06d}.mp4" for shard in range(num_shards)]
     entries = [PlanEntry(key=k, source=k, size_bytes=1, shard=i) for i, k in enumerate(keys)]
     write_plan(folder, entries)
     rng = np.random.default_rng(0)
-    tokens = rng.standard_normal((shard_windows, NUM_FRAMES, SIZE), dtype=np.float32)
+    tokens = rng.standard_normal((shard_windows, NUM_FRAMES, size), dtype=np.float32)
     for shard, key in enumerate(keys):
         count = min(shard_windows, num_windows - shard * shard_windows)
         times = np.tile(np.arange(NUM_FRAMES, dtype=np.float32) / 5, (count, 1))
@@ -123,22 +119,22 @@ def make_deltas(folder: Path, num_windows: int, shard_windows: int) -> Path:
     return folder
 
 
-def make_patches(folder: Path, side: int, gigabytes: float) -> Path:
-    """A finished float16 patch cache of random tokens, side x side a frame."""
+def make_patches(folder: Path, side: int, gigabytes: float, *, size: int = SIZE) -> Path:
+    """A finished float16 patch cache of random tokens, side x side a frame, of `size` channels."""
     shape = CacheShape(
-        num_frames=NUM_FRAMES, num_tokens=side * side, grid=(side, side), hidden_size=SIZE
+        num_frames=NUM_FRAMES, num_tokens=side * side, grid=(side, side), hidden_size=size
     )
     identity = {"storage": {"dtype": "float16"}, "made": "at random"}
     open_cache(folder, CacheInfo(format="deltatok-patches", identity=identity, shape=shape))
-    write_black(folder, np.zeros((side * side, SIZE), dtype=np.float32))
-    window_bytes = NUM_FRAMES * side * side * SIZE * 2
+    write_black(folder, np.zeros((side * side, size), dtype=np.float32))
+    window_bytes = NUM_FRAMES * side * side * size * 2
     shard_windows = 512 // NUM_FRAMES if side == 16 else 128 // NUM_FRAMES
     num_shards = max(2, round(gigabytes * 1e9 / (window_bytes * shard_windows)))
     keys = [f"clip{shard:06d}.mp4" for shard in range(num_shards)]
     entries = [PlanEntry(key=k, source=k, size_bytes=1, shard=i) for i, k in enumerate(keys)]
     write_plan(folder, entries)
     rng = np.random.default_rng(0)
-    tokens_shape = (shard_windows, NUM_FRAMES, side * side, SIZE)
+    tokens_shape = (shard_windows, NUM_FRAMES, side * side, size)
     tokens = rng.standard_normal(tokens_shape, dtype=np.float32).astype(np.float16)
     for shard, key in enumerate(keys):
         rows = ShardRows(
@@ -157,6 +153,8 @@ def make_patches(folder: Path, side: int, gigabytes: float) -> Path:
 
 def webdataset_rate(folder: Path) -> float:
     """Windows/s of plain webdataset over the same tars, arrays decoded."""
+    import webdataset  # here: training.py and tests/gpu take the caches alone
+
     urls = [str(path) for path in sorted(folder.glob("shards/*.tar"))]
     dataset = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("tokens.npy")
     count, start_s = 0, time.perf_counter()
@@ -188,6 +186,9 @@ def shuffle_figures(folder: Path) -> dict[str, float]:
 
 def plain_rates(folder: Path) -> dict[str, float]:
     """Random consecutive pairs/s of zarr and tensorstore on the same shards, and of this reader."""
+    import zarr
+    from zarr.storage import ZipStore
+
     shards = PatchShards(folder)
     paths = sorted(folder.glob("shards/*.zarr.zip"))
     arrays = [zarr.open_group(ZipStore(path), mode="r")["tokens"] for path in paths]
@@ -217,6 +218,8 @@ def plain_rates(folder: Path) -> dict[str, float]:
 
 def open_by_tensorstore(path: Path) -> Any:
     """The tokens of a shard."""
+    import tensorstore
+
     base = {"driver": "file", "path": str(path.resolve())}
     kvstore = {"driver": "zip", "base": base, "path": "tokens/"}
     return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()

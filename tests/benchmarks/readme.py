@@ -1,6 +1,7 @@
-"""Write the README's figures from the JSON files beside this script.
+"""Write the figures of README.md and docs/measured.md from JSON files.
 
-    python tests/benchmarks/readme.py                        README.md from quickstart.json
+    python tests/benchmarks/readme.py                        from quickstart.json beside this script
+                                                             and tests/gpu/report.json
     python tests/benchmarks/readme.py --report REPORT.json   first take a quickstart's report.json
 
 quickstart.json: the rows, probes and seconds of the report of one `make quickstart`.
@@ -14,10 +15,15 @@ from typing import Any
 
 from deltatok.evaluate.report.rows import MODE_ROWS, ReportRow, show_row, table
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
+import page
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 FIGURES = HERE / "quickstart.json"
 BEGIN, END = "<!-- quickstart: begin -->\n", "<!-- quickstart: end -->\n"
+MEASURED = HERE.parents[1] / "docs" / "measured.md"
+GPU_BEGIN, GPU_END = "<!-- gpu: begin -->\n", "<!-- gpu: end -->\n"
 KEPT = ("rows", "probes", "seconds")
 PROBES = ("z_swap_ratio", "zero_z_ratio", "copy_last_ratio")
 
@@ -54,7 +60,7 @@ def modes(rows: list[ReportRow]) -> str:
 
 
 def main() -> int:
-    """Take a report if one is given, then rewrite the section; 0."""
+    """Take a report if one is given, then rewrite the sections; 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=Path)
     report = parser.parse_args().report
@@ -62,12 +68,17 @@ def main() -> int:
         loaded = json.loads(report.read_text(encoding="utf-8"))
         kept = {key: loaded[key] for key in KEPT}
         FIGURES.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
     figures = json.loads(FIGURES.read_text(encoding="utf-8"))
-    README.write_text(before + BEGIN + section(figures) + END + after, encoding="utf-8")
+    put(README, BEGIN, section(figures), END)
+    put(MEASURED, GPU_BEGIN, page.measured(page.read_report()), GPU_END)
     return 0
+
+
+def put(path: Path, begin: str, text: str, end: str) -> None:
+    """`text` in place of what is between the two markers."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(before + begin + text + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def measure(
     rounds: int = 2,
     world: Path | None = None,
     deltas: Path | None = None,
+    config: DeltaWorldConfig | None = None,
     compiled: bool = False,
     memory: bool = True,
 ) -> dict[str, Any]:
@@ -95,8 +96,9 @@ def measure(
 
     seconds: of one window, the median over rounds; speedup: plain's seconds in the same round over
     these, the median; cpu_speedup: the same by CPU time, which others on the machine change less.
+    config: of random weights; None: the released size.
     """
-    problem = make_problem(device, world=world, deltas=deltas)
+    problem = make_problem(device, world=world, deltas=deltas, config=config)
     runs = variants(device, compiled=compiled)
     found: dict[str, dict[str, Any]] = {name: {} for name in runs}
     for count in counts:
@@ -278,13 +280,18 @@ def timed_windows(device: torch.device, count: int) -> int:
 
 
 def make_problem(
-    device: torch.device, *, world: Path | None = None, deltas: Path | None = None
+    device: torch.device,
+    *,
+    world: Path | None = None,
+    deltas: Path | None = None,
+    config: DeltaWorldConfig | None = None,
 ) -> Problem:
     """Enough windows for all figures: of the cache, or random."""
     num_windows = timed_windows(device, min(COUNTS)) if device.type == "cuda" else 16
     generator = torch.Generator().manual_seed(0)
     if world is None:
-        config = DeltaWorldConfig(layer_scale_init=1.0, initializer_range=WIDE_STD)
+        if config is None:
+            config = DeltaWorldConfig(layer_scale_init=1.0, initializer_range=WIDE_STD)
         model = DeltaWorldNetwork(config, generator=generator)
         z = torch.randn(num_windows, NUM_FRAMES, config.hidden_size, generator=generator)
         times = torch.rand(num_windows, NUM_FRAMES, generator=generator).cumsum(1) / 3

@@ -1,5 +1,6 @@
 """Extraction on the pretended device: the CPU's bytes, no race, host waits where it must."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_batches_are_made_without_waiting(cuda: PretendedDevice, make_config: Ma
     more = counts[1] - counts[0]
     assert {why for why, _ in more} <= {"event", "event, with work behind it"}
     assert {line.partition(":")[0] for _, line in more} == {"extract/features.py"}
+
+
+def test_decoders_are_not_forked(
+    cuda: PretendedDevice, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork of a process that uses CUDA cannot use it; they are programs of their own."""
+
+    def refused() -> int:
+        raise AssertionError("forked")
+
+    monkeypatch.setattr(os, "fork", refused)
+    run_extraction(make_config(device="cuda", workers=2, limit=2))
 
 
 def test_the_fused_mode_writes_the_cpus_delta_tokens(

@@ -20,8 +20,9 @@ from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
 from deltatok.extract.decoding import pool
 from deltatok.extract.decoding.pool import choose_num_workers
-from deltatok.extract.ledger import Part, close_cache
+from deltatok.extract.ledger import close_cache
 from deltatok.extract.run import run_extraction
+from deltatok.extract.shard_queue import ShardQueue
 from deltatok.extract.shard_writer import PatchShardWriter
 from deltatok.extract.sources.clip import Clip
 from deltatok.shards import (
@@ -33,6 +34,7 @@ from deltatok.shards import (
     read_cache_info,
 )
 from deltatok.shards.files import partial_path
+from deltatok.shards.parts import Part
 from deltatok.shards.plan import PlanEntry
 from deltatok.shards.records import done_shards
 from deltatok.shards.tools.verify import verify_cache
@@ -132,8 +134,8 @@ def test_a_rank_holds_the_clips_of_its_own_shards_alone(
     held: list[str] = []
     own: list[str] = []
 
-    def count(_: object, shards: dict[int, list[Clip]], *__: object, **___: object) -> None:
-        own.extend(clip.key for clips in shards.values() for clip in clips)
+    def count(_: object, queue: ShardQueue[Clip], **__: object) -> None:
+        own.extend(clip.key for _, clips in queue.shards() for clip in clips)
         there = [one for one in gc.get_objects() if type(one) in kinds]
         held.extend(one.key for one in there if id(one) not in before)
 
@@ -260,7 +262,7 @@ def test_closing_a_cache_twice_changes_no_byte(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     for _ in range(2):
-        close_cache(out, num_frames=4, changed=True, part=Part())
+        close_cache(out, changed=True, part=Part())
         assert digests(out) == digests(finished)
 
 

@@ -1,4 +1,4 @@
-"""Seeded damage to the files of a cache: bytes, numbers, JSON, tars, npy headers, shard indices.
+"""Seeded damage to the files of a cache: bytes, numbers, JSON, tars, zips, npy headers, indices.
 
     mutate(files, rng) -> names of the files that were changed
 
@@ -9,9 +9,13 @@ met too.
 
 import copy
 import hashlib
+import io
 import json
 import random
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +23,8 @@ import google_crc32c
 
 from deltatok.shards.cache import checksum, fingerprint
 from deltatok.shards.index import index_header
+from deltatok.shards.patches.archive import write_archive
+from deltatok.shards.records import done_bytes
 
 Files = dict[str, bytes]
 NUMBERS = [0, 1, -1, 2, 7, 255, 65536, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63)]
@@ -50,8 +56,8 @@ def mutate(files: Files, rng: random.Random) -> set[str]:
         name = rng.choice(sorted(files))
         if name.endswith(".tar") and rng.random() < 0.6:
             change: Any = rng.choice((_tar_header, _tar_header, _npy_header, _windows_json))
-        elif name.endswith(("/0",)) and rng.random() < 0.6:
-            change = _zarr_chunk
+        elif name.endswith(".zip") and rng.random() < 0.8:
+            change = rng.choice((_zip_member, _zip_member, _zip_member, _zip_field))
         elif name.endswith((".json", ".jsonl")) and rng.random() < 0.75:
             change = rng.choice((_json_value, _json_value, _json_raw))
         elif name.endswith(".npy") and rng.random() < 0.5:
@@ -68,13 +74,16 @@ def mutate(files: Files, rng: random.Random) -> set[str]:
 def reseal(files: Files, changed: set[str], rng: random.Random) -> set[str]:
     """Makes what promises the changed files agree with them; gives all changed names."""
     changed = set(changed)
+    for name in changed:
+        if name.endswith(".zip"):
+            files[name] = _true_crcs(files[name])
     for name in sorted(files):
         if re.fullmatch(r"shards/[0-9]{6}\.json", name):
             record = _parsed(files[name])
             data = [name.replace(".json", suffix) for suffix in (".zarr.zip", ".tar")]
             for file in changed.intersection(data) if isinstance(record, dict) else ():
                 record["file"] = _entry(files[file])
-                files[name] = _dumped(record)
+                files[name] = done_bytes(record)
                 changed.add(name)
     if "index.jsonl" in files and any(re.fullmatch(r"shards/[0-9]{6}\.json", n) for n in changed):
         files["index.jsonl"] = _index(files)
@@ -263,6 +272,87 @@ def _windows_json(data: bytes, rng: random.Random) -> bytes:
     match = rng.choice(found)
     made = _json_value(match[0], rng)[: len(match[0])]
     return data[: match.start()] + made.ljust(len(match[0])) + data[match.end() :]
+
+
+def _zip_entries(data: bytes) -> list[tuple[str, int, int]]:
+    """Name, place of the header, and of the entry in the directory; none where that is damaged."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            found, at = [], archive.start_dir
+            for info in archive.infolist():
+                found.append((info.filename, info.header_offset, at))
+                at += 46 + sum(struct.unpack_from("<3H", data, at + 28))
+            return found
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError):
+        return []
+
+
+def _zip_place(data: bytes, header_at: int, entry_at: int) -> tuple[int, int]:
+    """Where a member's data begins and ends."""
+    begin = header_at + 30 + sum(struct.unpack_from("<2H", data, header_at + 26))
+    return begin, begin + int(struct.unpack_from("<L", data, entry_at + 24)[0])
+
+
+def _zip_member(data: bytes, rng: random.Random) -> bytes:
+    """A changed member; its checksum in the zip is still the old one."""
+    entries = _zip_entries(data)
+    if not entries:
+        return _flip(data, rng)
+    members, crcs = {}, {}
+    for name, header_at, entry_at in entries:
+        begin, end = _zip_place(data, header_at, entry_at)
+        members[name] = data[begin:end]
+        crcs[name] = data[entry_at + 16 : entry_at + 20]
+    name = rng.choice(sorted(members))
+    if name.endswith(".json") and rng.random() < 0.75:
+        change: Any = rng.choice((_json_value, _json_value, _json_raw))
+    elif rng.random() < 0.6:
+        change = _zarr_chunk
+    else:
+        change = rng.choice((_flip, _overwrite, _cut, _insert, _digits))
+    members[name] = change(members[name], rng)
+    if rng.random() < 0.1:
+        members.pop(rng.choice(sorted(members)))
+    file = io.BytesIO()
+    write_archive(file, members.items(), last=sorted(members)[-1])
+    return _with_crcs(file.getvalue(), crcs)
+
+
+def _with_crcs(data: bytes, crcs: dict[str, bytes]) -> bytes:
+    changed = bytearray(data)
+    for name, header_at, entry_at in _zip_entries(data):
+        changed[header_at + 14 : header_at + 18] = crcs[name]
+        changed[entry_at + 16 : entry_at + 20] = crcs[name]
+    return bytes(changed)
+
+
+def _true_crcs(data: bytes) -> bytes:
+    crcs = {}
+    for name, header_at, entry_at in _zip_entries(data):
+        try:
+            begin, end = _zip_place(data, header_at, entry_at)
+        except struct.error:
+            return data
+        crcs[name] = zlib.crc32(data[begin:end]).to_bytes(4, "little")
+    return _with_crcs(data, crcs)
+
+
+def _zip_field(data: bytes, rng: random.Random) -> bytes:
+    """Another number in a header, the directory or its end; now and then in both headers."""
+    changed = bytearray(data)
+    entries = _zip_entries(data)
+    if not entries:
+        return _flip(data, rng)
+    _, header_at, entry_at = rng.choice(entries)
+    width = rng.choice((1, 2, 4))
+    value = (rng.choice([*NUMBERS, len(data), header_at]) % 256**width).to_bytes(width, "little")
+    at = rng.randrange(28)
+    for start in rng.choice(((header_at + 2 + at,), (entry_at + at,), (len(data) - 22 + at,), ())):
+        changed[start : start + width] = value
+    if at < 22:  # the same field of both
+        changed[header_at + 4 + at : header_at + 4 + at + width] = value
+        changed[entry_at + 6 + at : entry_at + 6 + at + width] = value
+    return bytes(changed[: len(data)])
 
 
 def _zarr_chunk(data: bytes, rng: random.Random) -> bytes:

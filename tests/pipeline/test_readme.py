@@ -54,15 +54,51 @@ MEASURED = [  # the start of a row; its JSON; keys and format of every ratio in 
 ]
 
 
-def test_the_quickstart_table_is_the_one_of_the_committed_figures() -> None:
+@pytest.fixture(scope="module")
+def readme() -> Any:
+    """tests/benchmarks/readme.py."""
     path = ROOT / "tests" / "benchmarks" / "readme.py"
     spec = importlib.util.spec_from_file_location("readme", path)
     assert spec is not None
     assert spec.loader is not None
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_quickstart_table_is_the_one_of_the_committed_figures(readme: Any) -> None:
     figures = json.loads(readme.FIGURES.read_text(encoding="utf-8"))
     assert readme.BEGIN + readme.section(figures) + readme.END in README
+
+
+def test_gpu_figures_are_those_of_the_committed_report_of_a_gpu(readme: Any) -> None:
+    text = readme.page.measured(readme.page.read_report())
+    assert readme.GPU_BEGIN + text + readme.GPU_END in MEASURED_PAGE
+
+
+def test_only_a_report_made_on_a_gpu_gives_figures(readme: Any) -> None:
+    rate = {"pairs_per_s": 1000.0, "tflop_per_s": 400.0, "peak_memory_gb": 70.0}
+    names = {config: rate for _, _, config in readme.page.STAGES}
+    report = {
+        "device": "some GPU",
+        "dry": False,
+        "made": "2026-01-02T03:04+00:00",
+        "torch": "2.10.0",
+        "cuda": "13.0",
+        "sections": {
+            "tokenizer": {"figures": names},
+            "world": {"figures": names},
+            "selection": {"figures": {"variants": {"exact": {"256": {"speedup": 2.5}}}}},
+        },
+    }
+    text = readme.page.measured(report)
+    assert "On one some GPU (torch 2.10.0, CUDA 13.0, 2026-01-02;" in text
+    assert "| steps of tokenizer/one-h200-256 | 1,000 pairs/s, 400 TFLOP/s, 70 GB |" in text
+    assert "| best of 256, exact: speed over the plain form | 2.5 |" in text
+    samples = 1024 * (1_000_000 + 500_000 + 2 * 50_000 + 300_000 + 5_000)
+    assert f"(computed from the rates above) | {samples / 1000 / 3600:.0f} |" in text
+    for none in (None, report | {"dry": True}):
+        assert readme.page.measured(none) == readme.page.NOT_MEASURED
 
 
 def test_the_picture_moves_and_is_small() -> None:

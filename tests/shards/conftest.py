@@ -27,7 +27,7 @@ from deltatok.shards.plan import (
     window_order,
     write_plan,
 )
-from deltatok.shards.records import write_quarantine
+from deltatok.shards.records import Quarantined, done_bytes, write_quarantine
 from deltatok.shards.windows import ShardRows
 
 NUM_FRAMES, GRID, HIDDEN_SIZE = 3, (2, 2), 6
@@ -82,7 +82,7 @@ class Little:
         record = json.loads(path.read_text())
         (file,) = [found for found in path.parent.glob(f"{shard:06d}.*") if found != path]
         record["file"] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        path.write_text(json.dumps(record))
+        path.write_bytes(done_bytes(record))
         finish_cache(self.folder)
 
 
@@ -158,6 +158,10 @@ def delta_rows(num_windows: int, keys: list[str], seed: int) -> ShardRows:
     columns = common_columns(num_windows, keys, rng)
     columns["timestamps_s"] -= columns["timestamps_s"][:, :1].copy()
     return ShardRows(tokens=tokens, **columns)
+
+
+def lost(keys: list[str]) -> list[Quarantined]:
+    return [Quarantined(clip=key, stage="open", reason="empty", attempts=1) for key in keys]
 
 
 def make_patches(

@@ -17,7 +17,7 @@ from deltatok.shards.cache import finish_cache, reopen_cache
 from deltatok.shards.files import sha256_file
 from deltatok.shards.patches.writer import write_patch_shard
 from deltatok.shards.plan import Plan, longer_plan
-from deltatok.shards.records import Quarantined, read_done
+from deltatok.shards.records import Quarantined, done_shards, read_done
 from deltatok.shards.tools.verify import verify_cache
 from deltatok.shards.windows import ShardRows
 from deltatok.train import encode as tokenize
@@ -222,7 +222,8 @@ def test_longer_plan_that_begins_otherwise_leaves_the_deltas_finished(
     before = bytes_of(tmp_path / "deltas")
     other = Path(shutil.copytree(patches, tmp_path / "patches"))
     edit_plan(other, lambda lines: lines[0]["clips"][0].update(key="other.mp4"))
-    append_clip(other)
+    clip = SimpleNamespace(key="new.mp4", path=Path("/videos/new.mp4"), size_bytes=1)
+    longer_plan(Plan.open(other), {clip.key: clip}, clips_per_shard=1, seed=0).commit()
     with pytest.raises(CacheMismatch, match=r"mp4"):
         write_deltas(config_of(other, tokenizer, tmp_path / "deltas"))
     assert bytes_of(tmp_path / "deltas") == before
@@ -298,3 +299,22 @@ def test_training_writes_the_deltas_when_asked(tokenizer_config: Make, tmp_path:
     assert DeltaShards(tmp_path / "deltas").info.complete
     train_tokenizer(dataclasses.replace(config, deltas=str(tmp_path / "again")))
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "deltas")
+
+
+@pytest.mark.parametrize("by", ["shard_of", "srun"])
+def test_runs_that_divide_the_shards_make_the_cache(
+    patches: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    write_deltas(config_of(patches, tokenizer, tmp_path / "whole"))
+    out = tmp_path / "divided"
+    made = []
+    for part in (1, 0):
+        shard_of = f"{part}/2" if by == "shard_of" else None
+        if by == "srun":
+            monkeypatch.setenv("SLURM_PROCID", str(part))
+            monkeypatch.setenv("SLURM_NTASKS", "2")
+        info = write_deltas(config_of(patches, tokenizer, out, shard_of=shard_of))
+        assert info.complete == (part == 0)
+        made.append(sorted(done_shards(out)))
+    assert made[0] == [shard for shard in made[1] if shard % 2]
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,9 +39,14 @@ def seed_for(*parts: int | str) -> int:
 
 def uniforms(size: int, *parts: int | str) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), float64 (size,)."""
-    raw = np.random.Philox(key=seed_for("uniforms", *parts)).random_raw(size)
-    uniform: NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return uniform
+    return next(uniform_rows(size, *parts))
+
+
+def uniform_rows(size: int, *parts: int | str) -> Iterator[NDArray[np.float64]]:
+    """The same, `size` of them after the other."""
+    bits = np.random.Philox(key=seed_for("uniforms", *parts))
+    while True:
+        yield (bits.random_raw(size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -166,6 +171,10 @@ def split_windows(
     return Split(training=np.flatnonzero(~is_validation), validation=np.flatnonzero(is_validation))
 
 
+DRAWN_AT_ONCE = 8192
+"""Positions of small batches that are computed together: 25 us for 1,024 instead of 75."""
+
+
 @dataclass(frozen=True, eq=False)
 class BatchOrder:
     """The windows of every step: each epoch a fresh permutation, its incomplete last batch dropped.
@@ -193,8 +202,10 @@ class BatchOrder:
     def at(self, step: int) -> Indices:
         """Windows of the global batch of step number `step` (from 0), int64 (per_batch,)."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        positions = np.arange(batch * self.per_batch, (batch + 1) * self.per_batch)
-        return self.windows[self._drawn(epoch, positions)]
+        at_once = max(1, DRAWN_AT_ONCE // self.per_batch)
+        piece, number = divmod(batch, at_once)
+        drawn = _draw(self, epoch, piece, at_once * self.per_batch)
+        return self.windows[drawn[number * self.per_batch : (number + 1) * self.per_batch]]
 
     def _drawn(self, epoch: int, positions: Indices) -> Indices:
         """Which of `windows` stand at `positions` of the epoch, int64 (n,)."""
@@ -247,6 +258,12 @@ class StreamOrder(BatchOrder):
 
     def _counts(self, blocks: Indices) -> Indices:
         return self._first[blocks + 1] - self._first[blocks]
+
+
+@functools.lru_cache(maxsize=4)  # for the batches that are read ahead
+def _draw(order: BatchOrder, epoch: int, piece: int, size: int) -> Indices:
+    last = order.steps_per_epoch * order.per_batch
+    return order._drawn(epoch, np.arange(piece * size, min((piece + 1) * size, last)))
 
 
 @functools.lru_cache(maxsize=4)

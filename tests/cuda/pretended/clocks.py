@@ -44,6 +44,8 @@ class Block:
     clocks: "Clocks"
     home: str | None = None
     """The stream it was allocated on; None for the host's memory."""
+    num_bytes: int = 0
+    """On the device."""
     is_pinned: bool = False
     write: Access | None = None
     reads: dict[str, Access] = field(default_factory=dict)
@@ -59,6 +61,8 @@ class Clocks:
         self.counts = counts
         self.problems: list[str] = []
         """Races and blocks freed too early, in the order in which they were found."""
+        self.live_bytes = self.peak_bytes = 0
+        """What is allocated on the devices, and the most that ever was."""
         self.lock = threading.RLock()
         self._known: dict[str, Times] = {}
 
@@ -75,6 +79,13 @@ class Clocks:
         """The block of a storage if this device or a copy has touched it."""
         block = getattr(storage, "_pretended_block", None)
         return block if block is not None and block.clocks is self else None
+
+    def allocated(self, block: Block, stream: str, num_bytes: int) -> None:
+        """The stream has a new block of its own."""
+        if block.home is None:
+            block.home, block.num_bytes = stream, num_bytes
+            self.live_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def known(self, agent: str) -> Times:
         """What an agent knows of all."""
@@ -138,6 +149,7 @@ class Clocks:
         if block.home is None:
             return
         with self.lock:
+            self.live_bytes -= block.num_bytes
             uses = [*block.reads.values(), *([block.write] if block.write else [])]
             for use in uses:
                 if use.agent == HOST or use.agent in block.recorded:

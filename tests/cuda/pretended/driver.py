@@ -23,7 +23,16 @@ aten = torch.ops.aten
 class PretendedDevice:
     """The devices of one `pretend_cuda`: their streams, and what has been found."""
 
-    def __init__(self, *, num_devices: int, capability: tuple[int, int], total_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_devices: int,
+        capability: tuple[int, int],
+        total_bytes: int,
+        has_numbers: bool,
+    ) -> None:
+        self.inner = torch.device("cpu" if has_numbers else "meta")
+        """Where its tensors really lie."""
         self.counts = Counts()
         self.clocks = Clocks(self.counts)
         self.num_devices, self.capability, self.total_bytes = num_devices, capability, total_bytes
@@ -123,15 +132,21 @@ def pretend_cuda(
     num_devices: int = 1,
     capability: tuple[int, int] = (9, 0),
     total_bytes: int = 80 * 10**9,
+    has_numbers: bool = True,
 ) -> Iterator[PretendedDevice]:
     """torch.cuda is available inside. Look at `problems` and `counts` of what it gives.
 
+    has_numbers false: tensors have shapes only, so that models of any size can be counted; nothing
+    can be copied to the host.
     Not for a torch that has CUDA. Two of them are not on at the same time.
     """
     if torch.version.cuda is not None:
         raise AssertionError("a device is pretended for a torch without CUDA only")
     device = PretendedDevice(
-        num_devices=num_devices, capability=capability, total_bytes=total_bytes
+        num_devices=num_devices,
+        capability=capability,
+        total_bytes=total_bytes,
+        has_numbers=has_numbers,
     )
     allow_autograd()
     with ExitStack() as stack:
@@ -168,8 +183,8 @@ def _replacements(device: PretendedDevice) -> Iterator[tuple[Any, str, Any]]:
         "get_device_properties": device.properties,
         "is_bf16_supported": lambda including_emulation=True: True,
         "mem_get_info": lambda d=None: (device.total_bytes, device.total_bytes),
-        "max_memory_allocated": lambda d=None: 0,
-        "memory_allocated": lambda d=None: 0,
+        "max_memory_allocated": lambda d=None: device.clocks.peak_bytes,
+        "memory_allocated": lambda d=None: device.clocks.live_bytes,
         "reset_peak_memory_stats": lambda d=None: None,
         "empty_cache": lambda: None,
         "manual_seed": lambda seed: None,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .driver import PretendedDevice
 
 aten = torch.ops.aten
-_CPU = torch.device("cpu")
 _INSIDE = "xla"
 """The type of device that C++ sees."""
 
@@ -207,7 +206,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     inner_args = _unwrapped(args)
     inner_kwargs = {name: _unwrapped(v) for name, v in _without_pin(kwargs).items()}
     if _wanted_index(kwargs) is not None:
-        inner_kwargs["device"] = _CPU
+        inner_kwargs["device"] = device.inner
     to = _target(func, args, kwargs, index)
     with device.clocks.lock:
         out = _kernel(func)(*inner_args, **inner_kwargs)
@@ -340,7 +339,7 @@ def _note(
     made = [t for t in _leaves((out,)) if isinstance(t, Tensor)]
     if func in _ALLOCATIONS:
         for t in made:
-            block_of(t).home = stream
+            clocks.allocated(block_of(t), stream, t.untyped_storage().nbytes())
         return
     reads: dict[int, Block] = {}
     writes: dict[int, Block] = {}
@@ -354,7 +353,8 @@ def _note(
     for t in made:
         block = block_of(t)
         if id(block) not in reads and id(block) not in writes:
-            block.home = None if to_host else stream
+            if not to_host:
+                clocks.allocated(block, stream, t.untyped_storage().nbytes())
             writes[id(block)] = block
     clocks.access(stream, str(func), reads=reads.values(), writes=writes.values(), line=line)
     why = _why_it_waits(func, args)

@@ -171,6 +171,7 @@ def test_writing_twice_gives_the_same_bytes(little: Any, tmp_path: Path) -> None
 
 def test_seed_permutes_as_it_does_in_patch_shards(deltas: Any) -> None:
     write_delta_shard(deltas.folder, 0, deltas.rows[0], seed=7)
+    finish_cache(deltas.folder)
     got = DeltaShards(deltas.folder).tokens(np.arange(5))
     order = window_order(5, seed=7, shard=0)
     np.testing.assert_array_equal(got, deltas.rows[0].tokens[order])
@@ -255,8 +256,9 @@ def test_writer_refuses_rows_of_another_shape(
 
 
 def test_shard_without_windows_is_only_a_done_record(little: Any, deltas: Any) -> None:
-    record = write_delta_shard(deltas.folder, 0, little.delta_rows(0, [], seed=0))
-    assert (record.rows, record.files) == (0, {})
+    rows = replace(little.delta_rows(0, [], seed=0), quarantined=little.lost(deltas.rows[0].keys))
+    record = write_delta_shard(deltas.folder, 0, rows)
+    assert (record.rows, record.file) == (0, None)
     finish_cache(deltas.folder)
     np.testing.assert_array_equal(
         DeltaShards(deltas.folder).load()[0], deltas.expected["tokens"][5:]

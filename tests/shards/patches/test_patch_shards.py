@@ -21,7 +21,7 @@ from deltatok.shards import (
 from deltatok.shards.cache import open_cache
 from deltatok.shards.patches.layout import from_stored, to_bfloat16_bits
 from deltatok.shards.patches.writer import write_patch_shard
-from deltatok.shards.plan import window_order
+from deltatok.shards.plan import PlanEntry, window_order, write_plan
 from deltatok.shards.windows import ShardRows
 
 
@@ -196,6 +196,8 @@ def test_any_shape_comes_back(
         clip=np.zeros(windows, np.int32),
         keys=["é☃.mp4"],
     )
+    clips = [PlanEntry(key=f"{n}.mp4", source="", size_bytes=1, shard=n) for n in range(3)]
+    write_plan(folder, [*clips, PlanEntry(key=rows.keys[0], source="", size_bytes=1, shard=3)])
     write_patch_shard(folder, 3, rows, dtype=dtype, seed=seed)
     reader = PatchShards(folder, allow_incomplete=True)
     asked = data.draw(st.lists(st.integers(0, windows - 1), max_size=6))

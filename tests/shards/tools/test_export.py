@@ -250,6 +250,15 @@ def test_an_export_that_stopped_goes_on_and_ends_with_the_same_bytes(
     assert first.stat().st_mtime_ns == before
 
 
+def test_parts_of_a_plan_that_was_never_committed_are_cleared(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_cache([source], out, clips_per_shard=2)
+    (out / "plan.json").unlink()
+    (out / "plan/000000-0123456789abcdef.jsonl").touch()
+    export_cache([source], out, clips_per_shard=2)
+    assert verify_cache(out).problems == []
+
+
 def test_an_export_killed_while_it_writes_goes_on(patches: Any, tmp_path: Path) -> None:
     """SIGKILL in the middle of publishing a shard: a partial folder is left, and then cleared."""
     code = """

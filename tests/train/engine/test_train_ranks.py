@@ -26,6 +26,7 @@ RANK = """
 import dataclasses, json, os, socket, sys
 from pathlib import Path
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from deltatok.shards import DeltatokError
 from deltatok.train.engine import loop
 from deltatok.train.engine.devices import leave_group
@@ -77,6 +78,23 @@ for name, patched, attribute, broken in (
         setattr(patched, attribute, sound)
     torch.distributed.barrier()
 (folder / f"endings-{rank}.json").write_text(json.dumps(endings))
+
+# How often gradients are exchanged in steps of several portions.
+exchanged, train = [], loop.Trainer.train
+
+def exchange(state, bucket):
+    exchanged.append(bucket.index())
+    return allreduce_hook(None, bucket)
+
+def counted(self):
+    self.forward.register_comm_hook(None, exchange)
+    train(self)
+
+loop.Trainer.train = counted
+changed = {"steps": 3, "eval_every": 9, "save_every": 9, "micro_batch_size": 1}
+train_world(dataclasses.replace(config, out=str(folder / "exchanging"), **changed))
+loop.Trainer.train = train
+(folder / f"exchanged-{rank}.json").write_text(json.dumps(exchanged))
 
 # Ranks whose evaluations differ, as by rounding: the main one says which is the best.
 values = iter([0.5, 0.4, 0.6] if rank == 0 else [0.5, 0.6, 0.4])
@@ -206,3 +224,9 @@ def test_the_main_rank_says_which_checkpoint_is_the_best(runs: Path) -> None:
     assert (best["step"], best["value"]) == (2, 0.4)
     steps = sorted(path.name for path in (runs / "differing/checkpoints").iterdir())
     assert steps == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gradients_are_exchanged_once_a_step(runs: Path, rank: int) -> None:
+    """Not after every one of its four portions; this little model is one bucket."""
+    assert json.loads((runs / f"exchanged-{rank}.json").read_text()) == [0, 0, 0]

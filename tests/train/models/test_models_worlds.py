@@ -10,6 +10,7 @@ from deltatok.shards.errors import DeltatokError, UsageError
 from deltatok.train.models.configs import DeltaWorldConfig, DINOWorldConfig
 from deltatok.train.models.deltaworld import DeltaWorldNetwork
 from deltatok.train.models.dinoworld import DINOWorld
+from deltatok.train.models.world import causal
 
 GRID = (2, 3)
 WORLD = DeltaWorldConfig(
@@ -158,3 +159,12 @@ def test_bfloat16_autocast_stays_near_float32(world):
         with torch.autocast("cpu", torch.bfloat16):
             rough = world(z, times(2, 4), queries)
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("key_repeats", [1, 4])
+def test_every_query_sees_something(repeats, key_repeats):
+    """Attention backends differ in what they give for a row of a mask that hides all: NaN, or 0."""
+    visible = causal(7, repeats=repeats, key_repeats=key_repeats)
+    assert visible.shape == (7 * repeats, 7 * key_repeats)
+    assert visible.any(dim=1).all()
