@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ...shards.errors import UsageError
 from ...shards.files import check_address, is_address, local_path
@@ -115,7 +115,8 @@ def _search_given(
 ) -> tuple[Iterable[ClipCandidate], str]:
     """What is in a place that the user gave, and what keys start with among several of them."""
     if isinstance(path, str):
-        return find_in_store(path), without_suffix(path.rpartition("/")[2])
+        name = PurePosixPath(path).name
+        return find_in_store(path), name if without_suffix(name) == name else ""
     if path.is_dir():
         return _search_folder(path), path.resolve().name
     if archive_of(path) == path and find_parts(path):

@@ -136,6 +136,7 @@ def test_file_address_is_the_folder(
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="../shared/videos is not there")
 @STORES
+@pytest.mark.filterwarnings("ignore:Use .content")  # of the hub's client, for large files
 def test_real_videos_decode_as_from_the_disk(address: str, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     folder.mkdir()
