@@ -474,9 +474,11 @@ def remove_strangers(folder: Path) -> None:
     """Removes parts that are none of the plan's any more, and what killed writers left; while
     nobody changes the plan."""
     remove_partials(folder / PLAN_FOLDER)
-    for path in Plan.open(folder).strangers():
-        if _PART_NAME.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    strangers = [path for path in Plan.open(folder).strangers() if _PART_NAME.fullmatch(path.name)]
+    for path in strangers:
+        path.unlink(missing_ok=True)
+    if strangers:  # else a power loss would bring them back into a finished cache
+        flush(folder / PLAN_FOLDER)
 
 
 def _is_among(clips: Mapping[str, PlannedClip], entry: PlanEntry, plan: Plan) -> bool:

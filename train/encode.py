@@ -12,7 +12,7 @@ Letters: n windows, T frames of a window to write, N patches, D channels.
 import logging
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -75,7 +75,12 @@ def extract_on_ray(
             with progress_of(ledger, part, shards, watch) as progress:
 
                 def when_done(record: DoneRecord) -> None:
-                    _show(record, progress, num_frames=config.num_frames)
+                    for clip in record.quarantined:
+                        _LOGGER.warning(
+                            "quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason
+                        )
+                        progress.add_clip(0)
+                    progress.add_clips(record.clips, num_frames=record.rows * config.num_frames)
                     note_done(config, record, ledger, progress, watch)
 
                 fleet.make(
@@ -113,21 +118,19 @@ def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
         num_left = sum(part.record.clips for (part,) in left.values())
         if left:
             with Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress:
+
+                def when_done(record: DoneRecord) -> None:
+                    progress.add_clips(record.clips, num_frames=record.rows * num_frames)
+                    progress.add_written(0 if record.file is None else record.file.bytes)
+
                 fleet.make(
                     left,
                     stop,
-                    when_done=lambda record: _show(record, progress, num_frames=num_frames),
+                    when_done=when_done,
                     when_spent=watch.add,
                     when_actors=progress.set_actors,
                 )
         finish_deltas(config, work, mine)
-
-
-def _show(record: DoneRecord, progress: Progress, *, num_frames: int) -> None:
-    for clip in record.quarantined:
-        _LOGGER.warning("quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason)
-        progress.add_clip(0)
-    progress.add_clips(record.clips, num_frames=record.rows * num_frames)
 
 
 def _part_of_driver(shard_of: str | None) -> Part:

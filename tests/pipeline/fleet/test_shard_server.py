@@ -39,7 +39,7 @@ class Sleeper:
             for _ in items:
                 self.stop.check()
                 time.sleep(0.02)
-            when_done(DoneRecord(shard=shard, keys=[], rows=0, files={}))
+            when_done(DoneRecord(shard=shard, clips=0, keys_sha256="", rows=0))
 
     def seconds(self) -> Mapping[str, float]:
         return {"sleep": 1.0}
