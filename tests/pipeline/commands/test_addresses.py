@@ -1,5 +1,4 @@
-"""s3://bucket/cache is taken where a cache is; any other path that is an address, and any address of
-an unknown scheme, is refused before anything is made."""
+"""An address is taken where a cache is; anywhere else, or of an unknown scheme, it is refused."""
 
 import argparse
 import dataclasses
