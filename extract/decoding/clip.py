@@ -168,13 +168,16 @@ def opened_clip(
 def _downloaded(
     clip: Clip, source: StoredVideo, *, starting: Callable[[Step], None]
 ) -> Iterator[Path]:
-    """The path, in this process, of a copy without a name: nothing of it outlives a kill."""
+    """The path, in this process, of a copy without a name: nothing of it outlives a kill. (Where
+    there is no /proc it has a name, because a path in /dev/fd shares the position of the file.)"""
     starting("download")
     folder = Path(tempfile.gettempdir())
+    has_proc = Path("/proc/self/fd").is_dir()
+    temporary = tempfile.TemporaryFile if has_proc else tempfile.NamedTemporaryFile
     check_free(folder, clip.size_bytes, what=f"the copy of {source.address} (TMPDIR)")
     with ExitStack() as stack:
         with disk_errors(folder):
-            file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            file = stack.enter_context(temporary(dir=folder))
         try:
             for chunk in open_store(source.store).stream(source.name, stamp=source.stamp):
                 with disk_errors(folder):
@@ -185,7 +188,7 @@ def _downloaded(
             raise ClipError(
                 f"{source.address}: is not there, or was replaced since it was found", stage="open"
             ) from error
-        yield Path(f"/dev/fd/{file.fileno()}")
+        yield Path("/proc/self/fd", str(file.name))  # the name is the descriptor, or a path
 
 
 @contextmanager
