@@ -182,7 +182,7 @@ def test_a_command_ends_with_2_and_makes_no_folder(
     ],
 )
 def test_python_takes_no_address(take: Callable[[Any], Any], address: str | Path) -> None:
-    with pytest.raises(UsageError, match="an address.*wanted a path"):
+    with pytest.raises(UsageError, match=r"an address.*wanted a path"):
         take(address)
 
 

@@ -122,7 +122,7 @@ def test_transfer_that_breaks_off_goes_on(
 
 @pytest.mark.parametrize("url", ["ftp://host/cache", "s3://", "hf://models/a", "hf://datasets/a"])
 def test_unknown_address_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="wanted|not an address|not installed"):
+    with pytest.raises(UsageError, match=r"wanted|not an address|not installed"):
         open_store(url)
 
 
@@ -162,7 +162,7 @@ def test_store_that_replaces_what_is_there_is_refused(
 
 def test_read_only_folder_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("obstore", reason="pip install 'deltatok[cloud]'")
-    with pytest.raises(UsageError, match="cannot be made|may not be written|read-only"):
+    with pytest.raises(UsageError, match=r"cannot be made|may not be written|read-only"):
         open_store("file:///proc/store").probe()
 
 
