@@ -105,9 +105,9 @@ def test_transfer_that_breaks_off_goes_on(
     store.create([new_file("a", data)])
     whole, tries = store.chunks, []
 
-    def breaks_off(name: str):  # type: ignore[no-untyped-def]
+    def breaks_off(name: str, *, stamp: str = ""):  # type: ignore[no-untyped-def]
         tries.append(name)
-        for chunk in whole(name):
+        for chunk in whole(name, stamp=stamp):
             yield chunk[:1000]
             if len(tries) < 3:
                 raise DeltatokError("the network is gone")
