@@ -69,8 +69,8 @@ class PlannedClip(Protocol):
         """Its name in the cache, unique."""
 
     @property
-    def path(self) -> Path:
-        """The file to read it from."""
+    def origin(self) -> str:
+        """Where it is read from: a path or an address."""
 
     @property
     def size_bytes(self) -> int:
@@ -318,7 +318,7 @@ def make_plan(
         _check_key(clip.key)
         if clip.key in by_key:
             raise UsageError(
-                f"{clip.path} and {by_key[clip.key].path} are both called {clip.key!r}: "
+                f"{clip.origin} and {by_key[clip.key].origin} are both called {clip.key!r}: "
                 "rename one, or give a common parent folder"
             )
         by_key[clip.key] = clip
@@ -505,13 +505,13 @@ def _check_same(folder: Path, entry: PlanEntry, clip: PlannedClip | PlanEntry) -
 
 def _refuse_other_names(plan: Plan, new: Iterable[PlannedClip]) -> None:
     """A clip's key depends on the folders given: with another set of them, old clips look new."""
-    names = {(str(clip.path), clip.size_bytes, Path(clip.key).name): clip for clip in new}
+    names = {(clip.origin, clip.size_bytes, Path(clip.key).name): clip for clip in new}
     for entry in plan:
         clip = names.get((entry.source, entry.size_bytes, entry.key.rpartition("/")[2]))
         if clip is not None:
             raise CacheMismatch(
-                f"{plan.folder}: {clip.path} is in this cache as {entry.key!r}, and would be added "
-                f"as {clip.key!r}: give the new videos alone"
+                f"{plan.folder}: {clip.origin} is in this cache as {entry.key!r}, and would be "
+                f"added as {clip.key!r}: give the new videos alone"
             )
 
 
@@ -525,7 +525,7 @@ def _mended(entry: PlanEntry, clips: Mapping[str, PlannedClip]) -> PlanEntry:
 def _entry_of(clip: PlannedClip, *, shard: int) -> PlanEntry:
     return PlanEntry(
         key=clip.key,
-        source=str(clip.path),
+        source=clip.origin,
         size_bytes=clip.size_bytes,
         shard=shard,
         **{name: getattr(clip, name, None) for name in _OPTIONAL},

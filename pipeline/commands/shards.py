@@ -64,10 +64,10 @@ class VerifyConfig:
     is seen writing to DIR."""
     audit: int | None = None
     """Extract so many random clips again and compare their windows."""
-    videos: tuple[str, ...] = ()
+    videos: tuple[PathOrAddress, ...] = ()
     """For --audit: where the videos are, as for deltatok-extract; none given: where the plan
     says."""
-    root: str | None = None
+    root: PathOrAddress | None = None
     """For --audit: --root of deltatok-extract."""
     backbone: str | None = None
     """For --audit: hub id or folder; none given: the hub id in cache.json."""

@@ -58,20 +58,35 @@ class HubStore(Store):
             except EntryNotFoundError:  # no such folder
                 return
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        from huggingface_hub import hf_hub_url
+    def stat(self, name: str) -> StoredObject | None:
+        from huggingface_hub import get_hf_file_metadata
+
+        try:
+            with self._errors(name):
+                found = get_hf_file_metadata(self._address(name), endpoint=self._api.endpoint)
+        except FileNotFoundError:
+            return None
+        return StoredObject(name, found.size or 0, found.etag or "")
+
+    def chunks(self, name: str, *, stamp: str = "") -> Iterator[bytes]:
         from huggingface_hub.utils._headers import build_hf_headers
         from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-        with self._errors(name):
-            address = hf_hub_url(
-                filename=f"{self._folder}{name}", endpoint=self._api.endpoint, **self._where
-            )
-            with get_session().stream(
-                "GET", address, headers=build_hf_headers(), follow_redirects=True
-            ) as response:
-                hf_raise_for_status(response)
-                yield from response.iter_bytes(_CHUNK_BYTES)
+        headers, address = build_hf_headers(), self._address(name)
+        with (
+            self._errors(name),
+            get_session().stream("GET", address, headers=headers, follow_redirects=True) as answer,
+        ):
+            hf_raise_for_status(answer)
+            if stamp and _stamp(answer) != stamp:
+                raise FileNotFoundError(self.at(name))
+            yield from answer.iter_bytes(_CHUNK_BYTES)
+
+    def _address(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        filename = f"{self._folder}{name}"
+        return hf_hub_url(filename=filename, endpoint=self._api.endpoint, **self._where)
 
     def create(self, files: Sequence[NewFile]) -> bool:
         new = []
@@ -160,3 +175,11 @@ class HubStore(Store):
                 f"{self.at(name)}: the hub cannot be reached ({error}): check the network, and run "
                 "again"
             ) from error
+
+
+def _stamp(response: Any) -> str:
+    """What `list` calls this version: a large file is redirected to where it has another ETag."""
+    for answer in (*response.history, response):
+        if linked := answer.headers.get("x-linked-etag"):
+            return str(linked).removeprefix("W/").strip('"')
+    return str(response.headers.get("etag", "")).removeprefix("W/").strip('"')

@@ -99,8 +99,12 @@ class Store(ABC):
         """The files of the folder `prefix` ("" or "shards/") and below."""
 
     @abstractmethod
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's bytes; FileNotFoundError where there is none."""
+    def stat(self, name: str) -> StoredObject | None:
+        """A file as `list` gives it; None where there is none."""
+
+    @abstractmethod
+    def chunks(self, name: str, *, stamp: str = "") -> Iterator[bytes]:
+        """A file's bytes; FileNotFoundError where there is none, or not that version of it."""
 
     @abstractmethod
     def create(self, files: Sequence[NewFile]) -> bool:
@@ -146,7 +150,7 @@ class Store(ABC):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with partial.open("wb") as file:
-                    for chunk in self._chunks_again(name):
+                    for chunk in self.stream(name):
                         file.write(chunk)
                         digest.update(chunk)
                         got += len(chunk)
@@ -171,7 +175,7 @@ class Store(ABC):
     def check_same(self, file: NewFile) -> None:
         """Raises CacheMismatch unless the file of this name has these bytes."""
         there = hashlib.sha256()
-        for chunk in self._chunks_again(file.name):
+        for chunk in self.stream(file.name):
             there.update(chunk)
         if there.hexdigest() != file.sha256:
             raise CacheMismatch(
@@ -180,13 +184,13 @@ class Store(ABC):
                 "this address; give another one"
             )
 
-    def _chunks_again(self, name: str) -> Iterator[bytes]:
+    def stream(self, name: str, *, stamp: str = "") -> Iterator[bytes]:
         """`chunks`, begun again where the transfer breaks off; what came before is skipped."""
         given = 0
         for tries_left in reversed(range(FETCH_TRIES)):
             skip = given
             try:
-                for chunk in self.chunks(name):
+                for chunk in self.chunks(name, stamp=stamp):
                     rest = chunk[min(skip, len(chunk)) :]
                     skip -= len(chunk) - len(rest)
                     given += len(rest)
@@ -235,9 +239,19 @@ class ObjectStore(Store):
                 for item in page:
                     yield StoredObject(item["path"], item["size"], item["e_tag"] or "")
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def stat(self, name: str) -> StoredObject | None:
+        try:
+            with self._errors(name):
+                item = self._obstore.head(self._store, name)
+        except FileNotFoundError:
+            return None
+        return StoredObject(name, item["size"], item["e_tag"] or "")
+
+    def chunks(self, name: str, *, stamp: str = "") -> Iterator[bytes]:
+        options = {"if_match": stamp} if stamp else None
         with self._errors(name):
-            for chunk in self._obstore.get(self._store, name).stream(min_chunk_size=_CHUNK_BYTES):
+            found = self._obstore.get(self._store, name, options=options)
+            for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
                 yield bytes(chunk)
 
     def create(self, files: Sequence[NewFile]) -> bool:
@@ -293,6 +307,8 @@ class ObjectStore(Store):
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise _as_ours(self.at(name), error) from error
+            raise FileNotFoundError(self.at(name)) from error
+        except exceptions.PreconditionError as error:  # of `chunks`: another version
             raise FileNotFoundError(self.at(name)) from error
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             wanted = "may write there" if writing else "may read there"

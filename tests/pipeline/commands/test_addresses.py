@@ -182,14 +182,14 @@ def test_a_command_ends_with_2_and_makes_no_folder(
     ],
 )
 def test_python_takes_no_address(take: Callable[[Any], Any], address: str | Path) -> None:
-    with pytest.raises(UsageError, match="an address.*wanted a path"):
+    with pytest.raises(UsageError, match=r"an address.*wanted a path"):
         take(address)
 
 
-def test_a_list_takes_no_address(tmp_path: Path) -> None:
+def test_a_list_takes_no_address_of_an_unknown_scheme(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
-    file.write_text(f"{ADDRESS}/clip.mp4\n")
-    with pytest.raises(UsageError, match=rf"list\.txt: line 1: {ADDRESS}.*an address"):
+    file.write_text(f"{UNKNOWN}/clip.mp4\n")
+    with pytest.raises(UsageError, match=rf"list\.txt: line 1: {UNKNOWN}.*an address"):
         find_clips([file])
 
 

@@ -30,6 +30,8 @@ class FakeHub:
         """(method, path)"""
         self.conflicts = 0
         """So many commits are refused with 412."""
+        self.is_down = False
+        """Files are not given."""
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"hub": self}))
 
@@ -130,7 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._missing("EntryNotFound")
             return
-        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        if self.hub.is_down:
+            self._say({"error": "down"}, status=503)
+            return
+        etag = f'"{_stamp(data)}"'
         self._answer(data, {"ETag": etag, "X-Repo-Commit": "0" * 40}, kind="octet-stream")
 
     def _missing(self, code: str) -> None:
@@ -171,6 +176,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+def _stamp(data: bytes) -> str:
+    known = hashlib.sha1 if len(data) <= LFS_ABOVE_BYTES else hashlib.sha256
+    return known(data).hexdigest()
 
 
 def _described(name: str, data: bytes) -> dict[str, Any]:

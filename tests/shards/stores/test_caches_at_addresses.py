@@ -53,9 +53,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     get, listing = ObjectStore.chunks, ObjectStore.list
 
-    def chunks(self: ObjectStore, name: str) -> Any:
+    def chunks(self: ObjectStore, name: str, *, stamp: str = "") -> Any:
         names.append(name)
-        return get(self, name)
+        return get(self, name, stamp=stamp)
 
     def listed(self: ObjectStore, prefix: str = "") -> Any:
         names.append(f"list {prefix}")

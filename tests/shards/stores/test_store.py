@@ -105,9 +105,9 @@ def test_transfer_that_breaks_off_goes_on(
     store.create([new_file("a", data)])
     whole, tries = store.chunks, []
 
-    def breaks_off(name: str):  # type: ignore[no-untyped-def]
+    def breaks_off(name: str, *, stamp: str = ""):  # type: ignore[no-untyped-def]
         tries.append(name)
-        for chunk in whole(name):
+        for chunk in whole(name, stamp=stamp):
             yield chunk[:1000]
             if len(tries) < 3:
                 raise DeltatokError("the network is gone")
@@ -122,7 +122,7 @@ def test_transfer_that_breaks_off_goes_on(
 
 @pytest.mark.parametrize("url", ["ftp://host/cache", "s3://", "hf://models/a", "hf://datasets/a"])
 def test_unknown_address_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="wanted|not an address|not installed"):
+    with pytest.raises(UsageError, match=r"wanted|not an address|not installed"):
         open_store(url)
 
 
@@ -162,7 +162,7 @@ def test_store_that_replaces_what_is_there_is_refused(
 
 def test_read_only_folder_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("obstore", reason="pip install 'deltatok[cloud]'")
-    with pytest.raises(UsageError, match="cannot be made|may not be written|read-only"):
+    with pytest.raises(UsageError, match=r"cannot be made|may not be written|read-only"):
         open_store("file:///proc/store").probe()
 
 
