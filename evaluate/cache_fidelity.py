@@ -27,6 +27,7 @@ from ..shards.evaluation.labels import ClipLabels
 from ..shards.evaluation.targets import last_frames
 from ..shards.files import make_folder, write_json
 from ..shards.patches.reader import PatchShards
+from ..shards.schema import Place
 from ..shards.tools.info import describe_cache
 from ..train.losses import smooth_l1
 from ..train.models.deltatok import DeltaTok
@@ -217,9 +218,9 @@ METRICS = {
 class CacheFidelityConfig:
     """Which two caches, and what to judge them by."""
 
-    patches: str
+    patches: Place
     """The patch-token cache to judge."""
-    reference: str
+    reference: Place
     """Patch-token cache of the same windows in the storage type to compare with."""
     tokenizer: str | None = None
     """Folder of a tokenizer: adds its reconstruction loss."""

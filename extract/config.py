@@ -17,6 +17,7 @@ from typing import Literal
 from ..shards.errors import UsageError
 from ..shards.parts import parse_shard_of
 from ..shards.sampling import KINETICS_STRIDE_RANGE_S, SamplingPolicy
+from ..shards.schema import PathOrAddress, Place
 
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _BYTES = {"": 1.0, "b": 1.0} | {
@@ -45,7 +46,7 @@ BATCH_FRAMES = {"cpu": 32, "cuda": 64}
 class RunConfig:
     """How a patch-token cache is made."""
 
-    out: str
+    out: Place
     """Folder of the cache; one that is already there is gone on with."""
     limit: int | None = None
     """Only this many clips: the first in the seeded order of the plan, so that a higher limit
@@ -148,13 +149,15 @@ DecoderChoice = Literal["auto", "decord", "torchcodec", "pyav"]
 class ExtractConfig(RunConfig):
     """Videos in, a patch-token cache out."""
 
-    videos: tuple[str, ...]
+    videos: tuple[PathOrAddress, ...]
     """Videos: files, folders (searched recursively; also for folders of frames named
     *_<seconds>.jpg), lists (.txt, .csv, .jsonl, Kinetics' annotations), uncompressed .tar of
-    videos, .zip of videos or of such folders (also split)."""
-    root: str | None = None
-    """Where the paths in lists start and Kinetics' names are looked up (a folder, .tar or .zip);
-    none given: the list's own folder. No list reaches anything outside of it."""
+    videos, .zip of videos or of such folders (also split); addresses of videos or of folders of
+    videos (s3://, gs://, az://, hf://datasets/..., file://), also as the lines of a list."""
+    root: PathOrAddress | None = None
+    """Where the paths in lists start and Kinetics' names are looked up (a folder, .tar or .zip, or
+    an address); none given: the list's own folder. No path in a list reaches anything outside of
+    it."""
     exclude: str | None = None
     """File with one clip a line to leave out: its key, class/name or name, with or without
     .mp4. A line that names no clip is an error."""

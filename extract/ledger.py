@@ -33,6 +33,7 @@ from ..shards.records import (
     remove_done,
     write_quarantine,
 )
+from ..shards.stores.upload import take_records
 
 EARLY_STOP_CLIPS = 100
 """With this many clips in quarantine, and more than allowed whatever follows, a run stops before
@@ -200,6 +201,7 @@ def close_cache(folder: Path, *, changed: bool, part: Part) -> Totals:
     changed: whether this process made a shard. Otherwise nothing is written where all is done.
     Where others have shards to make yet, says so and leaves it to them.
     """
+    take_records(folder)
     info, plan = read_cache_info(folder), Plan.open(folder)
     missing = sorted(set(range(plan.num_shards)).difference(done_shards(folder)))
     if missing:

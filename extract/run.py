@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..shards.cache import open_cache
@@ -32,6 +32,7 @@ from ..shards.plan import (
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
 from ..shards.stopwatch import Stopwatch
+from ..shards.stores.upload import out_folder
 from .backbone import Backbone, load_backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy
@@ -133,6 +134,7 @@ def run_extraction(
     start_s = time.monotonic()
     part = part or Part.of_this_process(config.shard_of)
     check_installed(config.decoder)
+    config = replace(config, out=str(out_folder(config.out)))
     policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
     with StopRequest(time_limit_s=config.time_limit_s) as stop:

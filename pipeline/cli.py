@@ -33,7 +33,8 @@ import yaml
 from ..shards.errors import DeltatokError, Stopped, UsageError
 from ..shards.files import local_path, read_text
 from ..shards.interrupts import StopRequest
-from ..shards.schema import load
+from ..shards.schema import Place, load
+from ..shards.stores.mirror import CACHE_DIR, CACHE_LIMIT
 from .alive import SignOfLife
 
 Config = TypeVar("Config")
@@ -145,7 +146,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(body: Callable[[], None]) -> int:
     """Run one command's body; print its error, if any, and give the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "accelerate", "matplotlib", "fontTools"):
+    for noisy in ("httpx", "httpx2", "accelerate", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         # From the first import on; what a run may not be torn out of takes the signal itself.
@@ -199,8 +200,11 @@ class Command:
     def parse(self, prog: str, words: Sequence[str]) -> Any:
         """The config that the words, and the file that they may name, make."""
         config_type = load_name(self.config)
-        parser = self.parser(prog, config_type, words)
-        return config_from_arguments(config_type, parser.parse_args(words))
+        arguments = self.parser(prog, config_type, words).parse_args(words)
+        for name in (CACHE_DIR, CACHE_LIMIT):
+            if getattr(arguments, name, None) is not None:
+                os.environ[name] = getattr(arguments, name)  # for child processes, too
+        return config_from_arguments(config_type, arguments)
 
     def parser(self, prog: str, config_type: type, words: Sequence[str]) -> Parser:
         """The parser of the command's flags."""
@@ -208,6 +212,8 @@ class Command:
         given = {word.partition("=")[0] for word in words}
         elsewhere = {"--config", f"--{self.positional}"} & given
         add_config_flags(parser, config_type, positional=None if elsewhere else self.positional)
+        if takes_addresses(config_type):
+            add_mirror_flags(parser)
         if self.notes:
             parser.epilog = f"{parser.epilog}\n\n{self.notes}"
         return parser
@@ -293,6 +299,30 @@ def add_config_flags(
                 metavar=_choices(hint) or field.name.upper(),
                 help=text,
             )
+
+
+def takes_addresses(config_type: type) -> bool:
+    """Whether a field is a cache, which may lie at an address."""
+    hints = typing.get_type_hints(config_type, include_extras=True)
+    return any(Place in (hint, *typing.get_args(hint)) for hint in hints.values())
+
+
+def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
+    """--cache-dir and --cache-limit-gb, which stand for environment variables."""
+    parser.add_argument(
+        "--cache-dir",
+        dest=CACHE_DIR,
+        metavar="DIR",
+        help="where shards of caches at addresses (s3://..., hf://...) are kept while they are "
+        f"read or made [{CACHE_DIR}, else ~/.cache/deltatok]",
+    )
+    parser.add_argument(
+        "--cache-limit-gb",
+        dest=CACHE_LIMIT,
+        metavar="GB",
+        help="room for shards that were read; those not used for longest make room for others "
+        f"[{CACHE_LIMIT}, else no limit]",
+    )
 
 
 def shown_default(field: "dataclasses.Field[Any]") -> str:

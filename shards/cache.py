@@ -34,6 +34,7 @@ from .files import (
 from .index import INDEX, index_header, index_line
 from .plan import PLAN, Plan, PlanEntry, keys_sha256, shard_keys
 from .records import (
+    QUARANTINE,
     DoneRecord,
     Quarantined,
     StoredFile,
@@ -43,6 +44,8 @@ from .records import (
     write_quarantine,
 )
 from .schema import ADVICE, STORED, canonical_json, load, plain, read_json, shown
+from .stores.mirror import local_folder
+from .stores.upload import UPLOAD, top_begun, top_changed
 
 PATCHES = "deltatok-patches"
 DELTAS = "deltatok-deltas"
@@ -59,7 +62,7 @@ MAX_AXIS = 2**20
 MAX_WINDOW_VALUES = 2**30
 """Numbers in the tokens of a window: 4 GiB in float32 (a guess), such a guard too."""
 
-FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE, NOTICE, INDEX)
+FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE, NOTICE, INDEX, QUARANTINE)
 """Files beside the shards whose size and SHA-256 `finish_cache` records, where they exist."""
 
 SAME_SETTINGS = (
@@ -250,7 +253,7 @@ def read_cache_info(folder: Path | str, *, format: str | None = None) -> CacheIn
     Raises UsageError if there is no such folder, CacheMismatch if it is no cache, a newer one, or
     another `format` than asked, DamagedShard if cache.json contradicts itself.
     """
-    folder = local_path(folder)
+    folder = local_folder(folder)
     path = folder / "cache.json"
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder: give the folder of a cache")
@@ -265,6 +268,11 @@ def read_cache_info(folder: Path | str, *, format: str | None = None) -> CacheIn
     if format is not None and info.format != format:
         raise CacheMismatch(f"{folder}: is a {info.format} cache, wanted a {format} cache")
     return info
+
+
+def data_suffix(info: CacheInfo) -> str:
+    """Of the files of the cache's shards."""
+    return ".zarr.zip" if info.format == PATCHES else ".tar"
 
 
 def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
@@ -286,6 +294,7 @@ def open_cache(folder: Path | str, info: CacheInfo) -> CacheInfo:
                     "give a new or empty folder"
                 )
             create_bytes(path, json_bytes(_to_json(info)))
+            top_begun(folder, "cache.json")
         flush_names(folder)  # a run before may have been killed when it had not done so
         (folder / "shards").mkdir(exist_ok=True)
         _write_notice(folder)
@@ -313,6 +322,7 @@ def reopen_cache(folder: Path | str) -> CacheInfo:
         complete=False,
     )
     write_json(folder / "cache.json", _to_json(info))
+    top_changed(folder, "cache.json")
     return info
 
 
@@ -377,7 +387,10 @@ def finish_cache(folder: Path | str) -> CacheInfo:
         files=files,
         complete=True,
     )
+    for name in (NOTICE, INDEX, QUARANTINE):
+        top_changed(folder, name)
     write_json(folder / "cache.json", _to_json(finished))
+    top_changed(folder, "cache.json")
     return finished
 
 
@@ -400,7 +413,8 @@ def _ours(child: Path, info: CacheInfo) -> bool:
     agreed on first, because cache.json names their hash."""
     storage = info.identity.get("storage")
     int8 = isinstance(storage, dict) and storage.get("dtype") == "int8"
-    return is_partial(child) or (int8 and child.name == CHANNEL_SCALE)
+    is_scale = int8 and child.name == CHANNEL_SCALE
+    return is_partial(child) or is_scale or child.name == UPLOAD
 
 
 def refresh_derived(folder: Path | str) -> list[str]:

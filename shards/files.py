@@ -38,6 +38,9 @@ STALE_AFTER_S = 86_400.0
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
 """Two letters or more: C:/data is a path."""
 
+SCHEMES = ("s3", "gs", "az", "file", "hf")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What file systems without hard links say."""
 
@@ -46,6 +49,22 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 REMOVE_TRIES = 100
 """Every failed one has seen another process remove a part of the same folder (a guess)."""
+
+
+def is_address(text: str) -> bool:
+    """Whether it is of the form scheme://..."""
+    return _URL.match(text) is not None
+
+
+def check_address(text: str) -> None:
+    """Raises UsageError unless it is an address of a known scheme."""
+    found = _URL.match(text)
+    if found is None or found[1] not in SCHEMES:
+        raise UsageError(
+            f"{text}: an address of {found[1] if found else 'no scheme'}, wanted a path on this "
+            f"machine or one of {', '.join(f'{known}://' for known in SCHEMES)} (all but hf:// "
+            "need pip install 'deltatok[cloud]')"
+        )
 
 
 def local_path(path: Path | str) -> Path:

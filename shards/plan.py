@@ -47,6 +47,8 @@ from .schema import (
     read_file,
     shown,
 )
+from .stores.mirror import RemoteFile, present
+from .stores.upload import top_changed
 
 PLAN = "plan.json"
 PLAN_FOLDER = "plan"
@@ -68,8 +70,8 @@ class PlannedClip(Protocol):
         """Its name in the cache, unique."""
 
     @property
-    def path(self) -> Path:
-        """The file to read it from."""
+    def origin(self) -> str:
+        """Where it is read from: a path or an address."""
 
     @property
     def size_bytes(self) -> int:
@@ -241,6 +243,12 @@ class Plan:
         """Makes this the plan of its folder: one process at a time, or all the same, after the
         cache was reopened."""
         write_bytes(self.folder / PLAN, self.to_bytes())
+        self._tell()
+
+    def _tell(self) -> None:
+        for part in self.parts:
+            top_changed(self.folder, part.file)
+        top_changed(self.folder, PLAN)
 
     def to_bytes(self) -> bytes:
         """plan.json."""
@@ -266,7 +274,7 @@ class Plan:
 
     def read_part(self, part: PlanPart) -> bytes:
         """The bytes of a part; DamagedShard if it is missing or was changed."""
-        path = self.folder / part.file
+        path = present(self.folder, RemoteFile(part.file, part.bytes, part.sha256))
         data = read_file(path, max_bytes=MAX_PART_BYTES)
         if hashlib.sha256(data).hexdigest() != part.sha256:
             raise DamagedShard(f"{path}: was changed since the plan was made: restore the file")
@@ -310,7 +318,7 @@ def make_plan(
         _check_key(clip.key)
         if clip.key in by_key:
             raise UsageError(
-                f"{clip.path} and {by_key[clip.key].path} are both called {clip.key!r}: "
+                f"{clip.origin} and {by_key[clip.key].origin} are both called {clip.key!r}: "
                 "rename one, or give a common parent folder"
             )
         by_key[clip.key] = clip
@@ -349,6 +357,7 @@ def write_plan(folder: Path | str, entries: Iterable[PlanEntry]) -> Plan:
         root = next(filter(None, map(_root_of, first)), "")
         plan = Plan(folder, root, tuple(_write_parts(folder, chain(first, rest), root=root)))
         if create_bytes(folder / PLAN, plan.to_bytes()):
+            plan._tell()
             return plan
         entries = plan  # another process was quicker
     stored = Plan.open(folder)
@@ -465,9 +474,11 @@ def remove_strangers(folder: Path) -> None:
     """Removes parts that are none of the plan's any more, and what killed writers left; while
     nobody changes the plan."""
     remove_partials(folder / PLAN_FOLDER)
-    for path in Plan.open(folder).strangers():
-        if _PART_NAME.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    strangers = [path for path in Plan.open(folder).strangers() if _PART_NAME.fullmatch(path.name)]
+    for path in strangers:
+        path.unlink(missing_ok=True)
+    if strangers:  # else a power loss would bring them back into a finished cache
+        flush(folder / PLAN_FOLDER)
 
 
 def _is_among(clips: Mapping[str, PlannedClip], entry: PlanEntry, plan: Plan) -> bool:
@@ -494,13 +505,13 @@ def _check_same(folder: Path, entry: PlanEntry, clip: PlannedClip | PlanEntry) -
 
 def _refuse_other_names(plan: Plan, new: Iterable[PlannedClip]) -> None:
     """A clip's key depends on the folders given: with another set of them, old clips look new."""
-    names = {(str(clip.path), clip.size_bytes, Path(clip.key).name): clip for clip in new}
+    names = {(clip.origin, clip.size_bytes, Path(clip.key).name): clip for clip in new}
     for entry in plan:
         clip = names.get((entry.source, entry.size_bytes, entry.key.rpartition("/")[2]))
         if clip is not None:
             raise CacheMismatch(
-                f"{plan.folder}: {clip.path} is in this cache as {entry.key!r}, and would be added "
-                f"as {clip.key!r}: give the new videos alone"
+                f"{plan.folder}: {clip.origin} is in this cache as {entry.key!r}, and would be "
+                f"added as {clip.key!r}: give the new videos alone"
             )
 
 
@@ -514,7 +525,7 @@ def _mended(entry: PlanEntry, clips: Mapping[str, PlannedClip]) -> PlanEntry:
 def _entry_of(clip: PlannedClip, *, shard: int) -> PlanEntry:
     return PlanEntry(
         key=clip.key,
-        source=str(clip.path),
+        source=clip.origin,
         size_bytes=clip.size_bytes,
         shard=shard,
         **{name: getattr(clip, name, None) for name in _OPTIONAL},

@@ -17,7 +17,7 @@ import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -42,6 +42,7 @@ from .records import (
     read_quarantine,
     shard_path,
 )
+from .stores.mirror import RemoteFile, expect, is_mirror, local_folder, present
 from .windows import WindowColumns
 
 EAGER_SHARDS = 500
@@ -51,6 +52,10 @@ not die of a missing one on its last day; it takes a second at most (a guess).""
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 """What `tokens` gives: float32 for patch tokens, float16 for delta tokens."""
+
+Opened = TypeVar("Opened")
+OPEN_TRIES = 5
+"""Of a file that others keep taking the room of (a guess)."""
 
 MAX_NAMES_SHOWN = 5
 """Known labels or splits that an error lists."""
@@ -71,9 +76,9 @@ class CacheReader(ABC, Generic[Scalar]):
         """
         if verify not in ("size", "sha256"):
             raise UsageError(f"verify is {verify!r}, wanted 'size' or 'sha256'")
-        self.folder: Path = Path(folder)
-        """The folder of the cache."""
-        self.info: CacheInfo = read_cache_info(folder, format=format)
+        self.folder: Path = local_folder(folder)
+        """The folder of the cache; of one at an address that of its mirror."""
+        self.info: CacheInfo = read_cache_info(self.folder, format=format)
         """The cache.json."""
         self._verify = verify
         self._lost: set[str] | None = None
@@ -87,7 +92,7 @@ class CacheReader(ABC, Generic[Scalar]):
         """int64 (shards + 1,): the first window of every shard that has any, and the end."""
         self._is_checked = np.zeros(len(self._shards), dtype=np.bool_)
         self._begin()
-        if len(self._shards) <= EAGER_SHARDS:
+        if len(self._shards) <= EAGER_SHARDS and not is_mirror(self.folder):
             with ThreadPoolExecutor(max_workers=check_threads()) as pool:
                 places = range(len(self._shards))
                 list(pool.map(lambda shard: self._check_file(shard, "size"), places))
@@ -126,8 +131,34 @@ class CacheReader(ABC, Generic[Scalar]):
         `clip` indexing into its own keys."""
 
     def _path(self, shard: int) -> Path:
-        """The file of the shard of this number among those that have windows."""
-        return shard_path(self.folder, int(self._shards.shard[shard]), self._suffix)
+        """The file of the shard of this number among those that have windows; of a cache at an
+        address it is there afterwards."""
+        return present(self.folder, self._file(shard))
+
+    def _opened(self, shard: int, open_path: Callable[[Path], Opened]) -> Opened:
+        """`open_path` of the shard's file; again where, in a mirror, it had to make room for
+        others in between."""
+        for _ in range(OPEN_TRIES - 1):
+            path = self._path(shard)
+            try:
+                return open_path(path)
+            except DamagedShard:
+                if path.exists() or not is_mirror(self.folder):
+                    raise
+        return open_path(self._path(shard))
+
+    def _file(self, shard: int) -> RemoteFile:
+        name = shard_path(Path(), int(self._shards.shard[shard]), self._suffix).as_posix()
+        file = self._shards.file(shard)
+        return RemoteFile(name, file.bytes, file.sha256)
+
+    def expect(self, windows: NDArray[np.int64]) -> None:
+        """Says which windows (n,) will be read next, in this order: their shards, of a cache at an
+        address, are fetched meanwhile."""
+        if is_mirror(self.folder):
+            shards, _ = self._locate(windows)
+            _, first = np.unique(shards, return_index=True)
+            expect(self.folder, [self._file(shard) for shard in shards[np.sort(first)].tolist()])
 
     def _check(self, shard: int) -> None:
         """Holds the file of a shard against the index when the process uses it first: DamagedShard

@@ -32,6 +32,7 @@ from typing import Any, Literal
 from .errors import CacheMismatch, DamagedShard, damaged_shard
 from .files import flush, json_bytes, open_append, publish, remove, sha256_file, write_bytes
 from .schema import ADVICE, STORED, canonical_json, load, parse_json, read_file, shown
+from .stores.upload import shard_done, shard_taken_back
 
 _RECORD_NAME = re.compile(r"([0-9]{6,9})\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -113,6 +114,7 @@ def write_done(folder: Path | str, record: DoneRecord) -> None:
     """Writes the done-record: the last step of writing a shard."""
     value = {"format_version": RECORD_VERSION, **asdict(record)}
     write_bytes(shard_path(Path(folder), record.shard, ".json"), done_bytes(value))
+    shard_done(Path(folder), record.shard)
 
 
 def done_bytes(value: Mapping[str, Any]) -> bytes:
@@ -178,6 +180,7 @@ def _parse_done(shard: int, data: bytes, *, where: str) -> DoneRecord:
 def remove_done(folder: Path | str, shard: int) -> None:
     """Takes the promise back: from now on the shard is not done, also after a power loss."""
     path = shard_path(Path(folder), shard, ".json")
+    shard_taken_back(Path(folder), shard)
     path.unlink(missing_ok=True)
     flush(path.parent)  # if it was gone: whoever removed it may have been killed before this
 

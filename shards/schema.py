@@ -23,10 +23,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from .errors import DamagedShard, DeltatokError, UsageError
-from .files import local_path, open_regular
+from .files import check_address, is_address, local_path, open_regular
 
 MAX_JSON_BYTES = 32 * 2**20
 """No JSON file of a cache comes near this; a larger one is damage or an attack (a guess)."""
@@ -147,6 +147,10 @@ _INTEGERS, _TEXTS = list[int], list[str]
 
 MAX_COUNT = 2**53
 """The largest integer that every JSON reader keeps exact."""
+Place = Annotated[str, "cache"]
+"""The folder of a cache, or its address (s3://..., see stores/)."""
+PathOrAddress = Annotated[str, "address"]
+"""Likewise, of which nothing is mirrored or uploaded."""
 NONE_WORDS = ("none", "null")
 STORED_NAMES = {
     int: f"an integer from 0 to {MAX_COUNT}",
@@ -214,6 +218,8 @@ def convert(value: Any, wanted: Any, *, name: str, how: Strictness = TYPED) -> A
     if wanted is Any or (not how.is_typed and _is_stored(value, wanted)):
         return value
     origin, inner = _parts(wanted)
+    if origin is Annotated:
+        return _convert_place(value, name=name, how=how)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, inner, name=name, how=how)
     if origin is Literal:
@@ -247,13 +253,25 @@ def _schema(cls: type) -> tuple[dict[str, Any], set[str]]:
     """Field -> its annotation, and the fields that have a default."""
     missing = dataclasses.MISSING
     fields = dataclasses.fields(cls)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     optional = {
         field.name
         for field in fields
         if field.default is not missing or field.default_factory is not missing
     }
     return {field.name: hints[field.name] for field in fields}, optional
+
+
+def _convert_place(value: Any, *, name: str, how: Strictness) -> str:
+    """A path, or an address of a known scheme."""
+    text = str(value)
+    if is_address(text):
+        try:
+            check_address(text)
+        except UsageError as error:
+            raise how.error(f"{name}: {error}") from None
+        return text
+    return str(convert(value, str, name=name, how=how))
 
 
 def _convert_union(value: Any, inner: tuple[Any, ...], *, name: str, how: Strictness) -> Any:

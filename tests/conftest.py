@@ -28,6 +28,7 @@ MAY_SKIP = (
     "is not installed where the GPU is",  # tests/gpu runs where only torch is installed
     "no Chromium here",
     "pip install deltatok[tensorboard]",  # an extra
+    "pip install 'deltatok[cloud]'",  # an extra
     "pip install deltatok[ray]",  # an extra
     "needs a GPU",
     "needs a torch without CUDA",

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..shards.errors import UsageError
 from ..shards.parts import parse_shard_of
+from ..shards.schema import Place
 from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig, check_at_least
 
 
@@ -161,9 +162,9 @@ class TrainConfig:
 class TokenizerTrainConfig(TrainConfig):
     """deltatok-train tokenizer: patch-token cache -> DeltaTok. A sample is a pair of frames."""
 
-    patches: str
+    patches: Place
     """Patch-token cache to train on."""
-    deltas: str | None = None
+    deltas: Place | None = None
     """Also write the delta-token cache here when training ends; none: do not."""
     model: DeltaTokConfig = field(default_factory=DeltaTokConfig)
     """The tokenizer. Its hidden_size is the cache's; one set to anything but the default must
@@ -287,7 +288,7 @@ class SelectionConfig(TrainConfig):
 class WorldTrainConfig(SelectionConfig):
     """deltatok-train world: delta-token cache -> DeltaWorld. A sample is a window."""
 
-    deltas: str
+    deltas: Place
     """Delta-token cache to train on."""
     model: DeltaWorldConfig = field(default_factory=DeltaWorldConfig)
     """The world model (use_bom false: discriminative). Its hidden_size is the cache's; one set to
@@ -305,7 +306,7 @@ class DINOWorldTrainConfig(SelectionConfig):
     """deltatok-train dinoworld: patch-token cache -> DINO-world, the baseline without delta tokens.
     A sample is a window. Optimizer settings are DeltaWorld's; the paper gives no others."""
 
-    patches: str
+    patches: Place
     """Patch-token cache to train on."""
     model: DINOWorldConfig = field(default_factory=DINOWorldConfig)
     """The world model (use_bom true: best-of-many). Its hidden_size is the cache's; one set to
@@ -325,11 +326,11 @@ deltatok-extract draws from videos."""
 class TokenizeConfig:
     """Patch-token cache + tokenizer -> delta-token cache."""
 
-    patches: str
+    patches: Place
     """Patch-token cache to read."""
     tokenizer: str
     """Model folder of the tokenizer."""
-    out: str
+    out: Place
     """Delta-token cache to write; run again to go on."""
     num_windows: int | None = None
     """Windows to draw from a clip; for a `uniform` cache only, none given: 4."""
@@ -366,7 +367,7 @@ class HeadTrainConfig(TrainConfig):
     A sample is a labelled frame, in an evaluation cache one crop of it. The optimizer settings are
     guesses after the usual linear protocol."""
 
-    patches: str
+    patches: Place
     """Evaluation cache (deltatok-extract --dataset, its training split), or patch-token cache of
     whole frames (uniform sampling: no crop, no flip)."""
     labels: str

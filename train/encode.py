@@ -12,7 +12,7 @@ Letters: n windows, T frames of a window to write, N patches, D channels.
 import logging
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,8 @@ from ..shards.records import (
 from ..shards.sampling import UniformDraws
 from ..shards.schema import plain
 from ..shards.stopwatch import Stopwatch
+from ..shards.stores.mirror import fetch_records, local_folder
+from ..shards.stores.upload import out_folder, take_records
 from ..shards.windows import ShardRows
 from .config import DRAWN_FRAMES, DRAWN_WINDOWS, TokenizeConfig
 from .data.batches import Prefetcher
@@ -221,6 +223,7 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     on tokens of another kind, or config.out holds another cache; UsageError for draws that the
     cache has no use for, or needs; Stopped after a SIGTERM or Ctrl-C.
     """
+    config = with_folders(config)
     process = Part.of_this_process(config.shard_of)
     encoder, out = DeltaEncoder.open(config, draws), Path(config.out)
     accelerator = encoder.accelerator
@@ -252,6 +255,13 @@ def write_deltas(config: TokenizeConfig, *, draws: UniformDraws | None = None) -
     return read_cache_info(out)
 
 
+def with_folders(config: TokenizeConfig) -> TokenizeConfig:
+    """`config` with caches at addresses as the folders in which they are read and made."""
+    patches, out = local_folder(config.patches), out_folder(config.out)
+    fetch_records(patches, read_cache_info(patches).counts.get("shards", 0))
+    return replace(config, patches=str(patches), out=str(out))
+
+
 def num_windows_of(part: ShardPart, draws: UniformDraws | None) -> int:
     """How many windows the delta shard of this patch shard has."""
     return part.record.rows if draws is None else part.record.clips * draws.num_windows
@@ -270,6 +280,7 @@ def finish_deltas(config: TokenizeConfig, work: Sequence[ShardPart], process: Pa
     """Closes the cache if all its shards are done; else says who is to make the others than
     `process`."""
     out = Path(config.out)
+    take_records(out)
     done = set(done_shards(out))
     missing = [part.record.shard for part in work if part.record.shard not in done]
     if missing:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...shards.errors import UsageError
+from ...shards.schema import Place
 
 UNNAMED = "forecast"
 
@@ -17,7 +18,7 @@ class ForecastConfig:
     `short_steps` before it.
     """
 
-    patches: str
+    patches: Place
     """Patch-token cache to evaluate on: of --dataset, or uniform with num_context + mid_steps
     frames a window or more."""
     tokenizer: str

@@ -64,6 +64,8 @@ TORCHCODEC_TIME_TOLERANCE_S = 1e-6
 """Its times are float64 like the container's; both count from the first frame."""
 
 DecoderName = Literal["decord", "torchcodec", "pyav", "frames"]
+Step = DecoderName | Literal["download"]
+"""What a decoding process does with a clip."""
 """frames: images read with Pillow."""
 
 Draw = Callable[[Float64, int, int], list[WindowDraw]]

@@ -8,16 +8,19 @@ in backends.FAST_DECODERS, and its name in `DecoderName`.
 
 import importlib.util
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from ...shards.errors import ClipError, UsageError
+from ...shards.files import check_free, disk_errors
 from ...shards.sampling import WindowDraw, draw_windows
+from ...shards.stores.store import open_store
 from ..config import DecoderChoice
 from ..datasets.windows import EvaluationPolicy, Policy
 from ..sources.archive import ArchiveFile, FileSlice
@@ -25,6 +28,7 @@ from ..sources.clip import (
     Clip,
     FrameFolder,
     Stamp,
+    StoredVideo,
     TargetFrames,
     TarVideo,
     Unreadable,
@@ -37,6 +41,7 @@ from .backends import (
     FAST_DECODERS,
     DecoderName,
     Draw,
+    Step,
     decode_fast,
     decode_with_pyav,
     frames_used,
@@ -70,7 +75,7 @@ def decode_clip(
     decoder: DecoderChoice = "auto",
     threads: int = 1,
     max_bytes: int = 2**32,
-    starting: Callable[[DecoderName], None] = lambda name: None,
+    starting: Callable[[Step], None] = lambda name: None,
 ) -> DecodedClip:
     """Draws the clip's windows and decodes their frames.
 
@@ -78,10 +83,13 @@ def decode_clip(
         decoder: pyav after another one hung or crashed on this clip.
         threads: of the decoder.
         max_bytes: RGB bytes the windows' frames may have together.
-        starting: called with the name of a decoder before it starts on the clip.
+        starting: called with the name of a decoder before it starts on the clip; with "download"
+            at the beginning of one, and for every piece that comes.
 
     Raises:
         ClipError: with the reason; also where it has another size than when it was planned.
+        DeltatokError: no fault of the clip's: its store cannot be reached, or the disk for
+            temporary files is full.
     """
 
     def draw(times_s: Float64, height: int, width: int) -> list[WindowDraw]:
@@ -117,10 +125,10 @@ def decode_drawn(
     draw: Draw,
     decoder: DecoderChoice = "auto",
     threads: int = 1,
-    starting: Callable[[DecoderName], None] = lambda name: None,
+    starting: Callable[[Step], None] = lambda name: None,
 ) -> DecodedClip:
     """As `decode_clip`, with windows from anywhere."""
-    with opened_clip(clip) as opened:
+    with opened_clip(clip, starting=starting) as opened:
         if not isinstance(opened, VideoFile):
             starting("frames")
             if isinstance(clip.source, TargetFrames):
@@ -144,12 +152,47 @@ def decode_drawn(
 
 
 @contextmanager
-def opened_clip(clip: Clip) -> Iterator[VideoFile | FrameImages]:
-    """What to decode. Held against its size when it is opened and again when it is left.
+def opened_clip(
+    clip: Clip, *, starting: Callable[[Step], None] = lambda name: None
+) -> Iterator[VideoFile | FrameImages]:
+    """What to decode. Held against its size when it is opened and again when it is left. Raises as
+    `decode_clip`."""
+    with ExitStack() as stack:
+        if isinstance(clip.source, StoredVideo):
+            path = stack.enter_context(_downloaded(clip, clip.source, starting=starting))
+            clip = replace(clip, path=path, source=None)
+        yield stack.enter_context(_opened(clip))
 
-    Raises:
-        ClipError: it cannot be opened, or is not what it was when it was planned.
-    """
+
+@contextmanager
+def _downloaded(
+    clip: Clip, source: StoredVideo, *, starting: Callable[[Step], None]
+) -> Iterator[Path]:
+    """The path, in this process, of a copy without a name: nothing of it outlives a kill. (Where
+    there is no /proc it has a name, because a path in /dev/fd shares the position of the file.)"""
+    starting("download")
+    folder = Path(tempfile.gettempdir())
+    has_proc = Path("/proc/self/fd").is_dir()
+    temporary = tempfile.TemporaryFile if has_proc else tempfile.NamedTemporaryFile
+    check_free(folder, clip.size_bytes, what=f"the copy of {source.address} (TMPDIR)")
+    with ExitStack() as stack:
+        with disk_errors(folder):
+            file = stack.enter_context(temporary(dir=folder))
+        try:
+            for chunk in open_store(source.store).stream(source.name, stamp=source.stamp):
+                with disk_errors(folder):
+                    file.write(chunk)
+                    file.flush()
+                starting("download")
+        except FileNotFoundError as error:
+            raise ClipError(
+                f"{source.address}: is not there, or was replaced since it was found", stage="open"
+            ) from error
+        yield Path("/proc/self/fd", str(file.name))  # the name is the descriptor, or a path
+
+
+@contextmanager
+def _opened(clip: Clip) -> Iterator[VideoFile | FrameImages]:
     path, source = clip.path, clip.source
     if isinstance(source, Unreadable):
         raise ClipError(source.reason, stage="open")

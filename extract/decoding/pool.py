@@ -77,7 +77,16 @@ KEPT_SHARE = 8
 """Memory that waits for the next clip is at most about 1/8 of that for decoded clips: it pays for
 small clips, of which there are many (8 MB are 32 frames of 256x340)."""
 
-DECODER_NAMES = {"decord": "decord", "torchcodec": "torchcodec", "pyav": "PyAV", "frames": "Pillow"}
+DOWNLOAD_TIMEOUT_S = 600.0
+"""Without a byte: longer than a store's requests are repeated (a guess)."""
+
+DECODER_NAMES = {
+    "decord": "decord",
+    "torchcodec": "torchcodec",
+    "pyav": "PyAV",
+    "frames": "Pillow",
+    "download": "download",
+}
 
 
 @dataclass(eq=False)
@@ -163,7 +172,8 @@ class DecodePool:
         the iterator early, or any exception in the loop around it, kills all processes.
 
         Raises:
-            DeltatokError: no decoding process can be started.
+            DeltatokError: no decoding process can be started, or a clip cannot be had from its
+                store for a reason that would hold for all.
         """
         threads = self._threads
         if threads is None or self._decoding:
@@ -334,6 +344,8 @@ class _Worker:
         with self._killed_on_error():
             memory = self._send(request)
             answer = self._receive(timeout_s)
+            if isinstance(answer, DeltatokError):
+                raise answer
         if isinstance(answer, Quarantined):
             self._release(memory)
             return answer
@@ -394,7 +406,8 @@ class _Worker:
 
     def _receive(self, timeout_s: float) -> Any:
         """Its next answer, as worker.py says. Time for which this process itself was stopped or
-        starved is no fault of the worker's: a turn that comes late counts as one tick."""
+        starved is no fault of the worker's: a turn that comes late counts as one tick. Nor is that
+        for which it waits for a store."""
         waited_s = 0.0
         sources: list[Any] = [self._connection, self._output]
         while True:
@@ -409,12 +422,20 @@ class _Worker:
                     raise _WorkerFailed(self._how_it_ended()) from error
                 if not isinstance(message, str):
                     return message
+                if "download" in (message, self._decoder):
+                    waited_s = 0.0
                 self._decoder = DECODER_NAMES[message]
             if self._closing.is_set():
                 raise CancelledError
             turn_s = time.monotonic() - before_s
             waited_s += turn_s if turn_s < 2 * TICK_S else TICK_S
-            if waited_s > timeout_s:
+            if self._decoder == "download":
+                if waited_s > DOWNLOAD_TIMEOUT_S:
+                    raise DeltatokError(
+                        f"a video's download gave nothing for {DOWNLOAD_TIMEOUT_S:g} s: check the "
+                        "network, and run again; what is finished stays"
+                    )
+            elif waited_s > timeout_s:
                 raise _WorkerFailed(f"{self._decoder} hung for {timeout_s:g} s (killed)")
             if (memory := self.memory_bytes()) > self._max_memory_bytes:
                 took = f"took {memory / 1e9:.1f} GB of memory (killed)"

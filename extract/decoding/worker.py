@@ -8,9 +8,10 @@ SIGTERM: whether a run stops, and when, is for the parent to say.
     pool -> worker   (DecodeRequest, number of a memory file); then, where the number is new, the
                      descriptor of that file
     worker -> pool   None, once, when it is ready; then for every request the names of the decoders
-                     as they are started (str), and either a Quarantined, or (DecodedClip without
-                     frames, height, width): the frames are in the file, uint8 (height, width, 3)
-                     one after the other in the order of `frames_used`
+                     as they are started, or "download" (str), and one of: a Quarantined; an error
+                     that is no fault of the clip's; (DecodedClip without frames, height, width):
+                     the frames are in the file, uint8 (height, width, 3) one after the other in
+                     the order of `frames_used`
 """
 
 import ctypes
@@ -26,12 +27,12 @@ from multiprocessing.reduction import recv_handle
 
 import numpy as np
 
-from ...shards.errors import ClipError
+from ...shards.errors import ClipError, DeltatokError
 from ...shards.records import Quarantined
 from ..config import DecoderChoice
 from ..datasets.windows import Policy
 from ..sources.clip import Clip
-from .backends import DecoderName, frames_used
+from .backends import Step, frames_used
 from .clip import DecodedClip, decode_clip
 from .container import UInt8
 
@@ -52,11 +53,11 @@ class DecodeRequest:
     """Of RGB that the frames of the windows may have together."""
 
 
-Decode = Callable[[DecodeRequest, Callable[[DecoderName], None]], DecodedClip]
+Decode = Callable[[DecodeRequest, Callable[[Step], None]], DecodedClip]
 
 
-def decode_request(request: DecodeRequest, starting: Callable[[DecoderName], None]) -> DecodedClip:
-    """What the clip gives; `starting` is called with every decoder that is tried."""
+def decode_request(request: DecodeRequest, starting: Callable[[Step], None]) -> DecodedClip:
+    """What the clip gives; `starting` is called as `decode_clip` says."""
     return decode_clip(
         request.clip,
         policy=request.policy,
@@ -94,6 +95,9 @@ def main(arguments: Sequence[str], *, decode: Decode = decode_request) -> None:
             reason = str(error).encode(errors="backslashreplace").decode()
             key, stage = request.clip.key, error.stage
             connection.send(Quarantined(clip=key, stage=stage, reason=reason, attempts=1))
+            continue
+        except DeltatokError as error:
+            connection.send(error)
             continue
         used = [decoded.frames[index] for index in frames_used(decoded.windows)]
         memory_files[memory].write(used)

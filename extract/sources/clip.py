@@ -91,13 +91,29 @@ class TargetFrames:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredVideo:
+    """A video in a store; the clip's path is its name there."""
+
+    store: str
+    """The store's address."""
+    name: str
+    stamp: str
+    """The store's own mark of the version that was found (an ETag); empty: it has none."""
+
+    @property
+    def address(self) -> str:
+        """The store's and the name."""
+        return f"{self.store}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
     """A clip that is known by name only; it goes to quarantine for this reason."""
 
     reason: str
 
 
-ClipSource = TarVideo | FrameFolder | ZipFolder | ZipVideo | TargetFrames | Unreadable
+ClipSource = TarVideo | FrameFolder | ZipFolder | ZipVideo | TargetFrames | StoredVideo | Unreadable
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,11 @@ class Clip:
     """The part of the data set it belongs to, where a list or an archive names one."""
     target: PlanTarget | None = None
     """What its windows are evaluated on (evaluation caches)."""
+
+    @property
+    def origin(self) -> str:
+        """Where it is read from: its path, or its address."""
+        return self.source.address if isinstance(self.source, StoredVideo) else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -262,7 +283,7 @@ def check_writable(clips: Iterable[Clip]) -> None:
     for clip in clips:
         target = clip.target
         of_target = () if target is None else (target.label, target.sequence, *target.frames)
-        bad = [name for name in (clip.key, str(clip.path), *of_target) if not is_plain_name(name)]
+        bad = [name for name in (clip.key, clip.origin, *of_target) if not is_plain_name(name)]
         bad += [text for text in (clip.label, clip.split) if text and not is_valid_unicode(text)]
         if bad:
             raise UsageError(

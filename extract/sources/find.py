@@ -5,6 +5,7 @@
     .txt, .csv, .jsonl           what it names                    known by their path in the root
     .tar                         its videos                       known by their path in it
     .zip, .zip.part000, ...      its videos and frame folders     known by their path in it
+    s3://..., hf://datasets/...  its videos                       known by their path below it
 
 The key is what the plan, the shards and the seeds of the windows know a clip by. It never holds a
 path of the machine. An archive is like the folder it would unpack to, and gives the same keys.
@@ -14,10 +15,10 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ...shards.errors import UsageError
-from ...shards.files import local_path
+from ...shards.files import check_address, is_address, local_path
 from .archive import archive_of, find_parts
 from .clip import (
     VIDEO_SUFFIXES,
@@ -25,12 +26,15 @@ from .clip import (
     Clip,
     ClipCandidate,
     FrameFolder,
+    StoredVideo,
     exists,
     holds_frames,
     raise_unreadable,
     stored_size,
+    without_suffix,
 )
-from .lists import LIST_SUFFIXES, find_in_list
+from .lists import find_in_list
+from .stored import LIST_SUFFIXES, file_of, find_in_store
 from .tars import find_in_tar
 from .zips import find_in_zip
 
@@ -46,31 +50,29 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
     keys of a folder, an archive or a list start with its name (without .tar, .zip, .txt, ...).
 
     Args:
-        root: the folder (or archive) that the paths in lists are relative to and that Kinetics'
-            names are looked up in; by default each list's own folder.
+        root: the folder (or archive, or address) that the paths in lists are relative to and that
+            Kinetics' names are looked up in; by default each list's own folder.
 
     Raises:
         UsageError: a path that is not there or cannot be read, no video at all, two that would
             get the same key, or an archive or list that is damaged or leads out of its folder.
+        DeltatokError: a store that cannot be reached.
     """
     clips: dict[str, Clip] = {}
-    absolute = [local_path(path).absolute() for path in paths]
-    given = list(dict.fromkeys(archive_of(path) or path for path in absolute))
-    base = None if root is None else Path(os.path.normpath(local_path(root).absolute()))
-    if base is not None and not exists(base) and not find_parts(base):
+    places = map(_place, paths)
+    given = list(dict.fromkeys(_archive_of(place) or place for place in places))
+    base = None if root is None else _place(root)
+    if isinstance(base, Path):
+        base = Path(os.path.normpath(base))
+    if isinstance(base, Path) and not exists(base) and not find_parts(base):
         raise UsageError(f"{root}: no such folder: check --root")
     for path in given:
         found, prefix = _search_given(path, root=base)
         for clip in found:
             parts = (prefix if len(given) > 1 else "", clip.name)
-            key = "/".join(filter(None, parts)) or path.resolve().name
-            if key in clips:
-                raise UsageError(
-                    f"{clip.path} and {clips[key].path}: both would be clip {key!r}: "
-                    "rename one, or give one folder that holds both"
-                )
+            key = "/".join(filter(None, parts)) or Path(path).resolve().name
             size = clip.size_bytes
-            clips[key] = Clip(
+            made = Clip(
                 key=key,
                 path=clip.path,
                 size_bytes=stored_size(clip.path, clip.source) if size is None else size,
@@ -78,6 +80,12 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
                 label=clip.label,
                 split=clip.split,
             )
+            if key in clips:
+                raise UsageError(
+                    f"{made.origin} and {clips[key].origin}: both would be clip {key!r}: "
+                    "rename one, or give one folder that holds both"
+                )
+            clips[key] = made
     if not clips:
         searched = ", ".join(map(str, paths))
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
@@ -89,8 +97,26 @@ def find_clips(paths: Sequence[str | Path], *, root: str | Path | None = None) -
     return [clips[key] for key in sorted(clips)]
 
 
-def _search_given(path: Path, *, root: Path | None) -> tuple[Iterable[ClipCandidate], str]:
-    """What is in a path that the user gave, and what keys start with among several paths."""
+def _place(given: str | Path) -> Path | str:
+    """What a user gave: an absolute path, or the address of a store."""
+    text = os.fspath(given)
+    if not is_address(text):
+        return local_path(text).absolute()
+    check_address(text)
+    return file_of(text) if text.startswith("file:") else text.rstrip("/")
+
+
+def _archive_of(place: Path | str) -> Path | None:
+    return archive_of(place) if isinstance(place, Path) else None
+
+
+def _search_given(
+    path: Path | str, *, root: Path | str | None
+) -> tuple[Iterable[ClipCandidate], str]:
+    """What is in a place that the user gave, and what keys start with among several of them."""
+    if isinstance(path, str):
+        name = PurePosixPath(path).name
+        return find_in_store(path), name if without_suffix(name) == name else ""
     if path.is_dir():
         return _search_folder(path), path.resolve().name
     if archive_of(path) == path and find_parts(path):
@@ -107,8 +133,10 @@ def _search_given(path: Path, *, root: Path | None) -> tuple[Iterable[ClipCandid
     return [ClipCandidate(path.name, path)], ""
 
 
-def _search_listed(path: Path) -> Iterable[ClipCandidate]:
+def _search_listed(path: Path | str) -> Iterable[ClipCandidate]:
     """What is in a path that a list names, or in its root."""
+    if isinstance(path, str):
+        return find_in_store(path)
     if path.is_file() and path.suffix.lower() != ".tar" and archive_of(path) != path:
         return [ClipCandidate("", path)]
     return _search_given(path, root=None)[0]
@@ -162,13 +190,16 @@ def _check_missing(clips: dict[str, Clip]) -> None:
     missing = [
         clip
         for clip in clips.values()
-        if clip.source is None and clip.size_bytes == 0 and not exists(clip.path)
+        if clip.size_bytes == 0
+        and (
+            isinstance(clip.source, StoredVideo) or (clip.source is None and not exists(clip.path))
+        )
     ]
     if len(missing) == len(clips):
         raise UsageError(
-            f"{missing[0].path}: no such file, nor any other of the {len(clips)} listed: "
+            f"{missing[0].origin}: no such file, nor any other of the {len(clips)} listed: "
             "lines of a list are relative to --root, or without it to the list's own folder"
         )
     if missing:
-        first = missing[0].path
+        first = missing[0].origin
         logger.warning("%d of %d clips are not there, first %s", len(missing), len(clips), first)

@@ -5,7 +5,9 @@
              `split` where they are there
     .jsonl   objects with the same names
 
-Paths are relative to the root, and stay in it whatever a list says. A row of Kinetics means the
+Paths are relative to the root, and stay in it whatever a list says. A path may be the address of a
+video in a store: below the root, where that is an address too; else its key is all of the address
+but the scheme. A row of Kinetics means the
 clip of that trimmed name, `<youtube_id>_<start, 6 digits>_<end, 6 digits>`, anywhere in the root.
 """
 
@@ -21,33 +23,36 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...shards.errors import UsageError
-from ...shards.files import local_path, read_text
+from ...shards.files import check_address, is_address, local_path, read_text
 from .clip import (
     ClipCandidate,
+    StoredVideo,
     exists,
     is_plain_name,
     raise_unreadable,
     shown_name,
     without_suffix,
 )
+from .stored import LIST_SUFFIXES, file_of, is_archive, split_address, stored_videos
 
 logger = logging.getLogger(__name__)
 
-LIST_SUFFIXES = frozenset([".txt", ".csv", ".jsonl"])
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 _WANTED = (
     "wanted path, or Kinetics' youtube_id, time_start and time_end; and, if known, label and split"
 )
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-Search = Callable[[Path], Iterable[ClipCandidate]]
+_Found = tuple[str, list[ClipCandidate]]
+"""A line's name in the root, and the clips there."""
+Search = Callable[[Path | str], Iterable[ClipCandidate]]
 
 
-def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[ClipCandidate]:
+def find_in_list(path: Path, *, root: Path | str, search: Search) -> Iterator[ClipCandidate]:
     """What the list names, in its order.
 
     Args:
-        root: what its paths are relative to; absolute.
+        root: what its paths are relative to; absolute, or an address.
         search: gives everything in a path; Kinetics' names are looked up in `search(root)`.
 
     Raises:
@@ -57,20 +62,13 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[ClipCand
     if rows and "path" not in rows[0][1] and path.suffix.lower() != ".txt":
         yield from _find_kinetics(path, rows, root=root, search=search)
         return
-    real_root = root.resolve()
-    archive = None if root.is_dir() else {clip.name: clip for clip in search(root)}
+    texts = [(where, _text(row, "path", where=where)) for where, row in rows]
+    places = dict(_find_stored(texts, root=root))
+    if isinstance(root, Path):
+        on_disk = [(where, text) for where, text in texts if where not in places]
+        places |= _find_on_disk(on_disk, root=root, search=search)
     for where, row in rows:
-        file = _resolve_in_root(
-            where, _text(row, "path", where=where), root=root, real_root=real_root
-        )
-        name = "" if file == root else file.relative_to(root).as_posix()
-        missing = [ClipCandidate("", file)]
-        if archive is not None:
-            found = [replace(archive[name], name="")] if name in archive else missing
-        else:
-            found = list(search(file)) if exists(file) else missing
-        if not found:
-            raise UsageError(f"{where}: {file}: no video in it: take the line out, or name a video")
+        name, found = places[where]
         label, split = (_text(row, field, where=where) or None for field in ("label", "split"))
         for clip in found:
             yield replace(
@@ -81,10 +79,69 @@ def find_in_list(path: Path, *, root: Path, search: Search) -> Iterator[ClipCand
             )
 
 
+def _find_stored(
+    texts: Iterable[tuple[str, str]], *, root: Path | str
+) -> Iterator[tuple[str, _Found]]:
+    """Those of the lines (place, text) that name a video in a store."""
+    addresses = {}
+    for where, text in texts:
+        is_file = isinstance(root, Path) and text.startswith("file:")
+        if not is_file and (is_address(text) or isinstance(root, str)):
+            addresses[where] = text if is_address(text) else f"{root}/{text}"
+            _check_video_address(where, addresses[where], root=root)
+    videos = stored_videos(list(addresses.values()))
+    for (where, address), video in zip(addresses.items(), videos, strict=True):
+        below = f"{root}/" if isinstance(root, str) else f"{address.partition('://')[0]}://"
+        yield where, (address.removeprefix(below), [video])
+
+
+def _check_video_address(where: str, address: str, *, root: Path | str) -> None:
+    try:
+        check_address(address)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    _, name = split_address(address)
+    if not is_plain_name(address) or {"", ".", ".."} & set(name.split("/")):
+        raise UsageError(
+            f"{where}: got the address {shown_name(address)}, wanted that of a video, like "
+            "s3://bucket/folder/video.mp4: correct it"
+        )
+    if isinstance(root, str) and not address.startswith(f"{root}/"):
+        raise UsageError(
+            f"{where}: {address} leaves {root}, the address that its paths are relative to: pass "
+            "--root with one that all of the videos are below, or none if all are addresses"
+        )
+    if is_archive(name) or PurePosixPath(name).suffix.lower() in LIST_SUFFIXES:
+        raise UsageError(
+            f"{where}: {address}: from a store only videos are taken: copy it to a disk, or name "
+            "its videos here"
+        )
+
+
+def _find_on_disk(
+    texts: Iterable[tuple[str, str]], *, root: Path, search: Search
+) -> Iterator[tuple[str, _Found]]:
+    """What the lines (place, text) name in a folder or an archive."""
+    real_root = root.resolve()
+    archive = None if root.is_dir() else {clip.name: clip for clip in search(root)}
+    for where, text in texts:
+        file = _resolve_in_root(where, text, root=root, real_root=real_root)
+        name = "" if file == root else file.relative_to(root).as_posix()
+        missing = [ClipCandidate("", file)]
+        if archive is not None:
+            found = [replace(archive[name], name="")] if name in archive else missing
+        else:
+            found = list(search(file)) if exists(file) else missing
+        if not found:
+            raise UsageError(f"{where}: {file}: no video in it: take the line out, or name a video")
+        yield where, (name, found)
+
+
 def _resolve_in_root(where: str, text: str, *, root: Path, real_root: Path) -> Path:
     """The file of that path, as written and behind all links inside of the root: a list from
     elsewhere reads nothing but the videos."""
     try:
+        text = str(file_of(text)) if text.startswith("file://") else text
         local_path(text)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
@@ -109,7 +166,7 @@ def _resolve_in_root(where: str, text: str, *, root: Path, real_root: Path) -> P
 
 
 def _find_kinetics(
-    path: Path, rows: list[tuple[str, dict[str, Any]]], *, root: Path, search: Search
+    path: Path, rows: list[tuple[str, dict[str, Any]]], *, root: Path | str, search: Search
 ) -> Iterator[ClipCandidate]:
     """The clips of an annotation file of Kinetics; one that is not there is named all the same."""
     by_name: dict[str, list[ClipCandidate]] = {}
@@ -129,10 +186,16 @@ def _find_kinetics(
             continue
         taken[name] = label
         chosen = _choose(by_name.get(name, []), label=label, split=split, where=where)
-        clip = chosen or ClipCandidate(f"{name}.mp4", root / f"{name}.mp4")
+        clip = chosen or _missing(f"{name}.mp4", root)
         yield replace(clip, label=label or clip.label, split=split or clip.split)
     if repeated:
         logger.warning("%s: %d of %d rows name a clip again", path, repeated, len(rows))
+
+
+def _missing(name: str, root: Path | str) -> ClipCandidate:
+    if isinstance(root, Path):
+        return ClipCandidate(name, root / name)
+    return ClipCandidate(name, Path(name), StoredVideo(root, name, ""), size_bytes=0)
 
 
 def _choose(

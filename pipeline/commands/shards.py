@@ -1,19 +1,33 @@
-"""deltatok-shards: info, verify, preview, export and bench of a cache."""
+"""deltatok-shards: info, verify, preview, export, bench, push and pull of a cache."""
 
 import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from ...shards.cache import PATCHES, read_cache_info
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import DamagedShard, DeltatokError, UsageError
-from ...shards.files import living_partials, read_text, write_bytes, write_json
+from ...shards.files import (
+    is_address,
+    living_partials,
+    read_text,
+    size_text,
+    write_bytes,
+    write_json,
+)
 from ...shards.patches.reader import PatchShards
+from ...shards.schema import PathOrAddress, Place
+from ...shards.stores.card import dataset_card
+from ...shards.stores.mirror import local_folder
+from ...shards.stores.push import pull, push
 from ...shards.tools.export import ClipSelection, export_cache
 from ...shards.tools.info import describe_cache
 from ...shards.tools.repair import Repaired, repair_cache
@@ -23,14 +37,16 @@ from ..cli import Command, run_table
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 3.0
+CARD_WINDOWS = 3
+"""In the picture on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig:
     """What a cache is."""
 
-    dir: str
-    """A cache folder."""
+    dir: Place
+    """A cache folder, or the address of one."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -48,10 +64,10 @@ class VerifyConfig:
     is seen writing to DIR."""
     audit: int | None = None
     """Extract so many random clips again and compare their windows."""
-    videos: tuple[str, ...] = ()
+    videos: tuple[PathOrAddress, ...] = ()
     """For --audit: where the videos are, as for deltatok-extract; none given: where the plan
     says."""
-    root: str | None = None
+    root: PathOrAddress | None = None
     """For --audit: --root of deltatok-extract."""
     backbone: str | None = None
     """For --audit: hub id or folder; none given: the hub id in cache.json."""
@@ -76,8 +92,8 @@ class VerifyConfig:
 class ExportConfig:
     """Which windows become a new cache, and how they are stored."""
 
-    sources: tuple[str, ...]
-    """Finished cache folders."""
+    sources: tuple[Place, ...]
+    """Finished caches: their folders or addresses."""
     out: str
     """New folder (or one that was begun by this command)."""
     clips: str | None = None
@@ -102,8 +118,8 @@ class ExportConfig:
 class PreviewConfig:
     """Which windows are shown, and where."""
 
-    dir: str
-    """A finished cache folder."""
+    dir: Place
+    """A finished cache: its folder or address."""
     out: str
     """FILE.html or FILE.png; replaced if it is there."""
     videos: tuple[str, ...] = ()
@@ -123,11 +139,42 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """A cache and an address."""
+
+    places: tuple[PathOrAddress, ...]
+    """DIR, the folder of a finished cache, and URL, where it goes."""
+
+    def __post_init__(self) -> None:
+        _check_places(self.places, wanted="DIR URL", addresses=(False, True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullConfig:
+    """An address and a folder."""
+
+    places: tuple[PathOrAddress, ...]
+    """URL, where a finished cache lies, and DIR, a new folder (or one that was begun by this
+    command)."""
+
+    def __post_init__(self) -> None:
+        _check_places(self.places, wanted="URL DIR", addresses=(True, False))
+
+
+def _check_places(places: tuple[str, ...], *, wanted: str, addresses: tuple[bool, bool]) -> None:
+    if tuple(map(is_address, places)) != addresses:
+        raise UsageError(
+            f"got {' '.join(places) or 'nothing'}, wanted {wanted}: a folder, and an address as "
+            "s3://bucket/cache or hf://datasets/owner/name"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """What is measured, and for how long."""
 
-    dir: str
-    """A finished cache folder."""
+    dir: Place
+    """A finished cache: its folder or address."""
     batch_size: int | None = None
     """Windows (deltas) or pairs (patches) [1024; 448]."""
     residency: tuple[Literal["memory", "map", "stream"], ...] = ()
@@ -220,6 +267,32 @@ shards/recipes/patches_numpy.py and deltas_numpy.py.""",
         notes="Rates of one run on a busy machine differ from the next one's; compare the columns "
         "of one run.",
     ),
+    "push": Command(
+        help="copy a cache to an object store or the hub",
+        summary="Copy a finished cache to s3://, gs://, az://, file:// or hf://datasets/.",
+        examples=(
+            "deltatok-shards push cache/deltas s3://bucket/deltas",
+            "deltatok-shards push cache/deltas hf://datasets/me/kinetics-deltas",
+        ),
+        config="pipeline.commands.shards:PushConfig",
+        run="pipeline.commands.shards:push_cache",
+        positional="places",
+        notes="""\
+Stopped, run the same command again: shards that are there are not sent again. Every shard is held
+against its SHA-256 before it is sent. On the hub, a data set is made private where there is none,
+and README.md (what it is, the licence notice, how to read it) and a picture are written.""",
+    ),
+    "pull": Command(
+        help="copy a cache from an object store or the hub",
+        summary="Copy a finished cache from an address into a folder.",
+        examples=("deltatok-shards pull hf://datasets/me/kinetics-deltas cache/deltas",),
+        config="pipeline.commands.shards:PullConfig",
+        run="pipeline.commands.shards:pull_cache",
+        positional="places",
+        notes="""\
+Every file is held against the SHA-256 that the cache promises. Stopped, run the same command again.
+To train or evaluate, no pull is needed: an address can stand wherever a finished cache is read.""",
+    ),
 }
 
 
@@ -230,7 +303,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def info(config: InfoConfig) -> str:
     """What the cache is, as text or JSON."""
-    found = describe_cache(Path(config.dir))
+    found = describe_cache(local_folder(config.dir))
     if config.json:
         return json.dumps(found, indent=1)
     return "\n".join(
@@ -409,3 +482,39 @@ def bench(config: BenchConfig) -> str:
     if config.json is not None:
         _write(config.json, found)
     return bench_table(found)
+
+
+def push_cache(config: PushConfig) -> str:
+    """Copies the cache to the address."""
+    folder, url = config.places
+    info = read_cache_info(folder)
+    size_bytes = describe_cache(folder)["bytes"]
+    beside = {}
+    if url.startswith("hf:") and info.complete:
+        from ..preview import make_preview, preview_png
+
+        is_patches = info.format == PATCHES
+        reader = PatchShards(folder) if is_patches else DeltaShards(folder, verify="size")
+        beside["preview.png"] = preview_png(make_preview(reader, num_windows=CARD_WINDOWS))
+        beside["README.md"] = dataset_card(info, url, size_bytes=size_bytes)
+    with _bytes_moved("push", size_bytes) as progress:
+        done = push(folder, url, progress=progress, beside=beside)
+    return f"{done.moved} of {done.shards} shards sent, {size_text(done.bytes)} in all: {url}"
+
+
+def pull_cache(config: PullConfig) -> str:
+    """Copies the cache into the folder."""
+    url, folder = config.places
+    with _bytes_moved("pull", None) as progress:
+        done = pull(url, folder, progress=progress)
+    return f"{done.moved} of {done.shards} shards fetched, {size_text(done.bytes)} in all: {folder}"
+
+
+@contextmanager
+def _bytes_moved(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+
+        def add(size: int) -> None:
+            bar.update(size)
+
+        yield add

@@ -38,6 +38,9 @@ CONNECT_S = 10.0
 CLOSE_S = 60.0
 """For an actor to finish what it is writing (a guess)."""
 
+REASON_LENGTH = 300
+"""Of what Ray says of a death, in characters: the beginning tells what, the rest where to look."""
+
 OBJECT_STORE_BYTES = 80 * 2**20
 """Of Ray on this machine alone: only shard numbers and done-records go through it."""
 
@@ -220,7 +223,7 @@ class Fleet:
                 yield actor, answer
 
     def _replace(self, actor: _Actor, error: RayError) -> None:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:REASON_LENGTH]
         _LOGGER.warning("lost actor %d: %s", actor.number, reason)
         self._end(actor)
         shard = self._assignment.lose(actor.number)

@@ -20,14 +20,21 @@ from ...extract.sources.clip import Clip
 from ...extract.sources.select import clips_of
 from ...shards.cache import read_cache_info
 from ...shards.errors import UsageError
-from ...shards.files import local_path
 from ...shards.interrupts import StopRequest
 from ...shards.parts import Part
 from ...shards.patches.reader import PatchShards
 from ...shards.records import DoneRecord, read_done
 from ...shards.stopwatch import Stopwatch
+from ...shards.stores.upload import out_folder
 from ...train.config import TokenizeConfig
-from ...train.encode import begin_deltas, draws_for, draws_of, finish_deltas, shard_parts
+from ...train.encode import (
+    begin_deltas,
+    draws_for,
+    draws_of,
+    finish_deltas,
+    shard_parts,
+    with_folders,
+)
 from ..alive import SignOfLife
 from .driver import Fleet, connected, node_resources
 from .jobs import Encoding, Extraction
@@ -46,7 +53,7 @@ def extract_on_ray(
     """`run_extraction` by actors; with a VideosConfig that has a tokenizer, `run_fused`."""
     start_s = time.monotonic()
     part = _part_of_driver(config.shard_of)
-    config = replace(config, out=str(local_path(config.out).absolute()))
+    config = replace(config, out=str(out_folder(config.out).absolute()))
     policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
 
@@ -68,7 +75,12 @@ def extract_on_ray(
             with progress_of(ledger, part, shards, watch) as progress:
 
                 def when_done(record: DoneRecord) -> None:
-                    _show(record, progress, num_frames=config.num_frames)
+                    for clip in record.quarantined:
+                        _LOGGER.warning(
+                            "quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason
+                        )
+                        progress.add_clip(0)
+                    progress.add_clips(record.clips, num_frames=record.rows * config.num_frames)
                     note_done(config, record, ledger, progress, watch)
 
                 fleet.make(
@@ -84,7 +96,8 @@ def extract_on_ray(
 def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
     """`write_deltas` by actors."""
     mine = _part_of_driver(config.shard_of)
-    config = replace(config, out=str(local_path(config.out).absolute()))
+    config = with_folders(config)
+    config = replace(config, out=str(Path(config.out).absolute()))
     draws = draws_for(PatchShards(config.patches), config, draws_of(config))
 
     def job(share: Share) -> Job:
@@ -105,21 +118,19 @@ def encode_on_ray(config: TokenizeConfig, options: FleetOptions) -> None:
         num_left = sum(part.record.clips for (part,) in left.values())
         if left:
             with Progress(watch, num_clips=num_clips, num_before=num_clips - num_left) as progress:
+
+                def when_done(record: DoneRecord) -> None:
+                    progress.add_clips(record.clips, num_frames=record.rows * num_frames)
+                    progress.add_written(0 if record.file is None else record.file.bytes)
+
                 fleet.make(
                     left,
                     stop,
-                    when_done=lambda record: _show(record, progress, num_frames=num_frames),
+                    when_done=when_done,
                     when_spent=watch.add,
                     when_actors=progress.set_actors,
                 )
         finish_deltas(config, work, mine)
-
-
-def _show(record: DoneRecord, progress: Progress, *, num_frames: int) -> None:
-    for clip in record.quarantined:
-        _LOGGER.warning("quarantined %s (%s): %s", clip.clip, clip.stage, clip.reason)
-        progress.add_clip(0)
-    progress.add_clips(record.clips, num_frames=record.rows * num_frames)
 
 
 def _part_of_driver(shard_of: str | None) -> Part:

@@ -326,7 +326,7 @@ class DeltaShards(CacheReader[np.float16]):
         inside = int(np.searchsorted(layout.starts, first - self.shard_starts[shard]))
         self._mapped(shard)  # its size is checked
         offset = layout.blocks[inside].tokens_offset
-        ReadOnlyFile(layout.path).read_into([filled.reshape(-1).view(np.uint8)], offset)
+        self._opened(shard, ReadOnlyFile).read_into([filled.reshape(-1).view(np.uint8)], offset)
         return filled
 
     def timestamps_s(self, windows: ArrayLike) -> NDArray[np.float32]:
@@ -364,7 +364,10 @@ class DeltaShards(CacheReader[np.float16]):
         """The mapped tar as one item of a window's bytes at every multiple of its stride."""
         rows = self._rows.get(shard)
         if rows is None:
-            rows = _map_rows(self._layout(shard), row_bytes=self._row_bytes)
+            layout = self._layout(shard)
+            rows = self._opened(
+                shard, lambda path: _map_rows(path, layout, row_bytes=self._row_bytes)
+            )
             while len(self._rows) >= self._max_mapped:
                 self._rows.pop(next(iter(self._rows)), None)
             self._rows[shard] = rows
@@ -404,13 +407,13 @@ def _read_layout(path: Path, shape: CacheShape, *, rows: int, size: int) -> _Lay
     )
 
 
-def _map_rows(layout: _Layout, *, row_bytes: int) -> NDArray[np.void]:
+def _map_rows(path: Path, layout: _Layout, *, row_bytes: int) -> NDArray[np.void]:
     try:
-        mapped = np.memmap(layout.path, dtype=np.uint8, mode="r")
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise damaged_shard(f"{layout.path}: cannot be mapped ({error})") from error
+        raise damaged_shard(f"{path}: cannot be mapped ({error})") from error
     if mapped.size != layout.size:
-        raise damaged_shard(f"{layout.path}: {mapped.size} bytes, had {layout.size} when opened")
+        raise damaged_shard(f"{path}: {mapped.size} bytes, had {layout.size} when opened")
     return np.ndarray(
         shape=((mapped.size - row_bytes) // layout.stride + 1,),
         dtype=np.dtype((np.void, row_bytes)),

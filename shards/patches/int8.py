@@ -19,6 +19,7 @@ from ..errors import CacheMismatch, DamagedShard, DeltatokError
 from ..files import create_bytes, write_bytes
 from ..npy import npy_bytes, read_npy
 from ..schema import read_file, shown
+from ..stores.upload import top_changed
 
 MAX_CODE = 127
 """Codes are -127..127."""
@@ -116,6 +117,7 @@ def agree_on_channel_scale(
     differently, all use those of the first."""
     path = Path(folder) / CHANNEL_SCALE
     create_bytes(path, npy_bytes(channel_scale.astype("<f4")))
+    top_changed(path.parent, path.name)
     return read_agreed_scale(folder, hidden_size=len(channel_scale))
 
 

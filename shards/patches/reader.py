@@ -314,7 +314,8 @@ class PatchShards(CacheReader[np.float32]):
     def _open_shard(self, shard: int) -> tuple[ShardFile, list[str]]:
         """The file of a shard, held against the index, and its keys."""
         self._check(shard)
-        file = open_shard(self.folder, int(self._shards.shard[shard]), self.info)
+        names = member_names(self.dtype)
+        file = self._opened(shard, lambda path: ShardFile(path, names))
         return file, read_keys(file, self.info, sha256=self._keys_sha256(shard))
 
     def _frames(self, frames: ArrayLike | None, num_windows: int) -> NDArray[np.int64]:
@@ -363,7 +364,7 @@ class PatchShards(CacheReader[np.float32]):
         ):
             if shard != opened:
                 reader, opened = self._reader(shard), shard
-                file = self._open_file(shard, reader)
+                file = self._open_file(shard)
             yield place, reader, file, window
 
     def _reader(self, shard: int) -> TokenReader:
@@ -376,10 +377,10 @@ class PatchShards(CacheReader[np.float32]):
             )
         return reader
 
-    def _open_file(self, shard: int, reader: TokenReader) -> ReadOnlyFile:
+    def _open_file(self, shard: int) -> ReadOnlyFile:
         # Per thread, so that no lock is needed (a lock held during a fork stays locked).
         opened: dict[int, ReadOnlyFile] = self._thread.__dict__.setdefault("files", {})
-        file = opened.pop(shard, None) or reader.open()
+        file = opened.pop(shard, None) or self._opened(shard, ReadOnlyFile)
         opened[shard] = file  # the most recently used is last
         if len(opened) > MAX_OPEN_FILES:
             del opened[next(iter(opened))]

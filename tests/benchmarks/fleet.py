@@ -117,6 +117,7 @@ def inputs(folder: Path, arguments: argparse.Namespace) -> list[str]:
             )
         )
     words = ["--videos", str(world / "train"), "--backbone", str(backbone)]
+    words += ["--limit", str(arguments.clips)]
     return [*words, "--frame-size", str(size), "--frames-per-shard", "128"]
 
 

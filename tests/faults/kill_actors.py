@@ -4,10 +4,10 @@ one process: every cache must hold the same bytes.
     python tests/faults/kill_actors.py --runs 5 --kills 4 --folder F [--json FILE]
 
 Runs: each kind of work undisturbed (patch tokens, int8, fused, delta encoding); a node taken away,
-without grace, once a third of the shards is done, and another one added a little later; then --runs
-runs in which a random actor is killed with SIGKILL --kills times, at random moments. The head has
-no CPUs, two nodes have one each. Needs the extra deltatok[ray]. Prints figures as JSON; exits with
-1 if a cache differs or a run fails.
+without grace, once a third of the shards is done; then --runs runs, with a node in its place, in
+which a random actor is killed with SIGKILL --kills times, at random moments. The head has no CPUs,
+two nodes have one each. Needs the extra deltatok[ray]. Prints figures as JSON; exits with 1 if a
+cache differs or a run fails.
 """
 
 import argparse
@@ -55,11 +55,9 @@ class Machines:
         """One more node of one CPU."""
         return self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
-    def replace_one(self) -> None:
-        """Takes a node away, without grace, and adds another one."""
+    def take_one_away(self) -> None:
+        """One node less, without grace."""
         self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
-        time.sleep(3)
-        self.nodes.append(self.add())
 
 
 def actors() -> list[psutil.Process]:
@@ -75,7 +73,8 @@ def actors() -> list[psutil.Process]:
 
 
 class KillActors:
-    """Kills a random actor at random moments, of those that make shards."""
+    """Kills a random actor at random moments, of those that make shards and those that start. A
+    shard or more is done between two kills, so that not the same one is always lost."""
 
     def __init__(self, out: Path, kills: int, rng: random.Random, mean_s: float) -> None:
         self._out, self._wanted, self._rng, self._mean_s = out, kills, rng, mean_s
@@ -85,13 +84,16 @@ class KillActors:
         self._thread.start()
 
     def _run(self) -> None:
+        before = 0
         while len(self.shards_done_at_kills) < self._wanted:
             if self._ended.wait(self._rng.expovariate(1 / self._mean_s)):
                 return
-            living = actors()
-            if living and (self._out / "plan.json").exists():
+            num_done = len(list(done_shards(self._out))) if self._out.exists() else 0
+            living = actors() if num_done > before else []
+            if living:
                 os.kill(self._rng.choice(living).pid, signal.SIGKILL)
-                self.shards_done_at_kills.append(len(list(done_shards(self._out))))
+                self.shards_done_at_kills.append(num_done)
+                before = num_done
 
     def end(self) -> None:
         """No more kills."""
@@ -118,7 +120,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--clips", type=int, default=200)
-    parser.add_argument("--mean-s", type=float, default=2.0, help="mean time between two kills")
+    parser.add_argument("--mean-s", type=float, default=0.5, help="mean time between two kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--json", type=Path)
@@ -148,10 +150,11 @@ def main() -> int:
     out = folder / "node"
     third = figures["shards"] // 3
     taking = when(
-        lambda: out.exists() and len(list(done_shards(out))) >= third, machines.replace_one
+        lambda: out.exists() and len(list(done_shards(out))) >= third, machines.take_one_away
     )
     run("node", "patches", node_taken_away_at_shard=third)
     taking.join()
+    machines.nodes.append(machines.add())
     for number in range(arguments.runs):
         killer = KillActors(folder / f"kills-{number}", arguments.kills, rng, arguments.mean_s)
         facts: dict[str, Any] = {"shards_done_at_kills": killer.shards_done_at_kills}

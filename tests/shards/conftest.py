@@ -41,6 +41,10 @@ class Clip:
     path: Path
     size_bytes: int
 
+    @property
+    def origin(self) -> str:
+        return str(self.path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Little:

@@ -22,11 +22,14 @@ from torch import Tensor
 from ...shards.deltas.reader import DeltaShards
 from ...shards.errors import UsageError
 from ...shards.patches.reader import PatchShards
-from .order import Indices, RankSlice, uniforms
+from .order import BatchOrder, Indices, RankSlice, uniforms
 from .residency import Read, WindowSource
 from .stream import DEPTH
 
 T = TypeVar("T")
+
+STEPS_AHEAD = 4
+"""Steps whose shards are fetched ahead from an address (a guess)."""
 
 
 class Prefetcher(Generic[T]):
@@ -137,6 +140,8 @@ class TokenizerBatches:
         numbers, windows, frames = self.pairs(step)
         slots = numbers // self._pairs_per_window
         _, first, rows = np.unique(slots, return_index=True, return_inverse=True)
+        if self._frames.expect is not None:
+            self._frames.expect(next_windows(self.order, step))
         return Batch(
             tensors={
                 "frames": self._frames.read(windows[first])[0],
@@ -169,6 +174,8 @@ class WindowBatches:
     def read(self, step: int) -> Batch:
         """Tensors: tokens (B, T, D) or (B, T, N, D), timestamps float32 (B, T), seconds from the
         first frame."""
+        if self._source.expect is not None:
+            self._source.expect(next_windows(self.order, step))
         return self._batch(self._source.read, self.order.at(step)[self._slice], self._numbers)
 
     def read_to_keep(self, windows: Indices) -> Batch:
@@ -185,6 +192,11 @@ class WindowBatches:
         return Batch(
             tensors={"tokens": tokens, "timestamps": timestamps}, samples=numbers, windows=windows
         )
+
+
+def next_windows(order: BatchOrder, step: int) -> Indices:
+    """The windows of this step and of the STEPS_AHEAD after it, in order."""
+    return np.concatenate([order.at(step + ahead) for ahead in range(STEPS_AHEAD + 1)])
 
 
 def check_frames(num_frames: int, *, least: int) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...shards.deltas.reader import DeltaShards
 from ...shards.patches.reader import PatchShards
+from ...shards.stores.mirror import is_mirror
 from ..config import Residency, TrainConfig
 from ..engine.devices import Accelerator, to_device
 from .order import BatchOrder, Indices, StreamOrder
@@ -100,6 +101,8 @@ class WindowSource:
     """For windows anywhere, into memory of their own."""
     order: Callable[[Indices, int, int], BatchOrder]
     """(windows, per_batch, seed) -> the order in which `read` is fast."""
+    expect: Callable[[Indices], None] | None = None
+    """Of a cache at an address that is read as it is needed: says what will be read next."""
 
 
 def window_source(
@@ -121,7 +124,8 @@ def window_source(
     blocks: Blocks | None = None
     if place == "stream":
         blocks = PatchBlocks(shards) if isinstance(shards, PatchShards) else DeltaBlocks(shards)
-    return _source(partial(_read_files, shards), blocks, num_arrays=1)
+    source = _source(partial(_read_files, shards), blocks, num_arrays=1)
+    return replace(source, expect=shards.expect if is_mirror(shards.folder) else None)
 
 
 def _read_files(

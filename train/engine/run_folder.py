@@ -20,7 +20,13 @@ import torch
 
 from ...shards.cache import differences
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import is_partial, open_append, remove_partials, write_json
+from ...shards.files import (
+    flush_names,
+    is_partial,
+    open_append,
+    remove_partials,
+    write_json,
+)
 from ...shards.schema import STORED, load, plain, read_json
 from ..config import TrainConfig
 from .checkpoints import find_checkpoints
@@ -169,6 +175,7 @@ class TrainingRun:
                 self.folder / DESCRIPTION, self.describe()
             )  # first: it makes the folder ours
             self.checkpoints.mkdir(exist_ok=True)
+            flush_names(self.folder)
         except OSError as error:
             raise UsageError(
                 f"{self.folder}: cannot be written ({error.strerror or error}): make room on the "

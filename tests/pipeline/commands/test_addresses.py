@@ -1,4 +1,4 @@
-"""s3://bucket/cache and the like are refused wherever a path is taken, before anything is made."""
+"""An address is taken where a cache is; anywhere else, or of an unknown scheme, it is refused."""
 
 import argparse
 import dataclasses
@@ -25,6 +25,7 @@ from deltatok.shards.tools.verify import verify_cache
 from deltatok.train.models.deltatok import DeltaTok
 
 ADDRESS = "s3://bucket/cache"
+UNKNOWN = "ftp://host/cache"
 TABLES: dict[str, dict[str, Command]] = {
     "deltatok-extract": dict(extract.SOURCES),
     "deltatok-train": train.COMMANDS,
@@ -38,19 +39,26 @@ def _is_text(hint: Any) -> bool:
     return hint is str or any(map(_is_text, typing.get_args(hint)))
 
 
+def _is_place(hint: Any) -> bool:
+    """Whether a cache, or another thing at an address, may be given."""
+    return typing.get_origin(hint) is typing.Annotated or any(map(_is_place, typing.get_args(hint)))
+
+
 def _texts() -> list[Any]:
-    """Every flag of every command that takes a text: all paths are among them."""
+    """Every flag of every command that takes a text, and an address that it does not take: all
+    paths are among them."""
     found = []
     for prog, commands in TABLES.items():
         for name, command in commands.items():
             config = load_name(command.config)
-            hints = typing.get_type_hints(config)
+            hints = typing.get_type_hints(config, include_extras=True)
             for field in dataclasses.fields(config):
                 hint = hints[field.name]
                 if _is_text(hint) and typing.get_origin(hint) is not typing.Literal:
-                    found.append(
-                        pytest.param(command, field.name, id=f"{prog} {name} {field.name}")
-                    )
+                    about = f"{prog} {name} {field.name}"
+                    found.append(pytest.param(command, field.name, UNKNOWN, id=about))
+                    if not _is_place(hint):
+                        found.append(pytest.param(command, field.name, ADDRESS, id=f"{about} s3"))
     return found
 
 
@@ -59,19 +67,34 @@ def test_the_table_has_the_flags_that_are_known_to_be_paths() -> None:
     assert {"out", "videos", "patches", "deltas", "tokenizer", "labels", "dir", "json"} <= names
 
 
-@pytest.mark.parametrize(("command", "name"), _texts())
-def test_no_flag_takes_an_address(command: Command, name: str) -> None:
+def test_the_table_has_the_flags_that_are_known_to_be_caches() -> None:
+    refused = {parameter.id for parameter in _texts() if parameter.values[2] == ADDRESS}
+    for flag in (
+        "deltatok-extract videos out",
+        "deltatok-train tokenizer patches",
+        "deltatok-train world deltas",
+        "deltatok-evaluate forecast patches",
+        "deltatok-shards info dir",
+    ):
+        assert f"{flag} s3" not in refused
+        assert any(parameter.id == flag for parameter in _texts())
+
+
+@pytest.mark.parametrize(("command", "name", "address"), _texts())
+def test_no_flag_takes_an_address(command: Command, name: str, address: str) -> None:
     words = [] if command.positional in (None, name) else ["x"]
-    words += [ADDRESS] if command.positional == name else [f"--{name.replace('_', '-')}", ADDRESS]
-    with pytest.raises(UsageError, match=ADDRESS):
+    words += [address] if command.positional == name else [f"--{name.replace('_', '-')}", address]
+    with pytest.raises(UsageError, match=address):
         command.parse("command", words)
 
 
-@pytest.mark.parametrize(("command", "name"), _texts())
-def test_no_config_file_takes_an_address(command: Command, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "name", "address"), _texts())
+def test_no_config_file_takes_an_address(
+    command: Command, name: str, address: str, tmp_path: Path
+) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({name: ADDRESS}))
-    with pytest.raises(UsageError, match=rf"{name}.*{ADDRESS}"):
+    file.write_text(yaml.safe_dump({name: address}))
+    with pytest.raises(UsageError, match=rf"{name}.*{address}"):
         command.parse("command", ["--config", str(file)])
 
 
@@ -130,14 +153,14 @@ def test_a_command_ends_with_2_and_makes_no_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "videos").mkdir()
-    assert extract.main(["--videos", "videos", "--out", ADDRESS]) == 2
-    assert "out: s3://bucket/cache: an address, wanted a path" in capsys.readouterr().err
+    assert extract.main(["--videos", "videos", "--out", UNKNOWN]) == 2
+    assert f"out: {UNKNOWN}: an address of ftp, wanted a path" in capsys.readouterr().err
     assert extract.main(["--config", ADDRESS]) == 2
     assert extract.main(["--videos", "videos", "--out", "x", "--plan", "--json", ADDRESS]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["videos"]
 
 
-@pytest.mark.parametrize("address", [ADDRESS, Path(ADDRESS)], ids=["text", "Path"])
+@pytest.mark.parametrize("address", [UNKNOWN, Path(ADDRESS)], ids=["text", "Path"])
 @pytest.mark.parametrize(
     "take",
     [
@@ -159,14 +182,14 @@ def test_a_command_ends_with_2_and_makes_no_folder(
     ],
 )
 def test_python_takes_no_address(take: Callable[[Any], Any], address: str | Path) -> None:
-    with pytest.raises(UsageError, match="an address, wanted a path"):
+    with pytest.raises(UsageError, match=r"an address.*wanted a path"):
         take(address)
 
 
-def test_a_list_takes_no_address(tmp_path: Path) -> None:
+def test_a_list_takes_no_address_of_an_unknown_scheme(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
-    file.write_text(f"{ADDRESS}/clip.mp4\n")
-    with pytest.raises(UsageError, match=rf"list\.txt: line 1: {ADDRESS}.*an address"):
+    file.write_text(f"{UNKNOWN}/clip.mp4\n")
+    with pytest.raises(UsageError, match=rf"list\.txt: line 1: {UNKNOWN}.*an address"):
         find_clips([file])
 
 

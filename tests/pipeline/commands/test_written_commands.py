@@ -32,6 +32,7 @@ HELPS = [
     *["evaluate", "evaluate forecast", "evaluate compare", "evaluate flops"],
     "evaluate cache-fidelity",
     *["shards", "shards info", "shards verify", "shards preview", "shards export", "shards bench"],
+    *["shards push", "shards pull"],
     *["pipeline", "pipeline run", "pipeline plan", "pipeline quickstart"],
     *["pipeline init", "pipeline doctor"],
     *["pipeline import-official", "pipeline export-official"],
