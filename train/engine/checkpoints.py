@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...shards.errors import CacheMismatch, DamagedShard, UsageError
-from ...shards.files import disk_errors, partial_path, publish, remove, write_json
+from ...shards.files import disk_errors, flush, partial_path, publish, remove, write_json
 from ...shards.schema import STORED, load, read_json
 from ..config import DINOWorldTrainConfig, TokenizerTrainConfig, TrainConfig, WorldTrainConfig
 from ..data.order import generator
@@ -161,6 +161,7 @@ def save_checkpoint(
         if best is None or number != best.step:
             aside = partial_path(old)  # so that a kill leaves no half checkpoint of a whole name
             old.rename(aside)
+            flush(folder)  # nor a power loss
             remove(aside)
     return final
 
