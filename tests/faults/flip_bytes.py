@@ -121,8 +121,8 @@ class Driver:
                 self._missed.append(name)
 
     def _look(self) -> list[str]:
-        # As they are opened by default, of few shards and of many: checksums within a patch shard
-        # stand between the damage and the reader, a tar has none and is hashed.
+        # As they are opened by default, of a few shards and of many; a tar has no checksums of its
+        # own, so that it is hashed.
         verify = "sha256" if self._kind == "delta" else "size"
         ways: list[dict[str, Any]] = [{"verify": verify}, {"verify": verify, "many": True}]
         return [

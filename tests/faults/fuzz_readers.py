@@ -107,7 +107,8 @@ class Fuzzer:
 
     def _look(self, cache: Path, kind: str, rng: random.Random) -> tuple[str, str]:
         how: dict[str, Any] = {"verify": "sha256" if kind == "delta" else "size"}
-        how["many"] = rng.random() < 0.5
+        if rng.random() < 0.5:
+            how["many"] = True
         read = read_outcome(cache, kind, self._truth[kind], **how)
         deep = rng.random() < 0.5
         said = verify_outcome(cache, deep=deep)
