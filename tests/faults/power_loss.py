@@ -171,7 +171,7 @@ class Runner:
                 is_known = key in seen
                 seen.add(key)
                 problems = [] if is_known else self.check(key, tree)
-                if is_last and _named(compared(tree)) != _named(self.wanted):
+                if is_last and _named(self.ended(tree)) != _named(self.wanted):
                     problems = [*problems, "the command has ended, and not all of it is there"]
                 if gone := [name for name in flushed if name not in tree]:
                     problems = [*problems, f"{gone} was flushed before, and is gone"]
