@@ -150,8 +150,8 @@ def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
 
 def _parse_done(shard: int, data: bytes, *, where: str) -> DoneRecord:
     value = parse_json(data, where=where)
-    version = load(_Version, value, where=where, how=STORED).format_version
-    if version != RECORD_VERSION:
+    if not (type(value) is dict and value.get("format_version") == RECORD_VERSION):
+        version = load(_Version, value, where=where, how=STORED).format_version
         if version > RECORD_VERSION:
             raise CacheMismatch(
                 f"{where}: format_version {version}, this release reads up to {RECORD_VERSION}: "

@@ -147,6 +147,8 @@ def test_labels_of_several_sizes_share_a_batch(made, edit_plan):
                 clip["target"]["label_size"] = [23, 41]
 
     edit_plan(cache.folder, change)
+    finish_cache(cache.folder)
+    cache = PatchShards(cache.folder)
     labels = TargetLabels(str(folder), cache, num_classes=4)
     windows = windows_of_clips(cache)
     chosen = np.array([*windows["a/000019"], *windows["b/000019"]])
