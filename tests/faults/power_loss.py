@@ -516,13 +516,13 @@ def main() -> int:
                 figures = runner.replay(writes, inodes)
                 for field_name, value in vars(figures).items():
                     setattr(total, field_name, getattr(total, field_name) + value)
+            total.trees, num_runs = len(runner.checked), len(runner.went_on)
             mutants, missed = missed_mutants(runner, *logs[0], resume=not arguments.quick)
-        total.trees = len(runner.checked)
         shown[name] = {
             **vars(total),
             "problems": total.problems[:20],
             "num_problems": len(total.problems),
-            "runs_that_went_on": len(runner.went_on),
+            "runs_that_went_on": num_runs,
             "mutants": mutants,
             "mutants_found": mutants - len(missed),
             "mutants_missed": missed,
