@@ -193,16 +193,20 @@ def make_shards(
     run_extraction does.
     """
     config, backbone, watch = run.config, run.backbone, run.watch
-    with disk_errors(run.out):
+    doing = f"backbone, {config.frame_size} pixels"
+
+    def advice() -> str:
+        return f"lower batch_frames, now {run.batch_frames}"
+
+    with disk_errors(run.out), memory_errors(doing, advice):
         black = backbone.black_tokens(config.frame_size)
         run.writer.begin(run.out, black.to(backbone.device))
     # A batch; on the CPU, where the same cores would make pixels and tokens, nothing.
     on_cpu = backbone.device.type == "cpu"
     num_ahead = 0 if on_cpu else max(1, run.batch_frames // config.num_frames)
     features = WindowFeatures(backbone, run.writer, config)
-    doing = f"backbone, {config.frame_size} pixels"
     with (
-        memory_errors(doing, lambda: f"lower batch_frames, now {run.batch_frames}"),
+        memory_errors(doing, advice),
         ShardWriterThread(
             run.writer, run.out, min_free_bytes=config.min_free_bytes, when_done=when_done
         ) as sink,

@@ -204,9 +204,9 @@ def verify_cache(
 
 
 def is_untouched(folder: Path) -> bool:
-    """Whether cache.json is as it was written; caches of before cannot tell."""
+    """Whether cache.json is as it was written."""
     value = read_json(folder / "cache.json")
-    return "checksum" not in value or bool(value["checksum"] == checksum(value))
+    return bool(value.get("checksum") == checksum(value))
 
 
 # The shards.

@@ -132,7 +132,7 @@ class PixelPatches(PatchShards):
         self._backbone = backbone
         self._root = Path(config.root)
         self._policy, clips = find_targets(config)
-        self._clips: dict[str, Clip] = {clip.key: clip for clip in clips}
+        self._targets: dict[str, Clip] = {clip.key: clip for clip in clips}
         self.windows = functools.lru_cache(maxsize=1)(self._windows)  # of both crops of a target
 
     def tokens(
@@ -155,7 +155,7 @@ class PixelPatches(PatchShards):
 
     def _windows(self, key: str) -> dict[tuple[float, ...], torch.Tensor]:
         """Crop in source pixels -> uint8 (T, 3, S, S), of all windows of a target."""
-        source = self._clips[key].source
+        source = self._targets[key].source
         assert isinstance(source, TargetFrames)
         numbers = source.numbers
 

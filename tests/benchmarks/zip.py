@@ -5,8 +5,9 @@
 
 Two processes, one with each tree, make a float16 cache of the same tokens (256 x 768 a frame) and
 then take turns, round by round, at the same work. All ratios are zip over folder, of the medians of
-one run: rates above 1 and seconds below 1 speak for the zip. `write_form` has the same code write
-the same members both ways, each flushed and hashed: what the form alone costs.
+one run: rates above 1 and seconds below 1 speak for the zip. `cpu` has the same by the processor's
+time of all threads, which other work on the machine disturbs less. `write_form` has the same code
+write the same members both ways, each flushed and hashed: what the form alone costs.
 """
 
 import argparse
@@ -72,7 +73,7 @@ class _Worker:
         )
 
     def ask(self, what: str) -> Any:
-        """What the work `what` gives: a number, or a list of the names of all works."""
+        """What the work `what` gives, see `_Work`, or a list of the names of all works."""
         if self._process.stdin is None or self._process.stdout is None:
             raise AssertionError("both are pipes")
         self._process.stdin.write(f"{what}\n")
@@ -87,7 +88,7 @@ class _Worker:
 
 def _compare(workers: dict[str, _Worker], rounds: int) -> dict[str, Any]:
     names = workers["folder"].ask("works")
-    found: dict[str, dict[str, list[float]]] = {
+    found: dict[str, dict[str, list[list[float]]]] = {
         name: {form: [] for form in FORMS} for name in [*names, *workers["zip"].ask("works")]
     }
     for number in range(rounds):
@@ -95,17 +96,23 @@ def _compare(workers: dict[str, _Worker], rounds: int) -> dict[str, Any]:
             for form in FORMS if number % 2 else reversed(FORMS):
                 if name in names or form == "zip":
                     by_form[form].append(workers[form].ask(name))
-    figures: dict[str, Any] = {
-        name: {form: statistics.median(values[1:]) for form, values in by_form.items() if values}
-        for name, by_form in found.items()
+    found["write_form_s"] = {form: found.pop(f"write_form_{form}_s")["zip"] for form in FORMS}
+    figures = {
+        clock: {name: _ratio(by_form, number) for name, by_form in found.items()}
+        for number, clock in enumerate(("wall", "cpu"))
     }
-    for by_form in figures.values():
-        if len(by_form) == 2:
-            by_form["zip_over_folder"] = by_form["zip"] / by_form["folder"]
-    forms = figures.pop("write_form_folder_s"), figures.pop("write_form_zip_s")
-    seconds = dict(zip(FORMS, (form["zip"] for form in forms), strict=True))
-    figures["write_form_s"] = seconds | {"zip_over_folder": seconds["zip"] / seconds["folder"]}
-    return {"rounds": rounds - 1, "figures": figures}
+    return {"rounds": rounds - 1, **figures}
+
+
+def _ratio(by_form: dict[str, list[list[float]]], number: int) -> dict[str, float]:
+    medians = {
+        form: statistics.median([value[number] for value in values[1:]])
+        for form, values in by_form.items()
+        if values
+    }
+    if len(medians) == 2:
+        medians["zip_over_folder"] = medians["zip"] / medians["folder"]
+    return medians
 
 
 def _serve(folder: Path, gigabytes: float) -> None:
@@ -123,7 +130,11 @@ def _serve(folder: Path, gigabytes: float) -> None:
             return
 
 
-def _works(folder: Path, gigabytes: float) -> dict[str, Callable[[], float]]:
+_Work = Callable[[], tuple[float, float]]
+"""Gives seconds or a rate a second, by the clock and by the processor's time."""
+
+
+def _works(folder: Path, gigabytes: float) -> dict[str, _Work]:
     """By name: seconds or a rate a second, as the name ends."""
     import loaders  # type: ignore[import-not-found]  # of the tree that this process reads
     import numpy as np
@@ -157,23 +168,23 @@ def _works(folder: Path, gigabytes: float) -> dict[str, Callable[[], float]]:
     def write() -> None:
         write_patch_shard(folder / "written", 0, rows, dtype="float16", seed=0)
 
-    def timed(work: Callable[[], object], clock: Callable[[], float]) -> Callable[[], float]:
-        def run() -> float:
+    def timed(work: Callable[[], object]) -> _Work:
+        def run() -> tuple[float, float]:
             shutil.rmtree(folder / "written", ignore_errors=True)
             shutil.copytree(cache, folder / "written", ignore=lambda *_: ["shards"])
             (folder / "written/shards").mkdir()
-            start = clock()
+            start, cpu_start = time.perf_counter(), time.process_time()
             work()
-            return clock() - start
+            return time.perf_counter() - start, time.process_time() - cpu_start
 
         return run
 
-    def rate(work: Callable[[], float]) -> Callable[[], float]:
-        def run() -> float:
-            count, start = 0.0, time.perf_counter()
+    def rate(work: Callable[[], float]) -> _Work:
+        def run() -> tuple[float, float]:
+            count, start, cpu_start = 0.0, time.perf_counter(), time.process_time()
             while (spent := time.perf_counter() - start) < SECONDS:
                 count += work()
-            return count / spent
+            return count / spent, count / (time.process_time() - cpu_start)
 
         return run
 
@@ -190,7 +201,7 @@ def _works(folder: Path, gigabytes: float) -> dict[str, Callable[[], float]]:
         window, frame = next(drawn)
         return window // per_shard, window % per_shard, frame
 
-    def pair_of(arrays: list[Any], read: Callable[[Any], Any]) -> Callable[[], float]:
+    def pair_of(arrays: list[Any], read: Callable[[Any], Any]) -> _Work:
         def work() -> float:
             shard, window, frame = place()
             read(arrays[shard][window, frame : frame + 2])
@@ -207,7 +218,7 @@ def _works(folder: Path, gigabytes: float) -> dict[str, Callable[[], float]]:
     zarrs, stores = _by_zarr(paths), _by_tensorstore(paths)
     frame_bytes = two[0, 0].nbytes
 
-    def pair_of_members(arrays: list[Any]) -> Callable[[], float]:
+    def pair_of_members(arrays: list[Any]) -> _Work:
         """Two frames by their bytes: tensorstore 0.1.86 never ends where it reads parts of arrays
         in large zips."""
 
@@ -219,36 +230,34 @@ def _works(folder: Path, gigabytes: float) -> dict[str, Callable[[], float]]:
 
         return rate(work)
 
-    works: dict[str, Callable[[], float]] = {
-        "files": lambda: float(sum(path.is_file() for path in cache.rglob("*"))),
-        "bytes": lambda: float(sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())),
-        "write_shard_s": timed(write, time.perf_counter),
-        "write_shard_cpu_s": timed(write, time.process_time),
+    sizes = [float(path.stat().st_size) for path in cache.rglob("*") if path.is_file()]
+    works: dict[str, _Work] = {
+        "files": lambda: (float(len(sizes)), float(len(sizes))),
+        "bytes": lambda: (sum(sizes), sum(sizes)),
+        "write_shard_s": timed(write),
         "windows_per_s": rate(windows),
         "pairs_per_s": rate(pairs),
-        "open_s": timed(open_all, time.perf_counter),
-        "table_s": timed(lambda: PatchShards(cache).table(), time.perf_counter),
-        "verify_s": timed(lambda: verify_cache(cache), time.perf_counter),
-        "verify_deep_s": timed(lambda: verify_cache(cache, deep=True), time.perf_counter),
+        "open_s": timed(open_all),
+        "table_s": timed(lambda: PatchShards(cache).table()),
+        "verify_s": timed(lambda: verify_cache(cache)),
+        "verify_deep_s": timed(lambda: verify_cache(cache, deep=True)),
         "zarr_pairs_per_s": pair_of(zarrs, np.asarray),
-        "zarr_shard_s": timed(lambda: np.asarray(zarrs[0][...]), time.perf_counter),
+        "zarr_shard_s": timed(lambda: np.asarray(zarrs[0][...])),
         "tensorstore_pairs_per_s": (
             pair_of_members(_members_by_tensorstore(paths))
             if is_zip
             else pair_of(stores, lambda part: part.read().result())
         ),
-        "tensorstore_shard_s": timed(lambda: stores[0].read().result(), time.perf_counter),
+        "tensorstore_shard_s": timed(lambda: stores[0].read().result()),
     }
     if is_zip:
         works["tensorstore_reads_parts"] = lambda: _reads_parts(paths[0])
         works["zarr_mapped_pairs_per_s"] = pair_of(_by_mapped_zarr(paths), np.asarray)
         works["write_form_folder_s"] = timed(
-            lambda: _write_members(paths[0], folder / "written/shards", as_zip=False),
-            time.perf_counter,
+            lambda: _write_members(paths[0], folder / "written/shards", as_zip=False)
         )
         works["write_form_zip_s"] = timed(
-            lambda: _write_members(paths[0], folder / "written/shards", as_zip=True),
-            time.perf_counter,
+            lambda: _write_members(paths[0], folder / "written/shards", as_zip=True)
         )
     return works
 
@@ -288,7 +297,7 @@ def _members_by_tensorstore(paths: list[Path]) -> list[Any]:
     return [tensorstore.KvStore.open({"driver": "zip", "base": base}).result() for base in bases]
 
 
-def _reads_parts(path: Path) -> float:
+def _reads_parts(path: Path) -> tuple[float, float]:
     """1 if tensorstore reads a window of an array in a zip, 0 if it does not within 20 s."""
     code = f"""
 import tensorstore
@@ -300,8 +309,8 @@ tensorstore.open(spec, open=True).result()[1].read().result()
     try:
         subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
     except subprocess.TimeoutExpired:
-        return 0.0
-    return 1.0
+        return 0.0, 0.0
+    return 1.0, 1.0
 
 
 def _write_members(source: Path, target: Path, *, as_zip: bool) -> None:

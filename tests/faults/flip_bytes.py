@@ -121,13 +121,10 @@ class Driver:
                 self._missed.append(name)
 
     def _look(self) -> list[str]:
-        # As they are opened by default; of many shards; of large ones, where only checksums within
-        # the shard stand between the damage and the reader (a tar has none: it is hashed).
-        ways: list[dict[str, Any]] = [
-            {"verify": "sha256" if self._kind == "delta" else "size"},
-            {"verify": "size", "many": True},
-            {"verify": "sha256"} if self._kind == "delta" else {"verify": "size", "large": True},
-        ]
+        # As they are opened by default, of a few shards and of many; a tar has no checksums of its
+        # own, so that it is hashed.
+        verify = "sha256" if self._kind == "delta" else "size"
+        ways: list[dict[str, Any]] = [{"verify": verify}, {"verify": verify, "many": True}]
         return [
             verify_outcome(self._cache, deep=False),
             *(read_outcome(self._cache, self._kind, self._truth, **how) for how in ways),

@@ -108,7 +108,7 @@ class Fuzzer:
     def _look(self, cache: Path, kind: str, rng: random.Random) -> tuple[str, str]:
         how: dict[str, Any] = {"verify": "sha256" if kind == "delta" else "size"}
         if rng.random() < 0.5:
-            how = {"verify": "size", "many": True}
+            how["many"] = True
         read = read_outcome(cache, kind, self._truth[kind], **how)
         deep = rng.random() < 0.5
         said = verify_outcome(cache, deep=deep)

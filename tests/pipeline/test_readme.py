@@ -31,6 +31,16 @@ MEASURED = [  # the start of a row; its JSON; keys and format of every ratio in 
         ),
     ),
     (
+        "a patch shard as one zip",
+        "zip.json",
+        (
+            ("wall/pairs_per_s/zip_over_folder", ".2f"),
+            ("wall/write_shard_s/zip_over_folder", ".2f"),
+            ("wall/open_s/zip_over_folder", ".2f"),
+            ("wall/verify_s/zip_over_folder", ".2f"),
+        ),
+    ),
+    (
         "frames from a decoding",
         "transport.json",
         (("memory_over_copy/rate", ".2f"), ("socket_over_copy/rate", ".2f")),

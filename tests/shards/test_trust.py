@@ -310,9 +310,10 @@ def test_every_cache_carries_its_terms(patches: Any, deltas: Any) -> None:
     assert any(NOTICE in problem.text for problem in verify_cache(patches.folder).problems)
 
 
-def test_verify_finds_any_edit_of_cache_json(patches: Any) -> None:
+@pytest.mark.parametrize("edit", [("DINOv3 License", "Public Domain"), ("checksum", "chocksum")])
+def test_verify_finds_any_edit_of_cache_json(patches: Any, edit: tuple[str, str]) -> None:
     path = patches.folder / "cache.json"
-    path.write_text(path.read_text().replace("DINOv3 License", "Public Domain"))
+    path.write_text(path.read_text().replace(*edit))
     assert any(
         "changed by hand" in problem.text for problem in verify_cache(patches.folder).problems
     )

@@ -14,6 +14,7 @@ from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.patches.int8 import scale_sha256, write_channel_scale
 from deltatok.shards.patches.writer import write_black, write_patch_shard
 from deltatok.shards.plan import PlanEntry, write_plan
+from deltatok.shards.records import Quarantined
 from deltatok.shards.windows import ShardRows
 from deltatok.train.config import (
     DINOWorldTrainConfig,
@@ -155,6 +156,10 @@ def write_deltas_cache(
         flipped=np.zeros(num_clips, dtype=bool),
         clip=np.arange(num_clips, dtype=np.int32),
         keys=keys,
+        quarantined=[
+            Quarantined(clip=key, stage="decode", reason="none", attempts=1)
+            for key in planned[len(keys) :]
+        ],
     )
     write_delta_shard(folder, 0, rows)
     finish_cache(folder)

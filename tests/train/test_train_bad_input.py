@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from deltatok.shards import DamagedShard, DeltaShards, DeltatokError, PatchShards, UsageError
+from deltatok.shards.cache import finish_cache
 from deltatok.shards.files import sha256_file
+from deltatok.shards.records import done_bytes
 from deltatok.train.config import DINOWorldTrainConfig, HeadTrainConfig
 from deltatok.train.data.order import split_windows
 from deltatok.train.dinoworld import train_dinoworld
@@ -59,12 +61,13 @@ def plant_in_patches(folder: Path, window: int = WINDOW) -> str:
 
 
 def make_records_fit(folder: Path) -> None:
-    """As if the bytes had been written so: every done-record names the files' true checksums."""
+    """As if the bytes had been written so: every done-record names its file's true checksum."""
     for record in (folder / "shards").glob("*.json"):
         told = json.loads(record.read_text())
-        for name, file in told["files"].items():
-            file["sha256"] = sha256_file(folder / name)
-        record.write_text(json.dumps(told))
+        (data,) = (path for path in record.parent.glob(f"{record.stem}.*") if path != record)
+        told["file"]["sha256"] = sha256_file(data)
+        record.write_bytes(done_bytes(told))
+    finish_cache(folder)
 
 
 def test_nan_in_a_delta_shard_stops_before_the_first_step(

@@ -117,7 +117,7 @@ def append_clip(folder: Path) -> None:
     )
     plan = Plan.open(folder)
     reopen_cache(folder)
-    clip = SimpleNamespace(key="new.mp4", path=Path("/videos/new.mp4"), size_bytes=1)
+    clip = SimpleNamespace(key="new.mp4", origin="/videos/new.mp4", size_bytes=1)
     longer_plan(plan, {clip.key: clip}, clips_per_shard=1, seed=0).commit()
     write_patch_shard(folder, plan.num_shards, rows, dtype="float16", seed=0)
     finish_cache(folder)
@@ -222,7 +222,7 @@ def test_longer_plan_that_begins_otherwise_leaves_the_deltas_finished(
     before = bytes_of(tmp_path / "deltas")
     other = Path(shutil.copytree(patches, tmp_path / "patches"))
     edit_plan(other, lambda lines: lines[0]["clips"][0].update(key="other.mp4"))
-    clip = SimpleNamespace(key="new.mp4", path=Path("/videos/new.mp4"), size_bytes=1)
+    clip = SimpleNamespace(key="new.mp4", origin="/videos/new.mp4", size_bytes=1)
     longer_plan(Plan.open(other), {clip.key: clip}, clips_per_shard=1, seed=0).commit()
     with pytest.raises(CacheMismatch, match=r"mp4"):
         write_deltas(config_of(other, tokenizer, tmp_path / "deltas"))

@@ -150,7 +150,7 @@ def test_a_depth_range_without_depth_is_refused(folders: Folders) -> None:
 
 
 def test_windows_without_a_target_are_refused(folders: Folders, edit_plan: Any) -> None:
-    edit_plan(folders.root / "patches", lambda lines: lines[0]["clips"].pop(0))
+    edit_plan(folders.root / "patches", lambda lines: lines[0]["clips"][0].pop("target"))
     with pytest.raises(DamagedShard, match=r"clip a/000019 has 2 windows and no target"):
         run_forecast(folders.config())
 

@@ -49,8 +49,8 @@ class Clip:
     folder: str = "/videos"
 
     @property
-    def path(self) -> Path:
-        return Path(self.folder) / self.key
+    def origin(self) -> str:
+        return f"{self.folder}/{self.key}"
 
 
 CLIPS = (

@@ -57,7 +57,11 @@ def append(text: str) -> Callable[[Path], None]:
         ("plan.json", Path.unlink, ["plan.json: cannot be read"]),
         ("plan.json", append("{}"), ["was changed since", "plan.json: not valid JSON"]),
         ("plan/notes", append("x"), ["plan/notes: no part of plan.json"]),
-        ("quarantine.jsonl", append("{}\n"), ["does not list the quarantined clips"]),
+        (
+            "quarantine.jsonl",
+            append("{}\n"),
+            ["was changed since", "does not list the quarantined"],
+        ),
         ("timings.jsonl", append("{}\n"), []),
     ],
 )
