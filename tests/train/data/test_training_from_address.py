@@ -69,9 +69,9 @@ def test_an_epoch_asks_for_each_shard_once(
 ) -> None:
     url, asked, chunks = address(patches), [], ObjectStore.chunks
 
-    def counted(self: ObjectStore, name: str) -> Any:
+    def counted(self: ObjectStore, name: str, **options: Any) -> Any:
         asked.append(name)
-        return chunks(self, name)
+        return chunks(self, name, **options)
 
     monkeypatch.setattr(ObjectStore, "chunks", counted)
     train_tokenizer(tokenizer_config(patches=url, residency="map", steps=12))
