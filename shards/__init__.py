@@ -1,7 +1,7 @@
 """The two cache formats: patch-token shards (Zarr v3) and delta-token shards (WebDataset tars).
 
-FORMAT.md beside this file specifies both. What is named here reads caches, with NumPy alone; of the
-writers (`patches.writer`, `deltas.writer`) the second imports webdataset when it writes its first
+FORMAT.md beside this file specifies both. What is named here reads caches, with NumPy alone; the
+writers (`patches.writer`, `deltas.writer`) import zarr or webdataset when they write the first
 shard, and `tools` holds what `deltatok-shards` runs.
 """
 

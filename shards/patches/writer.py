@@ -15,11 +15,10 @@ such file, uncompressed: N token scales a frame.
 This is the standard `sharding_indexed` layout, which zarr and tensorstore read. It is assembled
 here and not by zarr, whose encoder takes longer than all the rest together (256 frames of 256
 tokens x 768 channels, 2 cores: 0.41 s of 0.75 s; this: 0.05 s), and so that checks, conversion and
-checksums go over a window while it is in the processor's cache. So is the metadata, which differs
-between releases of zarr.
+checksums go over a window while it is in the processor's cache. zarr writes the metadata and the
+small arrays.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -55,13 +54,10 @@ from .layout import (
     ArraySpec,
     from_stored,
     member_names,
-    only_chunk,
     to_stored,
 )
 from .zarr_arrays import LEVEL, check_compression, compress
 
-CRC32C: dict[str, Any] = {"name": "crc32c"}
-LITTLE_ENDIAN: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 MAX_THREADS = 4
@@ -303,72 +299,61 @@ def _write_group(
     path: Path, encoder: _Encoder, windows: WindowColumns, attributes: dict[str, Any]
 ) -> None:
     """Writes the zip `path` of the Zarr v3 group; `windows`: in the order of the file."""
-    group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-    data = {"zarr.json": _json(group), TOKENS_CHUNK: encoder.data.data}
-    token_attributes = {**TOKEN_ATTRIBUTES, "logical_dtype": encoder.dtype}
-    tokens = ArraySpec(STORED_DTYPES[encoder.dtype], TOKEN_AXES, token_attributes)
-    codecs = _sharding(tokens, encoder.shape, compression=encoder.compression)
-    data["tokens/zarr.json"] = _metadata(tokens, encoder.shape, codecs)
-    small = {name: (spec, getattr(windows, name)) for name, spec in WINDOW_ARRAYS.items()}
-    if encoder.channel_scale is not None and encoder.token_scale_data is not None:
-        small["channel_scale"] = (CHANNEL_SCALE_SPEC, encoder.channel_scale)
-        shape = encoder.shape[:3]
-        codecs = _sharding(TOKEN_SCALE_SPEC, shape)
-        data["token_scale/zarr.json"] = _metadata(TOKEN_SCALE_SPEC, shape, codecs)
+    # Imported here: readers do without zarr, and it takes a third of a second.
+    import zarr
+
+    members: dict[str, Any] = {}
+    store = zarr.storage.MemoryStore(members)
+    group = zarr.create_group(store=store, zarr_format=3, attributes=attributes)
+    tokens = ArraySpec(
+        STORED_DTYPES[encoder.dtype],
+        TOKEN_AXES,
+        {**TOKEN_ATTRIBUTES, "logical_dtype": encoder.dtype},
+    )
+    _create_sharded(group, "tokens", tokens, encoder.shape, compression=encoder.compression)
+    if encoder.channel_scale is not None:
+        _create_sharded(group, "token_scale", TOKEN_SCALE_SPEC, encoder.shape[:3])
+        _write_whole(group, "channel_scale", encoder.channel_scale, CHANNEL_SCALE_SPEC)
+    for name, spec in WINDOW_ARRAYS.items():
+        _write_whole(group, name, getattr(windows, name), spec)
+    data = {name: member.to_bytes() for name, member in members.items()}
+    data[TOKENS_CHUNK] = encoder.data.data
+    if encoder.token_scale_data is not None:
         data[TOKEN_SCALE_CHUNK] = encoder.token_scale_data.data
-    for name, (spec, values) in small.items():
-        numbers = np.ascontiguousarray(values, dtype=spec.dtype).reshape(-1).view(np.uint8)
-        metadata = _metadata(spec, values.shape, [_bytes_codec(spec), CRC32C])
-        data[f"{name}/zarr.json"] = metadata
-        data[only_chunk(name, values.ndim)] = np.concatenate([numbers, _crc32c(numbers)]).data
     names = member_names(encoder.dtype)
     with path.open("xb") as file:
         write_archive(file, ((name, data.pop(name)) for name in names), last=TOKENS_CHUNK)
     if data:
-        raise AssertionError(f"{sorted(data)}: no shard has these")
+        raise AssertionError(f"zarr wrote {sorted(data)}, which no shard has")
 
 
-def _metadata(spec: ArraySpec, shape: tuple[int, ...], codecs: list[dict[str, Any]]) -> bytes:
-    """The zarr.json of an array of one chunk, as zarr 3.1.6 writes it."""
-    zero = {"f": 0.0, "b": False}.get(spec.dtype.kind, 0)
-    grid = {"name": "regular", "configuration": {"chunk_shape": shape}}
-    return _json(
-        {
-            "shape": shape,
-            "data_type": spec.dtype.name,
-            "chunk_grid": grid,
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": zero,
-            "codecs": codecs,
-            "attributes": spec.attributes,
-            "dimension_names": spec.axes,
-            "zarr_format": 3,
-            "node_type": "array",
-            "storage_transformers": [],
-        }
+def _create_sharded(
+    group: Any, name: str, spec: ArraySpec, shape: tuple[int, ...], *, compression: str = "none"
+) -> None:
+    """An array of one Zarr shard, a chunk a frame, that is still to be written."""
+    chunks = (1, 1, *shape[2:])
+    _create(group, name, spec, compression, shape=shape, chunks=chunks, shards=shape)
+
+
+def _write_whole(group: Any, name: str, values: NDArray[Any], spec: ArraySpec) -> None:
+    """An array of one chunk."""
+    shape, config = values.shape, {"write_empty_chunks": True}
+    array = _create(group, name, spec, "none", shape=shape, chunks=shape, config=config)
+    array[...] = np.ascontiguousarray(values, dtype=spec.dtype)
+
+
+def _create(group: Any, name: str, spec: ArraySpec, compression: str, **layout: Any) -> Any:
+    """An empty array of the group."""
+    from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+    return group.create_array(
+        name,
+        dtype=spec.dtype,
+        filters=None,
+        serializer=BytesCodec(endian="little" if spec.dtype.itemsize > 1 else None),
+        compressors=[*([ZstdCodec(level=LEVEL)] if compression == "zstd" else []), Crc32cCodec()],
+        fill_value=False if spec.dtype == np.bool_ else 0,
+        attributes=spec.attributes,
+        dimension_names=spec.axes,
+        **layout,
     )
-
-
-def _sharding(
-    spec: ArraySpec, shape: tuple[int, ...], *, compression: str = "none"
-) -> list[dict[str, Any]]:
-    """The codec of an array of one Zarr shard, a chunk a frame."""
-    inner = [_bytes_codec(spec), CRC32C]
-    if compression == "zstd":
-        zstd = {"name": "zstd", "configuration": {"level": LEVEL, "checksum": False}}
-        inner.insert(1, zstd)
-    configuration = {
-        "chunk_shape": (1, 1, *shape[2:]),
-        "codecs": inner,
-        "index_codecs": [LITTLE_ENDIAN, CRC32C],
-        "index_location": "end",
-    }
-    return [{"name": "sharding_indexed", "configuration": configuration}]
-
-
-def _bytes_codec(spec: ArraySpec) -> dict[str, Any]:
-    return LITTLE_ENDIAN if spec.dtype.itemsize > 1 else {"name": "bytes"}
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, allow_nan=False).encode()
