@@ -83,7 +83,10 @@ def reseal(files: Files, changed: set[str], rng: random.Random) -> set[str]:
             data = [name.replace(".json", suffix) for suffix in (".zarr.zip", ".tar")]
             for file in changed.intersection(data) if isinstance(record, dict) else ():
                 record["file"] = _entry(files[file])
-                files[name] = done_bytes(record)
+                try:
+                    files[name] = done_bytes(record)
+                except (TypeError, ValueError, RecursionError):
+                    return changed
                 changed.add(name)
     if "index.jsonl" in files and any(re.fullmatch(r"shards/[0-9]{6}\.json", n) for n in changed):
         files["index.jsonl"] = _index(files)

@@ -140,7 +140,7 @@ class Runner:
         if disk.tree() != found:
             raise RuntimeError(f"{self.name}: the log misses something that was written")
         self.wanted = self.wanted or compared(found)
-        if compared(found) != self.wanted:
+        if self.ended(found) != self.wanted:
             raise RuntimeError(f"{self.name}: killed at {last_name}, it ends with other bytes")
         return writes, inodes
 
@@ -171,7 +171,7 @@ class Runner:
                 is_known = key in seen
                 seen.add(key)
                 problems = [] if is_known else self.check(key, tree)
-                if is_last and _named(compared(tree)) != _named(self.wanted):
+                if is_last and _named(self.ended(tree)) != _named(self.wanted):
                     problems = [*problems, "the command has ended, and not all of it is there"]
                 if gone := [name for name in flushed if name not in tree]:
                     problems = [*problems, f"{gone} was flushed before, and is gone"]
@@ -222,6 +222,14 @@ class Runner:
             problems.append("says complete, and is neither the old cache nor the new one")
         return problems
 
+    def ended(self, tree: Tree) -> Tree:
+        """What of `tree` must be as after an undisturbed run."""
+        return {
+            name: data
+            for name, data in compared(tree).items()
+            if not name.startswith(self.scenario.may_stay)
+        }
+
     def go_on(self, key: Key, tree: Tree) -> list[str]:
         """What is wrong after the same command again."""
         if key not in self.went_on:
@@ -230,9 +238,7 @@ class Runner:
             put_tree(tree, top)
             with mock.patch("os.fsync"):
                 code = self.run(top / "out")
-            ended = compared(get_tree(top))
-            stayed = [name for name in ended if name.startswith(self.scenario.may_stay)]
-            ended = {name: data for name, data in ended.items() if name not in stayed}
+            ended = self.ended(get_tree(top))
             problems = [f"run again, it ended with {code}: {self.said}"] if code else []
             if ended != self.wanted:
                 names = sorted(name for name, _ in set(ended.items()) ^ set(self.wanted.items()))
@@ -481,7 +487,7 @@ def main() -> int:
     """Run the scenarios; 0 if nothing was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="new, best in memory")
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--json", type=Path, default=None, help="keeps what others found")
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
@@ -492,11 +498,14 @@ def main() -> int:
     del os.environ["LD_PRELOAD"]
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    folder, start_s = arguments.folder.resolve(), time.monotonic()
+    folder = arguments.folder.resolve()
     mock.patch("deltatok.train.engine.model_folder.save_file", save_file).start()
     scenarios = make_scenarios(folder / "sources")
     shown: dict[str, Any] = {}
+    if arguments.json is not None and arguments.json.exists():
+        shown = json.loads(arguments.json.read_text())
     for name in arguments.only or scenarios:
+        start_s = time.monotonic()
         runner = Runner(name, scenarios[name], folder / name.replace(" ", "-"))
         logs = [runner.record()]
         kills = [] if arguments.quick else kill_names(logs[0][0])
@@ -507,22 +516,22 @@ def main() -> int:
                 figures = runner.replay(writes, inodes)
                 for field_name, value in vars(figures).items():
                     setattr(total, field_name, getattr(total, field_name) + value)
+            total.trees, num_runs = len(runner.checked), len(runner.went_on)
             mutants, missed = missed_mutants(runner, *logs[0], resume=not arguments.quick)
-        total.trees = len(runner.checked)
         shown[name] = {
             **vars(total),
             "problems": total.problems[:20],
             "num_problems": len(total.problems),
-            "runs_that_went_on": len(runner.went_on),
+            "runs_that_went_on": num_runs,
             "mutants": mutants,
             "mutants_found": mutants - len(missed),
             "mutants_missed": missed,
+            "seconds": round(time.monotonic() - start_s, 1),
         }
+        if arguments.json is not None:
+            arguments.json.write_text(f"{json.dumps(shown, indent=1)}\n")
         print(json.dumps({name: shown[name]}, indent=1), flush=True)
-    shown["seconds"] = round(time.monotonic() - start_s, 1)
-    if arguments.json is not None:
-        arguments.json.write_text(f"{json.dumps(shown, indent=1)}\n")
-    found = [one for one in shown.values() if isinstance(one, dict)]
+    found = list(shown.values())
     files = [kind for one in found for kind in one["mutants_missed"] if " after " not in kind]
     return int(bool(files) or any(one["problems"] for one in found))
 
