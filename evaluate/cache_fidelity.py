@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..shards.cache import compare
-from ..shards.devices import DEVICES, choose_device, memory_errors, precision_name
 from ..shards.errors import CacheMismatch, DeltatokError, UsageError
 from ..shards.evaluation.labels import ClipLabels
 from ..shards.evaluation.targets import last_frames
 from ..shards.files import make_folder, write_json
 from ..shards.patches.reader import PatchShards
+from ..shards.running.devices import DEVICES, choose_device, memory_errors, precision_name
 from ..shards.schema import Place
 from ..shards.tools.info import describe_cache
 from ..train.losses import smooth_l1

@@ -25,9 +25,9 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..shards.devices import choose_device, precision_name
 from ..shards.errors import DeltatokError, UsageError
 from ..shards.files import local_path, read_text
+from ..shards.running.devices import choose_device, precision_name
 from .config import ExtractConfig
 
 _LOGGER = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..shards.errors import UsageError
-from ..shards.parts import parse_shard_of
+from ..shards.running.parts import parse_shard_of
 from ..shards.sampling import KINETICS_STRIDE_RANGE_S, SamplingPolicy
 from ..shards.schema import PathOrAddress, Place
 

@@ -21,7 +21,6 @@ from ..shards.cache import check_clips, finish_cache, read_cache_info, reopen_ca
 from ..shards.errors import TooManyQuarantined
 from ..shards.files import remove_partials
 from ..shards.index import INDEX, read_index
-from ..shards.parts import Part
 from ..shards.plan import Plan, PlanEntry, remove_strangers
 from ..shards.records import (
     QUARANTINE,
@@ -33,6 +32,7 @@ from ..shards.records import (
     remove_done,
     write_quarantine,
 )
+from ..shards.running.parts import Part
 from ..shards.stores.upload import take_records
 
 EARLY_STOP_CLIPS = 100

@@ -12,7 +12,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from ..shards.stopwatch import Stopwatch
+from ..shards.running.stopwatch import Stopwatch
 
 _LOGGER = logging.getLogger(__name__)
 

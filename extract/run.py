@@ -15,11 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..shards.cache import open_cache
-from ..shards.devices import memory_errors
 from ..shards.errors import CacheMismatch
 from ..shards.files import disk_errors, remove_partials
-from ..shards.interrupts import StopRequest
-from ..shards.parts import Part
 from ..shards.plan import (
     PLAN,
     Plan,
@@ -31,7 +28,10 @@ from ..shards.plan import (
     write_plan,
 )
 from ..shards.records import DoneRecord, Quarantined, append_timing
-from ..shards.stopwatch import Stopwatch
+from ..shards.running.devices import memory_errors
+from ..shards.running.interrupts import StopRequest
+from ..shards.running.parts import Part
+from ..shards.running.stopwatch import Stopwatch
 from ..shards.stores.upload import out_folder
 from .backbone import Backbone, load_backbone
 from .config import ExtractConfig

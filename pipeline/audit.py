@@ -24,12 +24,12 @@ from ..extract.sources.find import find_clips
 from ..shards.cache import CacheInfo, compare, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
-from ..shards.interrupts import StopRequest
-from ..shards.parts import Part
 from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import Plan, PlanEntry
 from ..shards.records import iterate_done, quarantined_of
+from ..shards.running.interrupts import StopRequest
+from ..shards.running.parts import Part
 from ..train.models.deltatok import DeltaTok
 from .commands.shards import VerifyConfig
 from .fused import DeltaShardWriter

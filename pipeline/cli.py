@@ -32,7 +32,7 @@ import yaml
 
 from ..shards.errors import DeltatokError, Stopped, UsageError
 from ..shards.files import local_path, read_text
-from ..shards.interrupts import StopRequest
+from ..shards.running.interrupts import StopRequest
 from ..shards.schema import Place, load
 from ..shards.stores.mirror import CACHE_DIR, CACHE_LIMIT
 from .alive import SignOfLife

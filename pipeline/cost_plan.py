@@ -41,14 +41,14 @@ from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
 from ..shards.cache import PATCHES, read_cache_info
 from ..shards.deltas.reader import DeltaShards
-from ..shards.devices import choose_device
 from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.files import size_text
-from ..shards.interrupts import StopRequest
-from ..shards.parts import Part
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import plan_order
 from ..shards.records import Quarantined, done_shards, iterate_done, quarantined_of
+from ..shards.running.devices import choose_device
+from ..shards.running.interrupts import StopRequest
+from ..shards.running.parts import Part
 from ..shards.tools.export import ClipSelection, export_cache
 from ..train.config import TokenizeConfig
 from ..train.encode import draws_of, write_deltas

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..extract.run import ExtractionSummary, run_extraction
 from ..shards.cache import CacheInfo
 from ..shards.deltas.writer import write_delta_shard
-from ..shards.devices import choose_device, precision_name
 from ..shards.errors import DeltatokError
 from ..shards.records import DoneRecord
+from ..shards.running.devices import choose_device, precision_name
 from ..shards.windows import ShardRows
 from ..train.encode import check_tokenizer, describe_deltas
 from ..train.models.deltatok import DeltaTok

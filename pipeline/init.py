@@ -26,10 +26,10 @@ from ..extract.decoding.clip import opened_clip
 from ..extract.decoding.container import VideoFile, read_index
 from ..extract.sources.clip import Clip
 from ..extract.sources.find import find_clips
-from ..shards.devices import choose_device
 from ..shards.errors import ClipError, UsageError
 from ..shards.files import write_bytes
 from ..shards.plan import plan_order
+from ..shards.running.devices import choose_device
 from .cli import read_yaml
 
 SizeName = Literal["small", "base", "released"]

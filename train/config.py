@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..shards.errors import UsageError
-from ..shards.parts import parse_shard_of
+from ..shards.running.parts import parse_shard_of
 from ..shards.schema import Place
 from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig, check_at_least
 

@@ -33,11 +33,8 @@ from ..shards.cache import (
     reopen_cache,
 )
 from ..shards.deltas.writer import write_delta_shard
-from ..shards.devices import memory_errors, precision_name
 from ..shards.errors import CacheMismatch, Stopped, UsageError
 from ..shards.files import remove_partials
-from ..shards.interrupts import StopRequest
-from ..shards.parts import Part
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import PLAN, Plan, begins, copied_plan, remove_strangers
 from ..shards.records import (
@@ -48,9 +45,12 @@ from ..shards.records import (
     read_done,
     remove_done,
 )
+from ..shards.running.devices import memory_errors, precision_name
+from ..shards.running.interrupts import StopRequest
+from ..shards.running.parts import Part
+from ..shards.running.stopwatch import Stopwatch
 from ..shards.sampling import UniformDraws
 from ..shards.schema import plain
-from ..shards.stopwatch import Stopwatch
 from ..shards.stores.mirror import fetch_records, local_folder
 from ..shards.stores.upload import out_folder, take_records
 from ..shards.windows import ShardRows

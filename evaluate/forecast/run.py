@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...shards.cache import compare
-from ...shards.devices import DEVICES, choose_device, memory_errors, precision_name
 from ...shards.errors import UsageError
 from ...shards.files import make_folder
 from ...shards.patches.reader import PatchShards
-from ...shards.stopwatch import Stopwatch
+from ...shards.running.devices import DEVICES, choose_device, memory_errors, precision_name
+from ...shards.running.stopwatch import Stopwatch
 from ...train.losses import log_cosh
 from ...train.models.heads import DepthHead, SegmentationHead
 from ...train.probes import probe_tokenizer

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
-from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import UsageError
 from ...shards.files import local_path
+from ...shards.running.devices import DEVICES, choose_device, precision_name
 from ...train.config import Device, Precision
 from ...train.data.order import generator
 from .footage import Glance, Video, check_frames, frame_planes, look

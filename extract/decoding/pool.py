@@ -35,9 +35,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shards.devices import launched, num_cores
 from ...shards.errors import DeltatokError
 from ...shards.records import Quarantined
+from ...shards.running.devices import launched, num_cores
 from ..config import DecoderChoice, ExtractConfig, RunConfig
 from ..datasets.windows import Policy
 from ..sources.clip import Clip

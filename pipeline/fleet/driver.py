@@ -23,8 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.files import make_folder, partial_path, remove
-from ...shards.interrupts import StopRequest
 from ...shards.records import DoneRecord
+from ...shards.running.interrupts import StopRequest
 from .assignment import MAX_DEATHS, Assignment
 from .options import FleetOptions, Share
 from .shard_server import Job, Opened, Report, ShardServer, not_shared, sees

@@ -10,9 +10,9 @@ from ...extract.decoding.pool import LOOK_AHEAD, choose_num_workers
 from ...extract.run import RunContext, clips_per_shard, make_shards, open_run
 from ...extract.shard_queue import ShardQueue
 from ...extract.sources.clip import Clip
-from ...shards.interrupts import StopRequest
 from ...shards.plan import Plan, shard_keys
 from ...shards.records import DoneRecord
+from ...shards.running.interrupts import StopRequest
 from ...shards.sampling import UniformDraws
 from ...train.config import TokenizeConfig
 from ...train.encode import DeltaEncoder, ShardPart

@@ -20,11 +20,11 @@ from ...extract.sources.clip import Clip
 from ...extract.sources.select import clips_of
 from ...shards.cache import read_cache_info
 from ...shards.errors import UsageError
-from ...shards.interrupts import StopRequest
-from ...shards.parts import Part
 from ...shards.patches.reader import PatchShards
 from ...shards.records import DoneRecord, read_done
-from ...shards.stopwatch import Stopwatch
+from ...shards.running.interrupts import StopRequest
+from ...shards.running.parts import Part
+from ...shards.running.stopwatch import Stopwatch
 from ...shards.stores.upload import out_folder
 from ...train.config import TokenizeConfig
 from ...train.encode import (

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from ...extract.shard_queue import ShardQueue
 from ...shards.errors import DeltatokError, Stopped, UsageError
 from ...shards.files import partial_mark
-from ...shards.interrupts import StopRequest
 from ...shards.records import DoneRecord
+from ...shards.running.interrupts import StopRequest
 
 WORK_S = 1.0
 """How long a call waits for something to tell."""

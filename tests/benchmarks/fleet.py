@@ -25,7 +25,7 @@ from typing import Any
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
 from deltatok.pipeline.little_world.files import make_little_world
 from deltatok.pipeline.little_world.simulation import LittleWorldConfig
-from deltatok.shards.devices import num_cores
+from deltatok.shards.running.devices import num_cores
 
 COMMAND = (sys.executable, "-P", "-m", "deltatok.pipeline.commands.extract")
 RATE = re.compile(r"([0-9.]+) frames/s")

@@ -61,7 +61,7 @@ class OnCuda:
             importlib.import_module(f"deltatok.pipeline.commands.{room}")
         # Not before: pytest rewrites the assertions of what its plugins are made of.
         from deltatok.extract.backbone import Backbone
-        from deltatok.shards import devices
+        from deltatok.shards.running import devices
         from deltatok.train.engine import devices as train_devices
         from deltatok.train.engine.loop import Trainer
 

@@ -12,7 +12,7 @@ from pretended.clocks import EARLIER_EVENT
 from safetensors.torch import load_file
 
 from deltatok.shards import DeltatokError, Stopped
-from deltatok.shards.interrupts import StopRequest
+from deltatok.shards.running.interrupts import StopRequest
 from deltatok.train.dinoworld import train_dinoworld
 from deltatok.train.engine.loop import Trainer
 from deltatok.train.heads.train import train_head

@@ -20,8 +20,8 @@ from deltatok.extract.run import run_extraction
 from deltatok.extract.shard_writer import PatchShardWriter
 from deltatok.shards import DeltatokError, Stopped, UsageError, plan
 from deltatok.shards import records as publishing
-from deltatok.shards.interrupts import StopRequest
 from deltatok.shards.records import done_shards
+from deltatok.shards.running.interrupts import StopRequest
 
 ConfigMaker = Callable[..., ExtractConfig]
 Digests = Callable[[Path], dict[str, str]]

@@ -9,7 +9,7 @@ import pytest
 
 from deltatok.extract import progress as progress_module
 from deltatok.extract.progress import LOG_EVERY_S, Progress
-from deltatok.shards.stopwatch import Stopwatch
+from deltatok.shards.running.stopwatch import Stopwatch
 
 
 @pytest.fixture

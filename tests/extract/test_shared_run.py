@@ -34,9 +34,9 @@ from deltatok.shards import (
     read_cache_info,
 )
 from deltatok.shards.files import partial_path
-from deltatok.shards.parts import Part
 from deltatok.shards.plan import PlanEntry
 from deltatok.shards.records import done_shards
+from deltatok.shards.running.parts import Part
 from deltatok.shards.tools.verify import verify_cache
 
 PROGRAM = Path(__file__).with_name("shared_run.py")

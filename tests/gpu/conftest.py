@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltatok.shards.devices import choose_device
+from deltatok.shards.running.devices import choose_device
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 from neighbours import load

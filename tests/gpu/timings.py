@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from deltatok.extract.backbone import Backbone
 from deltatok.pipeline.cli import read_yaml
-from deltatok.shards.devices import choose_device
+from deltatok.shards.running.devices import choose_device
 from deltatok.shards.schema import load
 from deltatok.train.config import TokenizerTrainConfig, WorldTrainConfig
 from deltatok.train.engine.loop import Trainer

@@ -13,8 +13,8 @@ from deltatok.pipeline.commands.extract import VideosConfig
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.pipeline.fused import DeltaShardWriter
 from deltatok.shards import DeltaShards, DeltatokError, read_cache_info
-from deltatok.shards.interrupts import StopRequest
 from deltatok.shards.records import done_shards
+from deltatok.shards.running.interrupts import StopRequest
 from deltatok.shards.tools.verify import verify_cache
 from deltatok.train.models.configs import DeltaTokConfig
 from deltatok.train.models.deltatok import DeltaTok

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from deltatok.shards.errors import Stopped
-from deltatok.shards.interrupts import StopRequest
+from deltatok.shards.running.interrupts import StopRequest
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 )
 from torch import Tensor
 
-from ...shards.devices import DEVICES, choose_device, precision_name
 from ...shards.errors import DeltatokError, UsageError
+from ...shards.running.devices import DEVICES, choose_device, precision_name
 from ..config import Device, Precision
 
 # accelerate publishes no type information; imported here and in logs.py only.

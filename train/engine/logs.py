@@ -38,7 +38,7 @@ from tqdm import tqdm
 from ...shards.cache import flatten
 from ...shards.errors import UsageError
 from ...shards.files import disk_errors, open_append, open_file, write_bytes
-from ...shards.stopwatch import Stopwatch
+from ...shards.running.stopwatch import Stopwatch
 
 PROJECT = "deltatok"
 

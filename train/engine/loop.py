@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shards.deltas.reader import DeltaShards
-from ...shards.devices import memory_errors
 from ...shards.errors import DamagedShard, DeltatokError, Stopped, UsageError
 from ...shards.files import disk_errors
-from ...shards.interrupts import StopRequest
 from ...shards.patches.reader import PatchShards
+from ...shards.running.devices import memory_errors
+from ...shards.running.interrupts import StopRequest
 from ..config import TrainConfig
 from ..data.batches import Batch, Prefetcher
 from ..data.order import RankSlice

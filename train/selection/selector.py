@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...shards.deltas.reader import DeltaShards
-from ...shards.devices import precision_name
 from ...shards.errors import DeltatokError, UsageError
 from ...shards.patches.reader import PatchShards
+from ...shards.running.devices import precision_name
 from ..config import DINOWorldTrainConfig, WorldTrainConfig
 from ..data.batches import Batch, WindowBatches, check_frames
 from ..data.order import Indices, RankSlice, seed_for

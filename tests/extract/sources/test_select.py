@@ -8,7 +8,7 @@ from deltatok.extract.config import ExtractConfig
 from deltatok.extract.sources.clip import Clip
 from deltatok.extract.sources.select import clips_of, first_clips, of_split, without_excluded
 from deltatok.shards.errors import UsageError
-from deltatok.shards.parts import parse_shard_of
+from deltatok.shards.running.parts import parse_shard_of
 
 CLIPS = [
     Clip("train/arm wrestling/a_000001_000011.mp4", Path("a"), 1, label="arm wrestling"),

@@ -17,8 +17,8 @@ from deltatok.extract.shard_queue import ShardQueue
 from deltatok.pipeline.commands.extract import main as extract
 from deltatok.shards import DeltatokError
 from deltatok.shards.files import sha256_file
-from deltatok.shards.interrupts import StopRequest
 from deltatok.shards.records import DoneRecord, done_shards
+from deltatok.shards.running.interrupts import StopRequest
 
 ray: Any = pytest.importorskip("ray", reason="an extra: pip install deltatok[ray]")
 

@@ -17,9 +17,9 @@ from deltatok.pipeline.fleet.jobs import Extraction
 from deltatok.pipeline.fleet.shard_server import ShardServer, sees
 from deltatok.shards import DeltatokError
 from deltatok.shards.files import sha256_file
-from deltatok.shards.interrupts import StopRequest
-from deltatok.shards.parts import Part
 from deltatok.shards.records import DoneRecord, done_shards
+from deltatok.shards.running.interrupts import StopRequest
+from deltatok.shards.running.parts import Part
 
 
 class Sleeper:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from .errors import Stopped
+from ..errors import Stopped
 
 
 class StopRequest:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .errors import DeltatokError, UsageError
+from ..errors import DeltatokError, UsageError
 
 if TYPE_CHECKING:
     import torch
