@@ -7,7 +7,8 @@
 `local_folder` is the door: it turns the place that somebody gave into a folder. cache.json and the
 files that it names come at once; a shard, or a part of the plan, when it is first asked for
 (`present`), checked by size and SHA-256, by one process of the machine while the others wait.
-Where CACHE_DIR is limited, the shards that were not used for longest make room.
+Where CACHE_DIR is limited, the shards that were not used for longest make room (for what is being
+fetched at this moment, at most THREADS shards, there is none beside it).
 """
 
 import fcntl
@@ -15,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import CacheMismatch, DamagedShard, UsageError
 from ..files import is_address, local_path, write_bytes
-from ..schema import ADVICE, MAX_JSON_BYTES, STORED, load, parse_json, read_json
+from ..schema import ADVICE, MAX_JSON_BYTES, STORED, load, parse_json, read_json, shown
 from .store import Store, open_store
 
 CACHE_DIR = "DELTATOK_CACHE_DIR"
@@ -35,7 +37,8 @@ CACHE_LIMIT = "DELTATOK_CACHE_LIMIT_GB"
 
 MIRROR = "mirror.json"
 NOT_NEEDED = ("NOTICE.txt",)
-MAX_TOP_BYTES = 2**31
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+"""Of a file beside the shards: no path."""
 KEPT_SHARE = 0.9
 """Of the limit, after room was made: so that not every fetch has to look through all shards."""
 
@@ -101,8 +104,9 @@ def local_folder(place: Path | str) -> Path:
         raise UsageError(
             f"{folder}: cannot be written ({error.strerror}): give another --cache-dir"
         ) from error
-    for file in _top_files(info, where):
-        fetch_once(store, folder, file)
+    for file in top_files(info.get("files"), where=where):
+        if file.name not in NOT_NEEDED:
+            fetch_once(store, folder, file)
     if not (folder / "cache.json").exists():
         write_bytes(folder / "cache.json", data)  # last: now it is a cache
     return folder
@@ -114,13 +118,18 @@ class _Stored:
     sha256: str
 
 
-def _top_files(info: dict[str, Any], where: str) -> Iterator[RemoteFile]:
-    for name, entry in dict(info.get("files") or {}).items():
+def top_files(files: object, *, where: str) -> list[RemoteFile]:
+    """`files` of the cache.json that lies at `where`: those beside the shards; DamagedShard for a
+    name that is a path, or that of a file of ours."""
+    if not isinstance(files, dict):
+        raise DamagedShard(f"{where}: files is {shown(files)}, wanted a JSON object: {ADVICE}")
+    found = []
+    for name, entry in files.items():
+        if not _NAME.fullmatch(name) or name in (MIRROR, "cache.json"):
+            raise DamagedShard(f"{where}: names the file {shown(name)}: {ADVICE}")
         file = load(_Stored, entry, where=f"{where}: files.{name}", how=STORED)
-        if "/" in name or name in (".", "..", MIRROR):
-            raise DamagedShard(f"{where}: names the file {name!r}: {ADVICE}")
-        if name not in NOT_NEEDED and file.bytes <= MAX_TOP_BYTES:
-            yield RemoteFile(name, file.bytes, file.sha256)
+        found.append(RemoteFile(name, file.bytes, file.sha256))
+    return found
 
 
 def is_mirror(folder: Path) -> bool:
@@ -213,10 +222,10 @@ class Mirror:
                     self._ahead.discard(file.name)
 
     def _fetch(self, file: RemoteFile) -> None:
-        if _used(self.folder / file.name):
+        if _used(self.folder, file):
             return
         with _alone(self.folder, file.name):
-            if _used(self.folder / file.name):
+            if _used(self.folder, file):
                 return
             self._make_room(file)
             fetch_once(self._store, self.folder, file)
@@ -258,18 +267,17 @@ class Mirror:
 
 def fetch_once(store: Store, folder: Path, file: RemoteFile) -> None:
     """Fetches a file of a store into `folder` unless it is there."""
-    path = folder / file.name
-    if not (path.exists() and path.stat().st_size == file.size):
-        store.fetch(file.name, path, size=file.size, sha256=file.sha256)
+    if not _used(folder, file):
+        store.fetch(file.name, folder / file.name, size=file.size, sha256=file.sha256)
 
 
-def _used(path: Path) -> bool:
-    """Notes that a file is used now; False where there is none."""
+def _used(folder: Path, file: RemoteFile) -> bool:
+    """Notes that a file is used now; False where there is none of its size."""
     try:
-        os.utime(path)
+        os.utime(folder / file.name)
+        return (folder / file.name).stat().st_size == file.size
     except FileNotFoundError:
         return False
-    return True
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ..index import INDEX, ShardColumns, read_index
 from ..plan import PLAN, Plan
 from ..records import DoneRecord, StoredFile, iterate_done, read_done, shard_path
 from ..schema import MAX_JSON_BYTES, parse_json
+from .mirror import top_files
 from .store import NewFile, Store, new_file, open_store
 
 THREADS = 8
@@ -132,8 +133,8 @@ def pull(url: str, folder: Path | str, *, progress: Progress) -> Transfer:
             raise CacheMismatch(f"{folder}: holds another cache: give another folder")
     elif folder.is_dir() and _strangers(folder, info):
         raise CacheMismatch(f"{folder}: holds something else: give a new or empty folder")
-    for name, entry in info.files.items():
-        _fetch(store, folder, name, size=entry["bytes"], sha256=entry["sha256"])
+    for top in top_files(info.files, where=store.at("cache.json")):
+        _fetch(store, folder, top.name, size=top.size, sha256=top.sha256)
     for part in Plan.open(folder).parts:
         _fetch(store, folder, part.file, size=part.bytes, sha256=part.sha256)
     shards = read_index(folder, StoredFile(**info.files[INDEX]))

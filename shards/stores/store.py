@@ -122,7 +122,7 @@ class Store(ABC):
     @abstractmethod
     def probe(self) -> None:
         """Raises UsageError for a store that cannot be written, or that replaces what is there
-        where it was asked not to."""
+        where it was asked not to. To be called before anything is created: it makes the folder."""
 
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
         """A small file; None where there is none, DamagedShard for a larger one."""
@@ -133,7 +133,7 @@ class Store(ABC):
                 if len(data) > max_bytes:
                     raise DamagedShard(
                         f"{self.at(name)}: more than {max_bytes} bytes, which no file of a cache "
-                        "of this name has"
+                        "of this name has: correct the address, or put the right one there"
                     )
         except FileNotFoundError:
             return None
@@ -164,7 +164,9 @@ class Store(ABC):
                     )
                 publish(partial, path)
             except FileNotFoundError as error:
-                raise DamagedShard(f"{self.at(name)}: is not there any more") from error
+                raise DamagedShard(
+                    f"{self.at(name)}: is not there any more: put it back, or make the cache again"
+                ) from error
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -219,19 +221,18 @@ class ObjectStore(Store):
                 f"{url}: obstore is not installed: pip install 'deltatok[cloud]'"
             ) from error
         self._obstore, self._base_error = obstore, BaseError
-        retries = {"max_retries": 10, "retry_timeout": timedelta(seconds=RETRY_S)}
-        with self._errors(""):
-            if url.startswith("file://"):
-                folder = Path(url.removeprefix("file://"))
-                try:
-                    folder.mkdir(exist_ok=True)
-                except OSError as error:
-                    raise UsageError(
-                        f"{url}: cannot be made ({error.strerror}): give another folder"
-                    ) from error
-                self._store: Any = store.LocalStore(folder)
-            else:
+        self._folder = Path(url.removeprefix("file://")) if url.startswith("file://") else None
+        if self._folder is None:
+            retries = {"max_retries": 10, "retry_timeout": timedelta(seconds=RETRY_S)}
+            with self._errors(""):
                 self._store = store.from_url(url, retry_config=retries)
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        """obstore's own; of a folder, which must be there."""
+        if self._folder is None or not self._folder.is_dir():
+            raise UsageError(f"{self.url}: no such folder: correct the address")
+        return self._obstore.store.LocalStore(self._folder)
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         with self._errors(prefix):
@@ -283,6 +284,13 @@ class ObjectStore(Store):
 
     def probe(self) -> None:
         name = f"{PROBE}-{os.getpid()}-{time.time_ns()}"
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"{self.url}: cannot be made ({error.strerror}): give another folder"
+                ) from error
         with self._errors(name, writing=True):
             self._obstore.put(self._store, name, b"1", mode="create")
             try:

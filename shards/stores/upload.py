@@ -32,6 +32,7 @@ MUTABLE = ("plan.json", "quarantine.jsonl", "index.jsonl", "cache.json")
 """Files that are replaced; the others are created once."""
 _SUFFIXES = (".zarr.zip", ".tar")
 _RECORD = re.compile(r"shards/[0-9]{6,9}\.json")
+_PART = re.compile(r"plan/[0-9]{6,}-[0-9a-f]{16}\.jsonl")
 
 
 def out_folder(place: Path | str) -> Path:
@@ -139,7 +140,7 @@ def _take_over(store: Store, folder: Path) -> None:
     since a run was killed before it sent it, is sent."""
     there = {item.name: item for item in store.list()}
     for name, file in there.items():
-        if name in BEFORE_SHARDS or name.startswith("plan/"):
+        if name in BEFORE_SHARDS or _PART.fullmatch(name):
             _take(store, folder, file)
     for name in BEFORE_SHARDS:
         if name not in there and (folder / name).is_file():

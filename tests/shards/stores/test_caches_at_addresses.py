@@ -1,5 +1,6 @@
 """A cache at an address is read, made and copied as one in a folder is."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from deltatok.shards import CacheMismatch, DamagedShard, DeltaShards, PatchShards, UsageError
-from deltatok.shards.cache import finish_cache, open_cache, reopen_cache
+from deltatok.shards.cache import checksum, finish_cache, open_cache, reopen_cache
 from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.plan import make_plan, write_plan
 from deltatok.shards.records import done_shards, remove_done
@@ -20,7 +21,7 @@ from deltatok.shards.stores import mirror as mirrors
 from deltatok.shards.stores import upload as uploads
 from deltatok.shards.stores.mirror import CACHE_LIMIT, cache_dir, local_folder
 from deltatok.shards.stores.push import pull, push
-from deltatok.shards.stores.store import ObjectStore, open_store
+from deltatok.shards.stores.store import ObjectStore, StoredObject, open_store
 from deltatok.shards.stores.upload import out_folder
 from deltatok.shards.tools.verify import verify_cache
 
@@ -161,6 +162,66 @@ def test_flipped_byte_in_the_store_is_refused_by_name(
     with pytest.raises(DamagedShard, match=r"shards/000001\.tar"):
         reader.tokens([len(reader) - 1])
     assert not (reader.folder / "shards" / "000001.tar").exists()
+
+
+def tell(address: str, files: dict[str, Any]) -> None:
+    """Adds these to what the cache.json at an address says of files."""
+    store = open_store(address)
+    info = json.loads(store.read("cache.json", max_bytes=10**6) or b"")
+    info["files"] |= files
+    store.replace("cache.json", json.dumps({**info, "checksum": checksum(info)}).encode())
+
+
+@folder_store
+@pytest.mark.parametrize(
+    "name", ["../evil", "/tmp/evil", "a/b", "..", "", "a\0", "mirror.json", "cache.json"]
+)
+def test_file_of_a_hostile_cache_json_leaves_no_folder(
+    address: str, deltas: Any, tmp_path: Path, name: str
+) -> None:
+    push(deltas.folder, address, progress=quiet)
+    evil = b"evil"
+    (Path(address.removeprefix("file://")).parent / "evil").write_bytes(evil)
+    tell(address, {name: {"bytes": 4, "sha256": hashlib.sha256(evil).hexdigest()}})
+    for take in (DeltaShards, lambda url: pull(url, tmp_path / "in" / "pulled", progress=quiet)):
+        with pytest.raises(DamagedShard, match="names the file"):
+            take(address)
+    assert not (tmp_path / "in").exists()
+
+
+@folder_store
+def test_stored_names_that_are_paths_are_not_taken(
+    address: str, little: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_again(address, little)
+    names = ["plan/../../../evil", "shards/../../../evil.json", "plan/x", "../cache.json"]
+    listed = ObjectStore.list
+
+    def hostile(self: ObjectStore, prefix: str = "") -> Any:
+        yield from listed(self, prefix)
+        yield from (StoredObject(name, 4, "") for name in names)
+
+    fetched: list[str] = []
+    fetch = ObjectStore.fetch
+
+    def noted(self: ObjectStore, name: str, *given: Any, **named: Any) -> None:
+        fetched.append(name)
+        fetch(self, name, *given, **named)
+
+    monkeypatch.setattr(ObjectStore, "list", hostile)
+    monkeypatch.setattr(ObjectStore, "fetch", noted)
+    out_folder(address)
+    assert not set(names) & set(fetched)
+    assert "cache.json" in fetched
+
+
+@folder_store
+def test_mirrored_file_that_was_cut_is_fetched_again(address: str, deltas: Any) -> None:
+    push(deltas.folder, address, progress=quiet)
+    tokens = DeltaShards(address).tokens([0])
+    (shard,) = (DeltaShards(address).folder / "shards").glob("*.tar")
+    os.truncate(shard, 100)
+    np.testing.assert_array_equal(DeltaShards(address).tokens([0]), tokens)
 
 
 @folder_store

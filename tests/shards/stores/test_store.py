@@ -102,6 +102,7 @@ def test_transfer_that_breaks_off_goes_on(
 ) -> None:
     pytest.importorskip("obstore", reason="pip install 'deltatok[cloud]'")
     store, data = open_store(f"file://{tmp_path / 'store'}"), bytes(range(256)) * 40
+    store.probe()
     store.create([new_file("a", data)])
     whole, tries = store.chunks, []
 
@@ -124,6 +125,15 @@ def test_transfer_that_breaks_off_goes_on(
 def test_unknown_address_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match=r"wanted|not an address|not installed"):
         open_store(url)
+
+
+def test_folder_that_is_not_there_is_named_and_not_made(tmp_path: Path) -> None:
+    pytest.importorskip("obstore", reason="pip install 'deltatok[cloud]'")
+    store = open_store(f"file://{tmp_path / 'misspelt'}")
+    for ask in (lambda: store.read("a", max_bytes=1), lambda: list(store.list())):
+        with pytest.raises(UsageError, match="no such folder"):
+            ask()
+    assert not (tmp_path / "misspelt").exists()
 
 
 def test_wrong_bucket_is_named(s3: str) -> None:
