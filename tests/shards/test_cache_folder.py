@@ -40,7 +40,8 @@ def test_opening_again_gives_what_is_stored(patches: Any, little: Any) -> None:
     again = open_cache(patches.folder, little.patch_info(software={"torch": "newer"}))
     assert again == patches.info
     assert again.complete
-    assert {again.counts[name] for name in ("clips", "shards", "windows")} == {6, 2, 11}
+    counts = {"clips": 6, "quarantined": 0, "windows": 11, "frames": 33, "shards": 2}
+    assert again.counts == counts
 
 
 def with_identity(info: Any, path: str, value: Any) -> Any:
@@ -124,7 +125,7 @@ def test_a_partial_cache_json_does_not_make_a_folder_foreign(little: Any, tmp_pa
         ({"shape": {}}, "shape: no field 'num_frames'"),
         ({"complete": "yes"}, "complete is 'yes'"),
         ({"counts": {"windows": -3}}, "counts.windows is -3"),
-        ({"counts": {"windows": 12}}, "cache.json says .* with 12"),
+        ({"counts": {"windows": 12}}, "cache.json says None with 12"),
         ({"files": {"black.npy": 3}}, "files.black.npy"),
         ({"software": {"torch": 2}}, "software.torch is 2"),
         ({"licence": None}, "licence is None"),
