@@ -146,7 +146,7 @@ def test_portions_train_the_same(make_config: Make, tmp_path: Path) -> None:
     assert all(torch.allclose(one[name], other[name], atol=2e-5) for name in one)
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Any] = {
     "num_samples_schedule": ((0, 2), (1, 6)),
     "num_winners_schedule": ((0, 1), (2, 4)),
     "steps": 4,
@@ -283,7 +283,7 @@ K4 = {"num_samples_train": 4}
     ],
 )
 def test_winners_that_cannot_be_are_refused(fields: dict[str, Any], words: str) -> None:
-    model = {**K4, "use_bom": fields.get("use_bom", True)}
+    model: dict[str, Any] = {**K4, "use_bom": fields.get("use_bom", True)}
     given = {name: value for name, value in fields.items() if name != "use_bom"}
     with pytest.raises(UsageError, match=words):
         WorldTrainConfig(deltas="d", out="o", model=DeltaWorldConfig(**model), **given)
@@ -292,18 +292,12 @@ def test_winners_that_cannot_be_are_refused(fields: dict[str, Any], words: str) 
 
 
 def test_winners_that_can_be_are_taken() -> None:
-    all_of_them = {"model": DeltaWorldConfig(**K4), "num_winners": 4}
-    WorldTrainConfig(deltas="d", out="o", **all_of_them)
+    few: dict[str, Any] = {"deltas": "d", "out": "o", "model": DeltaWorldConfig(**K4)}
+    WorldTrainConfig(**few, num_winners=4)
     # One finalist is none: nothing is compared again.
-    WorldTrainConfig(deltas="d", out="o", selection_dtype="bfloat16", **all_of_them)
+    WorldTrainConfig(**few, num_winners=4, selection_dtype="bfloat16")
     # A schedule says it for every step, whatever num_winners is.
-    WorldTrainConfig(
-        deltas="d",
-        out="o",
-        num_winners=9,
-        num_winners_schedule=((0, 2),),
-        model=all_of_them["model"],
-    )
+    WorldTrainConfig(**few, num_winners=9, num_winners_schedule=((0, 2),))
 
 
 def test_the_flag_is_short_and_the_long_one_works_too() -> None:
