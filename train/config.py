@@ -45,6 +45,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Residency = Literal["auto", "device", "memory", "map", "stream"]
 TokenizerLoss = Literal["log_cosh", "mse"]
+ClosedLoop = Literal["both", "decoder"]
+ClosedLoopGradient = Literal["through", "stopped"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 SelectionDtype = Literal["auto", "float32", "bfloat16", "float8"]
 TrackerName = Literal["tensorboard", "wandb"]
@@ -186,6 +188,18 @@ class TokenizerTrainConfig(TrainConfig):
     wide_pair_fraction: float = 0.0
     """Share of pairs that are two or more frames of the window apart; 0: consecutive frames only,
     as the paper."""
+    closed_loop_steps: int = 1
+    """Pairs in a row, at most, that start from one true frame: after the first, the previous frame
+    is the reconstruction of the pair before, as in a rollout. 1: every pair has its true previous
+    frame, as the paper. Needs windows of as many frames and one; each rank's share of batch_size,
+    and micro_batch_size, must be a multiple. Takes the FLOPs that open pairs take."""
+    closed_loop: ClosedLoop = "both"
+    """Which half sees the reconstruction: both, so that a delta token tells the way from it to the
+    next true frame; or the decoder alone, the token being that of the true frames: what decodes
+    forecasts, whose tokens are learned from true frames."""
+    closed_loop_gradient: ClosedLoopGradient = "through"
+    """Whether the gradient of a pair's loss goes on into the reconstruction that it started from:
+    through, or stopped there."""
     allow_stuck: bool = False
     """Go on with a decoder that ignores its delta token."""
     stuck_after_steps: int = 10_000
@@ -207,6 +221,23 @@ class TokenizerTrainConfig(TrainConfig):
             raise UsageError(
                 f"wide_pair_fraction {self.wide_pair_fraction}: wanted a share between 0 and 1"
             )
+        self._check_closed_loop()
+
+    def _check_closed_loop(self) -> None:
+        steps = self.closed_loop_steps
+        check_at_least(1, closed_loop_steps=steps)
+        if steps > 1 and self.wide_pair_fraction > 0:
+            raise UsageError(
+                f"closed_loop_steps {steps} with wide_pair_fraction {self.wide_pair_fraction}: "
+                "wide pairs follow on none; leave one of the two out"
+            )
+        for name in ("batch_size", "micro_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size % steps:
+                raise UsageError(
+                    f"{name} {size}: wanted a multiple of closed_loop_steps, {steps}, so that no "
+                    "row of pairs is cut"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,10 +47,12 @@ class DeltaTok(Pretrained):
         *,
         grid: tuple[int, int],
         rescale: Tensor | float | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """The reconstruction of x_cur, (B, N, D): decode(encode(x_prev, x_cur), x_prev)."""
+        """The reconstruction of x_cur, (B, N, D): decode(encode(x_prev, x_cur), start); start
+        (B, N, D), None: x_prev."""
         z = self.encode(x_prev, x_cur, grid=grid, rescale=rescale)
-        return self.decode(z, x_prev, grid=grid, rescale=rescale)
+        return self.decode(z, x_prev if start is None else start, grid=grid, rescale=rescale)
 
     def encode(
         self,

@@ -97,6 +97,12 @@ def test_reconstruction_is_closed_loop(tokenizer):
     torch.testing.assert_close(got[:, 1], tokenizer(first, x[:, 1], grid=GRID))
 
 
+def test_start_is_what_the_decoder_alone_begins_from(tokenizer):
+    x_prev, x_cur, start = (normal(2, 6, 32, seed=seed) for seed in (1, 3, 4))
+    wanted = tokenizer.decode(tokenizer.encode(x_prev, x_cur, grid=GRID), start, grid=GRID)
+    assert torch.equal(tokenizer(x_prev, x_cur, grid=GRID, start=start), wanted)
+
+
 def test_rescale_changes_positions_only_when_given(tokenizer):
     x = normal(1, 6, 32)
     plain = tokenizer(x, x, grid=GRID)
