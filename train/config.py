@@ -200,6 +200,15 @@ class TokenizerTrainConfig(TrainConfig):
     closed_loop_gradient: ClosedLoopGradient = "through"
     """Whether the gradient of a pair's loss goes on into the reconstruction that it started from:
     through, or stopped there."""
+    encoder_patch_fraction: float = 1.0
+    """Share of a frame's patches that the encoder reads, drawn anew every step; 1: all, as the
+    paper. Less takes in proportion fewer FLOPs, and delta tokens are of a kind that evaluation
+    never sees: end with all patches (whole_frames_from)."""
+    decoder_patch_fraction: float = 1.0
+    """Share of the patches that are decoded and counted in the loss, drawn anew every step: the
+    encoder's, or some of them, or more; 1: all, as the paper."""
+    whole_frames_from: int | None = None
+    """Step (from 0) from which both halves have all patches; none: never."""
     allow_stuck: bool = False
     """Go on with a decoder that ignores its delta token."""
     stuck_after_steps: int = 10_000
@@ -222,6 +231,7 @@ class TokenizerTrainConfig(TrainConfig):
                 f"wide_pair_fraction {self.wide_pair_fraction}: wanted a share between 0 and 1"
             )
         self._check_closed_loop()
+        self._check_patches()
 
     def _check_closed_loop(self) -> None:
         steps = self.closed_loop_steps
@@ -238,6 +248,28 @@ class TokenizerTrainConfig(TrainConfig):
                     f"{name} {size}: wanted a multiple of closed_loop_steps, {steps}, so that no "
                     "row of pairs is cut"
                 )
+
+    def _check_patches(self) -> None:
+        for name in ("encoder_patch_fraction", "decoder_patch_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"{name} {getattr(self, name)}: wanted above 0, at most 1")
+        check_at_least(1, whole_frames_from=self.whole_frames_from)
+        if self.whole_frames_from is not None and not self.draws_patches:
+            raise UsageError(
+                f"whole_frames_from {self.whole_frames_from}: wanted encoder_patch_fraction or "
+                "decoder_patch_fraction below 1 before it; set one, or leave this out"
+            )
+        if self.closed_loop_steps > 1 and self.decoder_patch_fraction < 1:
+            raise UsageError(
+                f"closed_loop_steps {self.closed_loop_steps} with decoder_patch_fraction "
+                f"{self.decoder_patch_fraction}: the next pair starts from all patches of a "
+                "reconstruction; leave one of the two out"
+            )
+
+    @property
+    def draws_patches(self) -> bool:
+        """Whether any step has less than all patches."""
+        return min(self.encoder_patch_fraction, self.decoder_patch_fraction) < 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from ..shards.errors import DeltatokError, UsageError
 from ..shards.patches.reader import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
 from .data.batches import Batch, TokenizerBatches, check_frames, places_in_chain
-from .data.order import Indices, RankSlice, generator
+from .data.order import Indices, RankSlice, generator, shuffled
 from .encode import write_deltas
 from .engine.checkpoints import with_size_of_cache
 from .engine.devices import to_device
@@ -127,16 +127,44 @@ class TokenizerObjective(Objective):
         rescale = draw_rope_rescale(
             self._config.model, generator(self._config.seed, "rope rescale", step)
         )
+        seen, decoded = self._patches_at(step, x_prev.device)
         run = partial(
             forward,
             grid=self._shards.grid,
             rescale=None if rescale is None else to_device(rescale, x_prev.device),
+            encoder_patches=seen,
+            decoder_patches=decoded,
         )
         if self._config.closed_loop_steps == 1:
             prediction = run(x_prev, x_cur)
         else:
             prediction = self._closed_loop(run, x_prev, x_cur, batch.samples[samples])
+        if decoded is not None:
+            x_cur = x_cur[:, decoded]
         return LOSSES[self._config.loss](prediction, x_cur).flatten(1).mean(1), {}
+
+    def _patches_at(self, step: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The patches that encoder and decoder have in this step, on every rank, int64 (M,) each,
+        ascending; None: all. The fewer are some of the more."""
+        if not self.work_at(step):
+            return None, None
+        num_patches, seed = self._shards.shape[1], self._config.seed
+        drawn = shuffled(np.arange(num_patches), num_patches, seed, "patches", step)
+
+        def first(fraction: float) -> Tensor | None:
+            count = max(1, round(fraction * num_patches))
+            if count == num_patches:
+                return None
+            return to_device(torch.from_numpy(np.sort(drawn[:count])), device)
+
+        return first(self._config.encoder_patch_fraction), first(
+            self._config.decoder_patch_fraction
+        )
+
+    def work_at(self, step: int) -> int:
+        """1 for a step with a part of the patches."""
+        end = self._config.whole_frames_from
+        return int(self._config.draws_patches and (end is None or step < end))
 
     def _closed_loop(
         self, run: Callable[..., Tensor], x_prev: Tensor, x_cur: Tensor, numbers: Indices

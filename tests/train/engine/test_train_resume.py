@@ -38,7 +38,17 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"wide_pair_fraction": 0.3}, {"closed_loop_steps": 3}], ids=["wide", "closed loop"]
+    "changed",
+    [
+        {"wide_pair_fraction": 0.3},
+        {"closed_loop_steps": 3},
+        {
+            "encoder_patch_fraction": 0.5,
+            "decoder_patch_fraction": 0.25,
+            "whole_frames_from": 3,
+        },
+    ],
+    ids=["wide pairs", "closed loop", "patches"],
 )
 def test_tokenizer_resumed_at_every_step_equals_uninterrupted(
     tokenizer_config: Make,
