@@ -3,12 +3,16 @@ mIoU by step over rollouts of ten steps.
 
     python tests/experiments/drift.py --quickstart runs/quickstart --out DIR --json FILE
 
-Clips of 3 s of another little world (its own seed, nothing was chosen on them): four frames seen,
-ten forecast, 0.2 s apart. Of every tokenizer the reconstructions, closed loop (encoder and decoder
-start from its own last reconstruction) and open loop (true frames' delta tokens, decoded from its
-own last reconstruction: what is left of a forecast whose delta tokens are all right); of a world
-model trained on its delta tokens the best of 20 samples (at each step its own best), their mean,
-and copying the last frame. All else as in the quickstart.
+A last stage of a few hundred steps, with optimizer state, from a trained tokenizer: as it was
+trained, or in a closed loop. Seed 0 starts from the quickstart's tokenizer, others from one of
+their own, trained as that one was. World models: a last stage too, from the quickstart's, on the
+delta tokens of the tokenizer. All else as in the quickstart.
+
+Measured on clips of 3 s of another little world (its own seed, nothing was chosen on them): four
+frames seen, ten forecast, 0.2 s apart. Of a tokenizer the reconstructions, closed loop (encoder and
+decoder start from its own last reconstruction) and open loop (true frames' delta tokens, decoded
+from its own last reconstruction: what is left of a forecast whose delta tokens are all right); of a
+world model the best of 20 samples (at each step its own best), and their mean.
 
 JSON: clips, steps, rows: [{tokenizer, world, seed, settings, validation_loss, z_swap_ratio, loss:
 {row: [smooth L1 of step 1, 2, ...]}, miou: {row: [percent of step 1, 2, ...]}}]: a row a trained
@@ -35,6 +39,8 @@ from deltatok.train.models.heads import SegmentationHead
 
 STEPS = 10
 CONTEXT = 4
+STAGE = {"steps": 300, "warmup_steps": 20, "eval_every": 100, "start_optimizer": True}
+WORLD_STAGE = {"steps": 500, "warmup_steps": 20, "eval_every": 250, "start_optimizer": True}
 WORLD = {
     "num_train_clips": 0,
     "num_head_clips": 0,
@@ -122,17 +128,32 @@ def main() -> None:
         save_rows(arguments.json, rows)
 
     for seed in arguments.seeds:
+        base = arguments.quickstart / "tokenizer"
+        if seed:
+            base = stages.run("tokenizer", f"base-seed{seed}", {"seed": seed, "deltas": None})
         for name in arguments.tokenizers:
             slug = f"{name.replace(' ', '-')}-seed{seed}"
             deltas = arguments.out / f"deltas-{slug}"
-            settings = {**TOKENIZERS[name], "seed": seed, "deltas": str(deltas)}
+            settings = {
+                **STAGE,
+                **TOKENIZERS[name],
+                "start_from": str(base),
+                "seed": seed + 100,  # other batches than the base had
+                "deltas": str(deltas) if arguments.worlds else None,
+            }
             tokenizer = stages.run("tokenizer", f"tokenizer-{slug}", settings)
             if (name, None, seed) not in done:
                 measure(name, tokenizer, seed, None, None)
             for arm in arguments.worlds:
                 if (name, arm, seed) in done:
                     continue
-                settings = {**WORLDS[arm], "seed": seed, "deltas": str(deltas)}
+                settings = {
+                    **WORLD_STAGE,
+                    **WORLDS[arm],
+                    "start_from": str(arguments.quickstart / "world-model"),
+                    "seed": seed + 100,
+                    "deltas": str(deltas),
+                }
                 folder = f"world-{slug}-{arm.replace(' ', '-')}"
                 measure(name, tokenizer, seed, arm, stages.run("world-model", folder, settings))
 
