@@ -14,9 +14,10 @@ decoder start from its own last reconstruction) and open loop (true frames' delt
 from its own last reconstruction: what is left of a forecast whose delta tokens are all right); of a
 world model the best of 20 samples (at each step its own best), and their mean.
 
-JSON: clips, steps, rows: [{tokenizer, world, seed, settings, validation_loss, z_swap_ratio, loss:
-{row: [smooth L1 of step 1, 2, ...]}, miou: {row: [percent of step 1, 2, ...]}}]: a row a trained
-model; world: the arm of the world model, null for the tokenizer alone.
+JSON: clips, steps, rows: [{tokenizer, world, seed, settings, the last validation_loss and
+validation_z_swap_ratio or validation_best_loss, loss: {row: [smooth L1 of step 1, 2, ...]}, miou:
+{row: [percent of step 1, 2, ...]}}]: a row a trained model; world: the arm of the world model, null
+for the tokenizer alone.
 """
 
 import argparse
@@ -118,11 +119,8 @@ def main() -> None:
         settings = TOKENIZERS[tokenizer] if arm is None else WORLDS[arm]
         told = {"tokenizer": tokenizer, "world": arm, "seed": seed, "settings": settings}
         kept = ("validation_loss", "validation_z_swap_ratio", "validation_best_loss")
-        last = {
-            name.removeprefix("validation_"): values[-1][1]
-            for name in kept
-            if (values := logged(world_model or folder, name))
-        }
+        logs = {name: logged(world_model or folder, name) for name in kept}
+        last = {name: values[-1][1] for name, values in logs.items() if values}
         inputs = open_inputs(config, torch.device("cpu"))
         rows.append({**told, **last, **measured(inputs)})
         save_rows(arguments.json, rows)
