@@ -4,6 +4,25 @@
     mode_recall_weighted   the same, each future counting as much as it is probable
     mode_precision         share of the forecasts that are a possible future
 
+and how often each future is hit, against its probability:
+
+    frequency_distance     total variation distance of the forecasts' frequencies from the
+                           probabilities: impossible_mass + excess_mass
+    impossible_mass        share of the forecasts that are no possible future: 1 - precision
+    excess_mass            by how much possible futures are hit more often than they are probable
+    likeliest_share        share of the hits that are of the most probable future of their window
+    likeliest_probability  what that share would be if the same hits fell by the probabilities
+
+With q the shares of a window's forecasts that hit each mode, q0 that of those that hit none, and p
+the probabilities, q0 + sum(q) = sum(p) = 1, so what is too much is as much as what is missing, and
+
+    (sum |q - p| + q0) / 2 = q0 + sum max(q - p, 0)
+
+(Levin, Peres and Wilmer, "Markov Chains and Mixing Times", 2009, proposition 4.2 and remark 4.3).
+The likeliest shares are of the hits of all windows together: sum(n q_1) / sum(n sum(q)) beside
+sum(n p_1 sum(q)) / sum(n sum(q)), where mode 1 is the most probable one and n the number of
+forecasts. A single forecast is right to be the likeliest future, n samples are not.
+
 Averaged over windows; a single forecast's recall is at most 1 / (number of its futures). What a
 forecast shows is what the segmentation head reads from its features. Futures whose class maps look
 alike are one mode with the sum of their probabilities. A forecast *hits* the mode of the future it
@@ -353,6 +372,8 @@ class ModeScorer:
                     self._calibration.setdefault(horizon, Calibration()).add(modes, found, draws)
                 for metric, value in zip(MODE_METRICS, mode_values(modes, found), strict=True):
                     scores.add(Score(horizon, name, metric), seed, sequence, value, 1)
+                for metric, part in frequency_parts(modes, found).items():
+                    scores.add(Score(horizon, name, metric), seed, sequence, *part)
 
     def probes(self) -> dict[str, Any]:
         """{"modes": {"overlap", horizon: calibration}}, without samples only the overlap."""
@@ -399,6 +420,23 @@ def mode_values(modes: Modes, found: NDArray[np.int64]) -> tuple[float, float, f
     is_hit = np.isin(np.arange(len(modes.probability)), found)
     weighted = float(modes.probability[is_hit].sum() / modes.probability.sum())
     return float(is_hit.mean()), float(np.mean(found != NO_MODE)), weighted
+
+
+def frequency_parts(modes: Modes, found: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
+    """The FREQUENCY_METRICS of one window, each as (sum, count), from the modes (S,) that its
+    forecasts hit; what they are stands at the top of this file."""
+    num_forecasts, true = len(found), modes.probability
+    hits_by_mode = np.bincount(found[found != NO_MODE], minlength=len(true))
+    num_hits = int(hits_by_mode.sum())
+    impossible = (num_forecasts - num_hits) / num_forecasts
+    excess = float(np.maximum(hits_by_mode / num_forecasts - true, 0).sum())
+    return {
+        "frequency_distance": (impossible + excess, 1),
+        "impossible_mass": (impossible, 1),
+        "excess_mass": (excess, 1),
+        "likeliest_share": (int(hits_by_mode[0]), num_hits),
+        "likeliest_probability": (num_hits * float(true[0]), num_hits),
+    }
 
 
 def _recalls(found: list[tuple[float, float]]) -> dict[str, float]:

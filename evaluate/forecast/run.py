@@ -41,10 +41,10 @@ from ..report.panels import (
 from ..report.paper_rows import compare_with_paper
 from ..report.pictures import Tile
 from ..report.plots import Curve, plot_curves, read_curve
-from ..report.rows import HORIZONS, expected_order, table
+from ..report.rows import HORIZONS
 from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig
-from .diagnosis import diagnose, diagnosis_text
+from .diagnosis import diagnose
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
@@ -260,9 +260,6 @@ def run_forecast(config: ForecastConfig) -> Report:
         diagnosis=diagnosis,
     )
     write_report(out, report, pictures, scorer.sequences)
-    for fault in diagnosis:
-        logger.warning("%s", diagnosis_text(fault))
-    logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)
     return report
 
 

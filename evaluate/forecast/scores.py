@@ -27,7 +27,14 @@ from ...shards.evaluation.labels import IGNORE, NO_DEPTH
 from ...train.heads.crops import cut_labels, upsample_half, upsample_predictions
 from ...train.models.heads import DepthHead, SegmentationHead, feature_map
 from ...train.probes import participation_ratio
-from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS, ROW_NAMES, ReportRow
+from ..report.rows import (
+    FREQUENCY_METRICS,
+    HORIZONS,
+    MODE_METRICS,
+    MODE_ROWS,
+    ROW_NAMES,
+    ReportRow,
+)
 from .config import ForecastConfig
 from .intervals import Resamples
 from .rollout import HorizonForecast, WindowBatch, feature_loss, sample_losses
@@ -291,16 +298,20 @@ class Scorer:
 def with_intervals(
     config: ForecastConfig, rows: Sequence[ReportRow], scores: SequenceScores
 ) -> list[ReportRow]:
-    """The rows, each with its interval and its seeds' values; after them those of the modes."""
+    """The rows, each with its interval and its seeds' values; after them those of the modes. A
+    share of nothing (the likeliest future among no hits) is no row."""
     mode_rows = [
         ReportRow(dataset=config.dataset, horizon=horizon, row=row, metric=metric, value=np.nan)
         for horizon in HORIZONS
+        for metrics in (MODE_METRICS, FREQUENCY_METRICS)
         for row in MODE_ROWS
-        for metric in MODE_METRICS
+        for metric in metrics
         if Score(horizon, row, metric) in scores.parts
     ]
     resamples = Resamples(len(scores.windows), seed=config.seed)
-    return [_with_interval(row, resamples, scores) for row in (*rows, *mode_rows)]
+    found = [_with_interval(row, resamples, scores) for row in mode_rows]
+    known = [row for row in found if np.isfinite(row.value)]
+    return [*(_with_interval(row, resamples, scores) for row in rows), *known]
 
 
 def _with_interval(row: ReportRow, resamples: Resamples, scores: SequenceScores) -> ReportRow:

@@ -13,12 +13,15 @@ from ..forecast.sequences import Score, SequenceScores
 from .paper_rows import METRICS as PAPER_METRICS
 from .paper_rows import PAPER_ROWS, PaperComparison
 from .rows import (
+    FREQUENCY_METRICS,
     HORIZONS,
     METRICS,
     PERCENT,
     ROW_LABELS,
     ReportRow,
+    find_row,
     find_value,
+    mode_pairs,
     rows_by_name,
     show,
     show_interval,
@@ -146,23 +149,51 @@ def read_classes(per_class: Sequence[Mapping[str, Any]], names: Sequence[str]) -
 
 
 def read_modes(rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int) -> str:
-    """How many of the possible futures are hit, and how many forecasts are one."""
-    recall, precision = (rows_by_name(rows, "mid", f"mode_{m}") for m in ("recall", "precision"))
-    parts = []
-    texts = {"samples": "the samples hit", "discriminative": "the discriminative forecast hits"}
-    for name, text in texts.items():
-        if name in recall:
-            parts.append(f"{text} {show_row(recall[name])} % of the possible futures")
+    """How many of the possible futures are hit, beside how many of the forecasts are one."""
+    pairs = {pair.row: pair for pair in mode_pairs(rows) if pair.horizon == "mid"}
+    texts = {
+        "samples": "the samples",
+        "discriminative": "the discriminative forecast",
+        "present": "the true frames as the head reads them",
+    }
+    parts = [f"{text} {pairs[name].text()}" for name, text in texts.items() if name in pairs]
     if parts and "mid" in found:
-        drawn = found["mid"]["true_draws"]["mode_recall"]
-        parts.append(f"{num_samples} true draws would hit {show(drawn, 'mode_recall')} %")
-    text = f"Mid: {', '.join(parts)}." if parts else ""
-    if "samples" in precision:
-        text += f" {show_row(precision['samples'])} % of the samples are a possible future"
-        if "present" in precision:
-            text += f", of the true frames {show_row(precision['present'])} %"
-        text += "."
-    return text.strip()
+        drawn = found["mid"]["true_draws"]
+        recall, precision = (show(drawn[m], m) for m in ("mode_recall", "mode_precision"))
+        parts.append(f"{num_samples} true draws {recall} | {precision}")
+    if not parts:
+        return ""
+    return f"Mid, % of the possible futures hit | of the forecasts that are one: {'; '.join(parts)}."
+
+
+def read_frequencies(
+    rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int
+) -> str:
+    """In what the samples' frequencies are off, and whether the likeliest future comes as often as
+    it should."""
+    samples = {
+        metric: row
+        for metric in FREQUENCY_METRICS
+        if (row := find_row(rows, horizon="mid", row="samples", metric=metric)) is not None
+    }
+    if "frequency_distance" not in samples:
+        return ""
+    text = (
+        f"Mid: the samples' frequencies are {show_row(samples['frequency_distance'])} % off; "
+        f"{show_row(samples['impossible_mass'])} % of the samples are no possible future, and "
+        f"possible ones have {show_row(samples['excess_mass'])} % too much"
+    )
+    if "mid" in found:
+        chance = show(found["mid"]["frequency_distance_of_true_draws"], "excess_mass")
+        text += f" (chance alone gives {num_samples} true draws {chance} %)"
+    if {"likeliest_share", "likeliest_probability"} <= samples.keys():
+        share, wanted = samples["likeliest_share"], samples["likeliest_probability"]
+        word = "too rarely" if share.value < wanted.value else "often enough"
+        text += (
+            f". The likeliest future comes {word}: it is {show_row(share)} % of the hits, by the "
+            f"probabilities it would be {show_row(wanted)} %"
+        )
+    return f"{text}."
 
 
 def read_calibration(found: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """A report's two files: report.json for programs, report.html for people.
 
-    OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
+    OUT/report.json   {"rows", "expected_order", "mode_pairs", "probes", "best_of_k", "per_class_iou",
                        "provenance", "seconds", "config", "num_windows", "num_clips", "step_s",
                        "paper", "diagnosis"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves (templates/page.html.j2)
@@ -35,6 +35,8 @@ from .rows import (
     ReportRow,
     class_table,
     expected_order,
+    mode_pairs,
+    mode_pairs_text,
     rows_by_name,
     table,
 )
@@ -104,6 +106,10 @@ def report_json(report: Report) -> dict[str, Any]:
     return {
         **asdict(report),
         "expected_order": asdict(expected_order(report.rows)),
+        "mode_pairs": {
+            "pairs": [pair.values() for pair in mode_pairs(report.rows)],
+            "text": mode_pairs_text(report.rows),
+        },
     }
 
 
@@ -147,6 +153,7 @@ def _readings(report: Report, scores: SequenceScores) -> dict[str, str]:
         "paper": readings.read_paper(rows, report.paper) if report.paper else "",
         "classes": readings.read_classes(report.per_class_iou, report.config["class_names"]),
         "modes": readings.read_modes(rows, modes, num_samples=num_samples),
+        "frequencies": readings.read_frequencies(rows, modes, num_samples=num_samples),
         "calibration": readings.read_calibration(modes),
         "bins": readings.read_bins(modes),
         "probes": readings.read_probes(probes),

@@ -308,6 +308,27 @@ def test_the_page_is_whole_and_fetches_nothing(compared: Path) -> None:
     assert "| Best sample |" in markdown and "equal" in markdown
 
 
+def test_mode_recall_and_precision_are_compared_as_a_pair(made: MakeReport, tmp_path: Path) -> None:
+    folders = []
+    for name, recall, precision in (("a", 0.25, 0.75), ("b", 0.5, 0.5)):
+        folder = made(name, losses(1))
+        scores = read_sequences(Path(folder))
+        for sequence in scores.windows:
+            for metric, number in (("mode_recall", recall), ("mode_precision", precision)):
+                scores.add(Score("mid", "samples", metric), 0, sequence, number, 1)
+        (Path(folder) / "sequences.jsonl").write_bytes(sequences_jsonl(scores))
+        folders.append(folder)
+    found = compare(tmp_path, *folders)
+    assert result_lines(found)[1:] == [
+        "All samples, mode recall | mode precision %, mid: b 50.0 | 50.0 against 25.0 | 75.0 of a: "
+        "+25.0 better [25.0,\u00a025.0] | -25.0 worse [-25.0,\u00a0-25.0]"
+    ]
+    assert [title for title in tables(found) if title.startswith("mode")] == [
+        "mode recall % ↑, mid",
+        "mode precision % ↑, mid",
+    ]
+
+
 def test_the_command_ends_with_4_on_other_protocols(
     made: MakeReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
