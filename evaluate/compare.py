@@ -43,8 +43,9 @@ LOWER_IS_BETTER = (
     "frequency_distance",
     "impossible_mass",
     "excess_mass",
+    "energy_score",
 )
-COMPARED = (*METRICS, *MODE_METRICS, "frequency_distance", "impossible_mass", "excess_mass")
+COMPARED = tuple(dict.fromkeys((*METRICS, *MODE_METRICS, *LOWER_IS_BETTER)))
 """Metrics of which it is known what is better."""
 PAIR = ("mode_recall", "mode_precision")
 """Never one without the other."""
@@ -333,9 +334,7 @@ def result_lines(found: Comparison) -> list[str]:
 def _mode_lines(found: Comparison) -> list[str]:
     """`All samples, mode recall | mode precision, mid: b 66.0 | 75.0 against 60.0 | 51.3 of a: ...`
     for each report after the first."""
-    rows = {
-        row.metric: row for row in found.rows if (row.row, row.horizon) == ("samples", "mid")
-    }
+    rows = {row.metric: row for row in found.rows if (row.row, row.horizon) == ("samples", "mid")}
     if not set(PAIR) <= rows.keys():
         return []
     names = [run["name"] for run in found.runs]

@@ -1,4 +1,4 @@
-"""Mode recall, mode precision and calibration: forecasts held against all possible futures.
+"""Mode recall, mode precision and frequencies: forecasts held against all possible futures.
 
     mode_recall            share of the possible futures that some forecast hits
     mode_recall_weighted   the same, each future counting as much as it is probable
@@ -64,7 +64,7 @@ from ...shards.patches.reader import PatchShards
 from ...train.data.order import seed_for
 from ...train.heads.crops import cut_labels
 from ...train.models.heads import SegmentationHead
-from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS
+from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS, SAMPLES_ROW
 from .config import ForecastConfig
 from .rollout import HorizonForecast, WindowBatch
 from .scores import class_maps
@@ -274,7 +274,6 @@ def recall_of_draws(probability: NDArray[np.float64], num_draws: int) -> tuple[f
     return float(hit.mean()), float(hit @ probability)
 
 
-SAMPLES_ROW = "samples"
 BIN_EDGES = (0.0, 0.001, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 """Bins of the predicted frequency; the first holds the modes that no sample hits."""
 _DRAWS = 64

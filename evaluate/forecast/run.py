@@ -45,6 +45,7 @@ from ..report.rows import HORIZONS
 from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig
 from .diagnosis import diagnose
+from .ensemble import EnsembleScorer
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
@@ -233,7 +234,7 @@ def run_forecast(config: ForecastConfig) -> Report:
             if inputs.models.head is not None:
                 labelled = map(inputs.arrangement.labelled, inputs.batches())
                 check_labels(chain.from_iterable(labelled), inputs.models.head)
-        scorer, modes, shown = score_windows(inputs, watch)
+        scorer, modes, ensemble, shown = score_windows(inputs, watch)
         with watch.at("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
         with watch.at("intervals"):
@@ -249,6 +250,7 @@ def run_forecast(config: ForecastConfig) -> Report:
         rows=rows,
         probes=probes,
         best_of_k=scorer.best_of_k(),
+        rank_histogram=ensemble.rank_histogram(scorer.sequences),
         per_class_iou=scorer.per_class_iou(),
         provenance=provenance,
         seconds=watch.seconds,
@@ -265,7 +267,7 @@ def run_forecast(config: ForecastConfig) -> Report:
 
 def score_windows(
     inputs: ForecastInputs, watch: Stopwatch
-) -> tuple[Scorer, ModeScorer | None, list[ShownWindow]]:
+) -> tuple[Scorer, ModeScorer | None, EnsembleScorer, list[ShownWindow]]:
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
     keys = [inputs.arrangement.sequence(index) for index in range(len(cache))]
@@ -274,6 +276,7 @@ def score_windows(
         for seed in seeds_of(config)
     }
     scorer, modes = scorers[config.seed], open_modes(inputs)
+    ensemble = EnsembleScorer(config, inputs.arrangement)
     to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
     shown: list[ShownWindow] = []
     batches = inputs.batches()
@@ -300,8 +303,9 @@ def score_windows(
                     with watch.at("score"):
                         scorers[seed].add(horizon, found, batch)
                         scorers[seed].add_labels(horizon, found, labels)
+                        parts = scorers[seed].sequences
+                        ensemble.add(horizon, found, batch, seed=seed, scores=parts)
                         if modes is not None:
-                            parts = scorers[seed].sequences
                             modes.add(horizon, found, batch, seed=seed, scores=parts)
             with watch.at("pictures"):  # of the mid horizon, the last of the loop above
                 for position, index in enumerate(indices):
@@ -310,7 +314,7 @@ def score_windows(
             progress.update(len(indices))
     for seed in seeds_of(config)[1:]:
         scorer.sequences.merge(scorers[seed].sequences)
-    return scorer, modes, shown
+    return scorer, modes, ensemble, shown
 
 
 def open_modes(inputs: ForecastInputs) -> ModeScorer | None:

@@ -87,9 +87,7 @@ def mode_section(
     )
 
 
-def _frequencies(
-    rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int
-) -> Table:
+def _frequencies(rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int) -> Table:
     """A line a horizon and row; of true draws what chance leaves: they are possible, each of them,
     and the likeliest as often as it is probable."""
     body = []

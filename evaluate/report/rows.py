@@ -44,8 +44,23 @@ FREQUENCY_METRICS = (
 in forecast/modes.py."""
 MODE_ROWS = ("copy_last", "discriminative", "mean", "samples", "reconstruction", "present")
 """Rows that have them; `samples`: all samples of a window together."""
-MODE_ROW_LABELS = ROW_LABELS | {"samples": "All samples"}
-PERCENT = ("miou", *MODE_METRICS, *FREQUENCY_METRICS)
+SAMPLES_ROW = "samples"
+MODE_ROW_LABELS = ROW_LABELS | {SAMPLES_ROW: "All samples"}
+ENSEMBLE_METRICS = ("energy_score", "spread_skill", "outside_share")
+"""Samples held against the one future that came; defined in forecast/ensemble.py."""
+ENSEMBLE_ROWS = (
+    "copy_last",
+    "dinoworld",
+    "dinoworld_mean",
+    "predictions_mean",
+    "discriminative",
+    "mean",
+    SAMPLES_ROW,
+    "reconstruction",
+    "present",
+)
+"""Rows that have an energy score: no one chose them by the truth. Samples have the others, too."""
+PERCENT = ("miou", *MODE_METRICS, *FREQUENCY_METRICS, "outside_share")
 METRIC_TITLES = _METRIC_HEADS | {
     "mode_recall": "mode recall % ↑",
     "mode_recall_weighted": "mode recall by probability % ↑",
@@ -53,6 +68,7 @@ METRIC_TITLES = _METRIC_HEADS | {
     "frequency_distance": "distance of frequencies % ↓",
     "impossible_mass": "no possible future % ↓",
     "excess_mass": "too often % ↓",
+    "energy_score": "energy score ↓",
 }
 # The order of the paper's tables, mid-term: (better, worse)
 EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "copy_last"))
@@ -68,8 +84,8 @@ class ReportRow:
 
     dataset: str
     horizon: str  # short | mid
-    row: str  # one of ROW_NAMES, of MODE_ROWS for MODE_METRICS and FREQUENCY_METRICS
-    metric: str  # one of METRICS, MODE_METRICS, FREQUENCY_METRICS
+    row: str  # one of ROW_NAMES; of MODE_ROWS or ENSEMBLE_ROWS for metrics of their own
+    metric: str  # one of METRICS, MODE_METRICS, FREQUENCY_METRICS, ENSEMBLE_METRICS
     value: float  # mean over seeds
     interval_low: float | None = None  # 95 %, see intervals.py; None with a single sequence
     interval_high: float | None = None
@@ -96,7 +112,11 @@ class ModePair:
         return {"horizon": self.horizon, "row": self.row} | {
             f"{name}{end}": getattr(row, attribute)
             for name, row in parts.items()
-            for end, attribute in (("", "value"), ("_low", "interval_low"), ("_high", "interval_high"))
+            for end, attribute in (
+                ("", "value"),
+                ("_low", "interval_low"),
+                ("_high", "interval_high"),
+            )
         }
 
 

@@ -1,8 +1,8 @@
 """A report's two files: report.json for programs, report.html for people.
 
-    OUT/report.json   {"rows", "expected_order", "mode_pairs", "probes", "best_of_k", "per_class_iou",
-                       "provenance", "seconds", "config", "num_windows", "num_clips", "step_s",
-                       "paper", "diagnosis"}
+    OUT/report.json   {"rows", "expected_order", "mode_pairs", "probes", "best_of_k",
+                       "per_class_iou", "rank_histogram", "drift", "provenance", "seconds",
+                       "config", "num_windows", "num_clips", "step_s", "paper", "diagnosis"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves (templates/page.html.j2)
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as PNG files and the moving pictures as GIFs, to show elsewhere
@@ -23,6 +23,7 @@ from ..forecast.sequences import SequenceScores, sequences_jsonl
 from ..tables import Table
 from . import readings
 from .animation import Moving
+from .ensemble import ensemble_section
 from .html import render_page, value_text
 from .modes import mode_section
 from .paper_rows import PaperComparison, paper_table
@@ -52,7 +53,8 @@ class Report:
     rows: list[ReportRow]
     probes: dict[str, Any]
     best_of_k: list[dict[str, Any]]
-    """[{"horizon", "k", "feature_loss"}]; empty without a world model."""
+    """[{"horizon", "k", "feature_loss", "mean_feature_loss", and the intervals of both}]; empty
+    without a world model."""
     per_class_iou: list[dict[str, Any]]
     """[{"horizon", "row", "iou"}], iou 0-1 or None of every class; empty without mIoU."""
     provenance: dict[str, Any]
@@ -65,6 +67,8 @@ class Report:
     diagnosis: list[dict[str, Any]] = field(default_factory=list)
     """[{"cause", "measured", "next_step"}]: why the numbers are not as they should be, if known:
     forecast/diagnosis.py."""
+    rank_histogram: list[dict[str, Any]] = field(default_factory=list)
+    """[{"horizon", "rank", "share", "interval_low", "interval_high"}]; empty without samples."""
     paper: PaperComparison | None = None
     """Whether the paper's rows may stand beside these; None: it has none of this data set."""
 
@@ -135,6 +139,7 @@ def report_page(report: Report, pictures: Pictures, scores: SequenceScores) -> s
         "paper": paper_table(rows, report.paper) if report.paper else None,
         "classes": class_table(report.per_class_iou, config["class_names"], horizon="mid"),
         "modes": mode_section(rows, probes.get("modes", {}), num_samples=num_samples),
+        "ensemble": ensemble_section(rows, report.rank_histogram, num_samples=num_samples),
         "losses_by_step": _losses_by_step(probes.get("feature_loss_by_step", {})),
         "best_of_k": plot_best_of_k(report.best_of_k, rows) if report.best_of_k else None,
         "seconds": {name: f"{value:.2f} s" for name, value in report.seconds.items()},
@@ -154,6 +159,9 @@ def _readings(report: Report, scores: SequenceScores) -> dict[str, str]:
         "classes": readings.read_classes(report.per_class_iou, report.config["class_names"]),
         "modes": readings.read_modes(rows, modes, num_samples=num_samples),
         "frequencies": readings.read_frequencies(rows, modes, num_samples=num_samples),
+        "energy": readings.read_energy(rows),
+        "spread": readings.read_spread(rows, num_samples=num_samples),
+        "ranks": readings.read_ranks(report.rank_histogram),
         "calibration": readings.read_calibration(modes),
         "bins": readings.read_bins(modes),
         "probes": readings.read_probes(probes),

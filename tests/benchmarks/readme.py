@@ -46,11 +46,11 @@ def modes(rows: list[ReportRow]) -> str:
     if "samples" not in pairs:
         return ""
     return (
-        "All possible futures of these clips are known. 0.6 s ahead, mode recall (the share of those "
-        "that can be told apart that some forecast hits) | mode precision (the share of the forecasts "
-        f"that are one), in %: the samples {pairs['samples']}, the discriminative model's one forecast "
-        f"{pairs['discriminative']}, the true frames, as the head reads them, {pairs['present']}. In "
-        "brackets: 95 % intervals.\n\n"
+        "All possible futures of these clips are known. 0.6 s ahead, mode recall (the share of "
+        "those that can be told apart that some forecast hits) | mode precision (the share of the "
+        f"forecasts that are one of them), in %: the samples {pairs['samples']}, the "
+        f"discriminative model's one forecast {pairs['discriminative']}, the true frames, as the "
+        f"head reads them, {pairs['present']}. In brackets: 95 % intervals.\n\n"
     )
 
 

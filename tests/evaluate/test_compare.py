@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.evaluate.compare import CompareConfig, Comparison, run_compare
+from deltatok.evaluate.compare import (
+    CompareConfig,
+    Comparison,
+    result_lines,
+    run_compare,
+    tables,
+)
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.sequences import Score, SequenceScores, sequences_jsonl
+from deltatok.evaluate.forecast.sequences import (
+    Score,
+    SequenceScores,
+    read_sequences,
+    sequences_jsonl,
+)
 from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards.errors import CacheMismatch, UsageError
 

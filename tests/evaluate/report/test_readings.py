@@ -184,10 +184,12 @@ def test_losses_are_read_from_first_to_last() -> None:
         "From the first step to the last: Best sample 0.1 to 0.2 (2.0 times)."
     )
     curve = [
-        {"horizon": "mid", "k": k, "feature_loss": v} for k, v in ((1, 0.4), (2, 0.25), (3, 0.2))
+        {"horizon": "mid", "k": k, "feature_loss": v, "mean_feature_loss": m}
+        for k, v, m in ((1, 0.4, 0.4), (2, 0.25, 0.35), (3, 0.2, 0.3))
     ]
     assert readings.read_best_of_k(curve) == (
-        "Mid: the best of 3 has 50 % less loss than one sample; half of that is there with 2."
+        "Mid: the best of 3 has 50 % less loss than one sample; half of that is there with 2. "
+        "Their mean, which no truth chooses, has 25 % less."
     )
     flat = [point | {"feature_loss": 0.4} for point in curve]
     assert "all alike" in readings.read_best_of_k(flat)
