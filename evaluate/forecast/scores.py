@@ -268,8 +268,8 @@ class Scorer:
 
     def best_of_k(self) -> list[dict[str, Any]]:
         """[{"horizon", "k", "feature_loss", "interval_low", "interval_high"}] of the best of k
-        samples, and "mean_feature_loss" with an interval of the mean of the first k; empty without
-        a world model."""
+        samples, and "mean_feature_loss" with an interval of the mean of k; empty without a world
+        model."""
         resamples = Resamples(len(self.sequences.windows), seed=self._config.seed)
         found = []
         for horizon, losses in self._sample_losses.items():
@@ -383,13 +383,15 @@ def best_of_k(losses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def mean_of_k(samples: Tensor, truth: Tensor) -> Tensor:
-    """Feature loss of the mean of the first k samples (B, S, N, D), k = 1..S, to the truth
-    (B, N, D): (B, S). Of samples that are drawn alike the first k are as good as any; k = S is the
-    mean row."""
-    total, losses = torch.zeros_like(truth), []
+    """Feature loss of the mean of k samples (B, S, N, D), k = 1..S, to the truth (B, N, D): (B, S).
+
+    Averaged over the S choices of k that follow one another, the first after the last: k = 1 is the
+    loss of one sample, k = S the mean row.
+    """
+    total, losses = torch.zeros_like(samples), []
     for k in range(1, samples.shape[1] + 1):
-        total = total + samples[:, k - 1]
-        losses.append(feature_loss(total / k, truth))
+        total = total + samples.roll(1 - k, dims=1)
+        losses.append(feature_loss(total / k, truth[:, None].expand_as(total)).mean(dim=1))
     return torch.stack(losses, dim=1)
 
 

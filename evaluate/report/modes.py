@@ -65,8 +65,8 @@ def mode_section(
     }
     for label, key in drawn.items():
         if all(horizon in found for horizon in HORIZONS):
-            cells = [show(found[h][key][metric], metric) for h in HORIZONS for metric in _PAIR]
-            body.append([label, *cells])
+            expected = [show(found[h][key][metric], metric) for h in HORIZONS for metric in _PAIR]
+            body.append([label, *expected])
     horizons = tuple(horizon for horizon in HORIZONS if horizon in found)
     bins = [
         [

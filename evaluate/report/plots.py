@@ -190,12 +190,13 @@ def draw_band(
     *,
     colour: str,
     label: str,
+    style: str = "-",
 ) -> None:
     """A line with its points, and the band of their intervals where all have one."""
-    axes.plot(x, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
-    bounds = [(a, b) for a, b in zip(low, high, strict=True) if a is not None and b is not None]
-    if len(bounds) == len(values):
-        axes.fill_between(x, *zip(*bounds, strict=True), color=colour, alpha=0.18, linewidth=0)
+    axes.plot(x, values, style, color=colour, lw=1.6, marker="o", markersize=3, label=label)
+    lows, highs = ([bound for bound in bounds if bound is not None] for bounds in (low, high))
+    if len(lows) == len(highs) == len(values):
+        axes.fill_between(x, lows, highs, color=colour, alpha=0.18, linewidth=0)
 
 
 def legend_below(figure: Figure, *, columns: int) -> None:

@@ -60,6 +60,19 @@ ENSEMBLE_ROWS = (
     "present",
 )
 """Rows that have an energy score: no one chose them by the truth. Samples have the others, too."""
+DRIFT_ROWS = (
+    "copy_last",
+    "dinoworld",
+    "dinoworld_mean",
+    "discriminative",
+    "mean",
+    "sample",
+    "best",
+    "reconstruction",
+    "reconstruction_open_loop",
+    "present",
+)
+"""Rows of long rollouts, step by step: forecast/drift.py."""
 PERCENT = ("miou", *MODE_METRICS, *FREQUENCY_METRICS, "outside_share")
 METRIC_TITLES = _METRIC_HEADS | {
     "mode_recall": "mode recall % ↑",
@@ -138,10 +151,11 @@ def mode_pairs(rows: Iterable[ReportRow]) -> list[ModePair]:
 
 def mode_pairs_text(rows: Iterable[ReportRow]) -> str:
     """A line of the pairs at the mid horizon; empty without any."""
+    pairs = {pair.row: pair for pair in mode_pairs(rows) if pair.horizon == "mid"}
     parts = [
-        f"{MODE_ROW_LABELS[pair.row]} {pair.text()}"
-        for pair in mode_pairs(rows)
-        if pair.horizon == "mid" and pair.row in ("samples", "discriminative", "present")
+        f"{MODE_ROW_LABELS[name]} {pairs[name].text()}"
+        for name in (SAMPLES_ROW, "discriminative", "present")
+        if name in pairs
     ]
     return f"mode recall | mode precision, mid-term %: {'; '.join(parts)}" if parts else ""
 

@@ -23,6 +23,7 @@ from ..forecast.sequences import SequenceScores, sequences_jsonl
 from ..tables import Table
 from . import readings
 from .animation import Moving
+from .drift import drift_section, read_drift, read_drift_mious
 from .ensemble import ensemble_section
 from .html import render_page, value_text
 from .modes import mode_section
@@ -69,6 +70,8 @@ class Report:
     forecast/diagnosis.py."""
     rank_histogram: list[dict[str, Any]] = field(default_factory=list)
     """[{"horizon", "rank", "share", "interval_low", "interval_high"}]; empty without samples."""
+    drift: dict[str, Any] | None = None
+    """Scores of long rollouts by step (forecast/drift.py); None where windows are too short."""
     paper: PaperComparison | None = None
     """Whether the paper's rows may stand beside these; None: it has none of this data set."""
 
@@ -140,6 +143,7 @@ def report_page(report: Report, pictures: Pictures, scores: SequenceScores) -> s
         "classes": class_table(report.per_class_iou, config["class_names"], horizon="mid"),
         "modes": mode_section(rows, probes.get("modes", {}), num_samples=num_samples),
         "ensemble": ensemble_section(rows, report.rank_histogram, num_samples=num_samples),
+        "drift": drift_section(report.drift),
         "losses_by_step": _losses_by_step(probes.get("feature_loss_by_step", {})),
         "best_of_k": plot_best_of_k(report.best_of_k, rows) if report.best_of_k else None,
         "seconds": {name: f"{value:.2f} s" for name, value in report.seconds.items()},
@@ -162,6 +166,8 @@ def _readings(report: Report, scores: SequenceScores) -> dict[str, str]:
         "energy": readings.read_energy(rows),
         "spread": readings.read_spread(rows, num_samples=num_samples),
         "ranks": readings.read_ranks(report.rank_histogram),
+        "drift": read_drift(report.drift),
+        "drift_mious": read_drift_mious(report.drift),
         "calibration": readings.read_calibration(modes),
         "bins": readings.read_bins(modes),
         "probes": readings.read_probes(probes),

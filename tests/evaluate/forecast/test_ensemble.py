@@ -133,12 +133,13 @@ def test_places_among_equal_samples_are_drawn_for_a_name() -> None:
     assert one.sum() == 1200 and one.min() > 120
 
 
-def test_the_mean_of_k_is_that_of_the_first_k() -> None:
+def test_the_mean_of_k_is_that_of_k_that_follow_one_another() -> None:
     samples, truth = normal(3, 5, 4, 6).float(), normal(3, 4, 6, seed=1).float()
     found = mean_of_k(samples, truth)
     for k in range(1, 6):
-        wanted = feature_loss(samples[:, :k].mean(dim=1), truth)
-        assert torch.allclose(found[:, k - 1], wanted)
+        chosen = [[(first + i) % 5 for i in range(k)] for first in range(5)]
+        losses = [feature_loss(samples[:, numbers].mean(dim=1), truth) for numbers in chosen]
+        assert torch.allclose(found[:, k - 1], torch.stack(losses).mean(dim=0))
 
 
 def test_a_curve_has_the_interval_of_the_sequences_drawn_again() -> None:
@@ -210,6 +211,7 @@ def test_best_and_mean_of_k_meet_at_one_sample_and_end_at_their_rows(
         assert curve[-1]["mean_feature_loss"] == pytest.approx(
             value(single, "mean", "feature_loss", horizon), rel=1e-5
         )
+        assert curve[0]["feature_loss"] == pytest.approx(curve[0]["mean_feature_loss"], rel=1e-5)
         for prefix in ("", "mean_"):
             for point in curve:
                 low, high = (point[f"{prefix}interval_{end}"] for end in ("low", "high"))
