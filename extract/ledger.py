@@ -21,7 +21,7 @@ from ..shards.cache import check_clips, finish_cache, read_cache_info, reopen_ca
 from ..shards.errors import TooManyQuarantined
 from ..shards.files import remove_partials
 from ..shards.index import INDEX, read_index
-from ..shards.plan import Plan, PlanEntry, remove_strangers
+from ..shards.plan import Plan, remove_strangers
 from ..shards.records import (
     QUARANTINE,
     DoneRecord,
@@ -88,12 +88,12 @@ class Ledger:
         """
         ledger = cls(folder, plan)
         done = done_shards(folder)
-        none: list[PlanEntry] = []
+        none: list[str] = []
         strangers = ((shard, none) for shard in done if shard >= plan.num_shards)
-        for shard, entries in chain(plan.shards(set(done)), strangers):
+        for shard, keys in chain(plan.keys_of_shards(set(done)), strangers):
             record = read_done(folder, shard)
             if record is not None:
-                check_clips(folder, record, entries)
+                check_clips(folder, record, keys)
                 ledger.add(record)
         return ledger
 

@@ -32,7 +32,7 @@ from .files import (
     write_json,
 )
 from .index import INDEX, index_header, index_line
-from .plan import PLAN, Plan, PlanEntry, keys_sha256, shard_keys
+from .plan import PLAN, Plan, keys_sha256, shard_keys
 from .records import (
     QUARANTINE,
     DoneRecord,
@@ -349,14 +349,14 @@ def finish_cache(folder: Path | str) -> CacheInfo:
     try:
         with partial.open("xb") as file:
             file.write(index_header())
-            for shard, entries in plan.shards():
+            for shard, keys in plan.keys_of_shards():
                 record = read_done(folder, shard)
                 if record is None:
                     raise CacheMismatch(
                         f"{folder}: shard {shard:06d} was taken back by another process: run the "
                         "command that makes this cache again"
                     )
-                check_clips(folder, record, entries)
+                check_clips(folder, record, keys)
                 file.write(index_line(record))
                 windows += record.rows
                 abs_max = max(abs_max, record.abs_max)
@@ -394,8 +394,9 @@ def finish_cache(folder: Path | str) -> CacheInfo:
     return finished
 
 
-def check_clips(folder: Path, record: DoneRecord, planned: Sequence[PlanEntry]) -> None:
-    """Raises DamagedShard unless the shard of `record` was made of the clips of the plan."""
+def check_clips(folder: Path, record: DoneRecord, planned: Sequence[str]) -> None:
+    """Raises DamagedShard unless the shard of `record` was made of the clips of these keys, which
+    the plan gives it."""
     keys = shard_keys(planned, record.lost)
     if (
         len(keys) != record.clips

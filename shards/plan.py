@@ -217,6 +217,31 @@ class Plan:
         self, part: PlanPart, wanted: Container[int] | None = None
     ) -> Iterator[tuple[int, list[PlanEntry]]]:
         """The same of one part."""
+        for number, clips, where in self._parsed(part, wanted):
+            entries = [_parse_clip(clip, number, root=self.root, where=where) for clip in clips]
+            _check_once([entry.key for entry in entries], where)
+            yield number, entries
+
+    def keys_of_shards(
+        self, wanted: Container[int] | None = None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """Number -> the keys of its clips, as `shards` gives them, in half the time."""
+        for part in self.parts:
+            yield from self.keys_of(part, wanted)
+
+    def keys_of(
+        self, part: PlanPart, wanted: Container[int] | None = None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """The same of one part."""
+        for number, clips, where in self._parsed(part, wanted):
+            keys = [_key_of(clip, where) for clip in clips]
+            _check_once(keys, where)
+            yield number, keys
+
+    def _parsed(
+        self, part: PlanPart, wanted: Container[int] | None
+    ) -> Iterator[tuple[int, list[Any], str]]:
+        """Number -> its clips as JSON gives them, and where they stand."""
         numbers = range(part.first_shard, part.first_shard + part.shards)
         if wanted is not None and not any(number in wanted for number in numbers):
             return
@@ -225,9 +250,13 @@ class Plan:
         for number, line in zip(numbers, self._lines(part), strict=True):
             if wanted is None or number in wanted:
                 where = f"{path}: line {number - part.first_shard + 1}"
-                entries = _parse_shard(line, number, root=self.root, where=where)
-                num_clips += len(entries)
-                yield number, entries
+                value = load(_Line, parse_json(line, where=where), where=where, how=STORED)
+                if value.shard != number:
+                    raise DamagedShard(
+                        f"{where}: shard is {value.shard}, wanted {number}: {ADVICE}"
+                    )
+                num_clips += len(value.clips)
+                yield number, value.clips, where
         if wanted is None and num_clips != part.clips:
             raise DamagedShard(
                 f"{path}: has {num_clips} clips, {PLAN} says {part.clips}: restore the file"
@@ -290,10 +319,10 @@ class Plan:
         return lines
 
 
-def shard_keys(entries: Iterable[PlanEntry], quarantined: Container[str]) -> list[str]:
+def shard_keys(planned: Iterable[str], quarantined: Container[str]) -> list[str]:
     """The keys of a shard: of its clips that have windows, in plan order; `clip` arrays index into
-    this list. quarantined: keys of the clips that have none."""
-    return [entry.key for entry in entries if entry.key not in quarantined]
+    this list. planned: the keys of all its clips; quarantined: of those that have none."""
+    return [key for key in planned if key not in quarantined]
 
 
 def keys_sha256(keys: Collection[str]) -> str:
@@ -613,17 +642,17 @@ def _to_json(entry: PlanEntry, root: str) -> dict[str, Any]:
     return value
 
 
-def _parse_shard(line: bytes, number: int, *, root: str, where: str) -> list[PlanEntry]:
-    """The clips in a line of a part; DamagedShard if it is malformed, or another shard's."""
-    value = load(_Line, parse_json(line, where=where), where=where, how=STORED)
-    if value.shard != number:
-        raise DamagedShard(f"{where}: shard is {value.shard}, wanted {number}: {ADVICE}")
-    entries = [_parse_clip(clip, number, root=root, where=where) for clip in value.clips]
-    if len({entry.key for entry in entries}) != len(entries):
-        keys = [entry.key for entry in entries]
+def _check_once(keys: list[str], where: str) -> None:
+    if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise DamagedShard(f"{where}: clip {twice!r} a second time: restore the file")
-    return entries
+
+
+def _key_of(clip: Any, where: str) -> str:
+    key = clip.get("key") if type(clip) is dict else None
+    if type(key) is not str:
+        raise DamagedShard(f"{where}: a clip is {shown(clip)}, wanted one with a key: {ADVICE}")
+    return key
 
 
 def _parse_clip(clip: Any, shard: int, *, root: str, where: str) -> PlanEntry:

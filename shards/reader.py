@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from .cache import CacheInfo, read_cache_info
 from .errors import CacheMismatch, DamagedShard, UsageError
 from .index import INDEX, ShardColumns, read_index
-from .plan import PLAN, Plan, PlanEntry, keys_sha256, shard_keys
+from .plan import PLAN, Plan, PlanEntry, keys_sha256
 from .records import (
     DoneRecord,
     StoredFile,
@@ -334,8 +334,7 @@ class CacheReader(ABC, Generic[Scalar]):
             if len(entries) != shards.clips[place]:
                 if self._lost is None:
                     self._lost = {entry.clip for entry in read_quarantine(self.folder)}
-                kept = set(shard_keys(entries, self._lost))
-                entries = [entry for entry in entries if entry.key in kept]
+                entries = [entry for entry in entries if entry.key not in self._lost]
             if keys_sha256([entry.key for entry in entries]) != self._keys_sha256(place):
                 break
             yield entries

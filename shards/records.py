@@ -137,12 +137,10 @@ def read_done(folder: Path | str, shard: int) -> DoneRecord | None:
     Raises DamagedShard if it is malformed, CacheMismatch for a newer format_version.
     """
     path = shard_path(Path(folder), shard, ".json")
-    if not path.is_file():
-        return None
     try:
         data = read_file(path)
     except DamagedShard:
-        if not path.exists():  # taken back by another process just now
+        if not path.is_file():
             return None
         raise
     return _parse_done(shard, data, where=str(path))

@@ -146,7 +146,7 @@ def _check_depth(value: Any) -> None:
 
 
 Loaded = TypeVar("Loaded")
-_INTEGERS, _TEXTS = list[int], list[str]
+_ANYTHING, _INTEGERS, _TEXTS = list[Any], list[int], list[str]
 
 MAX_COUNT = 2**53
 """The largest integer that every JSON reader keeps exact."""
@@ -339,6 +339,8 @@ def _is_stored(value: Any, wanted: Any) -> bool:
         return type(value) is wanted
     if type(value) is not list:
         return False
+    if wanted == _ANYTHING:
+        return True
     if wanted == _INTEGERS:
         return all(map(is_count, value))
     return bool(wanted == _TEXTS) and all(type(item) is str for item in value)

@@ -45,6 +45,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Residency = Literal["auto", "device", "memory", "map", "stream"]
 TokenizerLoss = Literal["log_cosh", "mse"]
+ClosedLoop = Literal["both", "decoder"]
+ClosedLoopGradient = Literal["through", "stopped"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 SelectionDtype = Literal["auto", "float32", "bfloat16", "float8"]
 TrackerName = Literal["tensorboard", "wandb"]
@@ -186,6 +188,27 @@ class TokenizerTrainConfig(TrainConfig):
     wide_pair_fraction: float = 0.0
     """Share of pairs that are two or more frames of the window apart; 0: consecutive frames only,
     as the paper."""
+    closed_loop_steps: int = 1
+    """Pairs in a row, at most, that start from one true frame: after the first, the previous frame
+    is the reconstruction of the pair before, as in a rollout. 1: every pair has its true previous
+    frame, as the paper. Needs windows of as many frames and one; each rank's share of batch_size,
+    and micro_batch_size, must be a multiple. Takes the FLOPs that open pairs take."""
+    closed_loop: ClosedLoop = "both"
+    """Which half sees the reconstruction: both, so that a delta token tells the way from it to the
+    next true frame; or the decoder alone, the token being that of the true frames: what decodes
+    forecasts, whose tokens are learned from true frames."""
+    closed_loop_gradient: ClosedLoopGradient = "through"
+    """Whether the gradient of a pair's loss goes on into the reconstruction that it started from:
+    through, or stopped there."""
+    encoder_patch_fraction: float = 1.0
+    """Share of a frame's patches that the encoder reads, drawn anew every step; 1: all, as the
+    paper. Less takes in proportion fewer FLOPs, and delta tokens are of a kind that evaluation
+    never sees: end with all patches (whole_frames_from)."""
+    decoder_patch_fraction: float = 1.0
+    """Share of the patches that are decoded and counted in the loss, drawn anew every step: the
+    encoder's, or some of them, or more; 1: all, as the paper."""
+    whole_frames_from: int | None = None
+    """Step (from 0) from which both halves have all patches; none: never."""
     allow_stuck: bool = False
     """Go on with a decoder that ignores its delta token."""
     stuck_after_steps: int = 10_000
@@ -207,6 +230,46 @@ class TokenizerTrainConfig(TrainConfig):
             raise UsageError(
                 f"wide_pair_fraction {self.wide_pair_fraction}: wanted a share between 0 and 1"
             )
+        self._check_closed_loop()
+        self._check_patches()
+
+    def _check_closed_loop(self) -> None:
+        steps = self.closed_loop_steps
+        check_at_least(1, closed_loop_steps=steps)
+        if steps > 1 and self.wide_pair_fraction > 0:
+            raise UsageError(
+                f"closed_loop_steps {steps} with wide_pair_fraction {self.wide_pair_fraction}: "
+                "wide pairs follow on none; leave one of the two out"
+            )
+        for name in ("batch_size", "micro_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size % steps:
+                raise UsageError(
+                    f"{name} {size}: wanted a multiple of closed_loop_steps, {steps}, so that no "
+                    "row of pairs is cut"
+                )
+
+    def _check_patches(self) -> None:
+        for name in ("encoder_patch_fraction", "decoder_patch_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"{name} {getattr(self, name)}: wanted above 0, at most 1")
+        check_at_least(1, whole_frames_from=self.whole_frames_from)
+        if self.whole_frames_from is not None and not self.draws_patches:
+            raise UsageError(
+                f"whole_frames_from {self.whole_frames_from}: wanted encoder_patch_fraction or "
+                "decoder_patch_fraction below 1 before it; set one, or leave this out"
+            )
+        if self.closed_loop_steps > 1 and self.decoder_patch_fraction < 1:
+            raise UsageError(
+                f"closed_loop_steps {self.closed_loop_steps} with decoder_patch_fraction "
+                f"{self.decoder_patch_fraction}: the next pair starts from all patches of a "
+                "reconstruction; leave one of the two out"
+            )
+
+    @property
+    def draws_patches(self) -> bool:
+        """Whether any step has less than all patches."""
+        return min(self.encoder_patch_fraction, self.decoder_patch_fraction) < 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,19 @@ pair's second frame. Paper section 3; PAPER "DeltaTok, the tokenizer".
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..shards.errors import DeltatokError, UsageError
 from ..shards.patches.reader import PatchShards
 from .config import TokenizeConfig, TokenizerTrainConfig
-from .data.batches import Batch, TokenizerBatches
-from .data.order import RankSlice, generator
+from .data.batches import Batch, TokenizerBatches, check_frames, places_in_chain
+from .data.order import Indices, RankSlice, generator, shuffled
 from .encode import write_deltas
 from .engine.checkpoints import with_size_of_cache
 from .engine.devices import to_device
@@ -87,6 +89,13 @@ class TokenizerObjective(Objective):
     ) -> None:
         super().__init__(model, shards, config, ranks, device)
         self.tokens_per_sample = 2 * shards.shape[1]  # of two frames
+        if (chain := config.closed_loop_steps) > 1:
+            check_frames(shards.shape[0], least=chain + 1, why=f"closed_loop_steps {chain}")
+            if (share := config.batch_size // ranks.num_ranks) % chain:
+                raise UsageError(
+                    f"batch_size {config.batch_size}: {share} pairs on each of {ranks.num_ranks} "
+                    f"processes, wanted a multiple of closed_loop_steps, {chain}"
+                )
         self._batches = TokenizerBatches(
             self._source,
             self._training,
@@ -118,13 +127,65 @@ class TokenizerObjective(Objective):
         rescale = draw_rope_rescale(
             self._config.model, generator(self._config.seed, "rope rescale", step)
         )
-        prediction = forward(
-            x_prev,
-            x_cur,
+        seen, decoded = self._patches_at(step, x_prev.device)
+        run = partial(
+            forward,
             grid=self._shards.grid,
             rescale=None if rescale is None else to_device(rescale, x_prev.device),
+            encoder_patches=seen,
+            decoder_patches=decoded,
         )
+        if self._config.closed_loop_steps == 1:
+            prediction = run(x_prev, x_cur)
+        else:
+            prediction = self._closed_loop(run, x_prev, x_cur, batch.samples[samples])
+        if decoded is not None:
+            x_cur = x_cur[:, decoded]
         return LOSSES[self._config.loss](prediction, x_cur).flatten(1).mean(1), {}
+
+    def _patches_at(self, step: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The patches that encoder and decoder have in this step, on every rank, int64 (M,) each,
+        ascending; None: all. The fewer are some of the more."""
+        if not self.work_at(step):
+            return None, None
+        num_patches, seed = self._shards.shape[1], self._config.seed
+        drawn = shuffled(np.arange(num_patches), num_patches, seed, "patches", step)
+
+        def first(fraction: float) -> Tensor | None:
+            count = max(1, round(fraction * num_patches))
+            if count == num_patches:
+                return None
+            return to_device(torch.from_numpy(np.sort(drawn[:count])), device)
+
+        return first(self._config.encoder_patch_fraction), first(
+            self._config.decoder_patch_fraction
+        )
+
+    def work_at(self, step: int) -> int:
+        """1 for a step with a part of the patches."""
+        end = self._config.whole_frames_from
+        return int(self._config.draws_patches and (end is None or step < end))
+
+    def _closed_loop(
+        self, run: Callable[..., Tensor], x_prev: Tensor, x_cur: Tensor, numbers: Indices
+    ) -> Tensor:
+        """Reconstructions (b, N, D) of x_cur from x_prev (b, N, D each); of all pairs but the first
+        of a chain, from the reconstruction of the pair before. numbers (b,): of the samples."""
+        config = self._config
+        places = places_in_chain(
+            numbers, pairs_per_window=self._shards.shape[0] - 1, chain=config.closed_loop_steps
+        )
+        out = torch.zeros_like(x_cur)
+        for place in range(places.max() + 1):
+            rows = to_device(torch.from_numpy(np.flatnonzero(places == place)), x_cur.device)
+            true = start = x_prev[rows]
+            if place > 0:
+                start = out[rows - 1]
+            if config.closed_loop_gradient == "stopped":
+                start = start.detach()
+            seen = start if config.closed_loop == "both" else true
+            out = out.index_copy(0, rows, run(seen, x_cur[rows], start=start).float())
+        return out
 
     def evaluate(self) -> dict[str, float]:
         probes = probe_tokenizer(

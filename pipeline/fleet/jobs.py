@@ -78,4 +78,5 @@ class Encoding:
 
     def clip_keys(self, items: Sequence[ShardPart]) -> list[str]:
         record = items[0].record
-        return shard_keys(Plan.open(self.config.patches).shard(record.shard), record.lost)
+        ((_, keys),) = Plan.open(self.config.patches).keys_of_shards((record.shard,))
+        return shard_keys(keys, record.lost)

@@ -188,11 +188,12 @@ class Store(ABC):
 
     def stream(self, name: str, *, stamp: str = "") -> Iterator[bytes]:
         """`chunks`, begun again where the transfer breaks off; what came before is skipped."""
-        given = 0
+        given, last_s = 0, time.monotonic()
         for tries_left in reversed(range(FETCH_TRIES)):
             skip = given
             try:
                 for chunk in self.chunks(name, stamp=stamp):
+                    last_s = time.monotonic()
                     rest = chunk[min(skip, len(chunk)) :]
                     skip -= len(chunk) - len(rest)
                     given += len(rest)
@@ -201,8 +202,8 @@ class Store(ABC):
                 return
             except UsageError:
                 raise
-            except DeltatokError:
-                if not tries_left:
+            except DeltatokError:  # one that took RETRY_S was tried again all the while
+                if not tries_left or time.monotonic() - last_s > RETRY_S / 2:
                     raise
                 time.sleep(1.0)
 

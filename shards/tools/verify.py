@@ -46,7 +46,6 @@ from ..plan import (
     PLAN,
     PLAN_FOLDER,
     Plan,
-    PlanEntry,
     PlanPart,
     keys_sha256,
     keys_twice,
@@ -230,9 +229,9 @@ class _PlannedKeys:
                 return keys if keys_sha256(keys) == record.keys_sha256 else None
         return None
 
-    def _read_part(self, part: PlanPart) -> dict[int, list[PlanEntry]]:
+    def _read_part(self, part: PlanPart) -> dict[int, list[str]]:
         with suppress(DeltatokError):
-            return dict(self._plan.shards_of(part)) if self._plan is not None else {}
+            return dict(self._plan.keys_of(part)) if self._plan is not None else {}
         return {}
 
 
@@ -459,7 +458,7 @@ class _Beside:
                     if shard not in records:
                         missing.append(shard)
                     elif PLAN not in self.changed:  # a changed plan says nothing against a shard
-                        self._check_clips(records[shard], entries)
+                        self._check_clips(records[shard], [entry.key for entry in entries])
             except DeltatokError as error:
                 self.add(error)
                 is_whole = False
@@ -487,7 +486,7 @@ class _Beside:
                 self.add(f"{self.folder}: {count} {name}, cache.json says {said}")
         return missing
 
-    def _check_clips(self, record: DoneRecord, planned: Sequence[PlanEntry]) -> None:
+    def _check_clips(self, record: DoneRecord, planned: Sequence[str]) -> None:
         """Each shard's clips must be those of the plan. Of an unfinished cache nobody can tell
         which of the two is wrong."""
         try:

@@ -12,6 +12,7 @@ above 50,000 windows/s or 0.8 of a sequential read. All ratios are of one run; r
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 import time
@@ -185,15 +186,20 @@ def shuffle_figures(folder: Path) -> dict[str, float]:
 
 
 def plain_rates(folder: Path) -> dict[str, float]:
-    """Random consecutive pairs/s of zarr and tensorstore on the same shards, and of this reader."""
-    import zarr
-    from zarr.storage import ZipStore
+    """Random consecutive pairs/s of zarr and tensorstore, by the recipes, on the same shards, and
+    of this reader."""
+    import tensorstore
+
+    from deltatok.shards.recipes import patches_tensorstore, patches_zarr
 
     shards = PatchShards(folder)
     paths = sorted(folder.glob("shards/*.zarr.zip"))
-    arrays = [zarr.open_group(ZipStore(path), mode="r")["tokens"] for path in paths]
-    stores = [open_by_tensorstore(path) for path in paths]
+    arrays = [patches_zarr.open_shard(path)["tokens"] for path in paths]
+    stores = [
+        tensorstore.KvStore.open(patches_tensorstore.open_zip(path)).result() for path in paths
+    ]
     per_shard = shards.num_windows // len(paths)
+    frame_bytes = math.prod(shards.shape[1:]) * 2
     rng = np.random.default_rng(1)
 
     def draw() -> tuple[int, int, int]:
@@ -206,7 +212,9 @@ def plain_rates(folder: Path) -> dict[str, float]:
 
     def by_tensorstore() -> None:
         shard, window, frame = draw()
-        stores[shard][window, frame : frame + 2].read().result()
+        at = (window * NUM_FRAMES + frame) * (frame_bytes + 4)  # 4: the crc32c after each
+        both = slice(at, at + 2 * frame_bytes + 4)
+        stores[shard].read(patches_tensorstore.TOKENS, byte_range=both).result()
 
     def by_reader() -> None:
         shard, window, frame = draw()
@@ -214,15 +222,6 @@ def plain_rates(folder: Path) -> dict[str, float]:
 
     contestants = {"zarr": by_zarr, "tensorstore": by_tensorstore, "deltatok": by_reader}
     return {f"single_random_pairs_per_s_{name}": rate for name, rate in _rates(contestants).items()}
-
-
-def open_by_tensorstore(path: Path) -> Any:
-    """The tokens of a shard."""
-    import tensorstore
-
-    base = {"driver": "file", "path": str(path.resolve())}
-    kvstore = {"driver": "zip", "base": base, "path": "tokens/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
 
 
 def _rates(contestants: dict[str, Callable[[], None]]) -> dict[str, float]:

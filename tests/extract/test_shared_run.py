@@ -30,12 +30,12 @@ from deltatok.shards import (
     Stopped,
     TooManyQuarantined,
     UsageError,
-    devices,
     read_cache_info,
 )
 from deltatok.shards.files import partial_path
 from deltatok.shards.plan import PlanEntry
 from deltatok.shards.records import done_shards
+from deltatok.shards.running import devices
 from deltatok.shards.running.parts import Part
 from deltatok.shards.tools.verify import verify_cache
 

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,32 @@ class Figures:
     problems: list[str] = field(default_factory=list)
 
 
+def start(
+    config: ExtractConfig, backbone: Backbone, *, log: Path, environment: Mapping[str, str]
+) -> int:
+    """The number of a new process that extracts, and writes what it says to `log`."""
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(written, 1)
+        os.dup2(written, 2)
+        signal.alarm(int(LIMIT_S))
+        tqdm.set_lock(threading.RLock())  # a fork would share its lock with killed ones
+        os.environ |= environment
+        run_extraction(config, backbone=backbone)
+        status = 0
+    except (DeltatokError, Stopped) as error:
+        logging.error("process %d: %s", os.getpid(), error)
+        status = error.exit_code
+    except BaseException:
+        logging.exception("process %d", os.getpid())
+    finally:
+        os._exit(status)
+
+
 class Driver:
     """Starts and kills processes on one folder after the other."""
 
@@ -105,26 +131,12 @@ class Driver:
 
     def start(self, out: Path, rank: int = 0, num_ranks: int = 1) -> int:
         """The number of a new process that extracts its part into `out`."""
-        child = os.fork()
-        if child:
-            return child
-        status = 99
-        try:
-            log = os.open(self.folder / f"{out.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            signal.alarm(int(LIMIT_S))
-            tqdm.set_lock(threading.RLock())  # a fork would share its lock with killed ones
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-            run_extraction(replace(self.config, out=str(out)), backbone=self.backbone)
-            status = 0
-        except (DeltatokError, Stopped) as error:
-            logging.error("process %d: %s", os.getpid(), error)
-            status = error.exit_code
-        except BaseException:
-            logging.exception("process %d", os.getpid())
-        finally:
-            os._exit(status)
+        return start(
+            replace(self.config, out=str(out)),
+            self.backbone,
+            log=self.folder / f"{out.name}.log",
+            environment={"RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
+        )
 
     def undisturbed(self) -> Path:
         """A folder made by one process in one go."""

@@ -1,12 +1,13 @@
 """Kill extractions into an object store with SIGKILL, over and over, and compare what lies there
 with an undisturbed local cache:
 
-    python tests/faults/kill_upload.py --kills 20 --folder F [--json FILE]
+    python tests/faults/kill_upload.py --kills 20 --folder F [--endpoint URL] [--json FILE]
 
 The store is an S3 server of moto's in a process of its own (pip install 'deltatok[cloud]'
-'moto[server]'). A run is killed at a random moment and started again, every other time without its
---cache-dir, as on another machine, until the cache is finished; then the next address. At the end
-two runs, of different --cache-dir, extract into one address at once.
+'moto[server]'), or the one at --endpoint, whose key is "key" and secret "secret". A run is killed
+at a random moment and started again, every other time without its --cache-dir, as on another
+machine, until the cache is finished; then the next address. At the end two runs, of different
+--cache-dir, extract into one address at once.
 
 Every cache in the store must hold the bytes of the local one. Prints figures as JSON; exits with 1
 if one does not.
@@ -14,14 +15,12 @@ if one does not.
 
 import argparse
 import json
-import logging
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +28,13 @@ from typing import Any
 
 import boto3
 import torch
-from kill_extraction import little_clips
-from tqdm import tqdm
+from kill_extraction import LIMIT_S, little_clips, start
 
 from deltatok.extract.backbone import Backbone
 from deltatok.extract.config import ExtractConfig
-from deltatok.extract.run import run_extraction
 from deltatok.pipeline.little_world.backbone import TinyBackboneConfig, make_tiny_backbone
-from deltatok.shards import DeltatokError, Stopped
 
-BUCKET = "bucket"
+BUCKET = "kill-upload"
 SERVER = """\
 import time
 from moto.server import ThreadedMotoServer
@@ -47,18 +43,19 @@ server.start()
 print("http://%s:%d" % server.get_host_and_port(), flush=True)
 time.sleep(1e6)
 """
-LIMIT_S = 600.0
 
 
 class Store:
     """The S3 server, and what lies in it."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert self._process.stdout is not None
-        endpoint = self._process.stdout.readline().decode().strip()
+    def __init__(self, endpoint: str | None) -> None:
+        self._process = None
+        if endpoint is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            assert self._process.stdout is not None
+            endpoint = self._process.stdout.readline().decode().strip()
         os.environ |= {
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
@@ -81,31 +78,14 @@ class Store:
         return found
 
     def close(self) -> None:
-        self._process.kill()
+        if self._process is not None:
+            self._process.kill()
 
 
-def start(config: ExtractConfig, backbone: Backbone, cache_dir: Path) -> int:
+def extract(config: ExtractConfig, backbone: Backbone, cache_dir: Path) -> int:
     """The number of a new process that extracts."""
-    child = os.fork()
-    if child:
-        return child
-    status = 99
-    try:
-        log = os.open(cache_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        signal.alarm(int(LIMIT_S))
-        tqdm.set_lock(threading.RLock())
-        os.environ["DELTATOK_CACHE_DIR"] = str(cache_dir)
-        run_extraction(config, backbone=backbone)
-        status = 0
-    except (DeltatokError, Stopped) as error:
-        logging.error("process %d: %s", os.getpid(), error)
-        status = error.exit_code
-    except BaseException:
-        logging.exception("process %d", os.getpid())
-    finally:
-        os._exit(status)
+    environment = {"DELTATOK_CACHE_DIR": str(cache_dir)}
+    return start(config, backbone, log=cache_dir.with_suffix(".log"), environment=environment)
 
 
 def ended(child: int) -> int | None:
@@ -129,7 +109,7 @@ def disturbed(
     """Kills runs until one comes to its end; gives the kills, and the last exit code."""
     kills, end_s = 0, time.monotonic() + LIMIT_S
     while time.monotonic() < end_s:
-        child = start(config, backbone, cache_dir)
+        child = extract(config, backbone, cache_dir)
         kill_s = time.monotonic() + rng.uniform(0.0, 0.6 * about["whole_s"])
         while (code := ended(child)) is None:
             if kills < about["most"] and time.monotonic() >= kill_s:
@@ -152,12 +132,13 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=5, help="kills of one cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="new or empty")
+    parser.add_argument("--endpoint", help="of another S3 server, with no bucket of this name")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    store, rng = Store(), random.Random(arguments.seed)
+    store, rng = Store(arguments.endpoint), random.Random(arguments.seed)
     backbone_folder = make_tiny_backbone(TinyBackboneConfig(out=str(folder / "backbone")))
     config = ExtractConfig(
         videos=(little_clips(folder),),
@@ -173,12 +154,12 @@ def main() -> int:
     backbone = Backbone.load(config.backbone)
     problems: list[str] = []
     begun_s = time.monotonic()
-    if os.waitpid(start(config, backbone, folder / "local-dir"), 0)[1]:
+    if os.waitpid(extract(config, backbone, folder / "local-dir"), 0)[1]:
         sys.exit(f"the undisturbed run failed: see {folder / 'local-dir.log'}")
     wanted = local_files(folder / "local")
     begun_s = time.monotonic()
     first = replace(config, out=f"s3://{BUCKET}/first")
-    if os.waitpid(start(first, backbone, folder / "first-dir"), 0)[1]:
+    if os.waitpid(extract(first, backbone, folder / "first-dir"), 0)[1]:
         sys.exit(f"the first run into the store failed: see {folder / 'first-dir.log'}")
     whole_s = time.monotonic() - begun_s
     if store.files("first") != wanted:
@@ -198,7 +179,7 @@ def main() -> int:
         if code != 0 or store.files(name) != wanted:
             problems.append(f"{name}: ended with {code}, or differs from the local cache")
     both = replace(config, out=f"s3://{BUCKET}/both")
-    children = [start(both, backbone, folder / f"both-{who}-dir") for who in range(2)]
+    children = [extract(both, backbone, folder / f"both-{who}-dir") for who in range(2)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if store.files("both") != wanted or 0 not in codes:
         problems.append(f"both: ended with {codes}, or differs from the local cache")

@@ -31,11 +31,28 @@ from deltatok.train.config import (
         ("validation_fraction", 1.0, "validation_fraction 1.0: wanted 0"),
         ("wide_pair_fraction", 1.5, "wide_pair_fraction 1.5: wanted a share between 0 and 1"),
         ("stuck_threshold", -1.0, "stuck_threshold -1.0: wanted a finite number above 0"),
+        ("closed_loop_steps", 0, "closed_loop_steps 0: wanted at least 1"),
+        ("closed_loop_steps", 3, "batch_size 1024: wanted a multiple of closed_loop_steps, 3"),
+        ("closed_loop", "encoder", "closed_loop 'encoder': wanted one of both, decoder"),
+        ("encoder_patch_fraction", 0.0, "encoder_patch_fraction 0.0: wanted above 0, at most 1"),
+        ("decoder_patch_fraction", 1.5, "decoder_patch_fraction 1.5: wanted above 0, at most 1"),
+        ("whole_frames_from", 5, "whole_frames_from 5: wanted encoder_patch_fraction or decoder_"),
+        ("closed_loop_gradient", "on", "closed_loop_gradient 'on': wanted one of through, stopped"),
     ],
 )
 def test_tokenizer_config_refuses(field: str, value: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         TokenizerTrainConfig(patches="p", out="o", **{field: value})
+
+
+def test_wide_pairs_in_a_closed_loop_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"closed_loop_steps 2 with wide_pair_fraction 0\.5"):
+        TokenizerTrainConfig(patches="p", out="o", closed_loop_steps=2, wide_pair_fraction=0.5)
+
+
+def test_chains_of_partly_decoded_frames_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"closed_loop_steps 2 with decoder_patch_fraction 0\.5"):
+        TokenizerTrainConfig(patches="p", out="o", closed_loop_steps=2, decoder_patch_fraction=0.5)
 
 
 def test_world_config_refuses_no_memory_for_selection() -> None:

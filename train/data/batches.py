@@ -109,7 +109,9 @@ class TokenizerBatches:
         ranks: RankSlice,
         wide_pair_fraction: float = 0.0,
     ) -> None:
-        check_frames(num_frames, least=3 if wide_pair_fraction > 0 else 2)
+        check_frames(num_frames, least=2)
+        if wide_pair_fraction > 0:
+            check_frames(num_frames, least=3, why="wide_pair_fraction above 0")
         self._frames = frames
         self._slice = ranks.of(batch_size)
         self._batch_size = batch_size
@@ -194,16 +196,27 @@ class WindowBatches:
         )
 
 
+def places_in_chain(numbers: Indices, *, pairs_per_window: int, chain: int) -> Indices:
+    """How many pairs come before each pair in its chain, 0 to chain - 1, int64 (B,).
+
+    numbers (B,): of the pairs in the global batch. A chain is pairs of one window that follow one
+    another; one begins with every window, and at every multiple of `chain`, so that a slice of the
+    batch that begins at such a multiple cuts none.
+    """
+    return np.minimum(numbers % pairs_per_window, numbers % chain)
+
+
 def next_windows(order: BatchOrder, step: int) -> Indices:
     """The windows of this step and of the STEPS_AHEAD after it, in order."""
     return np.concatenate([order.at(step + ahead) for ahead in range(STEPS_AHEAD + 1)])
 
 
-def check_frames(num_frames: int, *, least: int) -> None:
-    """UsageError for a cache whose windows are too short for what is trained."""
+def check_frames(num_frames: int, *, least: int, why: str = "") -> None:
+    """UsageError for a cache whose windows are too short for what is trained; why: the setting that
+    wants as many."""
     if num_frames < least:
         raise UsageError(
             f"the cache has {num_frames} frames a window, wanted {least} or more"
-            + (" (for wide_pair_fraction above 0)" if least == 3 else "")
+            + (f" (for {why})" if why else "")
             + ": extract again with a larger --num-frames"
         )

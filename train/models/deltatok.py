@@ -47,10 +47,15 @@ class DeltaTok(Pretrained):
         *,
         grid: tuple[int, int],
         rescale: Tensor | float | None = None,
+        start: Tensor | None = None,
+        encoder_patches: Tensor | None = None,
+        decoder_patches: Tensor | None = None,
     ) -> Tensor:
-        """The reconstruction of x_cur, (B, N, D): decode(encode(x_prev, x_cur), x_prev)."""
-        z = self.encode(x_prev, x_cur, grid=grid, rescale=rescale)
-        return self.decode(z, x_prev, grid=grid, rescale=rescale)
+        """The reconstruction of x_cur, (B, N, D): decode(encode(x_prev, x_cur), start); start
+        (B, N, D), None: x_prev. Which patches the two halves have: see there."""
+        z = self.encode(x_prev, x_cur, grid=grid, rescale=rescale, patches=encoder_patches)
+        start = x_prev if start is None else start
+        return self.decode(z, start, grid=grid, rescale=rescale, patches=decoder_patches)
 
     def encode(
         self,
@@ -59,12 +64,16 @@ class DeltaTok(Pretrained):
         *,
         grid: tuple[int, int],
         rescale: Tensor | float | None = None,
+        patches: Tensor | None = None,
     ) -> Tensor:
         """The delta token z (B, D) of the ordered pair x_prev, x_cur (B, N, D).
 
-        Without use_delta, x_prev is ignored.
+        Without use_delta, x_prev is ignored. patches int64 (M,): those of both frames that are
+        read; None: all.
         """
-        rope = self._rope(grid, x_cur, rescale=rescale)
+        rope = self._rope(grid, x_cur, rescale=rescale, patches=patches)
+        if patches is not None:
+            x_prev, x_cur = x_prev[:, patches], x_cur[:, patches]
         z = self.z_embed.weight.expand(x_cur.shape[0], -1, -1)
         frames = [x_cur + self.xy_embed.weight[1]]
         if self.config.use_delta:
@@ -83,12 +92,16 @@ class DeltaTok(Pretrained):
         *,
         grid: tuple[int, int],
         rescale: Tensor | float | None = None,
+        patches: Tensor | None = None,
     ) -> Tensor:
         """The current frame's patch tokens (B, N, D) from z (B, D) and x_prev (B, N, D).
 
-        Without use_delta, only the shape of x_prev matters.
+        Without use_delta, only the shape of x_prev matters. patches int64 (M,): those that are
+        read and given, (B, M, D); None: all.
         """
-        rope = with_prefix(self._rope(grid, x_prev, rescale=rescale))
+        rope = with_prefix(self._rope(grid, x_prev, rescale=rescale, patches=patches))
+        if patches is not None:
+            x_prev = x_prev[:, patches]
         start = x_prev
         if not self.config.use_delta:
             start = self.xy_embed.weight[0].expand_as(x_prev)
@@ -119,14 +132,22 @@ class DeltaTok(Pretrained):
             out.append(last)
         return torch.stack(out, dim=1)
 
-    def _rope(self, grid: tuple[int, int], x: Tensor, *, rescale: Tensor | float | None) -> Rope:
-        return patch_rope(
+    def _rope(
+        self,
+        grid: tuple[int, int],
+        x: Tensor,
+        *,
+        rescale: Tensor | float | None,
+        patches: Tensor | None,
+    ) -> Rope:
+        rope = patch_rope(
             grid,
             head_dim=self.config.head_dim,
             theta=self.config.rope_theta,
             rescale=rescale,
             device=x.device,
         )
+        return rope if patches is None else Rope(rope.cos[patches], rope.sin[patches])
 
 
 def draw_rope_rescale(config: DeltaTokConfig, generator: torch.Generator) -> Tensor | None:

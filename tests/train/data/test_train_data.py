@@ -237,7 +237,7 @@ def test_wide_pairs_have_the_asked_share_and_stay_in_their_window(patches: Path)
 
 def test_too_short_windows_are_refused() -> None:
     with pytest.raises(UsageError, match=r"2 frames a window, wanted 3 .*wide_pair_fraction"):
-        check_frames(2, least=3)
+        check_frames(2, least=3, why="wide_pair_fraction above 0")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])

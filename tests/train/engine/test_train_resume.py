@@ -37,13 +37,27 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop.Trainer, "_read_numbers", counting)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"wide_pair_fraction": 0.3},
+        {"closed_loop_steps": 3},
+        {
+            "encoder_patch_fraction": 0.5,
+            "decoder_patch_fraction": 0.25,
+            "whole_frames_from": 3,
+        },
+    ],
+    ids=["wide pairs", "closed loop", "patches"],
+)
 def test_tokenizer_resumed_at_every_step_equals_uninterrupted(
     tokenizer_config: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     log_lines: Make,
+    changed: dict[str, Any],
 ) -> None:
-    config = tokenizer_config(steps=4, save_every=100, wide_pair_fraction=0.3)
+    config = tokenizer_config(steps=4, save_every=100, **changed)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train_tokenizer(whole)
     for step in range(1, 4):

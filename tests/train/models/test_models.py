@@ -18,7 +18,7 @@ from deltatok.train.models.heads import (
     feature_map,
 )
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig
-from deltatok.train.models.rope import axis_rope, patch_rope, rotate, rotate_axes, with_prefix
+from deltatok.train.models.rope import Rope, axis_rope, patch_rope, rotate, rotate_axes, with_prefix
 
 GRID = (2, 3)
 TOKENIZER = DeltaTokConfig(
@@ -95,6 +95,45 @@ def test_reconstruction_is_closed_loop(tokenizer):
     first = tokenizer(start, x[:, 0], grid=GRID)
     torch.testing.assert_close(got[:, 0], first)
     torch.testing.assert_close(got[:, 1], tokenizer(first, x[:, 1], grid=GRID))
+
+
+def test_start_is_what_the_decoder_alone_begins_from(tokenizer):
+    x_prev, x_cur, start = (normal(2, 6, 32, seed=seed) for seed in (1, 3, 4))
+    wanted = tokenizer.decode(tokenizer.encode(x_prev, x_cur, grid=GRID), start, grid=GRID)
+    assert torch.equal(tokenizer(x_prev, x_cur, grid=GRID, start=start), wanted)
+
+
+def test_some_patches_are_read_and_given_and_the_others_are_not_seen(tokenizer):
+    patches, others = torch.tensor([1, 2, 5]), torch.tensor([0, 3, 4])
+    x_prev, x_cur = normal(2, 6, 32), normal(2, 6, 32, seed=3)
+    rope = patch_rope(GRID, head_dim=16, theta=100.0)
+    rope = with_prefix(Rope(rope.cos[patches], rope.sin[patches]), num_frames=2)
+    tokens = torch.cat(
+        [
+            tokenizer.z_embed.weight.expand(2, -1, -1),
+            x_prev[:, patches] + tokenizer.xy_embed.weight[0],
+            x_cur[:, patches] + tokenizer.xy_embed.weight[1],
+        ],
+        dim=1,
+    )
+    for block in tokenizer.encoder_blocks:
+        tokens = block(tokens, rope)
+    z = tokenizer.encode(x_prev, x_cur, grid=GRID, patches=patches)
+    torch.testing.assert_close(z, tokenizer.norm(tokens)[:, 0])
+    decoded = tokenizer.decode(z, x_prev, grid=GRID, patches=patches)
+    assert decoded.shape == (2, 3, 32)
+    assert not torch.allclose(decoded, tokenizer.decode(z, x_prev, grid=GRID)[:, patches])
+    x_prev[:, others] += 1
+    x_cur[:, others] += 1
+    assert torch.equal(tokenizer.encode(x_prev, x_cur, grid=GRID, patches=patches), z)
+    assert torch.equal(tokenizer.decode(z, x_prev, grid=GRID, patches=patches), decoded)
+
+
+def test_all_patches_by_their_numbers_are_all_patches(tokenizer):
+    x_prev, x_cur, every = normal(2, 6, 32), normal(2, 6, 32, seed=3), torch.arange(6)
+    whole = tokenizer(x_prev, x_cur, grid=GRID)
+    named = tokenizer(x_prev, x_cur, grid=GRID, encoder_patches=every, decoder_patches=every)
+    assert torch.equal(named, whole)
 
 
 def test_rescale_changes_positions_only_when_given(tokenizer):
