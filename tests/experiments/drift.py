@@ -16,8 +16,8 @@ world model the best of 20 samples (at each step its own best), and their mean.
 
 JSON: clips, steps, rows: [{stage: last or whole, tokenizer, world, seed, settings, the last
 validation_loss and validation_z_swap_ratio or validation_best_loss, loss: {row: [smooth L1 of step
-1, 2, ...]}, miou: {row: [percent of step 1, 2, ...]}}]: a row a trained model; world: the arm of the
-world model, null for the tokenizer alone.
+1, 2, ...]}, miou: {row: [percent of step 1, 2, ...]}}]: a row a trained model; world: the arm of
+the world model, null for the tokenizer alone.
 """
 
 import argparse

@@ -220,6 +220,7 @@ class WorldObjective(Objective):
     unit = "windows"
     best_by = "validation_best_loss"
     model: DeltaWorldNetwork | DINOWorld
+    _config: WorldTrainConfig | DINOWorldTrainConfig
 
     def __init__(
         self,
