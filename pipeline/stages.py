@@ -60,9 +60,11 @@ def _begin(main: Callable[[list[str]], int], kind: str) -> Callable[[list[str]],
     return lambda words: main([kind, *words])
 
 
+REPORT = "deltatok-evaluate forecast"
+"""The command whose report is what a pipeline was run for."""
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "deltatok-extract": extract.main,
-    "deltatok-evaluate forecast": _begin(evaluate.main, "forecast"),
+    REPORT: _begin(evaluate.main, "forecast"),
     **{f"deltatok-train {kind}": _begin(train.main, kind) for kind in train.COMMANDS},
     **{kind: _begin(partial(run_table, "stage", LITTLE_WORLD), kind) for kind in LITTLE_WORLD},
 }

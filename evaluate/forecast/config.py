@@ -66,6 +66,14 @@ class ForecastConfig:
     """Steps of the short horizon."""
     mid_steps: int = 3
     """Steps of the mid horizon."""
+    drift_steps: int = 10
+    """Steps of the rollouts that show how errors build up; 0: none. Off where the windows of
+    `patches` have fewer than num_context + drift_steps frames, or end at a target (--dataset)."""
+    drift_patches: Place | None = None
+    """Uniform patch-token cache of windows that are long enough for drift_steps, of the same frame
+    size and backbone; none: `patches`."""
+    drift_labels: str | None = None
+    """Labels of drift_patches, laid out as those of `patches`; none: feature loss only."""
     num_samples: int = 20
     """Samples rolled out for each window."""
     seed: int = 0
@@ -106,6 +114,12 @@ class ForecastConfig:
             raise UsageError("--predictions and --backbone: give both, or neither")
         if self.predictions_subset and self.predictions is None:
             raise UsageError("--predictions-subset without --predictions: of what?")
+        if self.drift_steps < 0:
+            raise UsageError(f"drift_steps: got {self.drift_steps}, wanted 0 or more")
+        if self.drift_patches is not None and not self.drift_steps:
+            raise UsageError("--drift-patches with --drift-steps 0: set how many steps to score")
+        if self.drift_labels is not None and (self.drift_patches is None or self.head is None):
+            raise UsageError("--drift-labels: of --drift-patches, read by --head; give both")
         if self.num_pictures < 0:
             raise UsageError(f"num_pictures: got {self.num_pictures}, wanted 0 or more")
         if self.seed < 0:

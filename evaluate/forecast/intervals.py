@@ -60,6 +60,13 @@ class Resamples:
         value = float(np.mean([self.value(metric, sums) for sums in by_seed.values()]))
         return self.interval(value, self.resampled(metric, by_seed))
 
+    def curve(self, sums: Sums) -> list[Estimate]:
+        """The points of a curve, each with its interval: of the classes (C,) of `sums`, one after
+        the other, the sum over the count."""
+        values = sums.sums.sum(axis=0) / sums.counts.sum(axis=0)
+        drawn = (self._weights @ sums.sums) / (self._weights @ sums.counts)
+        return [self.interval(float(value), drawn[:, i]) for i, value in enumerate(values)]
+
     def interval(self, value: float, resampled: NDArray[np.float64]) -> Estimate:
         """`value` with the middle of `resampled`; resamples without any value do not count."""
         known = resampled[np.isfinite(resampled)]

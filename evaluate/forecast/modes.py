@@ -1,8 +1,27 @@
-"""Mode recall, mode precision and calibration: forecasts held against all possible futures.
+"""Mode recall, mode precision and frequencies: forecasts held against all possible futures.
 
     mode_recall            share of the possible futures that some forecast hits
     mode_recall_weighted   the same, each future counting as much as it is probable
     mode_precision         share of the forecasts that are a possible future
+
+and how often each future is hit, against its probability:
+
+    frequency_distance     total variation distance of the forecasts' frequencies from the
+                           probabilities: impossible_mass + excess_mass
+    impossible_mass        share of the forecasts that are no possible future: 1 - precision
+    excess_mass            by how much possible futures are hit more often than they are probable
+    likeliest_share        share of the hits that are of the most probable future of their window
+    likeliest_probability  what that share would be if the same hits fell by the probabilities
+
+With q the shares of a window's forecasts that hit each mode, q0 that of those that hit none, and p
+the probabilities, q0 + sum(q) = sum(p) = 1, so what is too much is as much as what is missing, and
+
+    (sum |q - p| + q0) / 2 = q0 + sum max(q - p, 0)
+
+(Levin, Peres and Wilmer, "Markov Chains and Mixing Times", 2009, proposition 4.2 and remark 4.3).
+The likeliest shares are of the hits of all windows together: sum(n q_1) / sum(n sum(q)) beside
+sum(n p_1 sum(q)) / sum(n sum(q)), where mode 1 is the most probable one and n the number of
+forecasts. A single forecast is right to be the likeliest future, n samples are not.
 
 Averaged over windows; a single forecast's recall is at most 1 / (number of its futures). What a
 forecast shows is what the segmentation head reads from its features. Futures whose class maps look
@@ -45,7 +64,7 @@ from ...shards.patches.reader import PatchShards
 from ...train.data.order import seed_for
 from ...train.heads.crops import cut_labels
 from ...train.models.heads import SegmentationHead
-from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS
+from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS, SAMPLES_ROW
 from .config import ForecastConfig
 from .rollout import HorizonForecast, WindowBatch
 from .scores import class_maps
@@ -255,7 +274,6 @@ def recall_of_draws(probability: NDArray[np.float64], num_draws: int) -> tuple[f
     return float(hit.mean()), float(hit @ probability)
 
 
-SAMPLES_ROW = "samples"
 BIN_EDGES = (0.0, 0.001, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 """Bins of the predicted frequency; the first holds the modes that no sample hits."""
 _DRAWS = 64
@@ -353,6 +371,8 @@ class ModeScorer:
                     self._calibration.setdefault(horizon, Calibration()).add(modes, found, draws)
                 for metric, value in zip(MODE_METRICS, mode_values(modes, found), strict=True):
                     scores.add(Score(horizon, name, metric), seed, sequence, value, 1)
+                for metric, part in frequency_parts(modes, found).items():
+                    scores.add(Score(horizon, name, metric), seed, sequence, *part)
 
     def probes(self) -> dict[str, Any]:
         """{"modes": {"overlap", horizon: calibration}}, without samples only the overlap."""
@@ -399,6 +419,23 @@ def mode_values(modes: Modes, found: NDArray[np.int64]) -> tuple[float, float, f
     is_hit = np.isin(np.arange(len(modes.probability)), found)
     weighted = float(modes.probability[is_hit].sum() / modes.probability.sum())
     return float(is_hit.mean()), float(np.mean(found != NO_MODE)), weighted
+
+
+def frequency_parts(modes: Modes, found: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
+    """The FREQUENCY_METRICS of one window, each as (sum, count), from the modes (S,) that its
+    forecasts hit; what they are stands at the top of this file."""
+    num_forecasts, true = len(found), modes.probability
+    hits_by_mode = np.bincount(found[found != NO_MODE], minlength=len(true))
+    num_hits = int(hits_by_mode.sum())
+    impossible = (num_forecasts - num_hits) / num_forecasts
+    excess = float(np.maximum(hits_by_mode / num_forecasts - true, 0).sum())
+    return {
+        "frequency_distance": (impossible + excess, 1),
+        "impossible_mass": (impossible, 1),
+        "excess_mass": (excess, 1),
+        "likeliest_share": (int(hits_by_mode[0]), num_hits),
+        "likeliest_probability": (num_hits * float(true[0]), num_hits),
+    }
 
 
 def _recalls(found: list[tuple[float, float]]) -> dict[str, float]:

@@ -41,10 +41,12 @@ from ..report.panels import (
 from ..report.paper_rows import compare_with_paper
 from ..report.pictures import Tile
 from ..report.plots import Curve, plot_curves, read_curve
-from ..report.rows import HORIZONS, expected_order, table
+from ..report.rows import HORIZONS
 from ..report.write import Pictures, Report, write_report
 from .config import UNNAMED, ForecastConfig
-from .diagnosis import diagnose, diagnosis_text
+from .diagnosis import diagnose
+from .drift import score_drift, step_labels
+from .ensemble import EnsembleScorer
 from .models import ForecastModels, load_models
 from .modes import ModeScorer
 from .rollout import HorizonForecast, encode_windows, forecast_horizon, more_seeds, seeds_of
@@ -74,8 +76,10 @@ class ForecastInputs:
     """Clip key -> clip; empty without videos."""
     curves: list[Curve]
     device: torch.device
-    predictions: "PredictionRows | None"
+    predictions: "PredictionRows | None" = None
     """Another model's frames; None without any."""
+    drift: "ForecastInputs | None" = None
+    """The same of the windows of long rollouts; None without any."""
 
     def batches(self) -> list[list[int]]:
         """The windows that are scored: all, or those that have predictions."""
@@ -181,7 +185,7 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         from .predictions import PredictionRows  # with decoders and a backbone
 
         predictions = PredictionRows(config, cache, device)
-    return ForecastInputs(
+    inputs = ForecastInputs(
         config=config,
         cache=cache,
         models=models,
@@ -191,6 +195,59 @@ def open_inputs(config: ForecastConfig, device: torch.device) -> ForecastInputs:
         device=device,
         predictions=predictions,
     )
+    return replace(inputs, drift=open_drift(inputs))
+
+
+def open_drift(inputs: ForecastInputs) -> ForecastInputs | None:
+    """The same models, and the windows they are rolled out on for `drift_steps` steps; None where
+    that is 0, and where the windows of `patches` are too short or end at a target.
+
+    Raises:
+        CacheMismatch: --drift-patches is of another backbone or preprocessing; names the field.
+        UsageError: its windows are too short, or end at a target; labels of no use.
+    """
+    config, folder = inputs.config, inputs.config.drift_patches
+    if not config.drift_steps:
+        return None
+    cache = inputs.cache if folder is None else PatchShards(folder)
+    labels = config.labels if folder is None else config.drift_labels
+    wanted = config.num_context + config.drift_steps
+    if is_evaluation(cache.info) or cache.shape[0] < wanted or not cache.num_windows:
+        if folder is None:
+            return None
+        raise UsageError(
+            f"--drift-patches {folder}: {cache.num_windows} windows of {cache.shape[0]} frames, "
+            f"sampling policy {cache.info.identity['sampling']['policy']}; wanted uniform windows "
+            f"of num_context + drift_steps = {wanted} frames or more: extract with --sampling "
+            f"uniform --num-frames {wanted}"
+        )
+    compare(
+        cache.info.identity,
+        inputs.cache.info.identity,
+        what_got=f"--drift-patches {folder}",
+        what_wanted=f"--patches {config.patches}",
+        fields=["backbone", "preprocessing"],
+        advice="extract both with the same backbone and frame size",
+    )
+    of_drift = replace(
+        config,
+        patches=config.patches if folder is None else folder,
+        labels=labels,
+        head=config.head if labels else None,
+        mid_steps=config.drift_steps,
+        short_steps=1,
+        num_seeds=1,
+        regressor_null=False,
+        depth_range_m=None,
+        futures=None,
+        predictions=None,
+        predictions_subset=False,
+        backbone=None,
+        drift_patches=None,
+        drift_labels=None,
+    )
+    windows = open_windows(of_drift, cache, inputs.models.head if labels else None)
+    return replace(inputs, config=of_drift, cache=cache, arrangement=windows, predictions=None)
 
 
 def windows_to_show(clip_index: NDArray[np.int64], count: int) -> list[int]:
@@ -233,9 +290,15 @@ def run_forecast(config: ForecastConfig) -> Report:
             if inputs.models.head is not None:
                 labelled = map(inputs.arrangement.labelled, inputs.batches())
                 check_labels(chain.from_iterable(labelled), inputs.models.head)
-        scorer, modes, shown = score_windows(inputs, watch)
+                if (drift := inputs.drift) is not None and drift.config.labels is not None:
+                    by_batch = (step_labels(drift, batch) for batch in drift.batches())
+                    frames = (frame for _, frame in chain.from_iterable(by_batch))
+                    check_labels(frames, inputs.models.head)
+        scorer, modes, ensemble, shown = score_windows(inputs, watch)
         with watch.at("probes"):
             probes = probe(inputs) | scorer.probes() | ({} if modes is None else modes.probes())
+        with watch.at("drift"):
+            drifted = None if inputs.drift is None else score_drift(inputs.drift)
         with watch.at("intervals"):
             rows = with_intervals(config, scorer.rows(), scorer.sequences)
         diagnosis = diagnose(config, rows, probes)
@@ -249,6 +312,8 @@ def run_forecast(config: ForecastConfig) -> Report:
         rows=rows,
         probes=probes,
         best_of_k=scorer.best_of_k(),
+        drift=drifted,
+        rank_histogram=ensemble.rank_histogram(scorer.sequences),
         per_class_iou=scorer.per_class_iou(),
         provenance=provenance,
         seconds=watch.seconds,
@@ -260,15 +325,12 @@ def run_forecast(config: ForecastConfig) -> Report:
         diagnosis=diagnosis,
     )
     write_report(out, report, pictures, scorer.sequences)
-    for fault in diagnosis:
-        logger.warning("%s", diagnosis_text(fault))
-    logger.info("%s\n%s", table(report.rows).markdown(), expected_order(report.rows).text)
     return report
 
 
 def score_windows(
     inputs: ForecastInputs, watch: Stopwatch
-) -> tuple[Scorer, ModeScorer | None, list[ShownWindow]]:
+) -> tuple[Scorer, ModeScorer | None, EnsembleScorer, list[ShownWindow]]:
     """Forecast every window of the cache at both horizons; keep the windows that will be shown."""
     config, cache, models = inputs.config, inputs.cache, inputs.models
     keys = [inputs.arrangement.sequence(index) for index in range(len(cache))]
@@ -277,6 +339,7 @@ def score_windows(
         for seed in seeds_of(config)
     }
     scorer, modes = scorers[config.seed], open_modes(inputs)
+    ensemble = EnsembleScorer(config, inputs.arrangement)
     to_show = set(windows_to_show(cache.clip_index, config.num_pictures))
     shown: list[ShownWindow] = []
     batches = inputs.batches()
@@ -303,8 +366,9 @@ def score_windows(
                     with watch.at("score"):
                         scorers[seed].add(horizon, found, batch)
                         scorers[seed].add_labels(horizon, found, labels)
+                        parts = scorers[seed].sequences
+                        ensemble.add(horizon, found, batch, seed=seed, scores=parts)
                         if modes is not None:
-                            parts = scorers[seed].sequences
                             modes.add(horizon, found, batch, seed=seed, scores=parts)
             with watch.at("pictures"):  # of the mid horizon, the last of the loop above
                 for position, index in enumerate(indices):
@@ -313,7 +377,7 @@ def score_windows(
             progress.update(len(indices))
     for seed in seeds_of(config)[1:]:
         scorer.sequences.merge(scorers[seed].sequences)
-    return scorer, modes, shown
+    return scorer, modes, ensemble, shown
 
 
 def open_modes(inputs: ForecastInputs) -> ModeScorer | None:

@@ -27,7 +27,16 @@ from ...shards.evaluation.labels import IGNORE, NO_DEPTH
 from ...train.heads.crops import cut_labels, upsample_half, upsample_predictions
 from ...train.models.heads import DepthHead, SegmentationHead, feature_map
 from ...train.probes import participation_ratio
-from ..report.rows import HORIZONS, MODE_METRICS, MODE_ROWS, ROW_NAMES, ReportRow
+from ..report.rows import (
+    ENSEMBLE_METRICS,
+    ENSEMBLE_ROWS,
+    FREQUENCY_METRICS,
+    HORIZONS,
+    MODE_METRICS,
+    MODE_ROWS,
+    ROW_NAMES,
+    ReportRow,
+)
 from .config import ForecastConfig
 from .intervals import Resamples
 from .rollout import HorizonForecast, WindowBatch, feature_loss, sample_losses
@@ -174,6 +183,7 @@ class Scorer:
         self._config = config
         self._keys = keys
         self.sequences = SequenceScores()
+        self._curves = SequenceScores()
         self._head, self._grid = head, grid
         self._label_metric = "miou" if isinstance(head, SegmentationHead) else "rmse"
         self._z: list[Tensor] = []
@@ -205,6 +215,12 @@ class Scorer:
             truth, last = forecast.truth[:, -1], forecast.rows["copy_last"][:, 0]
             losses = sample_losses(forecast.samples, forecast.truth).tolist()
             self._sample_losses[horizon] += losses
+            means = mean_of_k(forecast.samples[:, :, -1], truth).tolist()
+            for index, ours, of_mean in zip(batch.indices, losses, means, strict=True):
+                for name, points in (("best", best_of_k(np.array([ours]))), ("mean", of_mean)):
+                    score = Score(horizon, name, "feature_loss")
+                    one_each = np.ones(len(points))
+                    self._curves.add(score, self._config.seed, self._keys[index], points, one_each)
             self._spread[horizon] += mean_square_spread(forecast.samples[:, :, -1]).tolist()
             self._motion[horizon] += mean_square_motion(truth, last).tolist()
 
@@ -251,12 +267,33 @@ class Scorer:
         ]
 
     def best_of_k(self) -> list[dict[str, Any]]:
-        """[{"horizon", "k", "feature_loss"}], empty without a world model."""
-        return [
-            {"horizon": horizon, "k": k, "feature_loss": float(loss)}
-            for horizon, losses in self._sample_losses.items()
-            for k, loss in enumerate(best_of_k(np.array(losses)), start=1)
-        ]
+        """[{"horizon", "k", "feature_loss", "interval_low", "interval_high"}] of the best of k
+        samples, and "mean_feature_loss" with an interval of the mean of k; empty without a world
+        model."""
+        resamples = Resamples(len(self.sequences.windows), seed=self._config.seed)
+        found = []
+        for horizon, losses in self._sample_losses.items():
+            best, mean = (
+                resamples.curve(sums)
+                for name in ("best", "mean")
+                for sums in self._curves.by_seed(
+                    Score(horizon, name, "feature_loss"), self.sequences.windows
+                ).values()
+            )
+            found += [
+                {
+                    "horizon": horizon,
+                    "k": k,
+                    "feature_loss": float(loss),
+                    "interval_low": best[k - 1].low,
+                    "interval_high": best[k - 1].high,
+                    "mean_feature_loss": mean[k - 1].value,
+                    "mean_interval_low": mean[k - 1].low,
+                    "mean_interval_high": mean[k - 1].high,
+                }
+                for k, loss in enumerate(best_of_k(np.array(losses)), start=1)
+            ]
+        return found
 
     def probes(self) -> dict[str, Any]:
         """The probes that come from the forecasts; the page says what they are."""
@@ -291,16 +328,25 @@ class Scorer:
 def with_intervals(
     config: ForecastConfig, rows: Sequence[ReportRow], scores: SequenceScores
 ) -> list[ReportRow]:
-    """The rows, each with its interval and its seeds' values; after them those of the modes."""
-    mode_rows = [
+    """The rows, each with its interval and its seeds' values; after them those of the modes and of
+    the ensemble. A share of nothing (the likeliest future among no hits) is no row."""
+    others = (
+        (MODE_ROWS, MODE_METRICS),
+        (MODE_ROWS, FREQUENCY_METRICS),
+        (ENSEMBLE_ROWS, ENSEMBLE_METRICS),
+    )
+    more_rows = [
         ReportRow(dataset=config.dataset, horizon=horizon, row=row, metric=metric, value=np.nan)
+        for names, metrics in others
         for horizon in HORIZONS
-        for row in MODE_ROWS
-        for metric in MODE_METRICS
+        for row in names
+        for metric in metrics
         if Score(horizon, row, metric) in scores.parts
     ]
     resamples = Resamples(len(scores.windows), seed=config.seed)
-    return [_with_interval(row, resamples, scores) for row in (*rows, *mode_rows)]
+    found = [_with_interval(row, resamples, scores) for row in more_rows]
+    known = [row for row in found if np.isfinite(row.value)]
+    return [*(_with_interval(row, resamples, scores) for row in rows), *known]
 
 
 def _with_interval(row: ReportRow, resamples: Resamples, scores: SequenceScores) -> ReportRow:
@@ -334,6 +380,19 @@ def best_of_k(losses: NDArray[np.float64]) -> NDArray[np.float64]:
         others = [math.comb(num_samples - 1 - i, k - 1) for i in range(num_samples)]
         expected[k - 1] = sum(mean_by_rank * others) / math.comb(num_samples, k)
     return expected
+
+
+def mean_of_k(samples: Tensor, truth: Tensor) -> Tensor:
+    """Feature loss of the mean of k samples (B, S, N, D), k = 1..S, to the truth (B, N, D): (B, S).
+
+    Averaged over the S choices of k that follow one another, the first after the last: k = 1 is the
+    loss of one sample, k = S the mean row.
+    """
+    total, losses = torch.zeros_like(samples), []
+    for k in range(1, samples.shape[1] + 1):
+        total = total + samples.roll(1 - k, dims=1)
+        losses.append(feature_loss(total / k, truth[:, None].expand_as(total)).mean(dim=1))
+    return torch.stack(losses, dim=1)
 
 
 def mean_square_spread(samples: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ can be scored again from their sums alone:
     value = mean over classes with count > 0 of (sum of sums / sum of counts)
 
     miou            sums: intersection, counts: union, pixels, of each class
-    feature_loss    sums: loss, counts: windows; one class. So with mode_recall, mode_precision.
+    feature_loss    sums: loss, counts: windows; one class. So with modes and the energy score.
     rmse            sums: squared error, counts: pixels; and a square root at the end
+    spread_skill    sums: variance of samples, counts: squared error of their mean; the same
 
     OUT/sequences.jsonl    a line for each sequence:
         {"sequence": KEY, "windows": W, "labels": CRC-32 of its target frames' labels,
@@ -32,8 +33,8 @@ from ...shards.errors import UsageError
 from ...shards.files import read_text
 
 FILE_NAME = "sequences.jsonl"
-ROOT_METRICS = ("rmse",)
-"""Metrics that are the square root of a mean."""
+ROOT_METRICS = ("rmse", "spread_skill")
+"""Metrics that are the square root of a ratio."""
 
 MAX_CLASSES = 65_536
 """No head has more; a larger number in a file is damage."""

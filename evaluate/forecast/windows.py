@@ -69,11 +69,13 @@ class UniformWindows:
         """What the file of a window's known futures may be called, without its suffix."""
         return [self.sequence(index)]
 
-    def labelled(self, indices: list[int]) -> list[LabelledFrame]:
-        """The labels of the target frames of a batch; none without labels."""
+    def labelled(self, indices: list[int], frame: int = -1) -> list[LabelledFrame]:
+        """The labels of the target frames of a batch, or of number `frame` of those that take part;
+        none without labels."""
         if self._labels is None:
             return []
-        targets = self._cache.frame_index(indices)[:, self._config.num_frames - 1].tolist()
+        frames = self._cache.frame_index(indices)[:, : self._config.num_frames]
+        targets = frames[:, frame].tolist()
         keys = list(map(self.sequence, indices))
         labels = map(self._labels.frame, keys, targets)
         return [

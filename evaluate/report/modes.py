@@ -1,4 +1,4 @@
-"""The section of a report on modes: recall, precision, and calibration of their frequencies."""
+"""The section of a report on modes: recall beside precision, and how often each mode is hit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,26 @@ from matplotlib.figure import Figure
 
 from ..tables import Table
 from .plots import COLOURS, Plot, draw_plot
-from .rows import HORIZONS, MODE_METRICS, MODE_ROWS, ROW_LABELS, ReportRow, find_row, show, show_row
+from .rows import (
+    HORIZONS,
+    MODE_ROW_LABELS,
+    MODE_ROWS,
+    ReportRow,
+    find_row,
+    mode_pairs,
+    show,
+    show_row,
+)
 
-_HEADS = {
-    "mode_recall": "recall %",
-    "mode_recall_weighted": "recall %, by probability",
-    "mode_precision": "precision %",
+_PAIR = {"mode_recall": "mode recall %", "mode_precision": "mode precision %"}
+_FREQUENCIES = {
+    "frequency_distance": "distance %",
+    "impossible_mass": "no possible future %",
+    "excess_mass": "too often %",
+    "likeliest_share": "likeliest among hits %",
+    "likeliest_probability": "by its probability %",
+    "mode_recall_weighted": "recall by probability %",
 }
-_LABELS = ROW_LABELS | {"samples": "All samples"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +35,9 @@ class ModeSection:
     """What the page shows of modes."""
 
     table: Table
-    """A line for each row that has mode metrics, then true draws."""
+    """Recall beside precision: a line for each row that has both, then true draws."""
+    frequencies: Table
+    """How far the frequencies of forecasts are from the probabilities, and in what."""
     horizons: tuple[str, ...]
     """Those with a calibration; none without samples."""
     plot: Plot | None
@@ -36,21 +50,23 @@ def mode_section(
     rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int
 ) -> ModeSection | None:
     """None where futures are not known. `found`: probes["modes"] of the report."""
-    columns = [(metric, horizon) for metric in MODE_METRICS for horizon in HORIZONS]
+    pairs = {(pair.row, pair.horizon): pair for pair in mode_pairs(rows)}
+    if not pairs:
+        return None
     body = []
     for name in MODE_ROWS:
-        cells = [find_row(rows, horizon=h, row=name, metric=metric) for metric, h in columns]
-        if any(cell is not None for cell in cells):
-            body.append([_LABELS[name], *map(show_row, cells)])
-    if not body:
-        return None
+        cells = [pairs.get((name, horizon)) for horizon in HORIZONS]
+        if any(cells):
+            shown = [(show_row(c.recall), show_row(c.precision)) if c else "--" for c in cells]
+            body.append([MODE_ROW_LABELS[name], *(cell for pair in shown for cell in pair)])
     drawn = {
         f"{num_samples} true draws (expected)": "true_draws",
         "1 true draw (expected)": "one_true_draw",
     }
     for label, key in drawn.items():
         if all(horizon in found for horizon in HORIZONS):
-            body.append([label, *(show(found[h][key][metric], metric) for metric, h in columns)])
+            expected = [show(found[h][key][metric], metric) for h in HORIZONS for metric in _PAIR]
+            body.append([label, *expected])
     horizons = tuple(horizon for horizon in HORIZONS if horizon in found)
     bins = [
         [
@@ -63,11 +79,30 @@ def mode_section(
         for part in found[horizon]["reliability"]
     ]
     return ModeSection(
-        table=Table(["row", *(f"{_HEADS[metric]} {horizon}" for metric, horizon in columns)], body),
+        table=Table(["row", *(f"{head} {h}" for h in HORIZONS for head in _PAIR.values())], body),
+        frequencies=_frequencies(rows, found, num_samples=num_samples),
         horizons=horizons,
         plot=_plot({h: found[h]["reliability"] for h in horizons}) if horizons else None,
         bins=Table(["horizon", "modes", "share of samples %", "probability %"], bins),
     )
+
+
+def _frequencies(rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int) -> Table:
+    """A line a horizon and row; of true draws what chance leaves: they are possible, each of them,
+    and the likeliest as often as it is probable."""
+    body = []
+    for horizon in HORIZONS:
+        for name in MODE_ROWS:
+            cells = [find_row(rows, horizon=horizon, row=name, metric=m) for m in _FREQUENCIES]
+            if any(cell is not None for cell in cells):
+                body.append([f"{MODE_ROW_LABELS[name]}, {horizon}", *map(show_row, cells)])
+        if horizon in found:
+            part = found[horizon]
+            chance = show(part["frequency_distance_of_true_draws"], "excess_mass")
+            weighted = show(part["true_draws"]["mode_recall_weighted"], "mode_recall_weighted")
+            label = f"{num_samples} true draws (expected), {horizon}"
+            body.append([label, chance, show(0.0, "impossible_mass"), chance, "-", "-", weighted])
+    return Table(["row", *_FREQUENCIES.values()], body)
 
 
 def _plot(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:

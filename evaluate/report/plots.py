@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -40,7 +41,7 @@ _STYLE = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
-_BEST_OF_K_LINES = ("copy_last", "discriminative", "mean", "reconstruction")
+_BEST_OF_K_LINES = ("copy_last", "discriminative", "reconstruction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,31 +116,32 @@ def _plot_curve(curve: Curve) -> Plot:
 
 
 def plot_best_of_k(curve: Sequence[Mapping[str, Any]], rows: Sequence[ReportRow]) -> Plot:
-    """Feature loss of the best of k samples against k, with the other rows as level lines."""
+    """Feature loss of the best of k samples and of the mean of k beside each other against k, with
+    intervals, and other rows as level lines."""
     points = {
-        horizon: [
-            (point["k"], point["feature_loss"]) for point in curve if point["horizon"] == horizon
-        ]
-        for horizon in HORIZONS
+        horizon: [point for point in curve if point["horizon"] == horizon] for horizon in HORIZONS
     }
     ends = [
-        f"{horizon}: {found[0][1]:.4g} with 1 sample, {found[-1][1]:.4g} with {found[-1][0]}"
+        f"{horizon}: one sample {found[0]['feature_loss']:.4g}, best of {found[-1]['k']} "
+        f"{found[-1]['feature_loss']:.4g}, mean of {found[-1]['k']} "
+        f"{found[-1]['mean_feature_loss']:.4g}"
         for horizon, found in points.items()
     ]
 
     def draw(figure: Figure, ink: dict[str, str]) -> None:
         for axes, (horizon, found) in zip(figure.subplots(1, 2), points.items(), strict=True):
-            axes.plot(*zip(*found, strict=True), color=COLOURS[0], lw=1.8, marker="o", ms=3)
-            axes.annotate(
-                "best of k",
-                found[-1],
-                color=ink["ink"],
-                fontsize=8,
-                xytext=(0, -10),
-                textcoords="offset points",
-                ha="right",
-            )
-            for colour, name in zip(COLOURS[1:], _BEST_OF_K_LINES, strict=False):
+            lines = (("best of k", "", COLOURS[0]), ("mean of k", "mean_", COLOURS[1]))
+            for name, prefix, colour in lines:
+                draw_band(
+                    axes,
+                    [point["k"] for point in found],
+                    [point[f"{prefix}feature_loss"] for point in found],
+                    [point[f"{prefix}interval_low"] for point in found],
+                    [point[f"{prefix}interval_high"] for point in found],
+                    colour=colour,
+                    label=name,
+                )
+            for colour, name in zip(COLOURS[2:], _BEST_OF_K_LINES, strict=False):
                 level = find_value(rows, horizon=horizon, row=name, metric="feature_loss")
                 if level is not None:
                     label = ROW_LABELS[name].split(" (")[0]
@@ -148,9 +150,9 @@ def plot_best_of_k(curve: Sequence[Mapping[str, Any]], rows: Sequence[ReportRow]
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.axes[0].set_ylabel("feature loss")
-        legend_below(figure, columns=4)
+        legend_below(figure, columns=5)
 
-    alt = "Feature loss of the best of k samples, falling with k. " + "; ".join(ends) + "."
+    alt = "Feature loss of the best and of the mean of k samples. " + "; ".join(ends) + "."
     return draw_plot(draw, alt=alt)
 
 
@@ -177,6 +179,24 @@ def _render(draw: Callable[[Figure, dict[str, str]], None], ink: dict[str, str])
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def draw_band(
+    axes: Axes,
+    x: Sequence[float],
+    values: Sequence[float],
+    low: Sequence[float | None],
+    high: Sequence[float | None],
+    *,
+    colour: str,
+    label: str,
+    style: str = "-",
+) -> None:
+    """A line with its points, and the band of their intervals where all have one."""
+    axes.plot(x, values, style, color=colour, lw=1.6, marker="o", markersize=3, label=label)
+    lows, highs = ([bound for bound in bounds if bound is not None] for bounds in (low, high))
+    if len(lows) == len(highs) == len(values):
+        axes.fill_between(x, lows, highs, color=colour, alpha=0.18, linewidth=0)
 
 
 def legend_below(figure: Figure, *, columns: int) -> None:

@@ -10,15 +10,20 @@ from typing import Any
 from ..forecast.diagnosis import NO_BETTER, STUCK
 from ..forecast.intervals import Resamples
 from ..forecast.sequences import Score, SequenceScores
+from .ensemble import expected_outside
 from .paper_rows import METRICS as PAPER_METRICS
 from .paper_rows import PAPER_ROWS, PaperComparison
 from .rows import (
+    FREQUENCY_METRICS,
     HORIZONS,
     METRICS,
     PERCENT,
     ROW_LABELS,
+    SAMPLES_ROW,
     ReportRow,
+    find_row,
     find_value,
+    mode_pairs,
     rows_by_name,
     show,
     show_interval,
@@ -146,23 +151,53 @@ def read_classes(per_class: Sequence[Mapping[str, Any]], names: Sequence[str]) -
 
 
 def read_modes(rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int) -> str:
-    """How many of the possible futures are hit, and how many forecasts are one."""
-    recall, precision = (rows_by_name(rows, "mid", f"mode_{m}") for m in ("recall", "precision"))
-    parts = []
-    texts = {"samples": "the samples hit", "discriminative": "the discriminative forecast hits"}
-    for name, text in texts.items():
-        if name in recall:
-            parts.append(f"{text} {show_row(recall[name])} % of the possible futures")
+    """How many of the possible futures are hit, beside how many of the forecasts are one."""
+    pairs = {pair.row: pair for pair in mode_pairs(rows) if pair.horizon == "mid"}
+    texts = {
+        "samples": "the samples",
+        "discriminative": "the discriminative forecast",
+        "present": "the true frames as the head reads them",
+    }
+    parts = [f"{text} {pairs[name].text()}" for name, text in texts.items() if name in pairs]
     if parts and "mid" in found:
-        drawn = found["mid"]["true_draws"]["mode_recall"]
-        parts.append(f"{num_samples} true draws would hit {show(drawn, 'mode_recall')} %")
-    text = f"Mid: {', '.join(parts)}." if parts else ""
-    if "samples" in precision:
-        text += f" {show_row(precision['samples'])} % of the samples are a possible future"
-        if "present" in precision:
-            text += f", of the true frames {show_row(precision['present'])} %"
-        text += "."
-    return text.strip()
+        drawn = found["mid"]["true_draws"]
+        recall, precision = (show(drawn[m], m) for m in ("mode_recall", "mode_precision"))
+        parts.append(f"{num_samples} true draws {recall} | {precision}")
+    if not parts:
+        return ""
+    return (
+        f"Mid, % of the possible futures hit | of the forecasts that are one: {'; '.join(parts)}."
+    )
+
+
+def read_frequencies(
+    rows: Sequence[ReportRow], found: Mapping[str, Any], *, num_samples: int
+) -> str:
+    """In what the samples' frequencies are off, and whether the likeliest future comes as often as
+    it should."""
+    samples = {
+        metric: row
+        for metric in FREQUENCY_METRICS
+        if (row := find_row(rows, horizon="mid", row="samples", metric=metric)) is not None
+    }
+    if "frequency_distance" not in samples:
+        return ""
+    text = (
+        f"Mid: the samples' frequencies are {show_row(samples['frequency_distance'])} % off; "
+        f"{show_row(samples['impossible_mass'])} % of the samples are no possible future, and "
+        f"possible ones have {show_row(samples['excess_mass'])} % too much"
+    )
+    if "mid" in found:
+        chance = show(found["mid"]["frequency_distance_of_true_draws"], "excess_mass")
+        text += f" (chance alone gives {num_samples} true draws {chance} %)"
+    if {"likeliest_share", "likeliest_probability"} <= samples.keys():
+        share, wanted = samples["likeliest_share"], samples["likeliest_probability"]
+        word = "too rarely" if share.value < wanted.value else "often enough"
+        text += (
+            f". The likeliest future comes {word}: it is {show_row(share)} % of the hits, by the "
+            f"probabilities it would be {show_row(wanted)} %"
+        )
+    return f"{text}."
 
 
 def read_calibration(found: Mapping[str, Any]) -> str:
@@ -187,6 +222,61 @@ def read_bins(found: Mapping[str, Any]) -> str:
     return (
         f"Farthest off, {horizon}: modes that {100 * part['frequency']:.1f} % of the samples hit "
         f"have a probability of {100 * part['probability']:.1f} %."
+    )
+
+
+def read_energy(rows: Sequence[ReportRow]) -> str:
+    """Whether samples tell more of what comes than one answer does."""
+    found = rows_by_name(rows, "mid", "energy_score")
+    samples = found.get(SAMPLES_ROW)
+    rivals = [found[name] for name in SINGLE if name in found]
+    if samples is None or not rivals:
+        return ""
+    rival = min(rivals, key=lambda row: row.value)
+    word = "better" if samples.value < rival.value else "no better"
+    return (
+        f"Mid: the samples together, {show_row(samples)}, are {word} than the best single answer, "
+        f"{ROW_LABELS[rival.row]}, {show_row(rival)}."
+    )
+
+
+def read_spread(rows: Sequence[ReportRow], *, num_samples: int) -> str:
+    """Whether the samples differ as much as they are off."""
+    spread, outside = (
+        find_row(rows, horizon="mid", row=SAMPLES_ROW, metric=metric)
+        for metric in ("spread_skill", "outside_share")
+    )
+    if spread is None or outside is None:
+        return ""
+    low, high = (
+        spread.value if b is None else b for b in (spread.interval_low, spread.interval_high)
+    )
+    word = "too little" if high < 1 else "too much" if low > 1 else "about as much as they should"
+    return (
+        f"Mid: the samples differ {word} (spread over skill {show_row(spread)}); of "
+        f"{show_row(outside)} % of the channels the truth is outside all of them, "
+        f"{100 * expected_outside(num_samples):.1f} % would be if it could be one of them."
+    )
+
+
+def read_ranks(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """The form of the rank histogram, mid."""
+    shares = [entry["share"] for entry in ranks if entry["horizon"] == "mid"]
+    if len(shares) < 3:
+        return ""
+    even = 1 / len(shares)
+    first, last = shares[0] > even, shares[-1] > even
+    form = (
+        "both ends are high, the samples differ too little or miss a part of what comes"
+        if first and last
+        else "both ends are low, the samples differ too much"
+        if not first and not last
+        else f"only the {'lower' if first else 'upper'} end is high, the samples are too "
+        f"{'high' if first else 'low'}"
+    )
+    return (
+        f"Mid: {form} (rank 0 {100 * shares[0]:.1f} %, rank {len(shares) - 1} "
+        f"{100 * shares[-1]:.1f} %, even {100 * even:.1f} %)."
     )
 
 
@@ -220,10 +310,12 @@ def read_best_of_k(curve: Sequence[Mapping[str, Any]]) -> str:
     if len(points) < 2:
         return ""
     (_, first), (count, last) = points[0], points[-1]
+    mean = next(p["mean_feature_loss"] for p in curve if (p["horizon"], p["k"]) == ("mid", count))
     if not first > last:
         return f"Mid: {count} samples are no better than one: they are all alike."
     half = next(k for k, loss in points if loss <= (first + last) / 2)
     return (
         f"Mid: the best of {count} has {100 * (1 - last / first):.0f} % less loss than one sample; "
-        f"half of that is there with {half}."
+        f"half of that is there with {half}. Their mean, which no truth chooses, has "
+        f"{100 * (1 - mean / first):.0f} % less."
     )

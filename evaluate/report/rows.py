@@ -33,13 +33,55 @@ _ORDER_TEXTS = {
 }
 MODE_METRICS = ("mode_recall", "mode_precision", "mode_recall_weighted")
 """Fractions, 0 to 1, where all possible futures are known; in a table of their own."""
+FREQUENCY_METRICS = (
+    "frequency_distance",
+    "impossible_mass",
+    "excess_mass",
+    "likeliest_share",
+    "likeliest_probability",
+)
+"""How often forecasts hit each of the possible futures, against its probability; fractions, defined
+in forecast/modes.py."""
 MODE_ROWS = ("copy_last", "discriminative", "mean", "samples", "reconstruction", "present")
 """Rows that have them; `samples`: all samples of a window together."""
-PERCENT = ("miou", *MODE_METRICS)
+SAMPLES_ROW = "samples"
+MODE_ROW_LABELS = ROW_LABELS | {SAMPLES_ROW: "All samples"}
+ENSEMBLE_METRICS = ("energy_score", "spread_skill", "outside_share")
+"""Samples held against the one future that came; defined in forecast/ensemble.py."""
+ENSEMBLE_ROWS = (
+    "copy_last",
+    "dinoworld",
+    "dinoworld_mean",
+    "predictions_mean",
+    "discriminative",
+    "mean",
+    SAMPLES_ROW,
+    "reconstruction",
+    "present",
+)
+"""Rows that have an energy score: no one chose them by the truth. Samples have the others, too."""
+DRIFT_ROWS = (
+    "copy_last",
+    "dinoworld",
+    "dinoworld_mean",
+    "discriminative",
+    "mean",
+    "sample",
+    "best",
+    "reconstruction",
+    "reconstruction_open_loop",
+    "present",
+)
+"""Rows of long rollouts, step by step: forecast/drift.py."""
+PERCENT = ("miou", *MODE_METRICS, *FREQUENCY_METRICS, "outside_share")
 METRIC_TITLES = _METRIC_HEADS | {
     "mode_recall": "mode recall % ↑",
     "mode_recall_weighted": "mode recall by probability % ↑",
     "mode_precision": "mode precision % ↑",
+    "frequency_distance": "distance of frequencies % ↓",
+    "impossible_mass": "no possible future % ↓",
+    "excess_mass": "too often % ↓",
+    "energy_score": "energy score ↓",
 }
 # The order of the paper's tables, mid-term: (better, worse)
 EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "copy_last"))
@@ -55,12 +97,67 @@ class ReportRow:
 
     dataset: str
     horizon: str  # short | mid
-    row: str  # one of ROW_NAMES, of MODE_ROWS for MODE_METRICS
-    metric: str  # one of METRICS or MODE_METRICS
+    row: str  # one of ROW_NAMES; of MODE_ROWS or ENSEMBLE_ROWS for metrics of their own
+    metric: str  # one of METRICS, MODE_METRICS, FREQUENCY_METRICS, ENSEMBLE_METRICS
     value: float  # mean over seeds
     interval_low: float | None = None  # 95 %, see intervals.py; None with a single sequence
     interval_high: float | None = None
     by_seed: list[float] = field(default_factory=list)  # the values of several seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModePair:
+    """Mode recall and mode precision of one row. Either alone is easy: samples that are anything
+    have the one, samples that are all alike the other."""
+
+    horizon: str
+    row: str
+    recall: ReportRow
+    precision: ReportRow
+
+    def text(self) -> str:
+        """`60.0 [52.5, 67.8] | 51.3 [43.3, 59.3]`, in percent."""
+        return f"{show_row(self.recall)} | {show_row(self.precision)}"
+
+    def values(self) -> dict[str, str | float | None]:
+        """Plain JSON values."""
+        parts = {"recall": self.recall, "precision": self.precision}
+        return {"horizon": self.horizon, "row": self.row} | {
+            f"{name}{end}": getattr(row, attribute)
+            for name, row in parts.items()
+            for end, attribute in (
+                ("", "value"),
+                ("_low", "interval_low"),
+                ("_high", "interval_high"),
+            )
+        }
+
+
+def mode_pairs(rows: Iterable[ReportRow]) -> list[ModePair]:
+    """The pairs of all rows that have both, short before mid; none where futures are not known."""
+    found = {(row.horizon, row.row, row.metric): row for row in rows}
+    return [
+        ModePair(
+            horizon=horizon,
+            row=name,
+            recall=found[horizon, name, "mode_recall"],
+            precision=found[horizon, name, "mode_precision"],
+        )
+        for horizon in HORIZONS
+        for name in MODE_ROWS
+        if {(horizon, name, "mode_recall"), (horizon, name, "mode_precision")} <= found.keys()
+    ]
+
+
+def mode_pairs_text(rows: Iterable[ReportRow]) -> str:
+    """A line of the pairs at the mid horizon; empty without any."""
+    pairs = {pair.row: pair for pair in mode_pairs(rows) if pair.horizon == "mid"}
+    parts = [
+        f"{MODE_ROW_LABELS[name]} {pairs[name].text()}"
+        for name in (SAMPLES_ROW, "discriminative", "present")
+        if name in pairs
+    ]
+    return f"mode recall | mode precision, mid-term %: {'; '.join(parts)}" if parts else ""
 
 
 @dataclass(frozen=True, kw_only=True)

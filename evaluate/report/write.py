@@ -1,8 +1,8 @@
 """A report's two files: report.json for programs, report.html for people.
 
-    OUT/report.json   {"rows", "expected_order", "probes", "best_of_k", "per_class_iou",
-                       "provenance", "seconds", "config", "num_windows", "num_clips", "step_s",
-                       "paper", "diagnosis"}
+    OUT/report.json   {"rows", "expected_order", "mode_pairs", "probes", "best_of_k",
+                       "per_class_iou", "rank_histogram", "drift", "provenance", "seconds",
+                       "config", "num_windows", "num_clips", "step_s", "paper", "diagnosis"}
     OUT/report.html   one file, nothing fetched: tables, pictures, curves (templates/page.html.j2)
     OUT/sequences.jsonl  the scores by sequence, for `deltatok-evaluate compare`
     OUT/pictures/     the panels as PNG files and the moving pictures as GIFs, to show elsewhere
@@ -23,6 +23,8 @@ from ..forecast.sequences import SequenceScores, sequences_jsonl
 from ..tables import Table
 from . import readings
 from .animation import Moving
+from .drift import drift_section, read_drift, read_drift_mious
+from .ensemble import ensemble_section
 from .html import render_page, value_text
 from .modes import mode_section
 from .paper_rows import PaperComparison, paper_table
@@ -35,6 +37,8 @@ from .rows import (
     ReportRow,
     class_table,
     expected_order,
+    mode_pairs,
+    mode_pairs_text,
     rows_by_name,
     table,
 )
@@ -50,7 +54,8 @@ class Report:
     rows: list[ReportRow]
     probes: dict[str, Any]
     best_of_k: list[dict[str, Any]]
-    """[{"horizon", "k", "feature_loss"}]; empty without a world model."""
+    """[{"horizon", "k", "feature_loss", "mean_feature_loss", and the intervals of both}]; empty
+    without a world model."""
     per_class_iou: list[dict[str, Any]]
     """[{"horizon", "row", "iou"}], iou 0-1 or None of every class; empty without mIoU."""
     provenance: dict[str, Any]
@@ -63,6 +68,10 @@ class Report:
     diagnosis: list[dict[str, Any]] = field(default_factory=list)
     """[{"cause", "measured", "next_step"}]: why the numbers are not as they should be, if known:
     forecast/diagnosis.py."""
+    rank_histogram: list[dict[str, Any]] = field(default_factory=list)
+    """[{"horizon", "rank", "share", "interval_low", "interval_high"}]; empty without samples."""
+    drift: dict[str, Any] | None = None
+    """Scores of long rollouts by step (forecast/drift.py); None where windows are too short."""
     paper: PaperComparison | None = None
     """Whether the paper's rows may stand beside these; None: it has none of this data set."""
 
@@ -104,6 +113,10 @@ def report_json(report: Report) -> dict[str, Any]:
     return {
         **asdict(report),
         "expected_order": asdict(expected_order(report.rows)),
+        "mode_pairs": {
+            "pairs": [pair.values() for pair in mode_pairs(report.rows)],
+            "text": mode_pairs_text(report.rows),
+        },
     }
 
 
@@ -129,6 +142,8 @@ def report_page(report: Report, pictures: Pictures, scores: SequenceScores) -> s
         "paper": paper_table(rows, report.paper) if report.paper else None,
         "classes": class_table(report.per_class_iou, config["class_names"], horizon="mid"),
         "modes": mode_section(rows, probes.get("modes", {}), num_samples=num_samples),
+        "ensemble": ensemble_section(rows, report.rank_histogram, num_samples=num_samples),
+        "drift": drift_section(report.drift),
         "losses_by_step": _losses_by_step(probes.get("feature_loss_by_step", {})),
         "best_of_k": plot_best_of_k(report.best_of_k, rows) if report.best_of_k else None,
         "seconds": {name: f"{value:.2f} s" for name, value in report.seconds.items()},
@@ -147,6 +162,12 @@ def _readings(report: Report, scores: SequenceScores) -> dict[str, str]:
         "paper": readings.read_paper(rows, report.paper) if report.paper else "",
         "classes": readings.read_classes(report.per_class_iou, report.config["class_names"]),
         "modes": readings.read_modes(rows, modes, num_samples=num_samples),
+        "frequencies": readings.read_frequencies(rows, modes, num_samples=num_samples),
+        "energy": readings.read_energy(rows),
+        "spread": readings.read_spread(rows, num_samples=num_samples),
+        "ranks": readings.read_ranks(report.rank_histogram),
+        "drift": read_drift(report.drift),
+        "drift_mious": read_drift_mious(report.drift),
         "calibration": readings.read_calibration(modes),
         "bins": readings.read_bins(modes),
         "probes": readings.read_probes(probes),

@@ -1,8 +1,8 @@
 """deltatok-evaluate: forecasts scored from caches, FLOPs counted, storage types compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..cli import Command, run_table
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ...evaluate.cache_fidelity import CacheFidelityConfig
     from ...evaluate.compare import CompareConfig
     from ...evaluate.flops import FlopsConfig
+    from ...evaluate.forecast.config import ForecastConfig
 
 COMMANDS = {
     "forecast": Command(
@@ -21,8 +22,7 @@ COMMANDS = {
             "      --dataset little-world --out runs/report",
         ),
         config="evaluate.forecast.config:ForecastConfig",
-        run="evaluate.forecast.run:run_forecast",
-        done="report: {out}/report.html",
+        run="pipeline.commands.evaluate:forecast",
     ),
     "compare": Command(
         help="several reports side by side, paired by sequence, with intervals",
@@ -58,6 +58,27 @@ COMMANDS = {
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of `deltatok-evaluate`."""
     return run_table("deltatok-evaluate", COMMANDS, words)
+
+
+def forecast(config: "ForecastConfig") -> str:
+    """Evaluates; what is wrong, the scores, and the lines that end a report."""
+    from ...evaluate.forecast.diagnosis import diagnosis_text
+    from ...evaluate.forecast.run import run_forecast
+    from ...evaluate.report.rows import table
+    from ...evaluate.report.write import report_json
+
+    report = run_forecast(config)
+    faults = [diagnosis_text(fault) for fault in report.diagnosis]
+    return "\n".join(
+        [*faults, table(report.rows).markdown(), *last_lines(report_json(report), config.out)]
+    )
+
+
+def last_lines(report: Mapping[str, Any], folder: str | Path) -> list[str]:
+    """What a report.json says in short, and the address of its page."""
+    lines = [report["mode_pairs"]["text"], report["expected_order"]["text"]]
+    page = (Path(folder) / "report.html").resolve().as_uri()
+    return [*filter(None, lines), f"report: {page}"]
 
 
 def compare(config: "CompareConfig") -> str:

@@ -15,6 +15,7 @@ from ...shards.files import local_path, write_json
 from ..alive import SignOfLife
 from ..cli import PACKAGE, Parser, apply_settings, example_help, run_command
 from ..stages import (
+    REPORT,
     Pipeline,
     check_folders,
     clock,
@@ -25,6 +26,7 @@ from ..stages import (
     run_pipeline,
     stages_to_run,
 )
+from .evaluate import last_lines
 
 RUN_EXAMPLE = "deltatok-pipeline run configs/quickstart.yaml --set tokenizer.steps=2000"
 
@@ -201,6 +203,8 @@ def _run(words: list[str]) -> None:
         print(f"removed {folder}", file=sys.stderr)
     check_folders(pipeline, f"deltatok-pipeline {shlex.join(same)}")
     print(_plan_text(pipeline), file=sys.stderr)
+    todo = stages_to_run(pipeline)
+    ends_with_report = bool(todo) and todo[-1].command == REPORT == pipeline.stages[-1].command
     # A file of one's own may run for days into a log, where its stages' own lines are enough.
     with SignOfLife("at work") if is_quickstart or sys.stderr.isatty() else nullcontext() as life:
         seconds = run_pipeline(pipeline, life=life)
@@ -211,10 +215,11 @@ def _run(words: list[str]) -> None:
     values = json.loads((report / "report.json").read_text(encoding="utf-8"))
     values["seconds"] = values.get("seconds", {}) | {"stages": seconds}
     write_json(report / "report.json", values)
+    if ends_with_report:
+        return  # which said it
     for fault in values.get("diagnosis", []):
         print(f"{fault['cause']} {fault['next_step']}")
-    print(values["expected_order"]["text"])
-    print(f"report: {(report / 'report.html').resolve().as_uri()}")
+    print(*last_lines(values, report), sep="\n")
 
 
 def _plan_text(pipeline: Pipeline) -> str:
@@ -240,6 +245,6 @@ def _plan_text(pipeline: Pipeline) -> str:
 def _report_folder(pipeline: Pipeline) -> Path | None:
     """Where the last evaluation of the pipeline wrote its report."""
     for stage in reversed(pipeline.stages):
-        if stage.command == "deltatok-evaluate forecast":
+        if stage.command == REPORT:
             return Path(stage.settings["out"])
     return None

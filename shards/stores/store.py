@@ -224,7 +224,8 @@ class ObjectStore(Store):
         self._obstore, self._base_error = obstore, BaseError
         self._folder = Path(url.removeprefix("file://")) if url.startswith("file://") else None
         if self._folder is None:
-            retries = {"max_retries": 10, "retry_timeout": timedelta(seconds=RETRY_S)}
+            # So many that the time alone decides.
+            retries = {"max_retries": 1000, "retry_timeout": timedelta(seconds=RETRY_S)}
             with self._errors(""):
                 self._store = store.from_url(url, retry_config=retries)
 

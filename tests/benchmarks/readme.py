@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deltatok.evaluate.report.rows import MODE_ROWS, ReportRow, show_row, table
+from deltatok.evaluate.report.rows import ReportRow, mode_pairs, table
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
 import page
@@ -42,20 +42,15 @@ def section(figures: dict[str, Any]) -> str:
 
 def modes(rows: list[ReportRow]) -> str:
     """A paragraph on the mode metrics, mid-term; nothing from a report without them."""
-    found = {(row.row, row.metric): row for row in rows if row.horizon == "mid"}
-    if ("samples", "mode_recall") not in found:
+    pairs = {pair.row: pair.text() for pair in mode_pairs(rows) if pair.horizon == "mid"}
+    if "samples" not in pairs:
         return ""
-    recall, precision = (
-        {name: show_row(found.get((name, metric))) for name in MODE_ROWS}
-        for metric in ("mode_recall", "mode_precision")
-    )
     return (
-        "All possible futures of these clips are known. 0.6 s ahead the samples hit "
-        f"{recall['samples']} % of those that can be told apart (mode recall), the discriminative "
-        f"model's one forecast {recall['discriminative']} %. Of the samples "
-        f"{precision['samples']} % are a possible future (mode precision), of the discriminative "
-        f"forecasts {precision['discriminative']} %, of the true frames, as the head reads them, "
-        f"{precision['present']} %. In brackets: 95 % intervals.\n\n"
+        "All possible futures of these clips are known. 0.6 s ahead, mode recall (the share of "
+        "those that can be told apart that some forecast hits) | mode precision (the share of the "
+        f"forecasts that are one of them), in %: the samples {pairs['samples']}, the "
+        f"discriminative model's one forecast {pairs['discriminative']}, the true frames, as the "
+        f"head reads them, {pairs['present']}. In brackets: 95 % intervals.\n\n"
     )
 
 

@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltatok.evaluate.compare import CompareConfig, Comparison, run_compare
+from deltatok.evaluate.compare import (
+    CompareConfig,
+    Comparison,
+    result_lines,
+    run_compare,
+    tables,
+)
 from deltatok.evaluate.forecast.run import run_forecast
-from deltatok.evaluate.forecast.sequences import Score, SequenceScores, sequences_jsonl
+from deltatok.evaluate.forecast.sequences import (
+    Score,
+    SequenceScores,
+    read_sequences,
+    sequences_jsonl,
+)
 from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards.errors import CacheMismatch, UsageError
 
@@ -270,13 +281,17 @@ def test_two_reports_of_one_tokenizer_differ_in_the_samples_only(compared: Path)
     for row in found["rows"]:
         assert row["differences"][0] is None
         changed = row["differences"][1]["value"] != 0
-        assert changed <= (row["row"] in ("best", "mean", "regressor_null"))
+        assert changed <= (row["row"] in ("best", "mean", "regressor_null", "samples"))
 
 
 def test_values_are_those_of_the_reports(compared: Path) -> None:
     found = json.loads((compared / "compare.json").read_text())
     report = json.loads((compared.parent / "a" / "report.json").read_text())
-    wanted = {(row["horizon"], row["row"], row["metric"]): row for row in report["rows"]}
+    wanted = {
+        (row["horizon"], row["row"], row["metric"]): row
+        for row in report["rows"]
+        if row["metric"] not in ("spread_skill", "outside_share")
+    }
     assert len(found["rows"]) == len(wanted)
     for row in found["rows"]:
         expected = wanted[row["horizon"], row["row"], row["metric"]]
@@ -306,6 +321,27 @@ def test_the_page_is_whole_and_fetches_nothing(compared: Path) -> None:
     assert "b&lt;i&gt;" in text and "b<i>" not in text
     markdown = (compared / "compare.md").read_text()
     assert "| Best sample |" in markdown and "equal" in markdown
+
+
+def test_mode_recall_and_precision_are_compared_as_a_pair(made: MakeReport, tmp_path: Path) -> None:
+    folders = []
+    for name, recall, precision in (("a", 0.25, 0.75), ("b", 0.5, 0.5)):
+        folder = made(name, losses(1))
+        scores = read_sequences(Path(folder))
+        for sequence in scores.windows:
+            for metric, number in (("mode_recall", recall), ("mode_precision", precision)):
+                scores.add(Score("mid", "samples", metric), 0, sequence, number, 1)
+        (Path(folder) / "sequences.jsonl").write_bytes(sequences_jsonl(scores))
+        folders.append(folder)
+    found = compare(tmp_path, *folders)
+    assert result_lines(found)[1:] == [
+        "All samples, mode recall | mode precision %, mid: b 50.0 | 50.0 against 25.0 | 75.0 of a: "
+        "+25.0 better [25.0,\u00a025.0] | -25.0 worse [-25.0,\u00a0-25.0]"
+    ]
+    assert [title for title in tables(found) if title.startswith("mode")] == [
+        "mode recall % ↑, mid",
+        "mode precision % ↑, mid",
+    ]
 
 
 def test_the_command_ends_with_4_on_other_protocols(

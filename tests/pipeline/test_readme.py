@@ -41,6 +41,11 @@ MEASURED = [  # the start of a row; its JSON; keys and format of every ratio in 
         ),
     ),
     (
+        "`--engine ray` over",
+        "fleet.json",
+        (("over_one_process/1 actor", ".2f"), ("over_one_process/2 actors", ".2f")),
+    ),
+    (
         "frames from a decoding",
         "transport.json",
         (("memory_over_copy/rate", ".2f"), ("socket_over_copy/rate", ".2f")),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.evaluate.report.write import Report
+from deltatok.pipeline.commands.evaluate import main
 from deltatok.shards.patches.reader import PatchShards
 from deltatok.train.engine.model_folder import weights_sha256
 from deltatok.train.losses import smooth_l1
@@ -121,7 +122,7 @@ def test_nothing_is_wrong_where_forecasts_are_good(
 
 
 def test_an_untrained_tokenizer_is_named_with_its_ratios_before_the_table(
-    shared_evaluation: Any, make: Any, world: Path, tmp_path: Path, caplog: Any
+    shared_evaluation: Any, make: Any, world: Path, tmp_path: Path, capsys: Any
 ) -> None:
     """As README's first look: the world model's forecasts are bad too, and not to blame."""
     fresh = DeltaTok(TOKENIZER, generator=torch.Generator().manual_seed(0))
@@ -130,22 +131,18 @@ def test_an_untrained_tokenizer_is_named_with_its_ratios_before_the_table(
     (tmp_path / "fresh" / "train.json").write_text(json.dumps({"config": {"steps": 30}}))
     model = DeltaWorldNetwork.from_pretrained(world / "world")
     model.save_pretrained(tmp_path / "world", provenance(fresh, patches))
-    caplog.set_level("INFO")
-    report = evaluate(
-        shared_evaluation,
-        world,
-        tmp_path / "out",
-        tokenizer=str(tmp_path / "fresh"),
-        world=str(tmp_path / "world"),
-    )
-    (fault,) = report.diagnosis
+    words = ["--patches", world / "patches", "--tokenizer", tmp_path / "fresh"]
+    words += ["--world", tmp_path / "world", "--out", tmp_path / "out", "--num-pictures", 0]
+    assert main(["forecast", *map(str, words), "--num-samples", "6", "--device", "cpu"]) == 0
+    (fault,) = json.loads((tmp_path / "out" / "report.json").read_text())["diagnosis"]
     assert "no better than copying" in fault["cause"]
     assert fault["measured"]["copy_last_ratio"] == pytest.approx(1, abs=1e-3)
     assert fault["measured"]["z_swap_ratio"] == pytest.approx(1, abs=1e-3)
     assert fault["measured"]["steps"] == 30
     assert "--steps" in fault["next_step"] and "layer_scale_init" in fault["next_step"]
-    assert caplog.text.index(fault["cause"]) < caplog.text.index("| row |")
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["diagnosis"] == [fault]
+    said = capsys.readouterr().out
+    assert said.index(fault["cause"]) < said.index("| row |") < said.index("expected order: ")
+    assert said.splitlines()[-1] == f"report: {(tmp_path / 'out' / 'report.html').as_uri()}"
 
 
 def test_a_tokenizer_that_uses_its_token_badly_is_untrained_not_stuck(

@@ -1,6 +1,7 @@
 """Mode recall and precision of a forecast evaluation, several seeds, and intervals."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.evaluate.forecast.scores import class_maps
 from deltatok.evaluate.forecast.sequences import SequenceScores
 from deltatok.evaluate.forecast.windows import UniformWindows
-from deltatok.evaluate.report.rows import find_row, find_value
-from deltatok.evaluate.report.write import Report
+from deltatok.evaluate.report.rows import (
+    FREQUENCY_METRICS,
+    MODE_METRICS,
+    find_row,
+    find_value,
+)
+from deltatok.evaluate.report.write import Report, report_json
 from deltatok.shards.errors import UsageError
 from deltatok.shards.evaluation.targets import windows_of_clips
 from deltatok.shards.patches.reader import PatchShards
@@ -114,6 +120,41 @@ def test_every_sample_counts_at_its_last_step(shared_evaluation: Any, known: str
     assert found["mean", "mode_precision"] == 0
 
 
+def test_recall_and_precision_are_told_as_pairs(report: Report) -> None:
+    found = report_json(report)["mode_pairs"]
+    pairs = {(pair["horizon"], pair["row"]): pair for pair in found["pairs"]}
+    assert {row for _, row in pairs} == {"copy_last", "discriminative", "mean", "samples"} | {
+        "reconstruction",
+        "present",
+    }
+    for (horizon, row), pair in pairs.items():
+        assert pair["recall"] == value(report, horizon, row, "mode_recall")
+        assert pair["precision"] == value(report, horizon, row, "mode_precision")
+        assert pair["recall_low"] <= pair["recall"] <= pair["recall_high"]
+        assert pair["precision_low"] <= pair["precision"] <= pair["precision_high"]
+    assert found["text"].startswith("mode recall | mode precision, mid-term %: All samples 0.0 [")
+    page = (Path(report.config["out"]) / "report.html").read_text()
+    for part in re.findall(r"<table>.*?</table>|<p.*?</p>", page, re.DOTALL):
+        assert ("mode recall" in part.lower()) == ("mode precision" in part.lower())
+
+
+def test_the_distance_of_frequencies_has_its_two_parts(report: Report, known: str) -> None:
+    merged = share_of_windows_whose_futures_look_alike(known)
+    wanted = {
+        "frequency_distance": (1 - merged) * 0.4,  # of one forecast, of probability 0.6
+        "impossible_mass": 0.0,
+        "excess_mass": (1 - merged) * 0.4,
+        "likeliest_share": 1.0,
+        "likeliest_probability": merged + (1 - merged) * 0.6,
+    }
+    for metric, number in wanted.items():
+        assert value(report, "short", "present", metric) == pytest.approx(number), metric
+    for metric, number in (("frequency_distance", 1), ("impossible_mass", 1), ("excess_mass", 0)):
+        assert value(report, "mid", "samples", metric) == pytest.approx(number)
+    # A share of no hits is no number.
+    assert find_value(report.rows, horizon="mid", row="samples", metric="likeliest_share") is None
+
+
 def test_random_models_hit_no_future(report: Report) -> None:
     """Random weights draw no picture that equals a future to the pixel."""
     for row in ("samples", "discriminative"):
@@ -141,10 +182,10 @@ def test_rows_of_samples_are_means_over_seeds(
         for seed in (0, 1)
     ]
     for row in report.rows:
-        if row.metric.startswith("mode"):
+        if row.metric in (*MODE_METRICS, *FREQUENCY_METRICS):
             continue
         alone = [value(one, row.horizon, row.row, row.metric) for one in single]
-        if row.row in ("best", "mean", "regressor_null"):
+        if row.row in ("best", "mean", "regressor_null", "samples"):
             assert row.by_seed == pytest.approx(alone, rel=1e-5)
             assert row.metric == "miou" or alone[0] != alone[1]
         else:

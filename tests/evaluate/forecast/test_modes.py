@@ -13,6 +13,7 @@ from deltatok.evaluate.forecast.modes import (
     FutureFolder,
     KnownFutures,
     find_modes,
+    frequency_parts,
     hits,
     mode_values,
     overlap,
@@ -99,6 +100,62 @@ def test_samples_of_all_futures_and_nothing_else_are_perfect() -> None:
     known = futures(block(0), block(4), block(8), probability=[0.7, 0.2, 0.1])
     modes = find_modes(known, threshold=0.5)
     assert mode_values(modes, hits(modes, known.classes)) == pytest.approx((1, 1, 1))
+
+
+def test_the_distance_of_frequencies_is_split_into_impossible_and_too_often() -> None:
+    known = futures(block(0), block(4), block(8), probability=[0.7, 0.2, 0.1])
+    modes = find_modes(known, threshold=0.5)
+    samples = [0, 0, 2, 2, 2, 2, 2, NO_MODE, NO_MODE, NO_MODE]  # q = 0.2, 0, 0.5 and 0.3 of none
+    parts = frequency_parts(modes, np.array(samples))
+    assert parts["frequency_distance"] == pytest.approx((0.7, 1))
+    assert parts["impossible_mass"] == pytest.approx((0.3, 1))
+    assert parts["excess_mass"] == pytest.approx((0.4, 1))  # of the third: 0.5 - 0.1
+    assert parts["likeliest_share"] == (2, 7)
+    assert parts["likeliest_probability"] == pytest.approx((0.7 * 7, 7))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_distance_is_the_largest_difference_of_any_events_probability(seed: int) -> None:
+    """The definition of total variation, over all subsets of {no mode, modes}."""
+    rng = np.random.default_rng(seed)
+    true = rng.dirichlet(np.ones(3))
+    known = futures(block(0), block(4), block(8), probability=true.tolist())
+    modes = find_modes(known, threshold=0.5)
+    found = rng.integers(NO_MODE, 3, size=rng.integers(1, 12))
+    p = np.array([0.0, *modes.probability])
+    q = np.bincount(found + 1, minlength=4) / len(found)
+    events = [[outcome for outcome in range(4) if event >> outcome & 1] for event in range(16)]
+    largest = max(abs(q[event].sum() - p[event].sum()) for event in events)
+    parts = frequency_parts(modes, found)
+    assert parts["frequency_distance"][0] == pytest.approx(largest)
+    assert parts["impossible_mass"][0] + parts["excess_mass"][0] == pytest.approx(largest)
+    assert parts["impossible_mass"][0] == pytest.approx(1 - mode_values(modes, found)[1])
+
+
+def test_hits_that_fall_by_the_probabilities_are_as_often_the_likeliest_as_they_should() -> None:
+    """Also where samples of windows with a sure future hit more often than others."""
+    rng, share, wanted = np.random.default_rng(0), np.zeros(2), np.zeros(2)
+    for window in range(4000):
+        true = [0.9, 0.1] if window % 2 else [0.4, 0.35, 0.25]
+        maps = [block(4 * number) for number in range(len(true))]
+        modes = find_modes(futures(*maps, probability=true), threshold=0.5)
+        found = rng.choice(len(true), p=modes.probability, size=20)
+        found[rng.random(20) < (0.1 if window % 2 else 0.6)] = NO_MODE
+        parts = frequency_parts(modes, found)
+        share += parts["likeliest_share"]
+        wanted += parts["likeliest_probability"]
+    assert wanted[0] / wanted[1] > 0.7  # 0.65 if every window counted alike
+    assert share[0] / share[1] == pytest.approx(wanted[0] / wanted[1], abs=0.005)
+
+
+def test_a_single_forecast_of_the_likeliest_future_is_too_often_what_is_left() -> None:
+    modes = find_modes(futures(block(0), block(8), probability=[0.7, 0.3]), threshold=0.5)
+    parts = frequency_parts(modes, np.array([0]))
+    assert parts["frequency_distance"] == pytest.approx((0.3, 1))
+    assert parts["likeliest_share"] == (1, 1)
+    nothing = frequency_parts(modes, np.array([NO_MODE]))
+    assert nothing["frequency_distance"] == (1, 1)
+    assert nothing["likeliest_share"] == (0, 0)
 
 
 def test_recall_of_draws_is_that_of_draws() -> None:

@@ -122,12 +122,14 @@ def test_modes_are_held_against_true_draws() -> None:
     rows = [
         row("samples", 0.59, metric="mode_recall"),
         row("discriminative", 0.219, metric="mode_recall"),
+        row("discriminative", 0.633, metric="mode_precision"),
+        row("present", 0.31, metric="mode_recall"),
         row("samples", 0.477, metric="mode_precision"),
         row("present", 0.95, metric="mode_precision"),
     ]
     found = {
         "mid": {
-            "true_draws": {"mode_recall": 0.9},
+            "true_draws": {"mode_recall": 0.9, "mode_precision": 1.0},
             "frequency_distance": 0.3,
             "frequency_distance_of_true_draws": 0.1,
             "reliability": [
@@ -137,12 +139,30 @@ def test_modes_are_held_against_true_draws() -> None:
         }
     }
     assert readings.read_modes(rows, found, num_samples=20) == (
-        "Mid: the samples hit 59.0 % of the possible futures, the discriminative forecast hits "
-        "21.9 % of the possible futures, 20 true draws would hit 90.0 %. 47.7 % of the samples "
-        "are a possible future, of the true frames 95.0 %."
+        "Mid, % of the possible futures hit | of the forecasts that are one: the samples "
+        "59.0 | 47.7; the discriminative forecast 21.9 | 63.3; the true frames as the head reads "
+        "them 31.0 | 95.0; 20 true draws 90.0 | 100.0."
     )
+    assert readings.read_modes(rows[:1], found, num_samples=20) == ""  # no recall alone
     assert "mid: further than chance alone would leave them" in readings.read_calibration(found)
     assert "80.0 % of the samples hit have a probability of 50.0 %" in readings.read_bins(found)
+
+
+def test_frequencies_are_off_in_two_ways() -> None:
+    numbers = {"frequency_distance": 0.648, "impossible_mass": 0.487, "excess_mass": 0.161}
+    rows = [row("samples", value, metric=metric) for metric, value in numbers.items()]
+    text = readings.read_frequencies(rows, {}, num_samples=20)
+    assert text == (
+        "Mid: the samples' frequencies are 64.8 % off; 48.7 % of the samples are no possible "
+        "future, and possible ones have 16.1 % too much."
+    )
+    rows += [row("samples", 0.41, metric="likeliest_share")]
+    rows += [row("samples", 0.7, metric="likeliest_probability")]
+    found = {"mid": {"frequency_distance_of_true_draws": 0.123}}
+    text = readings.read_frequencies(rows, found, num_samples=20)
+    assert "16.1 % too much (chance alone gives 20 true draws 12.3 %)" in text
+    assert "The likeliest future comes too rarely: it is 41.0 % of the hits, by the" in text
+    assert readings.read_frequencies([], {}, num_samples=20) == ""
 
 
 @pytest.mark.parametrize(
@@ -164,10 +184,12 @@ def test_losses_are_read_from_first_to_last() -> None:
         "From the first step to the last: Best sample 0.1 to 0.2 (2.0 times)."
     )
     curve = [
-        {"horizon": "mid", "k": k, "feature_loss": v} for k, v in ((1, 0.4), (2, 0.25), (3, 0.2))
+        {"horizon": "mid", "k": k, "feature_loss": v, "mean_feature_loss": m}
+        for k, v, m in ((1, 0.4, 0.4), (2, 0.25, 0.35), (3, 0.2, 0.3))
     ]
     assert readings.read_best_of_k(curve) == (
-        "Mid: the best of 3 has 50 % less loss than one sample; half of that is there with 2."
+        "Mid: the best of 3 has 50 % less loss than one sample; half of that is there with 2. "
+        "Their mean, which no truth chooses, has 25 % less."
     )
     flat = [point | {"feature_loss": 0.4} for point in curve]
     assert "all alike" in readings.read_best_of_k(flat)

@@ -63,6 +63,8 @@ def test_a_run_says_first_what_it_will_do_and_then_what_came_out(
     assert "The tokenizer reconstructs no better than copying" in said.out  # of 3 steps
     assert order.startswith("expected order: ")
     assert report.startswith("report: file:///")
+    for line in (order, report):
+        assert (said.out + said.err).count(line) == 1
 
 
 def test_a_stage_of_other_settings_is_named_before_anything_runs(
