@@ -31,10 +31,15 @@ def test_a_report_has_the_cpus_numbers(cuda: PretendedDevice, tiny: Any, tmp_pat
     found = {}
     for device in ("cpu", "cuda"):
         config = tiny.config(
-            device=device, autocast="float32", num_samples=2, out=str(tmp_path / device)
+            device=device,
+            autocast="float32",
+            num_samples=2,
+            drift_steps=3,
+            out=str(tmp_path / device),
         )
         run_forecast(config)
-        found[device] = json.loads((tmp_path / device / "report.json").read_text())["rows"]
+        report = json.loads((tmp_path / device / "report.json").read_text())
+        found[device] = [report[part] for part in ("rows", "rank_histogram", "drift")]
     assert numbers(found["cuda"]) == pytest.approx(numbers(found["cpu"]), rel=1e-4, abs=1e-5)
     assert len(numbers(found["cpu"])) > 20
 
