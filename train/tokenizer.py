@@ -146,7 +146,7 @@ class TokenizerObjective(Objective):
     def _patches_at(self, step: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The patches that encoder and decoder have in this step, on every rank, int64 (M,) each,
         ascending; None: all. The fewer are some of the more."""
-        if not any(self.work_at(step)):
+        if not self.work_at(step):
             return None, None
         num_patches, seed = self._shards.shape[1], self._config.seed
         drawn = shuffled(np.arange(num_patches), num_patches, seed, "patches", step)
@@ -161,10 +161,10 @@ class TokenizerObjective(Objective):
             self._config.decoder_patch_fraction
         )
 
-    def work_at(self, step: int) -> tuple[int, ...]:
-        """1 for a step with a part of the patches."""
+    def work_at(self, step: int) -> bool:
+        """Whether a step has a part of the patches only."""
         end = self._config.whole_frames_from
-        return (int(self._config.draws_patches and (end is None or step < end)),)
+        return self._config.draws_patches and (end is None or step < end)
 
     def _closed_loop(
         self, run: Callable[..., Tensor], x_prev: Tensor, x_cur: Tensor, numbers: Indices
