@@ -1,8 +1,9 @@
 """The frozen backbone: uint8 frames to the patch tokens that the caches hold; and its device.
 
-A DINOv3 ViT (or another ViT of transformers with a class token and register tokens), with the
-mean and standard deviation of its preprocessor_config.json. Its output is the last hidden state
-after the final LayerNorm, without the class token and the register tokens.
+A vision model of transformers (architectures.py has which), with the mean and standard deviation of
+its preprocessor_config.json. Its output is the last hidden state after the final LayerNorm, without
+the class token and the register tokens; with `layers`, the states after those blocks, each through
+the final LayerNorm too, side by side.
 
 A hub id is downloaded (or found in the hub's cache) as config.json, preprocessor_config.json and
 safetensors files only; nothing pickled is ever read.
@@ -11,7 +12,7 @@ safetensors files only; nothing pickled is ever read.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +27,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..shards.errors import DeltatokError, UsageError
+from ..shards.evaluation.geometry import FrameSize, frame_shape
 from ..shards.files import local_path, read_text
+from ..shards.patches.projection import Projection
 from ..shards.running.devices import choose_device, precision_name
+from .architectures import (
+    Architecture,
+    architecture_of,
+    check_layers,
+    hidden_tokens,
+    model_inputs,
+    num_tokens_before,
+    patch_size_of,
+    width_of,
+)
 from .config import ExtractConfig
 
 _LOGGER = logging.getLogger(__name__)
@@ -43,7 +56,8 @@ _CONFIG_FIELDS = (
     *("proj_bias", "mlp_bias"),
 )
 """What of a config decides the output: named one by one, because a whole config changes with the
-version of transformers that wrote it."""
+version of transformers that wrote it. The rest (depths and widths, which position embeddings) the
+names and shapes of the weights tell, and those are in their hash."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +74,10 @@ class Backbone:
     device: torch.device
     autocast: Autocast
     compile: bool = False
+    layers: tuple[int, ...] = ()
+    """The blocks (1 is the first) whose states are put side by side; none: the last state alone."""
+    projection: Projection | None = None
+    """What the features go through at last: principal components. By `dataclasses.replace`."""
 
     @classmethod
     def load(
@@ -69,16 +87,20 @@ class Backbone:
         device: str | torch.device = "cpu",
         autocast: Autocast = "float32",
         compile: bool = False,
+        layers: Sequence[int] = (),
     ) -> "Backbone":
         """The backbone of a local folder or a hub id, float32 weights, frozen, on `device`.
 
         autocast: precision of the products; `bfloat16` keeps norms and softmax in float32.
         compile: batches go through torch.compile, once for every shape; equal but for rounding.
+        layers: blocks whose states are put side by side, each through the final norm.
         No network for a local folder. Raises UsageError if it cannot be had or is of another kind.
         """
         folder = find_folder(name)
         image_mean, image_std = read_preprocessor(folder)
         model, config = load_frozen_model(folder)
+        architecture = architecture_of(config.model_type, where=str(folder))
+        check_layers(architecture, config, layers, where=name)
         place = torch.device(device)
         return cls(
             name=folder.resolve().name if Path(name).is_dir() else name,
@@ -89,33 +111,42 @@ class Backbone:
             device=place,
             autocast=autocast,
             compile=compile,
+            layers=tuple(layers),
         )
 
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        return int(self.config.patch_size)
+        return patch_size_of(self.config)
 
     @property
     def hidden_size(self) -> int:
         """Numbers in a token, D."""
-        return int(self.config.hidden_size)
+        if self.projection is not None:
+            return len(self.projection.components)
+        return self._width
 
     @property
-    def num_register_tokens(self) -> int:
-        return int(self.config.num_register_tokens)
+    def _width(self) -> int:
+        """Channels of the features, before a projection."""
+        return width_of(self.config) * max(1, len(self.layers))
 
-    def grid(self, frame_size: int) -> tuple[int, int]:
-        """Patch rows and columns of a square frame; their product is N.
+    @cached_property
+    def _architecture(self) -> Architecture:
+        return architecture_of(self.config.model_type, where=self.name)
 
-        Raises UsageError if frame_size is no multiple of the patch size.
+    def grid(self, frame_size: FrameSize) -> tuple[int, int]:
+        """Patch rows and columns of a frame; their product is N.
+
+        Raises UsageError if a side of it is no multiple of the patch size.
         """
-        side = self._num_patches(frame_size)
-        return side, side
+        height, width = frame_shape(frame_size)
+        return self._num_patches(height), self._num_patches(width)
 
     @torch.inference_mode()
     def tokens(self, frames: Tensor) -> Tensor:
-        """Post-norm patch tokens float32 (B, N, D), row-major patches, on the backbone's device.
+        """Post-norm patch tokens float32 (B, N, D), row-major patches, on the backbone's device;
+        with a projection, their principal components.
 
         frames: uint8 (B, 3, H, W), RGB, 0-255, any device. Raises UsageError for sides that are
         no multiple of the patch size.
@@ -131,26 +162,33 @@ class Backbone:
             if self.autocast == "bfloat16":
                 precision.enter_context(torch.autocast(self.device.type, torch.bfloat16))
             hidden = self._hidden(pixels)
-        num_special = 1 + self.num_register_tokens
-        if hidden.shape[1:] != (num_special + num_patches, self.hidden_size):
+        num_before = num_tokens_before(self._architecture, self.config)
+        if hidden.shape[1:] != (num_before + num_patches, self._width):
             raise UsageError(
-                f"backbone {self.name}: gave tokens of shape {tuple(hidden.shape[1:])}, wanted 1 "
-                f"class, {self.num_register_tokens} register and {num_patches} patch tokens of "
-                f"{self.hidden_size}: use a DINOv3 ViT"
+                f"backbone {self.name}: gave tokens of shape {tuple(hidden.shape[1:])}, wanted "
+                f"{num_before} tokens and then {num_patches} patch tokens of {self._width}: "
+                f"its config.json is not that of a {self._architecture.model}"
             )
-        return hidden[:, num_special:].float()
+        features = hidden[:, num_before:].float()
+        if self._rows is None:
+            return features
+        mean, deviation, components = self._rows
+        return (features - mean) / deviation @ components
 
     def _hidden(self, pixels: Tensor) -> Tensor:
+        inputs = model_inputs(self._architecture, self.config, pixels, layers=self.layers)
         if not self.compile or len(pixels) == 1:  # the black frame is not worth a compilation
-            return cast(Tensor, self.model(pixel_values=pixels).last_hidden_state)
-        try:
-            return cast(Tensor, self._compiled(pixel_values=pixels).last_hidden_state)
-        except RuntimeError as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise DeltatokError(
-                f"compile: the compiled backbone failed ({' '.join(lines[:2])}): "
-                "leave --compile out, or install a C++ compiler (CPU) or Triton (GPU)"
-            ) from error
+            output = self.model(**inputs)
+        else:
+            try:
+                output = self._compiled(**inputs)
+            except RuntimeError as error:
+                lines = [line for line in str(error).splitlines() if line.strip()]
+                raise DeltatokError(
+                    f"compile: the compiled backbone failed ({' '.join(lines[:2])}): "
+                    "leave --compile out, or install a C++ compiler (CPU) or Triton (GPU)"
+                ) from error
+        return hidden_tokens(self._architecture, self.model, output, layers=self.layers)
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
@@ -161,23 +199,40 @@ class Backbone:
         mean, std = (constant.to(frames.device) for constant in self._mean_and_std)
         return frames.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
 
-    def black_tokens(self, frame_size: int) -> Tensor:
+    def black_tokens(self, frame_size: FrameSize) -> Tensor:
         """float32 (N, D) on the CPU: the patch tokens of an all-zero frame.
 
         Every sequence of delta tokens starts from it, so a cache computes it once.
         """
-        black = torch.zeros((1, 3, frame_size, frame_size), dtype=torch.uint8)
+        black = torch.zeros((1, 3, *frame_shape(frame_size)), dtype=torch.uint8)
         return self.tokens(black)[0].cpu()
 
     def identity(self) -> dict[str, Any]:
-        """`config` (what decides the output) and `weights_sha256`; equal across transformers'
-        versions, devices and file layouts."""
+        """`config` (what decides the output), `weights_sha256`, and `layers` and `pca` where there
+        are any; equal across transformers' versions, devices and file layouts."""
         config = {
             field: getattr(self.config, field)
             for field in _CONFIG_FIELDS
             if hasattr(self.config, field)
         }
-        return {"config": config, "weights_sha256": self._weights_sha256}
+        identity: dict[str, Any] = {"config": config, "weights_sha256": self._weights_sha256}
+        if self.layers:
+            identity["layers"] = list(self.layers)
+        if self.projection is not None:
+            identity["pca"] = self.projection.identity()
+        return identity
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Mean (F,), deviation (F,) and components (F, D) on the device."""
+        if self.projection is None:
+            return None
+        found = self.projection
+        mean, deviation, components = (
+            torch.tensor(value, device=self.device)
+            for value in (found.mean, found.deviation, found.components.T)
+        )
+        return mean, deviation, components
 
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
@@ -187,8 +242,12 @@ class Backbone:
 
     @cached_property
     def _weights_sha256(self) -> str:
-        # transformers 5.0 names its tensors `layer.N`, later versions `model.layer.N`.
-        tensors = {name.removeprefix("model."): t for name, t in self.model.state_dict().items()}
+        # transformers 5.0 names its tensors `layer.N`, later versions `model.layer.N`; towers of
+        # CLIP and SigLIP were in a module of their own.
+        tensors = {
+            name.removeprefix("model.").removeprefix("vision_model."): tensor
+            for name, tensor in self.model.state_dict().items()
+        }
         digest = hashlib.sha256()
         for name in sorted(tensors):
             array = tensors[name].detach().cpu().contiguous().numpy()
@@ -212,7 +271,13 @@ def load_backbone(config: ExtractConfig) -> Backbone:
     """The backbone of `config` on its device; UsageError if it cannot be had there."""
     device = choose_device(config.device)
     autocast = cast(Autocast, precision_name(config.autocast, device))
-    return Backbone.load(config.backbone, device=device, autocast=autocast, compile=config.compile)
+    return Backbone.load(
+        config.backbone,
+        device=device,
+        autocast=autocast,
+        compile=config.compile,
+        layers=config.layers,
+    )
 
 
 def find_folder(name: str) -> Path:
@@ -278,12 +343,14 @@ def read_preprocessor(
 def load_frozen_model(folder: Path) -> tuple[nn.Module, Any]:
     """The network (float32, evaluation mode, no gradients, on the CPU) and its config.
 
-    Raises UsageError if the weights are missing, incomplete or of an architecture that does not
-    name its register tokens.
+    Of two towers the vision tower. Raises UsageError if the weights are missing, incomplete or of
+    a model whose patch tokens are not known.
     """
+    architecture = architecture_of(_model_type(folder), where=str(folder))
+    model_class = getattr(transformers, architecture.model)
     with _quiet_transformers():
         try:
-            model, report = transformers.AutoModel.from_pretrained(
+            model, report = model_class.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -293,14 +360,8 @@ def load_frozen_model(folder: Path) -> tuple[nn.Module, Any]:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UsageError(
                 f"backbone {folder}: cannot be loaded ({error}): wanted config.json and "
-                "model.safetensors of a DINOv3 ViT as transformers saves them"
+                f"model.safetensors of a {architecture.model} as transformers saves them"
             ) from error
-    wanted = ("num_register_tokens", "patch_size", "hidden_size")
-    if not all(isinstance(getattr(model.config, field, None), int) for field in wanted):
-        raise UsageError(
-            f"backbone {folder}: {type(model).__name__} does not say {', '.join(wanted)}: "
-            "use a DINOv3 ViT"
-        )
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise UsageError(
@@ -309,6 +370,19 @@ def load_frozen_model(folder: Path) -> tuple[nn.Module, Any]:
         )
     _LOGGER.debug("loaded %s from %s", type(model).__name__, folder)
     return model.eval().requires_grad_(False), model.config
+
+
+def _model_type(folder: Path) -> object:
+    path = folder / _FILES[0]
+    try:
+        settings = json.loads(read_text(path))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"backbone {folder}: no {_FILES[0]}: give a folder as transformers saves one"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{path}: no JSON ({error}): copy it again") from error
+    return settings.get("model_type") if isinstance(settings, dict) else None
 
 
 @contextmanager

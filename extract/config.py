@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..shards.errors import UsageError
+from ..shards.evaluation.geometry import FrameSize, frame_shape
 from ..shards.running.parts import parse_shard_of
 from ..shards.sampling import KINETICS_STRIDE_RANGE_S, SamplingPolicy
 from ..shards.schema import PathOrAddress, Place
@@ -57,9 +58,18 @@ class RunConfig:
     shards/ into one `out` and run again there; a run that finds all shards made finishes the
     cache."""
     backbone: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
-    """Hub id or local folder of the frozen DINOv3."""
-    frame_size: int = 512
-    """Side of the square frames the backbone sees, in pixels."""
+    """Hub id or local folder of the frozen vision model, in transformers' format: DINOv3 (ViT,
+    ConvNeXt), DINOv2 (also with registers), SigLIP, SigLIP 2 or CLIP."""
+    layers: tuple[int, ...] = ()
+    """Blocks of the backbone, 1 being the first, whose patch tokens are put side by side, each
+    through the final norm: 3,6,9,12 gives tokens four times as wide [the last block alone]."""
+    pca: int | str | None = None
+    """Store only this many principal components of the tokens, each channel standardised first:
+    fitted once, on 64 clips of the run. A folder: the components of the cache there, which other
+    caches of the same models must have (evaluation, validation)."""
+    frame_size: FrameSize = 512
+    """What the backbone sees, in pixels: the side of a square (512), or height x width (448x896).
+    A data set's frames are cut into squares, or, for a rectangle, seen whole."""
     dtype: Literal["float16", "bfloat16", "int8"] = "float16"
     """How the tokens are stored: float16, bfloat16 or int8. int8 takes half the space; a scale a
     channel is fitted on 64 clips first, a scale a token is stored beside it."""
@@ -100,6 +110,11 @@ class RunConfig:
         return BATCH_FRAMES[device_type]
 
     @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Height and width of the frames the backbone sees, in pixels."""
+        return frame_shape(self.frame_size)
+
+    @property
     def min_free_bytes(self) -> int:
         wanted = "a size such as 500MB, 10GB or 1.5TiB"
         return round(_parse_amount(self.min_free, _BYTES, name="min_free", wanted=wanted))
@@ -114,9 +129,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise UsageError("out: empty, wanted the folder to write the cache to")
-        for name in ("frame_size", "frames_per_shard", "batch_frames", "workers", "limit"):
+        for name in ("frames_per_shard", "batch_frames", "workers", "limit"):
             check_count(name, getattr(self, name))
+        valid = min(self.frame_shape) >= 1
+        check("frame_size", self.frame_size, valid, "a side in pixels, or height x width")
         parse_shard_of(self.shard_of)
+        if isinstance(self.pca, int):
+            check_count("pca", self.pca)
+        layers = self.layers
+        valid = all(layer >= 1 for layer in layers) and len(set(layers)) == len(layers)
+        check("layers", layers, valid, "different blocks, counted from 1, such as 3,6,9,12")
         check("seed", self.seed, 0 <= self.seed < 2**63, "0..2**63-1")
         check("max_quarantined", self.max_quarantined, 0 <= self.max_quarantined <= 1, "0..1")
         check("decode_timeout_s", self.decode_timeout_s, positive(self.decode_timeout_s), "> 0")
@@ -176,7 +198,8 @@ class ExtractConfig(RunConfig):
     crop_scale: tuple[float, float] = (0.6, 1.0)
     """Smallest and largest share of the frame's area a crop covers (sampling windows)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height of a crop (sampling windows)."""
+    """Smallest and largest width / height of a crop (sampling windows), where the frames are
+    square; for a rectangle times its own, so that crops are stretched as little."""
     flip_probability: float = 0.5
     """How often a window is mirrored left to right, 0..1 (sampling windows)."""
     fps: float | None = None
@@ -198,6 +221,7 @@ class ExtractConfig(RunConfig):
 
     def sampling_policy(self) -> SamplingPolicy:
         """How windows are drawn."""
+        height, width = self.frame_shape
         return SamplingPolicy(
             policy=self.sampling,
             num_frames=self.num_frames,
@@ -209,6 +233,7 @@ class ExtractConfig(RunConfig):
             fps=self.fps,
             seed=self.seed,
             min_frames=self.min_frames,
+            aspect=width / height,
         )
 
     def __post_init__(self) -> None:

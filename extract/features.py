@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..shards.evaluation.geometry import FrameSize
 from ..shards.records import Quarantined
 from ..shards.sampling import WindowDraw
 from .backbone import Backbone
@@ -37,13 +38,13 @@ Rows = Callable[[], NDArray[Any]]
 """Gives the rows of a shard, once, from any thread; waits for them."""
 
 Pixels = Callable[[], Tensor]
-"""Gives a window's pixels, uint8 (T, 3, S, S) on the device; to be called once."""
+"""Gives a window's pixels, uint8 (T, 3, H, W) on the device; to be called once."""
 
 
 class PixelPrefetcher:
     """Makes pixels on `device`; a context manager, which ends its thread."""
 
-    def __init__(self, *, frame_size: int, device: torch.device, num_ahead: int) -> None:
+    def __init__(self, *, frame_size: FrameSize, device: torch.device, num_ahead: int) -> None:
         """num_ahead: windows to make before they are asked for; 0: none, and no thread."""
         self._frame_size = frame_size
         self._device = device
@@ -114,23 +115,23 @@ class PixelPrefetcher:
 
 
 class WindowFeatures:
-    """Collects the windows of one shard after the other. T frames, S pixels a side."""
+    """Collects the windows of one shard after the other. T frames of H x W pixels."""
 
     def __init__(self, backbone: Backbone, writer: Converter, config: ExtractConfig) -> None:
         """A batch holds whole windows, at least one; about `config.frames_per_batch` frames."""
         self._backbone = backbone
         self._writer = writer
-        self._num_frames, size = config.num_frames, config.frame_size
+        self._num_frames = config.num_frames
         batch_frames = config.frames_per_batch(backbone.device.type)
         batch_windows = max(1, batch_frames // self._num_frames)
-        shape = (batch_windows, self._num_frames, 3, size, size)
+        shape = (batch_windows, self._num_frames, 3, *config.frame_shape)
         self._batch = torch.zeros(shape, dtype=torch.uint8, device=backbone.device)
         self._filled = 0
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._parts: deque[Future[NDArray[Any]]] = deque()
 
     def add(self, pixels: Tensor) -> None:
-        """Takes the next window of the shard, uint8 (T, 3, S, S) on the backbone's device."""
+        """Takes the next window of the shard, uint8 (T, 3, H, W) on the backbone's device."""
         self._batch[self._filled] = pixels
         self._filled += 1
         if self._filled == len(self._batch):

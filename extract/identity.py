@@ -30,10 +30,11 @@ def cache_identity(config: ExtractConfig, policy: Policy, backbone: Backbone) ->
     Raises UsageError for a frame size that is no multiple of the backbone's patch size.
     """
     grid = backbone.grid(config.frame_size)
+    height, width = config.frame_shape
     identity: dict[str, Any] = {
         "backbone": backbone.identity(),
         "preprocessing": {
-            "frame_size": config.frame_size,
+            "frame_size": height if height == width else [height, width],
             "patch_size": backbone.patch_size,
             "image_mean": list(backbone.image_mean),
             "image_std": list(backbone.image_std),
@@ -42,7 +43,8 @@ def cache_identity(config: ExtractConfig, policy: Policy, backbone: Backbone) ->
         "sampling": policy.identity(),
         "autocast_dtype": backbone.autocast,
     }
-    is_dinov3 = identity["backbone"]["config"].get("model_type") == "dinov3_vit"
+    model_type = str(identity["backbone"]["config"].get("model_type"))
+    is_dinov3 = model_type.startswith("dinov3_")
     licence = _DINOV3_LICENCE if is_dinov3 else _OTHER_LICENCE
     return CacheInfo(
         format=PATCHES,

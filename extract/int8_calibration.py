@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..shards.cache import CHANNEL_SCALE, PATCHES, read_cache_info
+from ..shards.cache import CHANNEL_SCALE, PATCHES, PCA, read_cache_info
 from ..shards.errors import DeltatokError, TooManyQuarantined, UsageError
 from ..shards.files import is_partial
 from ..shards.patches.int8 import (
@@ -27,6 +27,7 @@ from ..shards.patches.int8 import (
     sample_order,
 )
 from ..shards.records import Quarantined
+from ..shards.stores.upload import UPLOAD
 from .backbone import Backbone
 from .config import ExtractConfig
 from .datasets.windows import Policy, one_window_a_clip
@@ -130,6 +131,15 @@ def fit_channel_scale(
     return channel_scale_of(mean_squares.mean(axis=0))
 
 
+def holds_something(folder: Path) -> bool:
+    """Whether there is more in a folder without cache.json than a run leaves before it writes one:
+    what several processes agree on first."""
+    ours = (CHANNEL_SCALE, PCA, UPLOAD)
+    return folder.is_dir() and any(
+        not is_partial(child) and child.name not in ours for child in folder.iterdir()
+    )
+
+
 class _MeanSquares:
     """Keeps of every window the mean square of each channel, float64 (D,)."""
 
@@ -140,8 +150,6 @@ class _MeanSquares:
 def _is_something_else(folder: Path) -> bool:
     """Whether `folder` holds a cache of another dtype, or something that is no cache."""
     if not (folder / "cache.json").is_file():
-        return folder.is_dir() and any(
-            not is_partial(child) and child.name != CHANNEL_SCALE for child in folder.iterdir()
-        )
+        return holds_something(folder)
     storage = read_cache_info(folder, format=PATCHES).identity.get("storage")
     return not isinstance(storage, dict) or storage.get("dtype") != "int8"

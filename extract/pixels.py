@@ -1,4 +1,4 @@
-"""A window's decoded frames -> the square frames that the backbone sees: crop, resize, flip.
+"""A window's decoded frames -> the frames that the backbone sees: crop, resize, flip.
 
 Crops and flips happen here, on pixels: the mirrored features of an image are not the features of
 the mirrored image. The order is the paper's: crop, bilinear resize on uint8, flip; in evaluation a
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..shards.evaluation.geometry import FrameSize, frame_shape
 from ..shards.sampling import WindowDraw
 
 RESIZE_RULE = "crop, bilinear without antialiasing, uint8 (OpenCV rule)"
@@ -31,10 +32,10 @@ def window_pixels(
     frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
     draw: WindowDraw,
     *,
-    frame_size: int,
+    frame_size: FrameSize,
     device: torch.device,
 ) -> Tensor:
-    """The window as uint8 (T, 3, frame_size, frame_size) on `device`, RGB, 0-255.
+    """The window as uint8 (T, 3, height, width) of `frame_size` on `device`, RGB, 0-255.
 
     frames: T of uint8 (H, W, 3), RGB, at the video's own size. draw: its crop in their pixels.
     Raises ValueError if the crop leaves the frame.
@@ -56,10 +57,10 @@ def window_pixels(
     planes = cropped.to(device, non_blocking=True).permute(0, 3, 1, 2)
     square = draw.square
     if square is None:
-        pixels = resize_bilinear(planes, (frame_size, frame_size))
+        pixels = resize_bilinear(planes, frame_shape(frame_size))
     else:  # cut after the resize, as the release does: at the cut, pixels know their neighbours
         resized = resize_bilinear(planes, (square.height, square.width))
-        pixels = resized[..., square.top :, square.left :][..., :frame_size, :frame_size]
+        pixels = resized[..., square.top :, square.left :][..., : square.side, : square.side]
     return pixels.flip(-1) if draw.flipped else pixels
 
 

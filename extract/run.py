@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..shards.cache import open_cache
 from ..shards.errors import CacheMismatch
+from ..shards.evaluation.geometry import shown_size
 from ..shards.files import disk_errors, remove_partials
 from ..shards.plan import (
     PLAN,
@@ -42,6 +43,7 @@ from .features import PixelPrefetcher, Pixels, WindowFeatures
 from .identity import cache_identity
 from .int8_calibration import patch_writer
 from .ledger import Ledger, check_quarantined, close_cache, reopen
+from .pca import with_projection
 from .progress import Progress
 from .shard_queue import ShardQueue
 from .shard_writer import ShardWindows, ShardWriter, ShardWriterThread
@@ -162,9 +164,9 @@ def open_run(
     writer: ShardWriter | None = None,
 ) -> RunContext:
     """Loads what is not given, and begins the cache unless it has begun. clips: all there are, a
-    sample of which int8 is fitted on."""
+    sample of which int8 and principal components are fitted on."""
     with stop.at_once():
-        backbone = backbone or load_backbone(config)
+        backbone = with_projection(config, policy, backbone or load_backbone(config), clips)
         writer = writer or patch_writer(config, policy, backbone, clips)
         info = writer.describe(cache_identity(config, policy, backbone))
     open_cache(config.out, info)
@@ -193,7 +195,7 @@ def make_shards(
     run_extraction does.
     """
     config, backbone, watch = run.config, run.backbone, run.watch
-    doing = f"backbone, {config.frame_size} pixels"
+    doing = f"backbone, {shown_size(config.frame_size)} pixels"
 
     def advice() -> str:
         return f"lower batch_frames, now {run.batch_frames}"

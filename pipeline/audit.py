@@ -17,13 +17,15 @@ from ..evaluate.cache_fidelity import COLUMNS
 from ..extract.backbone import load_backbone
 from ..extract.config import ExtractConfig
 from ..extract.identity import cache_identity
+from ..extract.pca import with_projection
 from ..extract.run import run_extraction
 from ..extract.shard_writer import PatchShardWriter, ShardWriter
 from ..extract.sources.clip import Clip
 from ..extract.sources.find import find_clips
-from ..shards.cache import CacheInfo, compare, read_cache_info
+from ..shards.cache import CacheInfo, compare, pca_of, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import UsageError
+from ..shards.evaluation.geometry import frame_shape
 from ..shards.patches.int8 import read_channel_scale
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import Plan, PlanEntry
@@ -75,7 +77,8 @@ def audit_cache(config: VerifyConfig) -> AuditReport:
     stored = _open(folder, info)
     if not stored.num_windows:
         raise UsageError(f"{folder}: has no windows: there is nothing to audit")
-    policy, backbone = extraction.sampling_policy(), load_backbone(extraction)
+    policy = extraction.sampling_policy()
+    backbone = with_projection(extraction, policy, load_backbone(extraction), ())
     writer = _writer(config, info, extraction)
     compare(
         writer.describe(cache_identity(extraction, policy, backbone)).identity,
@@ -186,7 +189,9 @@ def _extraction(config: VerifyConfig, info: CacheInfo) -> tuple[ExtractConfig, f
             videos=config.videos or ("the plan's sources",),
             out=config.dir,
             backbone=backbone,
-            frame_size=identity["preprocessing"]["frame_size"],
+            frame_size=frame_shape(identity["preprocessing"]["frame_size"]),
+            layers=tuple(identity["backbone"].get("layers", ())),
+            pca=None if pca_of(identity) is None else config.dir,
             sampling=policy,
             dtype=dtype,
             device=config.device or "auto",

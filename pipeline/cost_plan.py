@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..extract.backbone import load_backbone
+from ..extract.backbone import Backbone, load_backbone
 from ..extract.config import ExtractConfig
 from ..extract.datasets.base import DatasetConfig
 from ..extract.datasets.registry import find_targets
 from ..extract.datasets.windows import Policy
 from ..extract.decoding.pool import DecodePool, choose_num_workers
 from ..extract.int8_calibration import patch_writer
+from ..extract.pca import check_components
 from ..extract.run import clips_per_shard, run_extraction
 from ..extract.sources.clip import Clip, Unreadable
 from ..extract.sources.select import clips_of
@@ -43,6 +44,7 @@ from ..shards.cache import PATCHES, read_cache_info
 from ..shards.deltas.reader import DeltaShards
 from ..shards.errors import TooManyQuarantined, UsageError
 from ..shards.files import size_text
+from ..shards.patches.projection import Projection, read_projection
 from ..shards.patches.reader import PatchShards
 from ..shards.plan import plan_order
 from ..shards.records import Quarantined, done_shards, iterate_done, quarantined_of
@@ -160,7 +162,7 @@ def plan_extraction(
     else:
         policy, clips, extraction = config.sampling_policy(), clips_of(config), config
     fused = config if isinstance(config, VideosConfig) and config.tokenizer else None
-    backbone = load_backbone(extraction)
+    backbone = _as_stored(extraction, load_backbone(extraction))
     workers = choose_num_workers(extraction)
     lost = {c.key: c.source.reason for c in clips if isinstance(c.source, Unreadable)}
     usable = {clip.key: clip for clip in clips if clip.key not in lost}
@@ -214,6 +216,20 @@ def plan_extraction(
             quarantined_share=float(share),
             windows_error=_standard_error(tried, given, population=len(usable)),
         )
+
+
+def _as_stored(config: ExtractConfig, backbone: Backbone) -> Backbone:
+    """The backbone with a projection of the size that will be stored; which one costs the same."""
+    if config.pca is None:
+        return backbone
+    if isinstance(config.pca, str):
+        return replace(backbone, projection=read_projection(config.pca))
+    width = backbone.hidden_size
+    check_components(config.pca, width)
+    first = np.eye(config.pca, width, dtype=np.float32)
+    ones = np.ones(width, dtype=np.float32)
+    projection = Projection(mean=0 * ones, deviation=ones, components=first)
+    return replace(backbone, projection=projection)
 
 
 def plan_encoding(config: TokenizeConfig, *, num_clips: int | None = None) -> CostPlan:

@@ -51,6 +51,7 @@ PATCHES = "deltatok-patches"
 DELTAS = "deltatok-deltas"
 BLACK = "black.npy"
 CHANNEL_SCALE = "channel_scale.npy"
+PCA = "pca.npy"
 NOTICE = "NOTICE.txt"
 FORMAT_VERSION = 1
 UNRELEASED_PLAN = "plan.jsonl"
@@ -62,7 +63,7 @@ MAX_AXIS = 2**20
 MAX_WINDOW_VALUES = 2**30
 """Numbers in the tokens of a window: 4 GiB in float32 (a guess), such a guard too."""
 
-FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE, NOTICE, INDEX, QUARANTINE)
+FINISHED_FILES = (PLAN, BLACK, CHANNEL_SCALE, PCA, NOTICE, INDEX, QUARANTINE)
 """Files beside the shards whose size and SHA-256 `finish_cache` records, where they exist."""
 
 SAME_SETTINGS = (
@@ -410,12 +411,22 @@ def check_clips(folder: Path, record: DoneRecord, planned: Sequence[str]) -> Non
 
 
 def _ours(child: Path, info: CacheInfo) -> bool:
-    """Whether a writer of this cache leaves it in the folder before cache.json: int8 scales are
-    agreed on first, because cache.json names their hash."""
+    """Whether a writer of this cache leaves it in the folder before cache.json: int8 scales and
+    principal components are agreed on first, because cache.json names their hashes."""
     storage = info.identity.get("storage")
     int8 = isinstance(storage, dict) and storage.get("dtype") == "int8"
     is_scale = int8 and child.name == CHANNEL_SCALE
-    return is_partial(child) or is_scale or child.name == UPLOAD
+    is_pca = pca_of(info.identity) is not None and child.name == PCA
+    return is_partial(child) or is_scale or is_pca or child.name == UPLOAD
+
+
+def pca_of(identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """`backbone.pca` of a patch cache's identity, or of the one a delta cache was made from; None
+    where tokens are the backbone's features themselves."""
+    patches = identity.get("patches", identity)
+    backbone = patches.get("backbone") if isinstance(patches, Mapping) else None
+    pca = backbone.get("pca") if isinstance(backbone, Mapping) else None
+    return pca if isinstance(pca, Mapping) else None
 
 
 def refresh_derived(folder: Path | str) -> list[str]:

@@ -94,6 +94,9 @@ class SamplingPolicy:
     fps: float | None
     seed: int
     min_frames: int
+    aspect: float = 1.0
+    """Width / height of the frames that crops are resized to, times which `crop_ratio` counts. The
+    cache's identity has it as their size."""
 
     def identity(self) -> dict[str, Any]:
         """What of the policy decides a cache's content: `sampling` of the cache identity."""
@@ -144,9 +147,8 @@ def draw_windows(
         row = sample_frame_indices(
             timestamps_s.astype(np.float32), gaps_s=gaps_s, start_fraction=draws.start
         )
-        crop = random_crop(
-            height, width, scale=policy.crop_scale, ratio=policy.crop_ratio, draws=draws.crop
-        )
+        ratio = policy.crop_ratio[0] * policy.aspect, policy.crop_ratio[1] * policy.aspect
+        crop = random_crop(height, width, scale=policy.crop_scale, ratio=ratio, draws=draws.crop)
         flipped = draws.flip < policy.flip_probability
         windows.append(_window(row, timestamps_s, crop=crop, flipped=flipped))
     return windows

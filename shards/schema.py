@@ -291,8 +291,11 @@ def _convert_union(value: Any, inner: tuple[Any, ...], *, name: str, how: Strict
 
 def _convert_items(value: Any, inner: tuple[Any, ...], *, name: str, how: Strictness) -> list[Any]:
     """Of a tuple[X, Y], tuple[X, ...] or list[X]."""
+    if how.is_typed and inner[0] is int and isinstance(value, list) and len(value) == 1:
+        (value,) = value  # a flag that takes several words was given 3,6,9,12 as one
     if how.is_typed and isinstance(value, str):
-        value = [part.strip() for part in value.split(",")]
+        separator = r"[,x]" if inner == (int, int) else ","  # 448x896 is a size
+        value = [part.strip() for part in re.split(separator, value)]
     if not isinstance(value, list | tuple):
         if not how.is_typed:
             raise _refusal(value, "a JSON array", name, how)

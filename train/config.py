@@ -56,6 +56,7 @@ ClosedLoopGradient = Literal["through", "stopped"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 SelectionDtype = Literal["auto", "float32", "bfloat16", "float8"]
 TrackerName = Literal["tensorboard", "wandb"]
+PredictorName = Literal["cross-attention", "self-attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,6 +420,10 @@ class WorldTrainConfig(SelectionConfig):
     model: DeltaWorldConfig = field(default_factory=DeltaWorldConfig)
     """The world model (use_bom false: discriminative). Its hidden_size is the cache's; one set to
     anything but the default must agree with the cache."""
+    predictor: PredictorName = "cross-attention"
+    """cross-attention: queries gather from the raw past tokens in every block, the paper's.
+    self-attention: a plain transformer over past tokens and one query, which needs model.use_bom
+    false."""
     eval_every: int = 5000
     """Steps between two evaluations."""
     save_every: int = 5000
@@ -429,6 +434,11 @@ class WorldTrainConfig(SelectionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_winners(self.model)
+        if self.predictor == "self-attention" and self.model.use_bom:
+            raise UsageError(
+                "predictor self-attention: has one learned query, got model.use_bom true: set it "
+                "to false, or leave the predictor out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,13 +150,13 @@ def check_tokenizer(model: DeltaTok, folder: str, patches: CacheInfo) -> None:
 
     patches: the cache.json of the patch tokens that it is about to encode.
     """
+    check_trained_on(folder, patches, what=f"tokenizer {folder}")
     size = patches.shape.hidden_size
     if model.config.hidden_size != size:
         raise CacheMismatch(
             f"{folder}: hidden_size is {model.config.hidden_size}, the patch tokens have {size} "
             "channels: use a tokenizer that was trained for this backbone, or another cache"
         )
-    check_trained_on(folder, patches, what=f"tokenizer {folder}")
 
 
 def describe_deltas(

@@ -18,10 +18,12 @@ from .engine.checkpoints import with_size_of_cache
 from .engine.loop import train_objective
 from .losses import smooth_l1
 from .models.deltaworld import DeltaWorldNetwork
+from .models.selfattention import SelfAttentionWorld
 from .selection.selector import WorldObjective
 
 logger = logging.getLogger(__name__)
 
+PREDICTORS = {"cross-attention": DeltaWorldNetwork, "self-attention": SelfAttentionWorld}
 EVALUATED = 64
 """Windows that a discriminative model predicts at once in an evaluation: bounds memory."""
 
@@ -30,9 +32,8 @@ def train_world(config: WorldTrainConfig) -> Path:
     """train_objective for DeltaWorld; gives OUT, by then a model folder."""
     shards = DeltaShards(config.deltas, verify="size")
     config = with_size_of_cache(config, shards.shape[1], cache=config.deltas)
-    return train_objective(
-        "world", config, shards, (DeltaWorldNetwork, config.model), DeltaWorldObjective
-    )
+    network = PREDICTORS[config.predictor]
+    return train_objective("world", config, shards, (network, config.model), DeltaWorldObjective)
 
 
 class DeltaWorldObjective(WorldObjective):

@@ -113,7 +113,7 @@ def _add_labels(
         assert head is not None
         for name, row in rows.items():
             tokens = row[list(frame.positions), step]
-            found = label_sums(head, tokens, frame, grid=inputs.cache.grid)
+            found = label_sums(head, tokens, frame, grid=inputs.cache.grid)["miou"]
             scores.add(Score(_step_name(step), name, "miou"), seed, frame.sequence, *found)
 
 

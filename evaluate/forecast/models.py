@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...shards.cache import CacheInfo
-from ...shards.errors import UsageError
+from ...shards.errors import CacheMismatch, UsageError
 from ...shards.patches.reader import PatchShards
 from ...train.engine.model_folder import (
     Pretrained,
@@ -29,6 +29,7 @@ from ...train.models.deltaworld import DeltaWorldNetwork
 from ...train.models.dinoworld import DINOWorld
 from ...train.models.heads import DepthHead, SegmentationHead
 from ...train.models.rgb_head import RGBHead
+from ...train.models.selfattention import SelfAttentionWorld
 from .config import ForecastConfig
 
 WorldModel = DeltaWorldNetwork | DINOWorld
@@ -121,10 +122,11 @@ def load_models(config: ForecastConfig, cache: PatchShards, device: torch.device
 def check_model(role: str, folder: str, model: Pretrained, info: CacheInfo) -> dict[str, Any]:
     """Refuse a model whose channels D or training features are not those of the cache; gives what
     the report says of its training cache."""
+    checked = check_trained_on(folder, info, what=f"--{role} {folder}")
     _check_width(role, folder, model, info)
     return {
         "trained_on_fingerprint": read_provenance(folder).get("patches_fingerprint"),
-        "checked": check_trained_on(folder, info, what=f"--{role} {folder}"),
+        "checked": checked,
     }
 
 
@@ -136,9 +138,9 @@ def _check_width(role: str, folder: str, model: Pretrained, info: CacheInfo) -> 
     config = model.config
     channels = config.in_size if hasattr(config, "in_size") else config.hidden_size
     if channels != info.shape.hidden_size:
-        raise UsageError(
-            f"--{role} {folder}: {channels} channels, the cache's tokens have "
-            f"{info.shape.hidden_size}; give a {role} trained on this backbone"
+        raise CacheMismatch(
+            f"--{role} {folder}: hidden_size is {channels}, the cache's tokens have "
+            f"{info.shape.hidden_size} channels: give a {role} trained on this backbone"
         )
 
 
@@ -147,7 +149,6 @@ def _check_deltas(
 ) -> dict[str, Any]:
     """The same of a DeltaWorld, which was trained on a delta cache: its tokenizer and its backbone.
     tokenizer: the folder given, and its weights' SHA-256."""
-    _check_width(role, folder, world, info)
     what, provenance = f"--{role} {folder}", read_provenance(folder)
     deltas = provenance.get("deltas")
     if isinstance(deltas, Mapping):
@@ -156,6 +157,7 @@ def _check_deltas(
             check_features(info, deltas["patches"], what=what)
     else:
         warn_unchecked(what, "deltas")
+    _check_width(role, folder, world, info)
     return {
         "trained_on_fingerprint": provenance.get("deltas_fingerprint"),
         "checked": isinstance(deltas, Mapping),
@@ -163,11 +165,10 @@ def _check_deltas(
 
 
 def _load_world(role: str, folder: str, device: torch.device) -> WorldModel:
-    world: WorldModel
-    if read_class(folder) == "DINOWorld":
-        world = DINOWorld.from_pretrained(folder, device=device)
-    else:
-        world = DeltaWorldNetwork.from_pretrained(folder, device=device)
+    classes: dict[str, type[WorldModel]]
+    classes = {one.saved_as: one for one in (DINOWorld, SelfAttentionWorld)}
+    network = classes.get(read_class(folder), DeltaWorldNetwork)
+    world = network.from_pretrained(folder, device=device)
     if world.config.use_bom != (role == "world"):
         other = "world" if world.config.use_bom else "discriminative"
         raise UsageError(

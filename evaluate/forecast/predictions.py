@@ -17,7 +17,7 @@ tokens, D channels.
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,17 @@ from torch import Tensor
 from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
 from ...extract.sources.clip import VIDEO_SUFFIXES, Clip, stored_size
+from ...shards.cache import pca_of
 from ...shards.errors import ClipError, UsageError
-from ...shards.evaluation.geometry import compute_resize_sizes, square_corners
+from ...shards.evaluation.geometry import (
+    compute_resize_sizes,
+    frame_shape,
+    square_corners,
+)
 from ...shards.evaluation.targets import windows_of_clips
 from ...shards.files import open_file, write_bytes
 from ...shards.npy import map_npy
+from ...shards.patches.projection import read_projection
 from ...shards.patches.reader import PatchShards
 from ..inference.footage import decode_frames
 from ..inference.parts import check_same_features
@@ -276,15 +282,23 @@ class PredictionRows:
         identity = cache.info.identity
         self.folder = PredictionFolder(config, cache)
         autocast: Autocast = identity["autocast_dtype"]
-        self._backbone = Backbone.load(config.backbone, device=device, autocast=autocast)
+        self._backbone = Backbone.load(
+            config.backbone,
+            device=device,
+            autocast=autocast,
+            layers=identity["backbone"].get("layers", ()),
+        )
+        if pca_of(identity) is not None:
+            projection = read_projection(cache.folder, cache.info)
+            self._backbone = replace(self._backbone, projection=projection)
         check_same_features(
             self._backbone,
             identity,
             what_got=f"--backbone {config.backbone}",
             what_wanted=f"--patches {config.patches}",
         )
-        self._frame_size = int(identity["preprocessing"]["frame_size"])
-        self._views = _views(cache, self._frame_size)
+        self._shape = frame_shape(identity["preprocessing"]["frame_size"])
+        self._views = _views(cache, self._shape)
 
     def provenance(self) -> dict[str, Any]:
         """What the report says of them."""
@@ -313,7 +327,7 @@ class PredictionRows:
         return tokens.reshape(len(samples), -1, *tokens.shape[1:])
 
     def _squares(self, frames: Frames, view: View, folder: Path) -> Tensor:
-        """uint8 (H, 3, side, side) as the window's own frames were made."""
+        """uint8 (H, 3, height, width) as the window's own frames were made."""
         height, width = frames.shape[1:3]
         ratio = (width / height) / (view.region[1] / view.region[0])
         if abs(np.log(ratio)) > np.log1p(ASPECT_SLACK):
@@ -325,16 +339,17 @@ class PredictionRows:
         planes = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
         resized = resize_bilinear(planes.to(self._backbone.device), view.resized)
         top, left = view.corner
-        side = self._frame_size
-        return resized[..., top : top + side, left : left + side]
+        height, width = self._shape
+        return resized[..., top : top + height, left : left + width]
 
 
-def _views(cache: PatchShards, side: int) -> list[View]:
-    """The view of every window of a uniform or evaluation cache."""
+def _views(cache: PatchShards, shape: tuple[int, int]) -> list[View]:
+    """The view of every window of a uniform or evaluation cache of frames (height, width)."""
     crops = cache.crop
-    if cache.info.identity["sampling"]["policy"] != "evaluation":
+    is_square = shape[0] == shape[1]
+    if cache.info.identity["sampling"]["policy"] != "evaluation" or not is_square:
         return [
-            View(region=(height, width), resized=(side, side), corner=(0, 0))
+            View(region=(height, width), resized=shape, corner=(0, 0))
             for _, _, height, width in crops.tolist()
         ]
     views: dict[int, View] = {}
@@ -342,7 +357,7 @@ def _views(cache: PatchShards, side: int) -> list[View]:
         low = crops[windows, :2].min(axis=0)
         high = (crops[windows, :2] + crops[windows, 2:]).max(axis=0)
         height, width = (float(x) for x in np.rint(high - low))  # of whole frames: whole pixels
-        resized = compute_resize_sizes(int(height), int(width), side)
+        resized = compute_resize_sizes(int(height), int(width), shape[0])
         for window, corner in zip(windows, square_corners(*resized), strict=True):
             views[window] = View(region=(height, width), resized=resized, corner=corner)
     return [views[window] for window in range(len(views))]

@@ -1,9 +1,9 @@
 """Scores of forecasts: from the features of a batch to rows, probes and best-of-k.
 
-mIoU and RMSE hold what a head reads from features against labels. A labelled frame was seen through
-one window (the whole frame) or two (square crops); each half of its label is scored against the
-prediction of its crop. Feature losses and probes are kept per window (one number each) and averaged
-at the end in the order of the windows, so that the batch size does not change a digit.
+mIoU, RMSE and delta1 hold what a head reads from features against labels. A labelled frame was seen
+through one window (the whole frame) or two (square crops); each half of its label is scored against
+the prediction of its crop. Feature losses and probes are kept per window (one number each) and
+averaged at the end in the order of the windows, so that the batch size does not change a digit.
 
 Letters: B windows of a batch, P crops of a frame (1 or 2), H steps of the horizon, S samples,
 N patch tokens, D channels, C classes.
@@ -45,6 +45,8 @@ from .sequences import Score, SequenceScores, values
 Head = SegmentationHead | DepthHead
 Label = NDArray[np.uint8] | NDArray[np.float32]
 """(H, W): classes with IGNORE, or metres with NO_DEPTH."""
+DELTA1 = 1.25
+"""The ratio of depths that the metric delta1 allows (Eigen et al. 2014)."""
 WHOLE = Cut(wide=None, overlap=False)
 """How a frame is cut that one window shows."""
 
@@ -63,17 +65,17 @@ class LabelledFrame:
 
 def label_sums(
     head: Head, tokens: Tensor, frame: LabelledFrame, *, grid: tuple[int, int]
-) -> tuple[ArrayLike, ArrayLike]:
-    """Sums and counts (C,) or () that a frame adds to mIoU or RMSE, from the features (P, N, D) of
-    its crops."""
+) -> dict[str, tuple[ArrayLike, ArrayLike]]:
+    """Metric -> sums and counts (C,) or () that a frame adds to it, from the features (P, N, D) of
+    its crops: mIoU, or RMSE and delta1."""
     label = torch.from_numpy(frame.label)[None].to(tokens.device)
     halves = cut_labels(label, frame.cut)
     size = (halves.shape[-2], halves.shape[-1])
     maps = read_maps(head, tokens, grid=grid, cut=frame.cut, size=size)
     if isinstance(head, DepthHead):
-        return squared_errors(maps, halves)
+        return {"rmse": squared_errors(maps, halves), "delta1": near_depths(maps, halves)}
     confusion = confusion_matrix(maps.argmax(dim=1), halves, num_classes=head.config.num_classes)
-    return class_counts(confusion)
+    return {"miou": class_counts(confusion)}
 
 
 def read_maps(
@@ -148,6 +150,15 @@ def squared_errors(metres: Tensor, label: Tensor) -> tuple[float, int]:
     return float(errors.square().sum()), int(valid.sum())
 
 
+def near_depths(metres: Tensor, label: Tensor) -> tuple[int, int]:
+    """Pixels whose depth is within DELTA1 times the label either way, and pixels that have a depth
+    at all; metres (P, 1, h, w), label (P, h, w)."""
+    valid = label > NO_DEPTH
+    found, wanted = metres.reshape(label.shape)[valid].double(), label[valid].double()
+    near = torch.maximum(found / wanted, wanted / found) < DELTA1
+    return int(near.sum()), int(valid.sum())
+
+
 def check_labels(frames: Iterable[LabelledFrame], head: Head) -> None:
     """Reads every label once, before any work: one that is of no use is found now, not after hours.
 
@@ -185,7 +196,7 @@ class Scorer:
         self.sequences = SequenceScores()
         self._curves = SequenceScores()
         self._head, self._grid = head, grid
-        self._label_metric = "miou" if isinstance(head, SegmentationHead) else "rmse"
+        self._label_metrics = ("rmse", "delta1") if isinstance(head, DepthHead) else ("miou",)
         self._z: list[Tensor] = []
         self._losses: dict[tuple[str, str], list[list[float]]] = defaultdict(list)  # by step
         self._sample_losses: dict[str, list[list[float]]] = defaultdict(list)
@@ -235,19 +246,21 @@ class Scorer:
             for name, row in forecast.rows.items():
                 tokens = row[list(frame.positions), -1]
                 found = label_sums(self._head, tokens, frame, grid=self._grid)
-                self._record(Score(horizon, name, self._label_metric), frame.sequence, *found)
+                for metric, part in found.items():
+                    self._record(Score(horizon, name, metric), frame.sequence, *part)
             if horizon == HORIZONS[0]:  # both have the same targets
                 self.sequences.add_label(frame.sequence, frame.label)
 
     def rows(self) -> list[ReportRow]:
-        """All rows, mIoU or RMSE first."""
+        """All rows, those of the head first."""
         found = []
         for horizon in HORIZONS:
             for name in ROW_NAMES:
-                score = Score(horizon, name, self._label_metric)
-                if score in self.sequences.parts:
-                    value = values(score.metric, *self.sequences.total(score, self._config.seed))
-                    found.append(self._row(horizon, name, score.metric, float(value)))
+                for metric in self._label_metrics:
+                    score = Score(horizon, name, metric)
+                    if score in self.sequences.parts:
+                        value = values(metric, *self.sequences.total(score, self._config.seed))
+                        found.append(self._row(horizon, name, metric, float(value)))
                 if (horizon, name) in self._losses:
                     value = _mean([steps[-1] for steps in self._losses[horizon, name]])
                     found.append(self._row(horizon, name, "feature_loss", value))

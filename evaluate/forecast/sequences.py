@@ -8,6 +8,7 @@ can be scored again from their sums alone:
     miou            sums: intersection, counts: union, pixels, of each class
     feature_loss    sums: loss, counts: windows; one class. So with modes and the energy score.
     rmse            sums: squared error, counts: pixels; and a square root at the end
+    delta1          sums: pixels of a near depth, counts: pixels
     spread_skill    sums: variance of samples, counts: squared error of their mean; the same
 
     OUT/sequences.jsonl    a line for each sequence:

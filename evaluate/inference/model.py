@@ -29,6 +29,7 @@ from torch import Tensor
 from ...extract.backbone import Autocast, Backbone
 from ...extract.pixels import resize_bilinear
 from ...shards.errors import UsageError
+from ...shards.evaluation.geometry import FrameSize, frame_shape
 from ...shards.files import local_path
 from ...shards.running.devices import DEVICES, choose_device, precision_name
 from ...train.config import Device, Precision
@@ -87,9 +88,9 @@ class WorldState:
                 "have one size: begin another stream"
             )
         parts, grid = self._parts, self._parts.grid
-        side = parts.frame_size
+        seen = resize_bilinear(frame_planes(picture), frame_shape(parts.frame_size))
         with parts.inference_mode():
-            features = parts.backbone.tokens(resize_bilinear(frame_planes(picture), (side, side)))
+            features = parts.backbone.tokens(seen)
             black = parts.black[None]
             first = parts.tokenizer.encode(black, features, grid=grid)[0].float()
             delta = first
@@ -176,7 +177,7 @@ class DeltaWorld:
         tokenizer: str | Path | None = None,
         backbone: str | Path | None = None,
         head: str | Path | None = None,
-        frame_size: int | None = None,
+        frame_size: FrameSize | None = None,
         num_context: int = 4,
         samples_at_once: int = 8,
         device: Device = "auto",
@@ -193,7 +194,8 @@ class DeltaWorld:
             backbone: folder or hub id of the backbone.
             head: folder of a segmentation, depth or RGB head; by default the only one beside it
                 that was trained on this backbone, if there is one.
-            frame_size: side of the square that frames are resized to; by default the training's.
+            frame_size: what frames are resized to, the side of a square or (height, width); by
+                default the training's.
             num_context: frames a forecast starts from, at most (paper: 4).
             samples_at_once: samples decoded together; memory depends on it.
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,15 @@ from torch import Tensor
 
 from ...extract.backbone import Backbone
 from ...extract.pixels import RESIZE_RULE
-from ...shards.cache import compare, read_cache_info
+from ...shards.cache import PCA, compare, pca_of, read_cache_info
 from ...shards.errors import DamagedShard, DeltatokError, UsageError
+from ...shards.evaluation.geometry import FrameSize, frame_shape
 from ...shards.files import make_folder, read_text, write_json
+from ...shards.patches.projection import (
+    Projection,
+    read_agreed_projection,
+    write_projection,
+)
 from ...train.engine.model_folder import (
     SAME_PREPROCESSING,
     check_made_by,
@@ -38,10 +44,12 @@ from ...train.models.rgb_head import RGBHead
 logger = logging.getLogger(__name__)
 
 PARTS_FILE = "parts.json"
-"""In a bundled folder: {"backbone": hub id or null, "frame_size": pixels}."""
+"""In a bundled folder: {"backbone": hub id or null, "frame_size": pixels, or [height, width]}."""
 
 
 Head = SegmentationHead | DepthHead | RGBHead
+SAME_BACKBONE = ("weights_sha256", "layers", "pca")
+"""What of a backbone's identity decides its features; its config is in the weights' names."""
 HEADS: dict[str, type[Head]] = {
     "SegmentationHead": SegmentationHead,
     "DepthHead": DepthHead,
@@ -57,8 +65,8 @@ class Parts:
     tokenizer: DeltaTok
     backbone: Backbone
     head: Head | None
-    frame_size: int
-    """Side of the square that whole frames are resized to, pixels."""
+    frame_size: FrameSize
+    """What whole frames are resized to, pixels: the side of a square, or height and width."""
     black: Tensor
     """(N, D) patch tokens of a black frame."""
     folders: dict[str, Path]
@@ -92,6 +100,9 @@ class Parts:
             _copy_backbone(self.folders["backbone"], folder / "backbone")
         else:
             hub_id = self.backbone.name
+        if self.backbone.projection is not None:
+            make_folder(folder / "backbone")
+            write_projection(folder / "backbone", self.backbone.projection)
         write_json(folder / PARTS_FILE, {"backbone": hub_id, "frame_size": self.frame_size})
 
 
@@ -101,8 +112,8 @@ def load_parts(
     tokenizer: str | Path | None,
     backbone: str | Path | None,
     head: str | Path | None,
-    frame_size: int | None,
-    load_backbone: Callable[[str], Backbone],
+    frame_size: FrameSize | None,
+    load_backbone: Callable[..., Backbone],
 ) -> Parts:
     """The parts of the world model in `folder`; those not given are looked for beside it.
 
@@ -114,7 +125,8 @@ def load_parts(
     provenance = read_provenance(world_folder)
     deltas = _object(provenance, "deltas")
     patches = _object(deltas, "patches")
-    places = nearby(folder, world_folder)
+    searched = _roots(folder, world_folder)
+    places = nearby(searched)
 
     wanted = _object(deltas, "tokenizer").get("weights_sha256")
     if tokenizer is None:
@@ -143,7 +155,11 @@ def load_parts(
             hash_weights=lambda place: load_backbone(str(place)).identity()["weights_sha256"],
             hub_id=_recorded_hub_id(world_folder),
         )
-    loaded_backbone = load_backbone(str(backbone))
+    layers = _object(patches, "backbone").get("layers", ())
+    loaded_backbone = load_backbone(str(backbone), layers=layers)
+    if pca := pca_of(patches):
+        projection = find_projection(pca, world_folder, [Path(backbone), *searched])
+        loaded_backbone = replace(loaded_backbone, projection=projection)
     if patches:
         check_same_features(
             loaded_backbone,
@@ -164,6 +180,7 @@ def load_parts(
         raise UsageError(
             f"{world_folder}: its provenance.json does not say its frame size; pass frame_size="
         )
+    size = size if isinstance(size, int) else frame_shape(size)
     device = loaded_backbone.device
     found = {"world": world_folder, "tokenizer": Path(tokenizer), "backbone": Path(backbone)}
     if head is not None:
@@ -173,8 +190,8 @@ def load_parts(
         tokenizer=loaded_tokenizer.to(device),
         backbone=loaded_backbone,
         head=None if head is None else HEADS[read_class(head)].from_pretrained(head, device=device),
-        frame_size=int(size),
-        black=loaded_backbone.black_tokens(int(size)).to(device),
+        frame_size=size,
+        black=loaded_backbone.black_tokens(size).to(device),
         folders={name: path for name, path in found.items() if path.is_dir()},
     )
     widths = {
@@ -196,9 +213,10 @@ def check_same_features(
     backbone: Backbone, patches: Mapping[str, Any], *, what_got: str, what_wanted: str
 ) -> None:
     """CacheMismatch if frames would give other features than the patch cache of this identity
-    holds: other weights, mean, standard deviation, patch size or resize rule."""
+    holds: of other weights, layers or components, or another preprocessing but for the size."""
+    identity = backbone.identity()
     got = {
-        "backbone": {"weights_sha256": backbone.identity()["weights_sha256"]},
+        "backbone": {name: identity[name] for name in SAME_BACKBONE if name in identity},
         "preprocessing": {
             "patch_size": backbone.patch_size,
             "image_mean": list(backbone.image_mean),
@@ -211,7 +229,7 @@ def check_same_features(
         patches,
         what_got=what_got,
         what_wanted=what_wanted,
-        fields=["backbone.weights_sha256", *SAME_PREPROCESSING],
+        fields=[*(f"backbone.{name}" for name in SAME_BACKBONE), *SAME_PREPROCESSING],
         advice="give the backbone that made them",
     )
 
@@ -244,12 +262,17 @@ def find_world(folder: Path) -> Path:
     return worlds[0]
 
 
-def nearby(folder: Path, world_folder: Path) -> list[Path]:
-    """The folders that are searched for parts: in `folder`, beside the world model, and beside the
-    delta cache it was trained on, where that is still there."""
+def _roots(folder: Path, world_folder: Path) -> list[Path]:
+    """Where parts are looked for: in `folder`, beside the world model, and beside the delta cache
+    it was trained on, where that is still there."""
     roots = [folder, world_folder.absolute().parent, world_folder.resolve().parent]
     if deltas := _recorded_deltas(world_folder):
         roots.append(deltas.absolute().parent)
+    return roots
+
+
+def nearby(roots: Sequence[Path]) -> list[Path]:
+    """The model folders in `roots`."""
     places: dict[Path, Path] = {}
     for root in roots:
         for place in _subfolders(root):
@@ -289,6 +312,24 @@ def find_part(
     raise UsageError(
         f"{world_folder}: its {part} (weights sha256 {wanted}) is not beside it (looked at: "
         f"{looked}); pass {part}="
+    )
+
+
+def find_projection(
+    wanted: Mapping[str, Any], world_folder: Path, roots: Sequence[Path]
+) -> Projection:
+    """The one with the identity `wanted` among the pca.npy in `roots` and in their folders; that of
+    a patch cache, or the copy that `save` made. UsageError if there is none."""
+    for root in roots:
+        for file in [root / PCA, *sorted(root.glob(f"*/{PCA}"))]:
+            if file.is_file():
+                found = read_agreed_projection(file.parent)
+                if found.identity() == dict(wanted):
+                    return found
+    raise UsageError(
+        f"{world_folder}: was trained on {wanted.get('components')} principal components (SHA-256 "
+        f"{wanted.get('sha256')}), and no {PCA} beside it holds these: copy that of the patch "
+        "cache into the backbone's folder"
     )
 
 

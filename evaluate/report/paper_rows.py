@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...shards.cache import pca_of
 from ...train.models.heads import SegmentationHead
 from ..forecast.config import ForecastConfig
 from ..forecast.scores import Head
@@ -98,6 +99,8 @@ def compare_with_paper(
         ("backbone's patch size", backbone.get("patch_size"), 16),
         ("backbone's channels", backbone.get("hidden_size"), 768),
         ("backbone's layers", backbone.get("num_hidden_layers"), 12),
+        ("layers that are stored", identity.get("backbone", {}).get("layers"), None),
+        ("principal components", _components(identity), None),
         ("labels", "given" if config.labels is not None else "none", "given"),
     ]
     if dataset in _HEADS:
@@ -127,6 +130,10 @@ def paper_table(rows: Sequence[ReportRow], comparison: PaperComparison) -> Table
             if kind == name:
                 body.append([f"paper: {label}", *numbers])
     return Table(["row", *(f"{unit} {horizon}" for horizon in HORIZONS)], body)
+
+
+def _components(identity: Mapping[str, Any]) -> Any:
+    return (pca_of(identity) or {}).get("components")
 
 
 def _same(got: Any, wanted: Any) -> bool:

@@ -24,8 +24,13 @@ ROW_LABELS = {
 }
 ROW_NAMES = tuple(ROW_LABELS)
 HORIZONS = ("short", "mid")
-METRICS = ("miou", "rmse", "feature_loss")
-_METRIC_HEADS = {"miou": "mIoU % ↑", "rmse": "RMSE m ↓", "feature_loss": "feature loss ↓"}
+METRICS = ("miou", "rmse", "delta1", "feature_loss")
+_METRIC_HEADS = {
+    "miou": "mIoU % ↑",
+    "rmse": "RMSE m ↓",
+    "delta1": "depth δ1 % ↑",
+    "feature_loss": "feature loss ↓",
+}
 _ORDER_TEXTS = {
     "miou": "mid-term mIoU",
     "rmse": "mid-term RMSE, > meaning better",
@@ -73,7 +78,7 @@ DRIFT_ROWS = (
     "present",
 )
 """Rows of long rollouts, step by step: forecast/drift.py."""
-PERCENT = ("miou", *MODE_METRICS, *FREQUENCY_METRICS, "outside_share")
+PERCENT = ("miou", "delta1", *MODE_METRICS, *FREQUENCY_METRICS, "outside_share")
 METRIC_TITLES = _METRIC_HEADS | {
     "mode_recall": "mode recall % ↑",
     "mode_recall_weighted": "mode recall by probability % ↑",
@@ -91,7 +96,8 @@ EXPECTED_ORDER = (("present", "best"), ("best", "discriminative"), ("mean", "cop
 class ReportRow:
     """One number of a report, at the horizon's last frame.
 
-    `miou` is a fraction, 0 to 1, higher is better; `rmse` is the root mean squared depth error in
+    `miou` is a fraction, 0 to 1, and so is `delta1`, the share of pixels whose depth is within 1.25
+    times the true one either way: higher is better. `rmse` is the root mean squared depth error in
     metres, `feature_loss` the smooth-L1 loss (beta 0.1) to the true features: lower is better.
     """
 

@@ -1,4 +1,5 @@
-"""How windows of an evaluation data set are made: the frames up to a target, in two squares.
+"""How windows of an evaluation data set are made: the frames up to a target, in two squares, or
+whole where the backbone sees rectangles.
 
 The frames are known by number, nothing is drawn at random. NumPy only: it runs in the decoding
 processes. PAPER "Evaluation"; the geometry is that of shards/evaluation/geometry.py.
@@ -11,7 +12,9 @@ from typing import Any, Literal
 from ...shards.errors import ClipError, DeltatokError
 from ...shards.evaluation.geometry import (
     MAX_ASPECT_RATIO,
+    FrameSize,
     compute_resize_sizes,
+    frame_shape,
     kb_region,
     square_corners,
 )
@@ -22,7 +25,8 @@ CROPS = (
     "frame resized so that the short side is frame_size and the long one at most "
     "max_aspect_ratio times that, then squares at both ends, left or top first"
 )
-KITTI_CROPS = f"KITTI benchmark crop (352 x 1216), then {CROPS}"
+WHOLE = "whole frame, resized to frame_size"
+KITTI_CROPS = "KITTI benchmark crop (352 x 1216), then"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class EvaluationPolicy:
     """Seconds between two of them, a whole number of frames."""
     fps: float
     """Frames in a second of the data set."""
-    frame_size: int
+    frame_size: FrameSize
     region: Literal["whole", "kb"] = "whole"
     """What is seen of a frame: all of it, or KITTI's benchmark crop."""
     seed: int = 0
@@ -46,6 +50,8 @@ class EvaluationPolicy:
 
     def identity(self) -> dict[str, Any]:
         """`sampling` of the cache identity."""
+        is_square = self._side is not None
+        crops = CROPS if is_square else WHOLE
         return {
             "policy": self.policy,
             "dataset": self.dataset,
@@ -53,15 +59,21 @@ class EvaluationPolicy:
             "num_context": self.num_context,
             "stride_s": self.stride_s,
             "fps": self.fps,
-            "crops": CROPS if self.region == "whole" else KITTI_CROPS,
-            "max_aspect_ratio": MAX_ASPECT_RATIO,
+            "crops": crops if self.region == "whole" else f"{KITTI_CROPS} {crops}",
+            **({"max_aspect_ratio": MAX_ASPECT_RATIO} if is_square else {}),
             "seed": self.seed,
         }
+
+    @property
+    def _side(self) -> int | None:
+        """Of the squares; None where the backbone sees rectangles."""
+        height, width = frame_shape(self.frame_size)
+        return height if height == width else None
 
     def draw(
         self, numbers: Sequence[int], times_s: Float64, height: int, width: int
     ) -> list[WindowDraw]:
-        """The windows of a target: one for each square.
+        """The windows of a target: one for each square, or one of the whole frame.
 
         Args:
             numbers: of the frames in their sequence.
@@ -81,17 +93,18 @@ class EvaluationPolicy:
                 region = kb_region(height, width)
             except DeltatokError as error:
                 raise ClipError(str(error), stage="sample") from error
-        resized = compute_resize_sizes(*region[2:], self.frame_size)
-        return [
-            WindowDraw(
-                frame_index=tuple(numbers),
-                timestamps_s=tuple(times_s[list(numbers)].tolist()),
-                crop=region,
-                flipped=False,
-                square=Square(*resized, *corner, side=self.frame_size),
-            )
-            for corner in square_corners(*resized)
-        ]
+        whole = WindowDraw(
+            frame_index=tuple(numbers),
+            timestamps_s=tuple(times_s[list(numbers)].tolist()),
+            crop=region,
+            flipped=False,
+        )
+        side = self._side
+        if side is None:
+            return [whole]
+        resized = compute_resize_sizes(*region[2:], side)
+        corners = square_corners(*resized)
+        return [replace(whole, square=Square(*resized, *at, side=side)) for at in corners]
 
 
 Policy = SamplingPolicy | EvaluationPolicy

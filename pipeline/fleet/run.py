@@ -56,6 +56,7 @@ def extract_on_ray(
     config = replace(config, out=str(out_folder(config.out).absolute()))
     policy: Policy = config.sampling_policy() if targets is None else targets[0]
     clips = clips_of(config) if targets is None else targets[1]
+    needs_sample = config.dtype == "int8" or isinstance(config.pca, int)
 
     def job(share: Share) -> Job:
         return Extraction(
@@ -65,7 +66,7 @@ def extract_on_ray(
                 workers=config.workers or share.cpus,
             ),
             policy=policy,
-            sample=calibration_sample(config, clips) if config.dtype == "int8" else [],
+            sample=calibration_sample(config, clips) if needs_sample else [],
         )
 
     stop, watch = StopRequest(time_limit_s=config.time_limit_s), Stopwatch()

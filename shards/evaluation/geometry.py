@@ -1,10 +1,12 @@
 """The geometry of evaluation windows: how frames are resized, cut into squares, and cropped.
 
 Frames are resized so that the short side is the model's size and cut into two squares at the two
-ends, which may overlap. Whole numbers only; extract/ makes the windows by it, evaluate/ cuts
-labels and predictions by it. PAPER "Evaluation"; checked by tests/parity (08_eval).
+ends, which may overlap; a rectangular model sees whole frames. Whole numbers only; extract/ makes
+the windows by it, evaluate/ cuts labels and predictions by it. PAPER "Evaluation"; checked by
+tests/parity (08_eval).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import DeltatokError
@@ -12,6 +14,21 @@ from ..errors import DeltatokError
 MAX_ASPECT_RATIO = 2.0
 KB_CROP = (352, 1216)
 """Height and width of the KITTI benchmark crop, pixels."""
+
+FrameSize = tuple[int, int] | int
+"""What a backbone sees, in pixels: height and width, or the side of a square."""
+
+
+def frame_shape(size: Sequence[int] | int) -> tuple[int, int]:
+    """Height and width of a frame size, which a cache.json may hold as a list."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def shown_size(size: Sequence[int] | int) -> str:
+    """As it is typed: 448x896, or 512 for a square."""
+    height, width = frame_shape(size)
+    return str(height) if height == width else f"{height}x{width}"
 
 
 @dataclass(frozen=True)

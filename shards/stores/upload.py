@@ -26,7 +26,9 @@ from .store import NewFile, Store, StoredObject, new_file, open_store
 
 UPLOAD = "upload.json"
 THREADS = 8
-BEFORE_SHARDS = ("channel_scale.npy", "black.npy", "NOTICE.txt", "plan.json", "cache.json")
+BEFORE_SHARDS = (
+    *("pca.npy", "channel_scale.npy", "black.npy", "NOTICE.txt", "plan.json", "cache.json"),
+)
 """What a run goes on with; cache.json, which says what cache it is, last."""
 MUTABLE = ("plan.json", "quarantine.jsonl", "index.jsonl", "cache.json")
 """Files that are replaced; the others are created once."""

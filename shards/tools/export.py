@@ -32,6 +32,7 @@ from ..cache import (
     compared,
     finish_cache,
     open_cache,
+    pca_of,
     read_cache_info,
 )
 from ..deltas.reader import DeltaShards
@@ -46,6 +47,7 @@ from ..patches.int8 import (
     write_channel_scale,
 )
 from ..patches.layout import STORED_DTYPES
+from ..patches.projection import agree_on_projection, read_projection
 from ..patches.reader import PatchShards
 from ..patches.writer import write_black, write_patch_shard
 from ..patches.zarr_arrays import check_compression
@@ -161,6 +163,8 @@ def export_cache(
     _begin(out, info, plan)
     if isinstance(like, PatchShards):
         write_black(out, like.black)
+        if pca_of(like.info.identity) is not None:
+            agree_on_projection(out, read_projection(like.folder, like.info))
     if scale is not None:
         write_channel_scale(out, scale)
     for number, (shard, entries) in enumerate(shards.items(), start=1):

@@ -27,9 +27,11 @@ from ..cache import (
     CHANNEL_SCALE,
     NOTICE,
     PATCHES,
+    PCA,
     CacheInfo,
     check_clips,
     checksum,
+    pca_of,
     read_cache_info,
 )
 from ..deltas.reader import read_blocks, read_shard_table, read_tokens
@@ -40,6 +42,7 @@ from ..patches import reader as patches
 from ..patches.archive import ShardFile
 from ..patches.int8 import UNSTORABLE, read_channel_scale
 from ..patches.layout import FLOAT16_MAX, SUFFIX
+from ..patches.projection import read_projection
 from ..patches.reader import TokenReader, logical_dtype, read_black, read_keys
 from ..patches.zarr_arrays import read_attributes
 from ..plan import (
@@ -97,6 +100,7 @@ KNOWN_NAMES = {
     PLAN_FOLDER,
     BLACK,
     CHANNEL_SCALE,
+    PCA,
     QUARANTINE,
     INDEX,
     NOTICE,
@@ -435,6 +439,9 @@ class _Beside:
         if CHANNEL_SCALE not in self.changed and logical_dtype(info) == "int8":
             with self.errors():
                 read_channel_scale(folder, info)
+        if PCA not in self.changed and pca_of(info.identity) is not None:
+            with self.errors():
+                read_projection(folder, info)
 
     def check_plan(self) -> list[int]:
         """The plan against the shards; gives those that are not done."""

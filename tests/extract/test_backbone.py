@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load, save_file
 
@@ -25,7 +24,7 @@ def folder(backbone_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_sizes_come_from_the_config(backbone: Backbone) -> None:
-    assert (backbone.patch_size, backbone.hidden_size, backbone.num_register_tokens) == (16, 64, 4)
+    assert (backbone.patch_size, backbone.hidden_size) == (16, 64)
     assert backbone.grid(48) == (3, 3)
 
 
@@ -139,16 +138,6 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match="cannot be loaded"):
         Backbone.load(str(folder))
-
-
-def test_a_model_without_register_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    shutil.copy(folder / "preprocessor_config.json", tmp_path)
-    with pytest.raises(UsageError, match="use a DINOv3 ViT"):
-        Backbone.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "two words/x", "a/b/c"])

@@ -101,7 +101,8 @@ def test_a_stop_while_the_backbone_loads_is_no_broken_backbone(
     def load(*_: object, **__: object) -> None:
         os.read(os.pipe()[0], 1)
 
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    monkeypatch.setattr(transformers.DINOv3ViTModel, "from_pretrained", load)
     with StopRequest(time_limit_s=0.01) as stop, pytest.raises(Stopped), stop.at_once():
         load_frozen_model(tmp_path)
 

@@ -312,28 +312,35 @@ def test_another_backbone_is_refused_with_both_fingerprints(
         ((300, 300), "whole"),
     ],
 )
+@pytest.mark.parametrize("shape", [(64, 64), (32, 64)])
 def test_predictions_are_cut_as_the_crops_of_an_evaluation_cache(
-    size: tuple[int, int], region: Any
+    size: tuple[int, int], region: Any, shape: tuple[int, int]
 ) -> None:
     policy = EvaluationPolicy(
-        dataset="d", num_frames=2, num_context=1, stride_s=0.2, fps=10, frame_size=64, region=region
+        dataset="d",
+        num_frames=2,
+        num_context=1,
+        stride_s=0.2,
+        fps=10,
+        frame_size=shape,
+        region=region,
     )
     frames = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
     draws = policy.draw([0, 1], np.arange(2) / 10, *size)
-    crops = [draw.square.in_pixels_of(draw.crop) for draw in draws if draw.square is not None]
+    crops = [draw.source_crop for draw in draws]
     cache = SimpleNamespace(
         crop=np.array(crops, np.float32),
         info=SimpleNamespace(identity={"sampling": {"policy": "evaluation"}}),
         keys=["clip"],
         clip_index=np.zeros(len(crops), np.int64),
     )
-    views = prediction_rows._views(cache, 64)  # type: ignore[arg-type]
-    rows = SimpleNamespace(_frame_size=64, _backbone=SimpleNamespace(device=torch.device("cpu")))
+    views = prediction_rows._views(cache, shape)  # type: ignore[arg-type]
+    rows = SimpleNamespace(_shape=shape, _backbone=SimpleNamespace(device=torch.device("cpu")))
     top, left, height, width = draws[0].crop
     predicted = frames[:, top : top + height, left : left + width]
     for draw, view in zip(draws, views, strict=True):
         found = prediction_rows.PredictionRows._squares(rows, predicted, view, Path())  # type: ignore[arg-type]
-        made = window_pixels(frames, draw, frame_size=64, device=torch.device("cpu"))
+        made = window_pixels(frames, draw, frame_size=shape, device=torch.device("cpu"))
         assert torch.equal(found, made)
 
 

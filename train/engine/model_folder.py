@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...shards.cache import CacheInfo, compare
-from ...shards.errors import DamagedShard, DeltatokError, UsageError
+from ...shards.errors import CacheMismatch, DamagedShard, DeltatokError, UsageError
+from ...shards.evaluation.geometry import frame_shape, shown_size
 from ...shards.files import local_path, partial_path, publish, sha256_file, write_json
 from ...shards.records import StoredFile
 from ...shards.schema import STORED, Strictness, load, read_json
@@ -277,7 +278,7 @@ SAME_PREPROCESSING = (
 )
 SAME_FEATURES = ("backbone", *SAME_PREPROCESSING)
 """What makes patch tokens alike. Not the frame size: a model trained at 256 px may be used at
-512 px, as in the paper."""
+512 px, as in the paper. The shape of the frames does, because positions are relative to them."""
 
 
 def check_trained_on(folder: str, cache: CacheInfo, *, what: str) -> bool:
@@ -295,17 +296,33 @@ def check_trained_on(folder: str, cache: CacheInfo, *, what: str) -> bool:
 
 
 def check_features(cache: CacheInfo, trained_on: Mapping[str, Any], *, what: str) -> None:
-    """CacheMismatch, naming the field, unless the patch tokens of `cache` are of the backbone and
-    preprocessing of those with the identity `trained_on`."""
+    """CacheMismatch, naming the field, unless the patch tokens of `cache` are of the backbone, the
+    preprocessing and the shape of frames of those with the identity `trained_on`."""
+    advice = (
+        "give one that was trained on features of this backbone, or extract the cache with that "
+        "one's"
+    )
     compare(
         cache.identity,
         trained_on,
         what_got="the cache",
         what_wanted=f"the provenance of {what}",
         fields=SAME_FEATURES,
-        advice="give one that was trained on features of this backbone, or extract the cache with "
-        "that one's",
+        advice=advice,
     )
+    ours, theirs = _frame_size(cache.identity), _frame_size(trained_on)
+    if ours and theirs and ours[0] * theirs[1] != ours[1] * theirs[0]:
+        raise CacheMismatch(
+            f"the cache: preprocessing.frame_size is {shown_size(ours)}, but {shown_size(theirs)} "
+            f"in the provenance of {what}, which is another shape: {advice}"
+        )
+
+
+def _frame_size(patches: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the frames of a patch cache of this identity, where it tells them."""
+    preprocessing = patches.get("preprocessing")
+    size = preprocessing.get("frame_size") if isinstance(preprocessing, Mapping) else None
+    return frame_shape(size) if isinstance(size, int | list) else None
 
 
 def check_made_by(

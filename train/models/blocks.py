@@ -79,9 +79,9 @@ class SelfAttention(nn.Module):
         """x (B, L, C), normed -> (B, num_queries, C): what the first num_queries tokens gather."""
         queried = x[:, :num_queries]
         query_rope = Rope(rope.cos[:num_queries], rope.sin[:num_queries])
-        q = self.q_norm(rotate(_split_heads(self.q_proj(queried), self.head_dim), query_rope))
-        k = self.k_norm(rotate(_split_heads(self.k_proj(x), self.head_dim), rope))
-        v = _split_heads(self.v_proj(x), self.head_dim)
+        q = self.q_norm(rotate(split_heads(self.q_proj(queried), self.head_dim), query_rope))
+        k = self.k_norm(rotate(split_heads(self.k_proj(x), self.head_dim), rope))
+        v = split_heads(self.v_proj(x), self.head_dim)
         # Rotation and norm are float32 under autocast; attention runs in the projections' dtype.
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2)
         if self.attn_gate is not None:
@@ -130,15 +130,15 @@ class CrossAttention(nn.Module):
     def keys_values(self, tokens: Tensor, rope: AxisRope) -> tuple[Tensor, Tensor]:
         """tokens (B, K, D) -> rotated keys and values, (B, A, K, E) each."""
         k, v = self.kv_proj(tokens).chunk(2, dim=-1)
-        v = _split_heads(v, self.head_dim)
-        return rotate_axes(_split_heads(k, self.head_dim), rope).to(v.dtype), v
+        v = split_heads(v, self.head_dim)
+        return rotate_axes(split_heads(k, self.head_dim), rope).to(v.dtype), v
 
     def forward(
         self, x: Tensor, rope: AxisRope, keys_values: tuple[Tensor, Tensor], visible: Tensor | None
     ) -> Tensor:
         """x (B, Q, Dp), normed -> (B, Q, Dp); visible bool (Q, K), None: everything."""
         k, v = keys_values
-        q = rotate_axes(_split_heads(self.q_proj(x), self.head_dim), rope).to(v.dtype)
+        q = rotate_axes(split_heads(self.q_proj(x), self.head_dim), rope).to(v.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         gathered: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return gathered
@@ -191,6 +191,6 @@ def init_weights(
             nn.init.zeros_(bias)
 
 
-def _split_heads(x: Tensor, head_dim: int) -> Tensor:
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, L, A * E) -> (B, A, L, E)."""
     return x.reshape(*x.shape[:2], -1, head_dim).transpose(1, 2)

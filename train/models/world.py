@@ -6,6 +6,8 @@ Keys and values come from the raw tokens in every block; queries never see each 
 values are computed once (keys_values) and serve any number of queries.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -32,14 +34,22 @@ class Predictor(nn.Module):
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.head = nn.Linear(size, config.hidden_size)
 
-    def keys_values(self, tokens: Tensor, positions: Tensor) -> KeysValues:
-        """tokens (B, K, D), positions (B, K, axes) -> every block's keys and values."""
+    def keys_values(
+        self, tokens: Tensor, positions: Tensor, *, past: KeysValues | None = None
+    ) -> KeysValues:
+        """tokens (B, K, D), positions (B, K, axes) -> every block's keys and values, those of
+        `past` before them."""
         rope = axis_rope(positions, self.axis_sizes)
         pairs = []
         for block in self.blocks:
             if isinstance(block, PredictorBlock):
                 pairs.append(block.attention.keys_values(tokens, rope))
-        return pairs
+        if past is None:
+            return pairs
+        return [
+            (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
+            for (k, v), (new_k, new_v) in zip(past, pairs, strict=True)
+        ]
 
     def forward(
         self,
@@ -65,6 +75,7 @@ class World(Pretrained):
     """Queries are noise (config.use_bom: generative) or one learned vector (discriminative)."""
 
     config: PredictorConfig
+    predictor_class: ClassVar[type[Predictor]] = Predictor
 
     def __init__(
         self, config: PredictorConfig, *, generator: torch.Generator | None = None
@@ -72,7 +83,7 @@ class World(Pretrained):
         super().__init__(config)
         if not config.use_bom:
             self.q_embed = nn.Embedding(1, config.predictor_hidden_size)
-        self.predictor = Predictor(config)
+        self.predictor = self.predictor_class(config)
         init_weights(
             self,
             std=config.initializer_range,
@@ -128,11 +139,7 @@ class World(Pretrained):
         steps: list[Tensor] = []
         for now in range(context, context + horizon):
             if steps:
-                new = self.predictor.keys_values(steps[-1], positions[:, now - 1])
-                memory = [
-                    (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
-                    for (k, v), (new_k, new_v) in zip(memory, new, strict=True)
-                ]
+                memory = self.predictor.keys_values(steps[-1], positions[:, now - 1], past=memory)
             query = queries[len(steps)].flatten(0, 1).expand(-1, positions.shape[2], -1)
             steps.append(self.predictor(query, positions[:, now], memory))
         forecasts = torch.stack(steps, dim=1)

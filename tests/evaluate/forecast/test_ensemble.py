@@ -4,7 +4,7 @@ without their corrections are known, too, and told apart."""
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from deltatok.evaluate.forecast.ensemble import (
+    EnsembleScorer,
     energy_score,
     rank_counts,
     root_mean_square,
     spread_and_error,
 )
 from deltatok.evaluate.forecast.intervals import NUM_RESAMPLES, Resamples, draw_weights
-from deltatok.evaluate.forecast.rollout import feature_loss
+from deltatok.evaluate.forecast.rollout import HorizonForecast, WindowBatch, feature_loss
 from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.evaluate.forecast.scores import mean_of_k
-from deltatok.evaluate.forecast.sequences import Sums
+from deltatok.evaluate.forecast.sequences import Score, SequenceScores, Sums
 from deltatok.evaluate.report.rows import ENSEMBLE_ROWS, find_row
 from deltatok.evaluate.report.write import Report
 
@@ -157,6 +158,46 @@ def test_a_curve_has_the_interval_of_the_sequences_drawn_again() -> None:
         )
         low, high = np.quantile(drawn, [0.025, 0.975])
         assert (found[point].low, found[point].high) == pytest.approx((low, high))
+
+
+class OneSequence:
+    """All windows are of one clip."""
+
+    def sequence(self, index: int) -> str:
+        return "clip"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_windows_are_scored_alike_alone_and_in_a_batch(
+    shared_evaluation: Any, together: bool
+) -> None:
+    """Also where the places among equal values are drawn: for a window, not for its place."""
+    samples = normal(2, 5, 1, 30, 20).round().float()  # (B, S, H, N, D), of few values
+    truth = normal(2, 1, 30, 20, seed=1).round().float()
+    scorer = EnsembleScorer(shared_evaluation.config(num_samples=5), cast(Any, OneSequence()))
+    scores = SequenceScores()
+    for indices in [(0, 1)] if together else [(1,), (0,)]:
+        part = list(indices)
+        scores.windows.update("clip" for _ in part)
+        scorer.add(
+            "mid",
+            HorizonForecast(truth=truth[part], rows={}, samples=samples[part]),
+            WindowBatch(
+                indices=indices,
+                names=tuple((index,) for index in indices),
+                x=truth[part],
+                times=torch.zeros(len(part), 1),
+                z=torch.zeros(len(part), 1, 20),
+            ),
+            seed=0,
+            scores=scores,
+        )
+    counts = [rank_counts(samples[i, :, 0], truth[i, 0], "ranks", 0, "mid", i) for i in (0, 1)]
+    shares = [entry["share"] for entry in scorer.rank_histogram(scores)]
+    assert shares == pytest.approx((counts[0] + counts[1]) / 1200)
+    found = scores.by_seed(Score("mid", "samples", "spread_skill"), scores.windows)[0]
+    wanted = ratio(samples[:, :, 0], truth[:, 0])
+    assert Resamples(1).value("spread_skill", found) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

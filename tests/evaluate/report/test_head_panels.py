@@ -9,7 +9,7 @@ import torch
 
 from deltatok.evaluate.forecast.run import run_forecast
 from deltatok.evaluate.report.panels import ShownWindow, depth_panel, rgb_panel
-from deltatok.shards.errors import UsageError
+from deltatok.shards.errors import CacheMismatch
 from deltatok.train.models.heads import DepthHead, DepthHeadConfig
 from deltatok.train.models.rgb_head import RGBHead, RGBHeadConfig
 
@@ -93,5 +93,5 @@ def test_an_rgb_head_of_another_width_is_refused(
 ) -> None:
     rgb_head(16).save_pretrained(tmp_path / "rgb", {"patches": make.identity("uniform", "aaaa")})
     config = shared_evaluation.config(out=str(tmp_path / "out"), rgb_head=str(tmp_path / "rgb"))
-    with pytest.raises(UsageError, match=r"16 channels, the cache's tokens have 32"):
+    with pytest.raises(CacheMismatch, match=r"hidden_size is 16, the cache's tokens have 32"):
         run_forecast(config)
