@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from ..shards.errors import UsageError
+from ..shards.evaluation.geometry import FrameSize, frame_shape, shown_size
 from ..train.losses import log_cosh, smooth_l1
 from ..train.models.configs import DeltaTokConfig, DeltaWorldConfig
 from ..train.models.deltatok import DeltaTok
@@ -38,8 +39,8 @@ NORM_FLOPS_PER_ELEMENT = 5
 class FlopsConfig:
     """The networks and sizes to count."""
 
-    frame_size: int = 512
-    """Side of the square crop, pixels."""
+    frame_size: FrameSize = 512
+    """Side of the square crop, or height x width, pixels."""
     num_frames: int = 8
     """Frames of a DeltaWorld training window."""
     tokenizer: DeltaTokConfig = field(default_factory=DeltaTokConfig)
@@ -56,9 +57,10 @@ class FlopsConfig:
     """The backbone's register tokens."""
 
     def __post_init__(self) -> None:
-        if self.frame_size < self.patch_size or self.frame_size % self.patch_size:
+        if any(side < 1 or side % self.patch_size for side in frame_shape(self.frame_size)):
             raise UsageError(
-                f"frame_size {self.frame_size}: wanted a multiple of patch_size {self.patch_size}"
+                f"frame_size {shown_size(self.frame_size)}: wanted a multiple of patch_size "
+                f"{self.patch_size}"
             )
         if not 1 <= self.num_winners <= self.world.num_samples_train:
             raise UsageError(
@@ -74,8 +76,8 @@ class FlopsConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Patch rows and columns."""
-        side = self.frame_size // self.patch_size
-        return side, side
+        height, width = frame_shape(self.frame_size)
+        return height // self.patch_size, width // self.patch_size
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _run_backbone(config: FlopsConfig) -> None:
                 num_register_tokens=config.num_register_tokens,
             )
         )
-        backbone(pixel_values=torch.empty(1, 3, config.frame_size, config.frame_size))
+        backbone(pixel_values=torch.empty(1, 3, *frame_shape(config.frame_size)))
 
 
 @torch.no_grad()

@@ -92,8 +92,9 @@ def compare(config: "CompareConfig") -> str:
 def flops(config: "FlopsConfig") -> str:
     """The tables of FLOPs, and how they are counted."""
     from ...evaluate.flops import CONVENTION, flops_rows, flops_table, paper_table_b
+    from ...shards.evaluation.geometry import shown_size
 
-    size = f"{config.frame_size} px"
+    size = f"{shown_size(config.frame_size)} px"
     return (
         f"{CONVENTION}\n{flops_table([(size, flops_rows(config))])}\n"
         "\nAs the paper's Table B counts (plain blocks, norms and activations counted too):\n"

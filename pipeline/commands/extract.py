@@ -134,7 +134,7 @@ class Source(Command):
 SOURCES = {
     "videos": Source(
         help="",
-        summary="Run a frozen DINOv3 over videos once and write what others train on.",
+        summary="Run a frozen backbone over videos once and write what others train on.",
         examples=EXAMPLES,
         notes=NOTES,
         config="pipeline.commands.extract:VideosConfig",
@@ -152,7 +152,7 @@ SOURCES = {
     ),
     "dataset": Source(
         help="",
-        summary="Run a frozen DINOv3 over the labelled targets of a data set: their context and "
+        summary="Run a frozen backbone over the labelled targets of a data set: their context and "
         "the target itself, in the crops of the forecasting benchmark.",
         examples=DATASET_EXAMPLES,
         notes=DATASET_NOTES,

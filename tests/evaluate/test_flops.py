@@ -77,9 +77,16 @@ def test_table_has_a_column_for_every_size():
     )
 
 
+def test_a_rectangle_costs_what_its_patches_do():
+    square, wide = FlopsConfig(frame_size=64), FlopsConfig(frame_size=(32, 128))
+    assert wide.grid == (2, 8)
+    assert [row.gflops for row in flops_rows(wide)] == [row.gflops for row in flops_rows(square)]
+
+
 def test_impossible_sizes_are_refused():
-    with pytest.raises(UsageError, match="multiple of patch_size 16"):
-        FlopsConfig(frame_size=250)
+    for size in (250, (256, 250)):
+        with pytest.raises(UsageError, match="multiple of patch_size 16"):
+            FlopsConfig(frame_size=size)
     with pytest.raises(UsageError, match="make them equal"):
         FlopsConfig(world=DeltaWorldConfig(hidden_size=64))
     for count in (0, 257):

@@ -140,6 +140,27 @@ def test_an_export_keeps_the_components(config: ExtractConfig, wide: Backbone) -
     assert not verify_cache(f"{config.out}-copy").problems
 
 
+def test_a_cache_in_a_store_has_them_and_is_gone_on_with(
+    config: ExtractConfig, wide: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with int8 scales, which are agreed on in the same folder, beside the store's address."""
+    pytest.importorskip("obstore", reason="pip install 'deltatok[cloud]'")
+    monkeypatch.setenv("DELTATOK_CACHE_DIR", str(tmp_path / "mirror"))
+    (tmp_path / "store").mkdir()
+    stored = replace(config, out=f"file://{tmp_path}/store/cache", dtype="int8")
+    run_extraction(stored, backbone=wide)
+    assert (tmp_path / "store" / "cache" / "pca.npy").is_file()
+    shutil.rmtree(tmp_path / "mirror")  # another machine goes on: all it knows is the store
+    (tmp_path / "store" / "cache" / "shards" / "000001.json").unlink()
+    (tmp_path / "store" / "cache" / "shards" / "000001.zarr.zip").unlink()
+    run_extraction(stored, backbone=wide)
+    plain = replace(config, dtype="int8")
+    run_extraction(plain, backbone=wide)
+    store = PatchShards(tmp_path / "store" / "cache")
+    assert store.info.identity == PatchShards(plain.out).info.identity
+    assert read_projection(store.folder).identity() == read_projection(plain.out).identity()
+
+
 def test_more_components_than_channels_are_refused(config: ExtractConfig, wide: Backbone) -> None:
     with pytest.raises(UsageError, match=r"pca: got 129 components.* 128 channels"):
         run_extraction(replace(config, pca=129), backbone=wide)

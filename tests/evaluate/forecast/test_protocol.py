@@ -11,6 +11,7 @@ from deltatok.evaluate.forecast.scores import (
     class_counts,
     class_maps,
     confusion_matrix,
+    near_depths,
     squared_errors,
 )
 from deltatok.evaluate.forecast.sequences import values
@@ -82,6 +83,13 @@ def test_depth_error_is_over_all_valid_pixels_of_the_set():
     second = squared_errors(torch.tensor([[[[1.0, 1.0]]]]), torch.tensor([[[1.0, 1.0]]]))
     sums, counts = np.add(first, second)
     assert values("rmse", sums[None], counts[None]) == pytest.approx((4 / 3) ** 0.5)
+
+
+def test_delta1_counts_depths_within_a_quarter_either_way():
+    metres = torch.tensor([[[[1.24, 1.26, 0.81, 0.79, 5.0]]]])
+    near, known = near_depths(metres, torch.tensor([[[1.0, 1.0, 1.0, 1.0, 0.0]]]))
+    assert (near, known) == (2, 4)
+    assert values("delta1", np.array([near]), np.array([known])) == 0.5
 
 
 def test_class_maps_have_the_asked_size():
