@@ -47,6 +47,8 @@ class FlopsConfig:
     """The tokenizer; its width is the backbone's."""
     world: DeltaWorldConfig = field(default_factory=DeltaWorldConfig)
     """The world model; num_samples_train is K."""
+    num_winners: int = 1
+    """Of a position's K candidates, those that pass with gradient."""
     patch_size: int = 16
     """Side of a patch, pixels."""
     backbone_layers: int = 12
@@ -59,6 +61,11 @@ class FlopsConfig:
             raise UsageError(
                 f"frame_size {shown_size(self.frame_size)}: wanted a multiple of patch_size "
                 f"{self.patch_size}"
+            )
+        if not 1 <= self.num_winners <= self.world.num_samples_train:
+            raise UsageError(
+                f"num_winners {self.num_winners}: wanted 1 to world.num_samples_train, "
+                f"{self.world.num_samples_train}"
             )
         if self.world.hidden_size != self.tokenizer.hidden_size:
             raise UsageError(
@@ -105,7 +112,8 @@ def flops_rows(config: FlopsConfig) -> list[FlopsRow]:
     frames = (config.num_frames + 1) * frame
     encodes = config.num_frames * encode
     selection = count_flops(partial(_run_selection, world, config))
-    winner = count_flops(partial(_run_winner, world, config))
+    winners = count_flops(partial(_run_winners, world, config))
+    named = "winner" if config.num_winners == 1 else f"{config.num_winners} winners"
     pair = count_flops(partial(_run_tokenizer_step, tokenizer, config))
     rows = {
         "backbone, a frame": frame,
@@ -121,9 +129,9 @@ def flops_rows(config: FlopsConfig) -> list[FlopsRow]:
         f"window: backbone, {config.num_frames} frames + 1 black": frames,
         f"window: encode {config.num_frames} pairs (released)": encodes,
         f"window: selection, K = {config.world.num_samples_train}": selection,
-        "window: winner, forward + backward": winner,
-        "window: whole, on the fly (released)": frames + encodes + selection + winner,
-        "window: whole, from cached delta tokens": selection + winner,
+        f"window: {named}, forward + backward": winners,
+        "window: whole, on the fly (released)": frames + encodes + selection + winners,
+        "window: whole, from cached delta tokens": selection + winners,
         "tokenizer training pair: backbone": 2 * frame,
         "tokenizer training pair: whole (released)": 2 * frame + 3 * (encode + decode),
         "tokenizer training pair: from cached patch tokens": pair,
@@ -216,10 +224,11 @@ def _run_selection(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
     world.candidates(world.memory(z, times), times, noise)
 
 
-def _run_winner(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
+def _run_winners(world: DeltaWorldNetwork, config: FlopsConfig) -> None:
     z, times = _window(config)
-    queries = _meta(1, config.num_frames - 1, world.config.predictor_hidden_size)
-    loss = smooth_l1(world(z, times, queries), z[:, 1:]).mean()
+    size = world.config.predictor_hidden_size
+    prediction = world(z, times, _meta(1, config.num_frames - 1, config.num_winners, size))
+    loss = smooth_l1(prediction, z[:, 1:, None].expand_as(prediction)).mean()
     torch.autograd.backward(loss)
 
 

@@ -118,7 +118,7 @@ def _own_field_docs(config_type: type) -> dict[str, str]:
     return docs
 
 
-SHORT_FLAGS = {"num_windows": "--windows"}
+SHORT_FLAGS = {"num_windows": "--windows", "num_winners": "--winners"}
 """Fields whose flag is shorter than their name; the long one works too."""
 MAX_USAGE_LINES = 5
 """Of a usage that is printed behind an error."""

@@ -18,7 +18,13 @@ from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 from ..shards.errors import UsageError
 from ..shards.running.parts import parse_shard_of
 from ..shards.schema import Place
-from .models.configs import DeltaTokConfig, DeltaWorldConfig, DINOWorldConfig, check_at_least
+from .models.configs import (
+    DeltaTokConfig,
+    DeltaWorldConfig,
+    DINOWorldConfig,
+    PredictorConfig,
+    check_at_least,
+)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -275,8 +281,8 @@ class TokenizerTrainConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig(TrainConfig):
-    """What the commands of both world models have in common. num_samples_schedule and what follows
-    say how the best of the noise queries is found, and are not read if model.use_bom is false."""
+    """What the commands of both world models have in common. num_winners and what follows say which
+    of the noise queries are trained and how they are found; model.use_bom false has none."""
 
     steps: int = 300_000
     """Optimizer steps in all (paper: 300,000, then a cooldown of 5,000 at 1e-5)."""
@@ -286,6 +292,12 @@ class SelectionConfig(TrainConfig):
     """Learning rate after the warm-up."""
     weight_decay: float = 0.4
     """AdamW's decay, on the weights of linear and convolution layers only."""
+    num_winners: int = 1
+    """Of a position's K candidates, this many with the lowest losses are trained, their mean loss
+    (paper: 1). More: samples nearer to a possible future, over fewer of them (docs/findings.md)."""
+    num_winners_schedule: tuple[tuple[int, int], ...] = ()
+    """Winners of a position by step: pairs of the first step (from 0) and their number; none:
+    num_winners at every step."""
     num_samples_schedule: tuple[tuple[int, int], ...] = ()
     """Candidates K of a position by step: pairs of the first step (from 0) and K; none:
     model.num_samples_train at every step."""
@@ -329,14 +341,9 @@ class SelectionConfig(TrainConfig):
                 f"selection_finalists {self.selection_finalists}: wanted a selection_dtype as "
                 "well, whose best candidates are compared again; set one, or leave this out"
             )
-        steps = [step for step, _ in self.num_samples_schedule]
-        if steps and (steps[0] != 0 or steps != sorted(set(steps))):
-            raise UsageError(
-                f"num_samples_schedule begins at the steps {steps}: wanted 0 first, then rising "
-                "steps; give [[0, K], [step, K], ...]"
-            )
-        for _, num_samples in self.num_samples_schedule:
-            check_at_least(1, num_samples_schedule=num_samples)
+        check_at_least(1, num_winners=self.num_winners)
+        check_schedule("num_samples_schedule", self.num_samples_schedule, unit="K")
+        check_schedule("num_winners_schedule", self.num_winners_schedule, unit="WINNERS")
 
     def memory_settings(self, num_ranks: int) -> list[str]:
         now = self.selection_memory_mb or "unset: 1024"
@@ -344,8 +351,55 @@ class SelectionConfig(TrainConfig):
 
     def num_samples_at(self, step: int, *, default: int) -> int:
         """Candidates of a step (from 0); default: where no schedule says it."""
-        begun = [count for first, count in self.num_samples_schedule if first <= step]
-        return begun[-1] if begun else default
+        return scheduled(self.num_samples_schedule, step, default=default)
+
+    def num_winners_at(self, step: int) -> int:
+        """Winners of a step (from 0)."""
+        return scheduled(self.num_winners_schedule, step, default=self.num_winners)
+
+    def check_winners(self, model: PredictorConfig) -> None:
+        """UsageError for more winners than a step has candidates, or than are compared again, and
+        for a model without any."""
+        if not model.use_bom:
+            if self.num_winners != 1 or self.num_winners_schedule:
+                raise UsageError(
+                    "num_winners: wanted 1 and no num_winners_schedule with model.use_bom false, "
+                    "which has no candidates; leave them out, or set model.use_bom true"
+                )
+            return
+        starts = {step for step, _ in (*self.num_winners_schedule, *self.num_samples_schedule)}
+        for step in sorted(starts | {0}):
+            num_winners = self.num_winners_at(step)
+            num_samples = self.num_samples_at(step, default=model.num_samples_train)
+            if num_winners > num_samples:
+                raise UsageError(
+                    f"num_winners {num_winners} at step {step}: wanted at most its candidates, "
+                    f"{num_samples}; set fewer winners, or a higher model.num_samples_train or "
+                    "num_samples_schedule"
+                )
+            if 1 < self.selection_finalists < num_winners:
+                raise UsageError(
+                    f"selection_finalists {self.selection_finalists}: wanted at least num_winners, "
+                    f"{num_winners} at step {step}, which are chosen among them"
+                )
+
+
+def check_schedule(name: str, schedule: tuple[tuple[int, int], ...], *, unit: str) -> None:
+    """UsageError unless the steps rise from 0 and every count is at least 1."""
+    steps = [step for step, _ in schedule]
+    if steps and (steps[0] != 0 or steps != sorted(set(steps))):
+        raise UsageError(
+            f"{name} begins at the steps {steps}: wanted 0 first, then rising steps; give "
+            f"[[0, {unit}], [step, {unit}], ...]"
+        )
+    for _, count in schedule:
+        check_at_least(1, **{name: count})
+
+
+def scheduled(schedule: tuple[tuple[int, int], ...], step: int, *, default: int) -> int:
+    """The count of a step; default: where there is no schedule."""
+    begun = [count for first, count in schedule if first <= step]
+    return begun[-1] if begun else default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +424,7 @@ class WorldTrainConfig(SelectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_winners(self.model)
         if self.predictor == "self-attention" and self.model.use_bom:
             raise UsageError(
                 "predictor self-attention: has one learned query, got model.use_bom true: set it "
@@ -390,6 +445,10 @@ class DINOWorldTrainConfig(SelectionConfig):
     batch_size: int = 1024
     """Windows of one step over all ranks; micro_batch_size says how many a device takes at once
     (at 256 px, a window has 1,792 queries)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_winners(self.model)
 
 
 DRAWN_WINDOWS = 4

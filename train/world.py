@@ -1,7 +1,8 @@
 """deltatok-train world: train_world(config), from a delta-token cache.
 
 A step: windows of delta tokens -> K noise queries a position, without gradient -> the one whose
-prediction is nearest the true token -> that one again with gradient (best-of-many, section 4).
+prediction is nearest the true token, or the nearest num_winners -> those again with gradient
+(best-of-many, section 4).
 With model.use_bom false: one learned query, no selection.
 """
 

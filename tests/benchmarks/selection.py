@@ -217,7 +217,7 @@ def run_finalists(problem: Problem, count: int, *, products: ProductsName) -> Wi
     )
     given = GivenNoise(problem.noise.at(low.finalists))
     last = select(*problem, given, num_samples=low.finalists.shape[2])
-    indices = low.finalists.gather(2, last.indices[..., None])[..., 0]
+    indices = low.finalists.gather(2, last.indices)
     return last._replace(indices=indices)
 
 
@@ -236,10 +236,10 @@ def quality(
         picked = run(few, count) if name != "plain" else None
         if picked is None:
             continue
-        picks = losses.gather(2, picked.indices[..., None])[..., 0]
+        picks = losses.gather(2, picked.indices)[..., 0]
         regret = (picks - lowest) / lowest
         found[name] = {
-            "agreement": (picked.indices == best).float().mean().item(),
+            "agreement": (picked.indices[..., 0] == best).float().mean().item(),
             "regret": regret.mean().item(),
             "largest_regret": regret.max().item(),
             "positions": best.numel(),

@@ -3,6 +3,8 @@
     python tests/cuda/steps.py                     # all of configs/, into tests/cuda/steps.json
     python tests/cuda/steps.py world/one-24gb
 
+and of some with other settings, MORE.
+
 The trainers' own step (train/engine/loop.py) on a pretended device without numbers; for an
 extraction, a batch through a backbone of ViT-B's size. Launches are operators that run a kernel;
 memory is the most that lies in live tensors at once, in bytes: weights, gradients, optimizer,
@@ -76,6 +78,12 @@ VIT_B = DINOv3ViTConfig(
     num_attention_heads=12,
     num_register_tokens=4,
 )
+MORE: dict[str, dict[str, Any]] = {
+    "world/one-24gb --winners 4": {"num_winners": 4},
+    "world/one-h200 --winners 8": {"num_winners": 8},
+    "dinoworld/best-of-many-256 --winners 2": {"num_winners": 2},
+}
+"""A config with flags -> the settings that they change."""
 PORTIONS = 2
 LAUNCH_S = 5e-6
 """Seconds of the host for a launch from Python (a usual figure, not measured here)."""
@@ -232,10 +240,10 @@ class Step:
         del selector.train
 
 
-def count_step(path: Path) -> dict[str, Any]:
-    """The row of a training config in the JSON."""
+def count_step(path: Path, changed: dict[str, Any]) -> dict[str, Any]:
+    """The row of a training config in the JSON, with `changed` settings."""
     kind, given = TRAINED[path.parent.name]
-    config = load(kind, read_yaml(path) | given, where=path.name)
+    config = load(kind, read_yaml(path) | given | changed, where=path.name)
     num_gpus, gigabytes = gpus_of(path)
     count = config.batch_size // num_gpus
     size = min(config.micro_batch_size or count, count)
@@ -316,9 +324,12 @@ def count_batch(path: Path) -> dict[str, Any]:
 EXTRACTED = ("extract", "targets")
 
 
-def count(path: Path) -> dict[str, Any]:
-    """The row of a config."""
-    return count_step(path) if path.parent.name in TRAINED else count_batch(path)
+def count(name: str) -> dict[str, Any]:
+    """The row of a config, or of one in MORE."""
+    path = CONFIGS / f"{name.partition(' ')[0]}.yaml"
+    if path.parent.name in TRAINED:
+        return count_step(path, MORE.get(name, {}))
+    return count_batch(path)
 
 
 def row_of(name: str, row: dict[str, Any]) -> str:
@@ -335,10 +346,11 @@ def row_of(name: str, row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def shipped() -> list[Path]:
-    """Every shipped config."""
+def shipped() -> list[str]:
+    """The name of every shipped config, as FOLDER/NAME."""
     kinds = (*TRAINED, *EXTRACTED)
-    return [path for kind in kinds for path in sorted((CONFIGS / kind).glob("*.yaml"))]
+    paths = (path for kind in kinds for path in sorted((CONFIGS / kind).glob("*.yaml")))
+    return [f"{path.parent.name}/{path.stem}" for path in paths]
 
 
 def main() -> None:
@@ -346,10 +358,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="FOLDER/NAME of configs; none: all")
     names = parser.parse_args().names
     rows = {}
-    for path in shipped():
-        name = f"{path.parent.name}/{path.stem}"
+    for name in (*shipped(), *MORE):
         if not names or name in names:
-            rows[name] = count(path)
+            rows[name] = count(name)
             print(name, json.dumps(rows[name]), flush=True)
     if not names:
         file = Path(__file__).with_suffix(".json")

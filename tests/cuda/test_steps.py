@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pretended import pretend_cuda
-from steps import CONFIGS, TRAINED, count, row_of, shipped
+from steps import CONFIGS, MORE, TRAINED, count, row_of, shipped
 from torch import Tensor
 
 from deltatok.train.models.configs import DeltaTokConfig
@@ -21,12 +21,8 @@ GAPS = 1.1
 QUICK = ("head/vspw", "world/discriminative", "extract/kinetics-256")
 
 
-def name_of(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
-
-
 def test_every_config_is_in_the_table() -> None:
-    assert set(TABLE) == {name_of(path) for path in shipped()}
+    assert set(TABLE) == {*shipped(), *MORE}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -47,7 +43,7 @@ def test_the_optimizer_is_twice_the_weights(name: str) -> None:
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in TABLE]
 )
 def test_the_table_is_what_is_counted(name: str) -> None:
-    assert count(CONFIGS / f"{name}.yaml") == pytest.approx(TABLE[name], rel=1e-3)
+    assert count(name) == pytest.approx(TABLE[name], rel=1e-3)
 
 
 DOCS = (CONFIGS.parent / "docs/training.md").read_text()
@@ -59,7 +55,15 @@ def test_the_documents_say_what_the_table_says(name: str) -> None:
 
 
 def test_the_documents_have_rows() -> None:
-    assert sum(f"| {name} |" in DOCS for name in TABLE) == 9
+    assert sum(f"| {name} |" in DOCS for name in TABLE) == 11
+
+
+def test_more_winners_take_more_memory_and_work() -> None:
+    for name in MORE:
+        one, several = TABLE[name.partition(" ")[0]], TABLE[name]
+        assert several["peak_bytes"] > one["peak_bytes"]
+        assert several["flops"] > one["flops"]
+        assert several["optimizer_bytes"] == one["optimizer_bytes"]
 
 
 SMALL = DeltaTokConfig(

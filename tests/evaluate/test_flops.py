@@ -14,7 +14,7 @@ from deltatok.evaluate.flops import (
     paper_table_b,
 )
 from deltatok.shards.errors import UsageError
-from deltatok.train.models.configs import DeltaWorldConfig
+from deltatok.train.models.configs import DeltaTokConfig, DeltaWorldConfig
 
 RELEASED = {  # row: GFLOPs at 256 px, at 512 px, counted from the released modules
     "backbone, a frame": (47.1, 215.0),
@@ -89,3 +89,33 @@ def test_impossible_sizes_are_refused():
             FlopsConfig(frame_size=size)
     with pytest.raises(UsageError, match="make them equal"):
         FlopsConfig(world=DeltaWorldConfig(hidden_size=64))
+    for count in (0, 257):
+        with pytest.raises(UsageError, match=f"num_winners {count}: wanted 1 to .* 256"):
+            FlopsConfig(num_winners=count)
+
+
+def test_every_winner_passes_with_gradient():
+    small = DeltaWorldConfig(predictor_num_hidden_layers=1)
+    tokenizer = DeltaTokConfig(num_hidden_layers=1)
+    one, four = (
+        {
+            row.name: row.gflops
+            for row in flops_rows(
+                FlopsConfig(
+                    frame_size=32,
+                    backbone_layers=1,
+                    tokenizer=tokenizer,
+                    world=small,
+                    num_winners=count,
+                )
+            )
+        }
+        for count in (1, 4)
+    )
+    name = "forward + backward"
+    # Keys and values are the same for all.
+    ratio = four[f"window: 4 winners, {name}"] / one[f"window: winner, {name}"]
+    assert 3.5 < ratio < 4
+    more = four[f"window: 4 winners, {name}"] - one[f"window: winner, {name}"]
+    whole = "window: whole, from cached delta tokens"
+    assert four[whole] - one[whole] == pytest.approx(more)

@@ -12,8 +12,7 @@ Found (modes.json: 60 clips, one training a setting, code of a few commits earli
 samples hit what 20 miss. Noise scaled by 1.5 or 2 lowers precision, by 0.5 recall. K = 64 lowers
 precision at equal steps; K = 4 raises it and lowers recall. Four winners of 16 raise precision at
 both horizons and keep the best sample; short recall falls (84 to 70 %), of mid recall the 60 clips
-do not tell. They take four times the candidates with gradient, and there was no run of one winner
-through `SharedStage` to hold them against, only the quickstart's own model.
+do not tell. One training a setting; three, on other clips: winners.py.
 
 JSON: rows: [{num_samples_train, num_winners, noise_scale, num_samples, values: report rows as
 "mid samples mode_recall" -> [value, interval_low, interval_high], modes: the probes of the
@@ -26,15 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from quickstart_runs import QuickstartRuns, save
-from torch import Tensor, nn
 
-from deltatok.train import world as world_training
-from deltatok.train.losses import smooth_l1
-from deltatok.train.selection.selector import NamedWindows
-
-WORLD_STAGE = world_training.DeltaWorldObjective
 PLAIN = {
     "curves": None,
     "videos": None,
@@ -44,30 +36,6 @@ PLAIN = {
 }
 """Settings of all reports; None takes one of the quickstart's away."""
 ROWS = ("samples", "discriminative", "best", "mean", "present")
-
-
-class SharedStage(WORLD_STAGE):  # type: ignore[misc, valid-type]
-    """Best-of-many with `num_winners` winners a position, which share the loss equally."""
-
-    num_winners = 1
-
-    def losses(
-        self, forward: nn.Module, batch: Any, samples: slice, *, step: int, meter: Any
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        z = batch.tensors["tokens"][samples].float()
-        timestamps = batch.tensors["timestamps"][samples]
-        count = self.model.config.num_samples_train
-        names = [("noise", step, int(number)) for number in batch.samples[samples]]
-        noise = self.selector.noise(NamedWindows(z, timestamps, names))
-        queries = noise.chunk(torch.tensor(0), count)
-        target = z[:, 1:, None]
-        with torch.no_grad():
-            found = self.model.candidates(self.model.memory(z, timestamps), timestamps, queries)
-            losses = smooth_l1(found, target.expand_as(found)).mean(dim=-1)
-        best = losses.topk(self.num_winners, dim=-1, largest=False).indices
-        winners = queries.gather(2, best[..., None].expand(-1, -1, -1, queries.shape[-1]))
-        found = self.model.candidates(self.model.memory(z, timestamps), timestamps, winners)
-        return smooth_l1(found, target.expand_as(found)).flatten(1).mean(1), {}
 
 
 def main() -> None:
@@ -114,10 +82,8 @@ def main() -> None:
         world = stages.run("world-model", name, changes)
         evaluate(world, name, first_noise, first_samples, candidates=candidates)
     for winners in arguments.winners:
-        SharedStage.num_winners = winners
-        world_training.DeltaWorldObjective = SharedStage  # type: ignore[misc]
         name = f"winners-{winners}"
-        world = stages.run("world-model", name, {})
+        world = stages.run("world-model", name, {"num_winners": winners})
         evaluate(
             world, name, first_noise, first_samples, candidates=own_candidates, winners=winners
         )

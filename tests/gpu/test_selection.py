@@ -103,10 +103,10 @@ def test_low_precision_picks_nearly_as_well(
         request.getfixturevalue("float8")
     exact = selected(device)
     low = selected(device, products=products, num_finalists=finalists)
-    hit = (exact.indices[..., None] == low.finalists).any(2).float().mean().item()
+    hit = (exact.indices == low.finalists).any(2).float().mean().item()
     world, z, times, _ = problem(device)
     with torch.no_grad():
-        predicted = world(z, times, low.queries)
+        predicted = world(z, times, low.queries[:, :, 0])
     losses = F.smooth_l1_loss(predicted, z[:, 1:], beta=0.1, reduction="none").mean(2)
     regret = ((losses - exact.best_losses) / exact.best_losses).mean().item()
     record_property("agreement", hit)

@@ -125,7 +125,7 @@ def worst_candidate_selected() -> None:
 
     def running_worst(chunks: Any) -> tuple[Tensor, ...]:
         losses = torch.cat(list(chunks), dim=2)
-        return losses.argmax(dim=2), *original([losses])[1:]
+        return losses.argmax(dim=2, keepdim=True), *original([losses])[1:]
 
     _patch(best_of_many, "running_best", running_worst)
 

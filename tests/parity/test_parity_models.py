@@ -208,8 +208,8 @@ def _deltaworld_outputs(case, world, backbone, tokenizer) -> dict[str, Tensor]:
                 num_samples=noise.shape[2],
                 chunks=Chunks(windows=len(z), samples=3),
             )
-        queries = found.queries
-        got |= _selection_outputs(found.indices, torch.cat(losses, dim=2))
+        queries = found.queries[:, :, 0]
+        got |= _selection_outputs(found.indices[:, :, 0], torch.cat(losses, dim=2))
     got |= _training_outputs(case, world, world(z, times, queries), z[:, 1:])
     for rollout in case.config["rollouts"]:
         tag, context, horizon = rollout["tag"], rollout["ctx_len"], rollout["horizon"]
@@ -246,8 +246,8 @@ def _dinoworld_outputs(case, world, backbone) -> dict[str, Tensor]:
                 num_samples=noise.shape[2],
                 chunks=Chunks(windows=len(x), samples=4),
             )
-        queries = found.queries
-        got |= _selection_outputs(found.indices, torch.cat(losses, dim=2))
+        queries = found.queries[:, :, 0]
+        got |= _selection_outputs(found.indices[:, :, 0], torch.cat(losses, dim=2))
     got |= _training_outputs(case, world, world(x, times, queries, grid=grid), x[:, 1:])
     for rollout in case.config["rollouts"]:
         tag, context, horizon = rollout["tag"], rollout["ctx_len"], rollout["horizon"]

@@ -76,7 +76,7 @@ def test_selection_takes_the_lowest_loss_and_the_step_trains_it(world_config: Ma
     mean = found.mean_losses.mean().item()
     assert extras["mean_candidate_loss"].item() == pytest.approx(mean)
     assert losses.requires_grad
-    assert found.queries.shape == (8, 4, 16)
+    assert found.queries.shape == (8, 4, 1, 16)
 
 
 @pytest.mark.parametrize("chunks", [Chunks(3, 6), Chunks(1, 2), Chunks(8, 4)])

@@ -80,8 +80,8 @@ class Objective(ABC):
     def judge(self, values: Mapping[str, float], *, step: int) -> None:  # noqa: B027
         """DeltatokError if validation shows that going on is pointless."""
 
-    def work_at(self, step: int) -> int:
-        """Any number that is the same for steps that take the same FLOPs a sample."""
+    def work_at(self, step: int) -> object:
+        """Anything that is equal for steps that take the same FLOPs a sample."""
         return 0
 
     def provenance(self) -> dict[str, Any]:

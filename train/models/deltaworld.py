@@ -23,12 +23,13 @@ class DeltaWorldNetwork(World):
         """Teacher forcing: predictions (B, T-1, D) of z[:, 1:] from the true tokens before each.
 
         z (B, T, D), timestamps (B, T), queries (B, T-1, Dp): the selected noise; None: the learned
-        query of a discriminative model.
+        query of a discriminative model. Of queries (B, T-1, S, Dp): predictions (B, T-1, S, D).
         """
         if queries is None:
             queries = self.learned_queries(z.shape[0], z.shape[1] - 1)
-        predictions = self.candidates(self.memory(z, timestamps), timestamps, queries[:, :, None])
-        return predictions[:, :, 0]
+        several = queries if queries.ndim == 4 else queries[:, :, None]
+        predictions = self.candidates(self.memory(z, timestamps), timestamps, several)
+        return predictions if queries.ndim == 4 else predictions[:, :, 0]
 
     def predict(
         self,

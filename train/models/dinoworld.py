@@ -31,12 +31,15 @@ class DINOWorld(World):
         """Teacher forcing: predictions (B, T-1, N, D) of x[:, 1:] from the true frames before each.
 
         x (B, T, N, D), timestamps (B, T), queries (B, T-1, Dp): the selected noise; None: the
-        learned query of a discriminative model.
+        learned query of a discriminative model. Of queries (B, T-1, S, Dp): predictions
+        (B, T-1, S, N, D).
         """
         if queries is None:
             queries = self.learned_queries(x.shape[0], x.shape[1] - 1)
+        several = queries if queries.ndim == 4 else queries[:, :, None]
         memory = self.memory(x, timestamps, grid=grid)
-        return self.candidates(memory, timestamps, queries[:, :, None], grid=grid)[:, :, 0]
+        predictions = self.candidates(memory, timestamps, several, grid=grid)
+        return predictions if queries.ndim == 4 else predictions[:, :, 0]
 
     def memory(self, x: Tensor, timestamps: Tensor, *, grid: tuple[int, int]) -> KeysValues:
         """Keys and values of x (B, T, N, D) but its last frame: what teacher forcing may see."""

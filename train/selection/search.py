@@ -1,12 +1,12 @@
-"""Best-of-many selection: of S noise queries at each position, the one that predicts best.
+"""Best-of-many selection: of S noise queries at each position, the one, or few, that predict best.
 
-Without gradient, some windows and a chunk of samples at a time, keeping only the lowest loss, its
-index and the sum: memory does not grow with S. The winners' noise is drawn again from their
+Without gradient, some windows and a chunk of samples at a time, keeping only the lowest losses,
+their indices and the sum: memory does not grow with S. The winners' noise is drawn again from their
 indices (noise.py), and the training step predicts from it once more, with gradient.
 
-Letters: B batch, P = T - 1 target positions, S samples, N patches, D channels of a token, Dp of a
-query. As in the paper: smooth-L1 (beta 0.1) to the true token, averaged over the token (or the
-frame's tokens); argmin.
+Letters: B batch, P = T - 1 target positions, S samples, W winners, N patches, D channels of a
+token, Dp of a query. As in the paper: smooth-L1 (beta 0.1) to the true token, averaged over the
+token (or the frame's tokens); the W lowest (paper: the lowest).
 """
 
 import math
@@ -31,18 +31,19 @@ read the weights less often, until the activations leave the caches); GPU: a gue
 
 
 class Winners(NamedTuple):
-    """The winner of every position: the lowest loss, the first of equal ones."""
+    """The winners of every position: the lowest losses, in order, the first of equal ones before
+    the others."""
 
     indices: Tensor
-    """int64 (B, P), into the samples."""
+    """int64 (B, P, W), into the samples."""
     best_losses: Tensor
-    """float32 (B, P)."""
+    """float32 (B, P): the mean over the winners."""
     mean_losses: Tensor
     """float32 (B, P): over all samples."""
     queries: Tensor
-    """(B, P, Dp): the winners' noise."""
+    """(B, P, W, Dp): the winners' noise."""
     finalists: Tensor
-    """int64 (B, P, F): the F lowest, the winner first."""
+    """int64 (B, P, F): the F lowest, F at least W, the winners first."""
 
 
 class Chunks(NamedTuple):
@@ -65,12 +66,13 @@ def select(
     *,
     grid: tuple[int, int] | None = None,
     num_samples: int,
+    num_winners: int = 1,
     num_finalists: int = 1,
     products: ProductsName = "float32",
     chunks: Chunks | None = None,
     chunk_losses: "ChunkLosses | None" = None,
 ) -> Winners:
-    """The best of num_samples candidates, predicted with `products` (folded.py).
+    """The best num_winners of num_samples candidates, predicted with `products` (folded.py).
 
     tokens (B, T, D), for DINO-world (B, T, N, D) with its grid; timestamps (B, T) seconds. chunks
     None: as many as activations of CPU_MEMORY_MB or GPU_MEMORY_MB allow. chunk_losses: a compiled
@@ -86,7 +88,8 @@ def select(
         else:
             score = chunk_losses or ChunkLosses()
             scorer = _folded_scorer(world, tokens, timestamps, noise, products, score)
-        found = _search(scorer, tokens, noise, chunks, num_samples, num_finalists)
+        counts = num_samples, num_winners, max(num_winners, num_finalists)
+        found = _search(scorer, tokens, noise, chunks, counts)
     if is_low:  # weights that were cast without gradient must not serve the pass with gradient
         torch.clear_autocast_cache()
     return found
@@ -236,17 +239,18 @@ def _search(
     tokens: Tensor,
     noise: Noise,
     chunks: Chunks,
-    num_samples: int,
-    num_finalists: int,
+    counts: tuple[int, int, int],
 ) -> Winners:
-    """scorer(windows): what scores their candidates; tokens (B, T, ...)."""
+    """scorer(windows): what scores their candidates; tokens (B, T, ...); counts: of samples, of
+    winners, of finalists."""
+    num_samples, num_winners, num_finalists = counts
     count, positions = len(tokens), tokens.shape[1] - 1
     size = min(chunks.windows, count)
     keep = min(num_finalists, num_samples)
     device = tokens.device
     finalists = torch.empty((count, positions, keep), dtype=torch.int64, device=device)
-    best = torch.empty((count, positions), device=device)
-    mean = torch.empty_like(best)
+    best = torch.empty((count, positions, min(num_winners, num_samples)), device=device)
+    mean = torch.empty((count, positions), device=device)
     for start in range(0, count, size):
         start = min(start, count - size)  # all portions alike: the last may overlap
         part = slice(start, start + size)
@@ -254,6 +258,6 @@ def _search(
             scorer(part), num_samples=num_samples, size=chunks.samples, device=device
         )
         finalists[part], lowest, mean[part] = running_best(losses, keep=keep)
-        best[part] = lowest[:, :, 0]
-    indices = finalists[:, :, 0]
-    return Winners(indices, best, mean, noise.at(indices[..., None])[:, :, 0], finalists)
+        best[part] = lowest[:, :, :num_winners]
+    indices = finalists[:, :, :num_winners]
+    return Winners(indices, best.mean(2), mean, noise.at(indices), finalists)

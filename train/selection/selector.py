@@ -1,6 +1,7 @@
-"""Best-of-many in training: its noise, its K, its precision and whether that one is good enough.
+"""Best-of-many in training: its noise, its candidates and winners, its precision and whether that
+one is good enough.
 
-Letters: B batch, P target positions, S samples, Dp channels of a query.
+Letters: B batch, P target positions, S samples, W winners, Dp channels of a query.
 """
 
 import math
@@ -80,6 +81,10 @@ class Selector:
         """Candidates K of a training step (from 0)."""
         return self._config.num_samples_at(step, default=self._model.config.num_samples_train)
 
+    def num_winners_at(self, step: int) -> int:
+        """Candidates W of a training step (from 0) that are trained."""
+        return self._config.num_winners_at(step)
+
     def train(
         self, windows: NamedWindows, *, step: int, checks: bool
     ) -> tuple[Winners, Mapping[str, Tensor]]:
@@ -92,6 +97,7 @@ class Selector:
             windows,
             self.noise(windows),
             num_samples=num_samples,
+            num_winners=self.num_winners_at(step),
             products=self._low or self._full,
             num_finalists=config.selection_finalists,
             chunk_losses=self._chunk_losses,
@@ -139,10 +145,14 @@ class Selector:
         """The best of the finalists, in the precision of training."""
         given = GivenNoise(self.noise(windows).at(found.finalists))
         decided = self._select(
-            windows, given, num_samples=found.finalists.shape[2], products=self._full
+            windows,
+            given,
+            num_samples=found.finalists.shape[2],
+            num_winners=found.indices.shape[2],
+            products=self._full,
         )
         return decided._replace(
-            indices=found.finalists.gather(2, decided.indices[..., None])[..., 0],
+            indices=found.finalists.gather(2, decided.indices),
             mean_losses=found.mean_losses,
             finalists=found.finalists,
         )
@@ -152,12 +162,19 @@ class Selector:
     ) -> dict[str, Tensor]:
         """How good the picks of the first windows are by float32."""
         few = windows.first(self._config.selection_check_windows)
-        count = len(few.names)
-        best = self._select(few, self.noise(few), num_samples=num_samples, products="float32")
-        picks = GivenNoise(found.queries[:count, :, None])
-        picked = self._select(few, picks, num_samples=1, products="float32").best_losses
+        count, num_winners = len(few.names), found.indices.shape[2]
+        best = self._select(
+            few,
+            self.noise(few),
+            num_samples=num_samples,
+            num_winners=num_winners,
+            products="float32",
+        )
+        picks = GivenNoise(found.queries[:count])
+        picked = self._select(few, picks, num_samples=num_winners, products="float32").mean_losses
         regret = ((picked - best.best_losses) / best.best_losses).clamp(min=0).mean()
-        agreement = (best.indices == found.indices[:count]).float().mean()
+        same = found.indices[:count, :, :, None] == best.indices[:, :, None]
+        agreement = same.any(3).float().mean()
         return {"selection_agreement": agreement, "selection_regret": regret}
 
     def _select(
@@ -166,6 +183,7 @@ class Selector:
         noise: Noise,
         *,
         num_samples: int,
+        num_winners: int = 1,
         products: ProductsName,
         num_finalists: int = 1,
         chunk_losses: ChunkLosses | None = None,
@@ -185,6 +203,7 @@ class Selector:
             noise,
             grid=self._grid,
             num_samples=num_samples,
+            num_winners=num_winners,
             num_finalists=num_finalists,
             products=products,
             chunks=chunks,
@@ -193,8 +212,9 @@ class Selector:
 
 
 class WorldObjective(Objective):
-    """What both world models train: the next tokens from the best of K noise queries, or, without
-    use_bom, from learned ones. A sample is a window."""
+    """What both world models train: the next tokens from the best of K noise queries, from each of
+    the best few, which share the loss equally, or, without use_bom, from learned ones. A sample is
+    a window."""
 
     unit = "windows"
     best_by = "validation_best_loss"
@@ -245,7 +265,8 @@ class WorldObjective(Objective):
                 )
             queries = found.queries
         prediction = forward(tokens, timestamps, queries, **self._grid)
-        return smooth_l1(prediction, tokens[:, 1:]).flatten(1).mean(1), extras
+        target = tokens[:, 1:] if queries is None else tokens[:, 1:, None]
+        return smooth_l1(prediction, target.expand_as(prediction)).flatten(1).mean(1), extras
 
     def validation_losses(
         self, tokens: Tensor, timestamps: Tensor, windows: Indices
@@ -259,8 +280,8 @@ class WorldObjective(Objective):
     def check(self, numbers: Mapping[str, float], *, step: int) -> None:
         self.selector.check(numbers, step=step)
 
-    def work_at(self, step: int) -> int:
-        return self.selector.num_samples_at(step)
+    def work_at(self, step: int) -> tuple[int, ...]:
+        return self.selector.num_samples_at(step), self.selector.num_winners_at(step)
 
 
 def check_float8(model: DeltaWorldNetwork | DINOWorld, device: torch.device) -> None:

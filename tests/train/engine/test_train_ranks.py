@@ -111,7 +111,8 @@ if child:
 def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path, run_program: Make) -> Path:
     """Folder of the runs, 6 steps of batch 8 each: `one` and `two` ranks; `portions`: one rank
     that takes 4 windows at a time; `moved`: 2 steps so on one rank, 2 on two, 2 on one; `paused`:
-    two ranks that stop after 3 steps and go on; and what else RANK does there."""
+    two ranks that stop after 3 steps and go on; `two-winners` and `portions-winners`: the same with
+    2 winners, from the fourth step on 3; and what else RANK does there."""
     from deltatok.train.models.configs import DeltaWorldConfig
 
     folder = tmp_path_factory.mktemp("runs")
@@ -146,11 +147,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, deltas: Path, run_program: Ma
 
     train_world(config("one"))
     train_world(config("portions", micro_batch_size=4))
+    winners = {"num_winners_schedule": ((0, 2), (3, 3))}
+    train_world(config("portions-winners", micro_batch_size=4, **winners))
     train_world(config("moved", micro_batch_size=4, steps=2))
     (folder / "held").mkdir()
     with (folder / "held" / LOCK).open("wb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         configs = [
+            config("two-winners", **winners),
             config("two"),
             config("moved", steps=4),
             config("paused", steps=3),
@@ -178,6 +182,11 @@ def test_two_ranks_train_the_model_of_one_process(runs: Path, log_lines: Make) -
 
 def test_two_ranks_equal_one_that_takes_their_portions_bit_for_bit(runs: Path) -> None:
     assert weights(runs / "two") == weights(runs / "portions")
+
+
+def test_two_ranks_share_the_gradient_of_several_winners_bit_for_bit(runs: Path) -> None:
+    assert weights(runs / "two-winners") == weights(runs / "portions-winners")
+    assert weights(runs / "two-winners") != weights(runs / "two")
 
 
 def test_ranks_may_change_from_one_to_two_to_one_bit_for_bit(runs: Path, log_lines: Make) -> None:

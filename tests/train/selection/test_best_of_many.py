@@ -70,9 +70,8 @@ def problem(seed: int, samples: int, *, batch: int = 2) -> tuple[Tensor, Tensor,
 
 
 def chosen(noise: Tensor, indices: Tensor) -> Tensor:
-    """The noise (B, P, Dp) of one sample a position."""
-    index = indices[..., None, None].expand(-1, -1, 1, noise.shape[3])
-    return noise.gather(2, index)[:, :, 0]
+    """The noise (B, P, W, Dp) of some samples of each position."""
+    return noise.gather(2, indices[..., None].expand(-1, -1, -1, noise.shape[3]))
 
 
 def check_equal(found: Winners, losses: Tensor, *, atol: float = 1e-5) -> None:
@@ -80,11 +79,11 @@ def check_equal(found: Winners, losses: Tensor, *, atol: float = 1e-5) -> None:
     lowest = losses.amin(dim=2)
     torch.testing.assert_close(found.best_losses, lowest, atol=atol, rtol=1e-5)
     torch.testing.assert_close(found.mean_losses, losses.mean(dim=2), atol=atol, rtol=1e-5)
-    picked = losses.gather(2, found.indices[..., None])[..., 0]
+    picked = losses.gather(2, found.indices)[..., 0]
     assert torch.all(picked <= lowest + atol)
     second = losses.topk(min(2, losses.shape[2]), dim=2, largest=False).values[..., -1]
     clear = second > lowest + 2 * atol
-    assert torch.equal(found.indices[clear], losses.argmin(dim=2)[clear])
+    assert torch.equal(found.indices[:, :, 0][clear], losses.argmin(dim=2)[clear])
 
 
 def test_the_two_plain_forms_are_one():
@@ -111,6 +110,34 @@ def test_selection_equals_the_plain_form(seed, samples, windows, chunk, batch):
     )
     check_equal(found, plain_select_one_by_one(WORLD, z, times, noise)[1])
     assert torch.equal(found.queries, chosen(noise, found.indices))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    winners=st.integers(1, 9),
+    finalists=st.integers(1, 9),
+    chunk=st.integers(1, 10),
+)
+def test_several_winners_are_the_lowest_of_the_plain_form(seed, winners, finalists, chunk):
+    z, times, noise = problem(seed, 9)
+    found = select(
+        WORLD,
+        z,
+        times,
+        GivenNoise(noise),
+        num_samples=9,
+        num_winners=winners,
+        num_finalists=finalists,
+        chunks=Chunks(1, chunk),
+    )
+    losses = plain_select_one_by_one(WORLD, z, times, noise)[1]
+    lowest = losses.topk(winners, dim=2, largest=False, sorted=True).values
+    torch.testing.assert_close(losses.gather(2, found.indices), lowest, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.best_losses, lowest.mean(2), atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.queries, chosen(noise, found.indices))
+    assert found.finalists.shape[2] == max(winners, finalists)
+    assert torch.equal(found.finalists[:, :, :winners], found.indices)
 
 
 def test_candidates_really_differ_in_these_tests():
@@ -210,11 +237,11 @@ def test_the_winners_pass_with_gradient_gives_the_lowest_loss_again():
     z, times, _ = problem(6, 1)
     noise = CounterNoise(torch.tensor([5, 6]), FRAMES - 1, 32, 1.0)
     found = select(WORLD, z, times, noise, num_samples=50)
-    prediction = WORLD(z, times, noise.at(found.indices[..., None])[:, :, 0])
-    again = smooth_l1(prediction, z[:, 1:]).mean(dim=2)
+    prediction = WORLD(z, times, noise.at(found.indices))
+    again = smooth_l1(prediction, z[:, 1:, None]).mean(dim=(2, 3))
     assert again.requires_grad
     torch.testing.assert_close(again, found.best_losses, atol=1e-5, rtol=1e-5)
-    assert torch.equal(noise.at(found.indices[..., None])[:, :, 0], found.queries)
+    assert torch.equal(noise.at(found.indices), found.queries)
 
 
 def test_memory_of_the_losses_does_not_grow_with_the_samples():

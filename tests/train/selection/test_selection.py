@@ -71,7 +71,7 @@ def regret(picked: Winners, exact: Winners, world: DeltaWorldNetwork) -> float:
     """From the forward pass, independently of what the trainer logs."""
     given = windows(len(picked.indices))
     with torch.no_grad():
-        predicted = world(given.tokens, given.timestamps, picked.queries)
+        predicted = world(given.tokens, given.timestamps, picked.queries[:, :, 0])
     losses = torch.nn.functional.smooth_l1_loss(
         predicted, given.tokens[:, 1:], beta=0.1, reduction="none"
     ).mean(2)
@@ -393,7 +393,7 @@ def test_two_finalists_are_compared_in_the_precision_of_training() -> None:
     fields = {"selection_dtype": "bfloat16", "selection_finalists": 2}
     found, _ = selector(world, **fields).train(given, step=0, checks=False)
     with torch.no_grad():
-        predicted = world(given.tokens, given.timestamps, found.queries)
+        predicted = world(given.tokens, given.timestamps, found.queries[:, :, 0])
     losses = torch.nn.functional.smooth_l1_loss(
         predicted, given.tokens[:, 1:], beta=0.1, reduction="none"
     )
