@@ -298,6 +298,11 @@ class SelectionConfig(TrainConfig):
     num_winners_schedule: tuple[tuple[int, int], ...] = ()
     """Winners of a position by step: pairs of the first step (from 0) and their number; none:
     num_winners at every step."""
+    rollout_probability: float = 0.0
+    """Share of windows, drawn anew every step, that are trained as in a rollout: from a drawn token
+    on they see the model's own predictions (with the winners' noise) in place of the true tokens;
+    what they are to predict stays. 0: none, as the paper. The passes that make those predictions,
+    one a token and each of one winner, are not counted as FLOPs."""
     num_samples_schedule: tuple[tuple[int, int], ...] = ()
     """Candidates K of a position by step: pairs of the first step (from 0) and K; none:
     model.num_samples_train at every step."""
@@ -340,6 +345,10 @@ class SelectionConfig(TrainConfig):
             raise UsageError(
                 f"selection_finalists {self.selection_finalists}: wanted a selection_dtype as "
                 "well, whose best candidates are compared again; set one, or leave this out"
+            )
+        if not 0 <= self.rollout_probability <= 1:
+            raise UsageError(
+                f"rollout_probability {self.rollout_probability}: wanted a share between 0 and 1"
             )
         check_at_least(1, num_winners=self.num_winners)
         check_schedule("num_samples_schedule", self.num_samples_schedule, unit="K")

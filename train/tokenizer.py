@@ -161,10 +161,10 @@ class TokenizerObjective(Objective):
             self._config.decoder_patch_fraction
         )
 
-    def work_at(self, step: int) -> int:
-        """1 for a step with a part of the patches."""
+    def work_at(self, step: int) -> bool:
+        """Whether a step has a part of the patches only."""
         end = self._config.whole_frames_from
-        return int(self._config.draws_patches and (end is None or step < end))
+        return self._config.draws_patches and (end is None or step < end)
 
     def _closed_loop(
         self, run: Callable[..., Tensor], x_prev: Tensor, x_cur: Tensor, numbers: Indices

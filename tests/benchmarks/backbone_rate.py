@@ -42,7 +42,7 @@ def frames_per_s(backbone: Backbone, *, num_frames: int, frame_size: int, min_s:
 def flop_per_frame(backbone: Backbone, frame_size: int) -> float:
     """Multiply-adds counted twice, in matrix products alone."""
     config, (rows, columns) = backbone.config, backbone.grid(frame_size)
-    tokens = rows * columns + 1 + backbone.num_register_tokens
+    tokens = rows * columns + 1 + config.num_register_tokens
     width = backbone.hidden_size
     products = tokens * (4 * width**2 + 2 * width * config.intermediate_size)
     attention = 2 * tokens**2 * width

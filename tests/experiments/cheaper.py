@@ -45,6 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "as now": {},
     "decoder 1/2": _share(1, 0.5),
     "decoder 1/4": _share(1, 0.25),
+    "decoder 1/4, then all": {**_share(1, 0.25), **LAST_FIFTH},
     "both 1/2": _share(0.5, 0.5),
     "both 1/2, then all": {**_share(0.5, 0.5), **LAST_FIFTH},
     "both 1/4, then all": {**_share(0.25, 0.25), **LAST_FIFTH},

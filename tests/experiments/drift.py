@@ -3,10 +3,10 @@ mIoU by step over rollouts of ten steps.
 
     python tests/experiments/drift.py --quickstart runs/quickstart --out DIR --json FILE
 
-A last stage of a few hundred steps, with optimizer state, from a trained tokenizer: as it was
-trained, or in a closed loop. Seed 0 starts from the quickstart's tokenizer, others from one of
-their own, trained as that one was. World models: a last stage too, from the quickstart's, on the
-delta tokens of the tokenizer. All else as in the quickstart.
+A last stage of a few hundred steps, with optimizer state, from the quickstart's tokenizer: as it
+was trained, or in a closed loop; and tokenizers trained so from their first step (--whole). World
+models: a last stage too, from the quickstart's, on the delta tokens of the tokenizer. All else as
+in the quickstart. The seed of a last stage decides its batches alone.
 
 Measured on clips of 3 s of another little world (its own seed, nothing was chosen on them): four
 frames seen, ten forecast, 0.2 s apart. Of a tokenizer the reconstructions, closed loop (encoder and
@@ -14,10 +14,10 @@ decoder start from its own last reconstruction) and open loop (true frames' delt
 from its own last reconstruction: what is left of a forecast whose delta tokens are all right); of a
 world model the best of 20 samples (at each step its own best), and their mean.
 
-JSON: clips, steps, rows: [{tokenizer, world, seed, settings, the last validation_loss and
-validation_z_swap_ratio or validation_best_loss, loss: {row: [smooth L1 of step 1, 2, ...]}, miou:
-{row: [percent of step 1, 2, ...]}}]: a row a trained model; world: the arm of the world model, null
-for the tokenizer alone.
+JSON: clips, steps, rows: [{stage: last or whole, tokenizer, world, seed, settings, the last
+validation_loss and validation_z_swap_ratio or validation_best_loss, loss: {row: [smooth L1 of step
+1, 2, ...]}, miou: {row: [percent of step 1, 2, ...]}}]: a row a trained model; world: the arm of
+the world model, null for the tokenizer alone.
 """
 
 import argparse
@@ -67,8 +67,13 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
         for half in ("both", "decoder")
         for gradient in ("through", "stopped")
     },
+    "decoder 7 through": {**_closed(7, "decoder", "through"), "batch_size": 63},
 }
-WORLDS: dict[str, dict[str, Any]] = {"as now": {}}
+WORLDS: dict[str, dict[str, Any]] = {
+    "as now": {},
+    "rollout 0.25": {"rollout_probability": 0.25},
+    "rollout 0.5": {"rollout_probability": 0.5},
+}
 
 
 def main() -> None:
@@ -79,7 +84,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="the result; rows are added to it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument(
-        "--tokenizers", nargs="+", default=list(TOKENIZERS), choices=list(TOKENIZERS), help="[all]"
+        "--tokenizers", nargs="*", default=list(TOKENIZERS), choices=list(TOKENIZERS), help="[all]"
+    )
+    parser.add_argument(
+        "--whole",
+        nargs="*",
+        default=[],
+        choices=list(TOKENIZERS),
+        help="from the first step [none]",
     )
     parser.add_argument(
         "--worlds",
@@ -98,11 +110,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if arguments.json.exists():
         rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
-    done = {(row["tokenizer"], row["world"], row["seed"]) for row in rows}
+    done = {(row["stage"], row["tokenizer"], row["world"], row["seed"]) for row in rows}
 
     def measure(
-        tokenizer: str, folder: Path, seed: int, arm: str | None, world_model: Path | None
+        told: dict[str, Any], settings: dict[str, Any], folder: Path, world_model: Path | None
     ) -> None:
+        if tuple(told.values()) in done:
+            return
         config = ForecastConfig(
             patches=str(patches),
             labels=str(world / "labels" / "val"),
@@ -114,37 +128,38 @@ def main() -> None:
             mid_steps=STEPS,
             regressor_null=False,
             batch_windows=8,
-            seed=seed,
+            seed=told["seed"],
         )
-        settings = TOKENIZERS[tokenizer] if arm is None else WORLDS[arm]
-        told = {"tokenizer": tokenizer, "world": arm, "seed": seed, "settings": settings}
         kept = ("validation_loss", "validation_z_swap_ratio", "validation_best_loss")
         logs = {name: logged(world_model or folder, name) for name in kept}
         last = {name: values[-1][1] for name, values in logs.items() if values}
         inputs = open_inputs(config, torch.device("cpu"))
-        rows.append({**told, **last, **measured(inputs)})
+        rows.append({**told, "settings": settings, **last, **measured(inputs)})
         save_rows(arguments.json, rows)
 
     for seed in arguments.seeds:
-        base = arguments.quickstart / "tokenizer"
-        if seed:
-            base = stages.run("tokenizer", f"base-seed{seed}", {"seed": seed, "deltas": None})
+        for name in arguments.whole:
+            told = {"stage": "whole", "tokenizer": name, "world": None, "seed": seed}
+            tokenizer = arguments.quickstart / "tokenizer"
+            if name != "as now" or seed:
+                slug = f"whole-{name.replace(' ', '-')}-seed{seed}"
+                changed = {**TOKENIZERS[name], "seed": seed, "deltas": None}
+                tokenizer = stages.run("tokenizer", f"tokenizer-{slug}", changed)
+            measure(told, TOKENIZERS[name], tokenizer, None)
         for name in arguments.tokenizers:
             slug = f"{name.replace(' ', '-')}-seed{seed}"
             deltas = arguments.out / f"deltas-{slug}"
+            told = {"stage": "last", "tokenizer": name, "world": None, "seed": seed}
             settings = {
                 **STAGE,
                 **TOKENIZERS[name],
-                "start_from": str(base),
-                "seed": seed + 100,  # other batches than the base had
+                "start_from": str(arguments.quickstart / "tokenizer"),
+                "seed": seed + 100,  # other batches than there
                 "deltas": str(deltas) if arguments.worlds else None,
             }
             tokenizer = stages.run("tokenizer", f"tokenizer-{slug}", settings)
-            if (name, None, seed) not in done:
-                measure(name, tokenizer, seed, None, None)
+            measure(told, TOKENIZERS[name], tokenizer, None)
             for arm in arguments.worlds:
-                if (name, arm, seed) in done:
-                    continue
                 settings = {
                     **WORLD_STAGE,
                     **WORLDS[arm],
@@ -153,7 +168,8 @@ def main() -> None:
                     "deltas": str(deltas),
                 }
                 folder = f"world-{slug}-{arm.replace(' ', '-')}"
-                measure(name, tokenizer, seed, arm, stages.run("world-model", folder, settings))
+                world_model = stages.run("world-model", folder, settings)
+                measure({**told, "world": arm}, WORLDS[arm], tokenizer, world_model)
 
 
 def save_rows(file: Path, rows: list[dict[str, Any]]) -> None:

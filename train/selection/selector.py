@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from ...shards.patches.reader import PatchShards
 from ...shards.running.devices import precision_name
 from ..config import DINOWorldTrainConfig, WorldTrainConfig
 from ..data.batches import Batch, WindowBatches, check_frames
-from ..data.order import Indices, RankSlice, seed_for
+from ..data.order import Indices, RankSlice, seed_for, uniforms
 from ..engine.devices import check_compiler, to_device
 from ..engine.logs import Meter, is_time
 from ..engine.objective import Objective
@@ -219,6 +220,7 @@ class WorldObjective(Objective):
     unit = "windows"
     best_by = "validation_best_loss"
     model: DeltaWorldNetwork | DINOWorld
+    _config: WorldTrainConfig | DINOWorldTrainConfig
 
     def __init__(
         self,
@@ -229,6 +231,8 @@ class WorldObjective(Objective):
         device: torch.device,
     ) -> None:
         check_frames(shards.shape[0], least=2)
+        if config.rollout_probability > 0:
+            check_frames(shards.shape[0], least=3, why="rollout_probability above 0")
         super().__init__(model, shards, config, ranks, device)
         self.tokens_per_sample = math.prod(shards.shape[:-1])
         grid = shards.grid if isinstance(shards, PatchShards) else None
@@ -264,9 +268,53 @@ class WorldObjective(Objective):
                     NamedWindows(tokens, timestamps, names), step=step, checks=not meter.is_counting
                 )
             queries = found.queries
-        prediction = forward(tokens, timestamps, queries, **self._grid)
+        context = tokens
+        if self._config.rollout_probability > 0:
+            numbers = batch.samples[samples]
+            context = self._with_own(tokens, timestamps, queries, numbers=numbers, step=step)
+        prediction = forward(context, timestamps, queries, **self._grid)
         target = tokens[:, 1:] if queries is None else tokens[:, 1:, None]
         return smooth_l1(prediction, target.expand_as(prediction)).flatten(1).mean(1), extras
+
+    @torch.no_grad()
+    def _with_own(
+        self,
+        tokens: Tensor,
+        timestamps: Tensor,
+        queries: Tensor | None,
+        *,
+        numbers: Indices,
+        step: int,
+    ) -> Tensor:
+        """`tokens` (B, T, ...) in which a share of the windows has, from a drawn token on, what the
+        model itself predicts, each from the ones before it. queries (B, P, W, Dp): the first winner
+        of every position; numbers (B,): of the windows in the global batch."""
+        config, num_frames = self._config, tokens.shape[1]
+        drawn = uniforms(2 * config.batch_size, config.seed, "rollouts", step)
+        is_drawn, where = drawn.reshape(-1, 2)[numbers].T
+        chosen = np.flatnonzero(is_drawn < config.rollout_probability)
+        if not len(chosen):
+            return tokens
+        first = 1 + (where[chosen] * (num_frames - 2)).astype(np.int64)  # 1 to T - 2
+        rows, begins = (
+            to_device(torch.from_numpy(part), tokens.device) for part in (chosen, first)
+        )
+        own, times = tokens[rows], timestamps[rows]
+        noise = None if queries is None else queries[rows, :, 0]
+        for at in range(int(first.min()), num_frames - 1):
+            # Its own forward: compiled ones would be compiled anew for every length.
+            made = self.model.forward(
+                own[:, : at + 1],
+                times[:, : at + 1],
+                None if noise is None else noise[:, :at],
+                **self._grid,
+            )[:, -1]
+            is_own = (begins <= at).reshape(-1, *[1] * (own.ndim - 2))
+            own[:, at] = torch.where(is_own, made.float(), own[:, at])
+        torch.clear_autocast_cache()  # weights cast here must not serve the pass with gradient
+        mixed = tokens.clone()
+        mixed[rows] = own
+        return mixed
 
     def validation_losses(
         self, tokens: Tensor, timestamps: Tensor, windows: Indices
