@@ -77,8 +77,8 @@ def _arms(axes: Axes, arms: Mapping[str, Mapping[str, Any]]) -> None:
         places = [_point(axes, (RECALL, PRECISION), values, **style) for _, values in found]
         axes.plot(*zip(*places, strict=True), color=colour, linewidth=1, label=f"K = {samples}")
         for (winners, _), place in zip(found, places, strict=True):
-            offset = {"xytext": (5, 5), "textcoords": "offset points"}
-            axes.annotate(str(winners), place, fontsize=9, color=colour, **offset)
+            offset = (5, -12) if samples == 64 else (5, 5)
+            _note(axes, str(winners), place, color=colour, offset=offset)
 
 
 def _choices(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -86,9 +86,18 @@ def _choices(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
         samples, winners = row["arm"].split("-")
         style = {"color": COLOURS[int(samples)], "marker": SHAPES[row["rule"]], "markersize": 6}
         hollow = {} if winners == "1" else {"markerfacecolor": "white"}
-        _point(axes, (RECALL, PRECISION), row["values"], **style, **hollow)
+        place = _point(axes, (RECALL, PRECISION), row["values"], **style, **hollow)
+        if row["rule"] == "first":
+            note = f"{winners} of {samples}"
+            _note(axes, note, place, color=style["color"], offset=(5, -12))
     for rule, shape in SHAPES.items():
         axes.plot([], [], linestyle="none", color=GREY, marker=shape, label=rule)
+
+
+def _note(
+    axes: Axes, text: str, place: tuple[float, float], *, color: str, offset: tuple[int, int]
+) -> None:
+    axes.annotate(text, place, fontsize=9, color=color, xytext=offset, textcoords="offset points")
 
 
 def _reference(axes: Axes, values: Mapping[str, Any]) -> None:
