@@ -107,7 +107,7 @@ class _Version:
 
 def shard_path(folder: Path, shard: int, suffix: str) -> Path:
     """`folder`/shards/NNNNNN`suffix`."""
-    return folder / "shards" / f"{shard:06d}{suffix}"
+    return folder.joinpath("shards", f"{shard:06d}{suffix}")
 
 
 def write_done(folder: Path | str, record: DoneRecord) -> None:
@@ -236,7 +236,7 @@ def quarantined_of(records: Iterable[DoneRecord]) -> list[Quarantined]:
 def quarantine_bytes(entries: Iterable[Quarantined]) -> bytes:
     """quarantine.jsonl with these entries: one a line, sorted by clip."""
     entries = sorted(entries, key=lambda entry: (entry.clip, entry.stage))
-    return "".join(f"{json.dumps(asdict(entry), sort_keys=True)}\n" for entry in entries).encode()
+    return "".join(f"{json.dumps(vars(entry), sort_keys=True)}\n" for entry in entries).encode()
 
 
 def append_timing(folder: Path | str, timing: Mapping[str, Any]) -> None:

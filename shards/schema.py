@@ -340,6 +340,8 @@ def _is_stored(value: Any, wanted: Any) -> bool:
         return is_count(value)
     if wanted is str or wanted is bool:
         return type(value) is wanted
+    if wanted is float:
+        return type(value) is float and math.isfinite(value)
     if type(value) is not list:
         return False
     if wanted == _ANYTHING:
