@@ -9,7 +9,7 @@ are several). Right: a choice at sampling time. Green: the aim; grey: the discri
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def _arms(axes: Axes, arms: Mapping[str, Mapping[str, Any]]) -> None:
             _note(axes, str(winners), place, color=colour, offset=offset)
 
 
-def _choices(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
+def _choices(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         samples, winners = row["arm"].split("-")
         style = {"color": COLOURS[int(samples)], "marker": SHAPES[row["rule"]], "markersize": 6}
@@ -90,8 +90,8 @@ def _choices(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
         if row["rule"] == "first":
             note = f"{winners} of {samples}"
             _note(axes, note, place, color=style["color"], offset=(5, -12))
-    for rule, shape in SHAPES.items():
-        axes.plot([], [], linestyle="none", color=GREY, marker=shape, label=rule)
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        axes.plot([], [], linestyle="none", color=GREY, marker=SHAPES[rule], label=rule)
 
 
 def _note(
