@@ -2,7 +2,7 @@
 resumed, refused where there are fewer candidates; one winner is what it was."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,16 @@ def before(
     return smooth_l1(prediction, tokens[:, 1:]).flatten(1).mean(1), extras
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products whose rounding does not depend on how many threads a busy machine gives them."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_one_winner_trains_the_weights_that_it_did(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
