@@ -17,7 +17,6 @@ from deltatok.shards.cache import checksum, finish_cache, open_cache, reopen_cac
 from deltatok.shards.deltas.writer import write_delta_shard
 from deltatok.shards.plan import make_plan, write_plan
 from deltatok.shards.records import done_shards, remove_done
-from deltatok.shards.stores import mirror as mirrors
 from deltatok.shards.stores import upload as uploads
 from deltatok.shards.stores.mirror import CACHE_LIMIT, cache_dir, local_folder
 from deltatok.shards.stores.push import pull, push
@@ -283,10 +282,6 @@ def test_expected_shards_are_fetched_ahead(
     push(patches.folder, address, progress=quiet)
     reader = PatchShards(address)
     reader.expect(np.arange(len(reader)))
-    mirror = mirrors._mirror(reader.folder, os.getpid())
-    assert mirror is not None
-    with mirror._lock:
-        assert mirror._lock.wait_for(lambda: not mirror._waiting, timeout=30)
     for path in (reader.folder / f"shards/{shard:06d}.zarr.zip" for shard in range(2)):
         for _ in range(300):
             if path.exists():
