@@ -19,8 +19,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -43,7 +43,7 @@ from .records import (
     shard_path,
 )
 from .stores.mirror import RemoteFile, expect, is_mirror, local_folder, present
-from .windows import WindowColumns
+from .windows import COLUMNS, WindowColumns
 
 EAGER_SHARDS = 500
 """The files of a cache of up to so many shards are looked at when it is opened, so that a run does
@@ -195,10 +195,21 @@ class CacheReader(ABC, Generic[Scalar]):
 
     @cached_property
     def _table(self) -> WindowColumns:
-        parts = [WindowColumns.empty(self.info.shape.num_frames)]
-        parts += [self._shard_table(shard) for shard in range(len(self._shards))]
-        table = WindowColumns.concatenate(parts)
-        return replace(table, clip=table.clip.astype(np.int64))
+        like = WindowColumns.empty(self.info.shape.num_frames)
+        columns: dict[str, Any] = {
+            name: np.empty((self.num_windows, *column.shape[1:]), dtype=column.dtype)
+            for name in COLUMNS
+            for column in (getattr(like, name),)
+        }
+        columns["clip"] = columns["clip"].astype(np.int64)
+        keys: list[str] = []
+        for shard, (start, end) in enumerate(pairwise(self.shard_starts.tolist())):
+            part = self._shard_table(shard)
+            for name in COLUMNS:
+                columns[name][start:end] = getattr(part, name)
+            columns["clip"][start:end] += len(keys)
+            keys += part.keys
+        return WindowColumns(**columns, keys=keys)
 
     def table(self) -> WindowColumns:
         """Everything but the tokens of all windows, read on first use."""

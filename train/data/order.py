@@ -158,7 +158,7 @@ def split_windows(
     hashes would keep no clip or all, the one with the lowest or the highest decides.
     """
     clip_index = np.asarray(clip_index, dtype=np.int64)
-    clips = np.unique(clip_index)  # those with windows
+    clips = np.flatnonzero(np.bincount(clip_index, minlength=len(keys)))  # those with windows
     hashes = np.array([_unit_hash(key) for key in keys], dtype=np.float64)
     kept = hashes < fraction
     if fraction > 0 and len(clips) <= 1:
